@@ -1,0 +1,225 @@
+"""From a folder in the published layout to a module with its weights, strictly.
+
+A module's attributes carry the published names, so no mapping stands between file and module. Two things follow from
+a module's type instead, here and nowhere else: convolution kernels are stored with their channels first and MLX wants
+them last, and a class may declare exceptions as data (`Exceptions`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mflux.backend import compute_dtype, mx, nn
+from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.errors import CheckpointError
+
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """Where a class's published files differ from its attributes, as data.
+
+    Attributes:
+        ignored: patterns of names that files may hold and the module does not need ("position_ids").
+        tied: parameter → the name in the file that also fills it ("lm_head.weight": "embed_tokens.weight").
+        optional_prefix: a prefix that published files have and re-saved ones may lack ("text_model.").
+    """
+
+    ignored: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    optional_prefix: str = ""
+
+
+class FolderTensors(Mapping[str, mx.array]):
+    """The tensors of a folder: one safetensors file, or the shards that an index names."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.files = {path: SafetensorsFile(path) for path in _weight_files(self.folder)}
+        self._where: dict[str, SafetensorsFile] = {}
+        for file in self.files.values():
+            for name in file:
+                if name in self._where:
+                    raise CheckpointError(f"{self.folder}: the tensor {name} stands in two files")
+                self._where[name] = file
+
+    def __getitem__(self, name: str) -> mx.array:
+        return self._where[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    indexes = sorted(folder.glob("*" + _INDEX_SUFFIX))
+    if len(indexes) > 1:
+        # A repository may hold variants beside each other; the plain name is the one to take.
+        indexes = [path for path in indexes if path.name.count(".") == 3] or indexes[:1]
+    if indexes:
+        names = read_json(indexes[0]).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{indexes[0]} is damaged: it has no table of shards")
+        shards = sorted(set(names.values()))
+        missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} is incomplete: {len(missing)} of {len(shards)} weight files are missing, such as {missing[0]}"
+            )
+        return [folder / name for name in shards]
+    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    plain = [path for path in files if path.name.count(".") == 1]
+    if len(plain or files) == 1:
+        return plain or files
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors file")
+    raise CheckpointError(f"{folder} holds {len(files)} weight files and no index that says which to take")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a `CheckpointError` that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: the folder is not a complete model in the diffusers layout"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it is not a JSON object")
+    return content
+
+
+def load_component(module_class: type[nn.Module], folder: str | Path, *, dtype: mx.Dtype | None = None) -> nn.Module:
+    """Build a component from its own `config.json` and fill it, tensor by tensor.
+
+    Args:
+        module_class: an `nn.Module` whose constructor takes a `config_class` instance; it may have `exceptions`.
+        folder: holds `config.json` and safetensors, sharded or not.
+        dtype: compute in this dtype; by default as `backend.compute_dtype` says.
+
+    Raises:
+        CheckpointError: a file is damaged, a tensor is missing, left over, or of another shape than the config says.
+    """
+    folder = Path(folder)
+    config = module_class.config_class.from_dict(read_json(folder / "config.json"), source=folder / "config.json")
+    module = module_class(config)
+    fill(module, FolderTensors(folder), source=folder, dtype=dtype)
+    return module
+
+
+def fill(module: nn.Module, tensors: Mapping[str, mx.array], *, source: object, dtype: mx.Dtype | None = None) -> None:
+    """Give every parameter of `module` its tensor, and make sure that every tensor found its parameter.
+
+    Each tensor is read, turned to MLX's layout, cast and evaluated before the next, so that beside the result only
+    one tensor is in memory.
+    """
+    parameters = dict(tree_flatten(module.parameters()))
+    plan = match(module, parameters, tensors, source=source)
+    turns = layout_turns(module)
+    for name, key in plan.items():
+        value = tensors[key]
+        if turn := turns.get(name):
+            value = turn(value)
+        if tuple(value.shape) != tuple(parameters[name].shape):
+            raise CheckpointError(
+                f"{source}: {key} has the shape {list(tensors[key].shape)}, which config.json does not allow "
+                f"(as MLX lays it out: {list(value.shape)} instead of {list(parameters[name].shape)})"
+            )
+        if mx.issubdtype(value.dtype, mx.floating):
+            value = value.astype(dtype or compute_dtype(value.dtype))
+        # Without a copy of its own a transposed kernel would be laid out anew in every convolution.
+        value = mx.contiguous(value) if turn else value
+        mx.eval(value)
+        _assign(module, name, value)
+    module.eval()
+    module.freeze()
+
+
+def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *, source: object) -> dict[str, str]:
+    """Which name of the file fills which parameter; both sides must come out even.
+
+    Raises:
+        CheckpointError: lists the parameters that nothing fills and the names that nothing takes.
+    """
+    exceptions: Exceptions = getattr(module, "exceptions", Exceptions())
+    names, parameters = list(names), list(parameters)
+    keys = set(names)
+    prefix = exceptions.optional_prefix
+    if prefix and not any(name.startswith(prefix) for name in names):
+        plan = {parameter: parameter.removeprefix(prefix) for parameter in parameters}
+    else:
+        plan = {parameter: parameter for parameter in parameters}
+    for parameter, other in exceptions.tied.items():
+        if parameter in plan and plan[parameter] not in keys:
+            plan[parameter] = plan.get(other, other)
+    missing = [parameter for parameter, name in plan.items() if name not in keys]
+    taken = set(plan.values())
+    ignored = [re.compile(pattern) for pattern in exceptions.ignored]
+    left = [name for name in names if name not in taken and not any(p.search(name) for p in ignored)]
+    if missing or left:
+        problems = []
+        if missing:
+            problems.append(f"{_count(missing, 'tensor')} missing ({_some(missing)})")
+        if left:
+            problems.append(f"{_count(left, 'tensor')} left over ({_some(left)})")
+        raise CheckpointError(
+            f"{source} does not fit a {type(module).__name__} of its config.json: {' and '.join(problems)}"
+        )
+    return plan
+
+
+def layout_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]:
+    """For each convolution kernel of `module`, how the published layout becomes MLX's channels-last one."""
+    turns = {}
+    for path, child in module.named_modules():
+        if isinstance(child, nn.ConvTranspose2d):
+            turn = _io_to_o_i
+        elif isinstance(child, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            turn = _channels_last
+        else:
+            continue
+        turns[f"{path}.weight" if path else "weight"] = turn
+    return turns
+
+
+def _channels_last(kernel: mx.array) -> mx.array:
+    """OI… → O…I."""
+    return mx.moveaxis(kernel, 1, -1)
+
+
+def _io_to_o_i(kernel: mx.array) -> mx.array:
+    """Transposed convolutions: IOHW → OHWI."""
+    return kernel.transpose(1, 2, 3, 0)
+
+
+def _assign(module: nn.Module, name: str, value: mx.array) -> None:
+    *path, leaf = name.split(".")
+    target: Any = module
+    for step in path:
+        target = target[int(step)] if isinstance(target, (list, tuple)) else target[step]
+    if isinstance(target, list):
+        target[int(leaf)] = value
+    else:
+        target[leaf] = value
+
+
+def _count(items: list[str], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def _some(items: list[str], most: int = 5) -> str:
+    return ", ".join(items[:most]) + (", …" if len(items) > most else "")

@@ -1,0 +1,154 @@
+"""Safetensors files, read lazily and checked before a byte of data is touched.
+
+The format is eight bytes of header length (little-endian), a JSON header with each tensor's dtype, shape and byte
+range, then the data. MLX reads it, but says little when a file is damaged and refuses two dtypes; so the header is
+read here, and those two are decoded with numpy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from mflux.backend import mx
+from mflux.errors import CheckpointError
+
+# Bits per element, by the format's own dtype names.
+_WIDTHS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+# What MLX itself does not read, or hands out as raw bytes.
+_DECODED_HERE = ("F64", "F8_E4M3", "F8_E5M2")
+_LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies in its file. `start` and `end` count from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read and check a safetensors header.
+
+    Returns:
+        The tensors by name in the file's order, and the file's metadata.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not safetensors.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > _LARGEST_HEADER:
+                raise CheckpointError(f"{path} is not a safetensors file: fetch it again")
+            if length > size - 8:
+                raise CheckpointError(
+                    f"{path} is truncated: its header says {length:,} bytes but the file ends after {size:,}: fetch it again"
+                )
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON; fetch it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a table; fetch it again")
+
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            start, end = entry["data_offsets"]
+            sound = all(type(value) is int and value >= 0 for value in (*shape, start, end))
+        except (TypeError, KeyError, ValueError):
+            sound = False
+        if not sound:
+            raise CheckpointError(f"{path} is damaged: its entry for {name} makes no sense; fetch it again")
+        if dtype not in _WIDTHS:
+            raise CheckpointError(f"{path}: {name} has the dtype {dtype}, which mflux cannot read")
+        if prod(shape) * _WIDTHS[dtype] != (end - start) * 8:
+            raise CheckpointError(f"{path} is damaged: {name} has {end - start:,} bytes for the shape {list(shape)}")
+        if 8 + length + end > size:
+            raise CheckpointError(
+                f"{path} is truncated: {name} should end at byte {8 + length + end:,} but the file ends after {size:,}: "
+                "fetch it again"
+            )
+        tensors[name] = TensorInfo(dtype, shape, 8 + length + start, 8 + length + end)
+    return tensors, metadata
+
+
+class SafetensorsFile(Mapping[str, mx.array]):
+    """One file as a mapping from names to lazy arrays: data are read when an array is evaluated.
+
+    float64 and the two float8 dtypes come out as float32; everything else as it is stored.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.infos, self.metadata = read_header(path)
+        self._lazy: dict[str, mx.array] | None = None
+
+    def __getitem__(self, name: str) -> mx.array:
+        info = self.infos[name]
+        if any(other.dtype in _DECODED_HERE for other in self.infos.values()):
+            # One such entry makes mx.load refuse the whole file.
+            return _read_one(self.path, info)
+        if self._lazy is None:
+            self._lazy = mx.load(str(self.path), format="safetensors")
+        return self._lazy[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+
+def _read_one(path: Path, info: TensorInfo) -> mx.array:
+    import numpy as np
+
+    with path.open("rb") as file:
+        file.seek(info.start)
+        data = file.read(info.end - info.start)
+    if info.dtype == "F64":
+        return mx.array(np.frombuffer(data, "<f8").astype(np.float32)).reshape(info.shape)
+    if info.dtype in ("F8_E4M3", "F8_E5M2"):
+        return mx.array(float8_values(info.dtype)[np.frombuffer(data, np.uint8)]).reshape(info.shape)
+    if info.dtype == "BF16":
+        return mx.array(np.frombuffer(data, "<u2")).view(mx.bfloat16).reshape(info.shape)
+    names = {"BOOL": "?", "C64": "<c8"}
+    code = names.get(info.dtype) or f"<{info.dtype[0].lower()}{_WIDTHS[info.dtype] // 8}"
+    return mx.array(np.frombuffer(data, code)).reshape(info.shape)
+
+
+def float8_values(dtype: str):
+    """The 256 values of a float8 dtype as float32: 1 sign bit, 4 or 5 of exponent, 3 or 2 of mantissa.
+
+    Source: Micikevicius et al. 2022, "FP8 formats for deep learning". E4M3 has no infinity (torch's float8_e4m3fn).
+    """
+    import numpy as np
+
+    exponent_bits, mantissa_bits = (4, 3) if dtype == "F8_E4M3" else (5, 2)
+    codes = np.arange(256)
+    sign = np.where(codes & 0x80, -1.0, 1.0)
+    exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    mantissa = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    bias = (1 << (exponent_bits - 1)) - 1
+    values = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
+    top = exponent == (1 << exponent_bits) - 1
+    if dtype == "F8_E4M3":
+        values = np.where(top & (mantissa == 0.875), np.nan, values)
+    else:
+        values = np.where(top, np.where(mantissa == 0, np.inf, np.nan), values)
+    return (sign * values).astype(np.float32)

@@ -1,0 +1,57 @@
+"""Every failure that mflux expects, as one sentence a person can act on.
+
+A command prints the message of a `MfluxError` as `error: …` and exits with its `exit_code`; a program catches the
+class. Anything that is not a `MfluxError` is a bug in mflux.
+"""
+
+from __future__ import annotations
+
+
+class MfluxError(Exception):
+    """Base of all expected failures. The message says what is wrong with this input and what to do next."""
+
+    exit_code = 1
+
+
+class UsageError(MfluxError):
+    """The request itself makes no sense: an option's value, or options that exclude each other."""
+
+    exit_code = 2
+
+
+class MissingExtraError(MfluxError, ImportError):
+    """A feature needs a package that an optional extra brings and that is not installed."""
+
+
+class CheckpointError(MfluxError):
+    """A weights file or folder is damaged, incomplete, or not of the expected layout."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A PyTorch file asks for something that could run code, or for more than it may have."""
+
+
+class DownloadError(MfluxError):
+    """A model's files could not be had: no network, gated, missing, or no room for them."""
+
+
+class ModelConfigError(MfluxError, ValueError):
+    """A model's name is unknown, or does not tell which architecture it is."""
+
+    exit_code = 2
+
+
+class InvalidBaseModel(ModelConfigError):
+    """`base_model` names no known model."""
+
+
+class ImageError(MfluxError):
+    """A picture cannot be read."""
+
+
+class OutputError(MfluxError):
+    """A result cannot be written where it was asked for."""
+
+
+class NotBuiltError(UsageError):
+    """A feature of mflux 0.24 that this version does not have yet."""

@@ -1,0 +1,126 @@
+"""How one picture is to be made: size, steps, guidance, source picture, schedule."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mflux.errors import UsageError
+from mflux.models.common.config.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from mflux.backend import mx
+    from mflux.models.common.schedulers import BaseScheduler
+
+_GRID = 16
+log = logging.getLogger(__name__)
+
+
+class Config:
+    """The settings of one picture.
+
+    Width and height are rounded down to multiples of 16, with a warning; None means the source picture's, or the
+    model's default size.
+
+    Raises:
+        UsageError: a size below 16, fewer than one step, or a strength outside 0 to 1.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        num_inference_steps: int = 4,
+        height: int | None = 1024,
+        width: int | None = 1024,
+        guidance: float = 4.0,
+        image_path: Path | str | None = None,
+        image_strength: float | None = None,
+        depth_image_path: Path | str | None = None,
+        redux_image_paths: list[Path | str] | None = None,
+        redux_image_strengths: list[float] | None = None,
+        masked_image_path: Path | str | None = None,
+        controlnet_strength: float | None = None,
+        scheduler: str = "linear",
+    ):
+        from mflux.utils.dimension_resolver import DimensionResolver
+
+        if num_inference_steps < 1:
+            raise UsageError(f"{num_inference_steps} steps draw nothing: --steps must be at least 1")
+        if image_strength is not None and not 0.0 <= image_strength <= 1.0:
+            raise UsageError(f"an image strength of {image_strength} makes no sense: it goes from 0 to 1")
+        width, height = DimensionResolver.resolve(
+            height=height, width=width, reference_image_path=image_path, default=model_config.default_size
+        )
+        self.model_config = model_config
+        self.num_inference_steps = num_inference_steps
+        self.width, self.height = _on_grid(width, "width"), _on_grid(height, "height")
+        self.guidance = 0.0 if guidance is None else float(guidance)
+        self.image_path = _path(image_path)
+        self.image_strength = image_strength
+        self.depth_image_path = _path(depth_image_path)
+        self.redux_image_paths = [Path(path) for path in redux_image_paths] if redux_image_paths else None
+        self.redux_image_strengths = redux_image_strengths
+        self.masked_image_path = _path(masked_image_path)
+        self.controlnet_strength = controlnet_strength
+        self._scheduler_name = scheduler
+        self._scheduler: BaseScheduler | None = None
+        self._time_steps: tqdm | None = None
+
+    @property
+    def image_seq_len(self) -> int:
+        """Picture tokens: one for each 16 x 16 pixels."""
+        return (self.height // _GRID) * (self.width // _GRID)
+
+    @property
+    def precision(self) -> mx.Dtype:
+        return ModelConfig.precision
+
+    @property
+    def num_train_steps(self) -> int | None:
+        return self.model_config.num_train_steps
+
+    @property
+    def init_time_step(self) -> int:
+        """The step to start at: 0 for text to image; strength x steps, at least 1, when a picture is given."""
+        if self.image_path is None or not self.image_strength:
+            return 0
+        return max(1, int(self.num_inference_steps * self.image_strength))
+
+    @property
+    def scheduler(self) -> BaseScheduler:
+        """The schedule, built when first asked for.
+
+        Raises:
+            UsageError: no schedule of that name.
+        """
+        if self._scheduler is None:
+            from mflux.models.common.schedulers import scheduler_class
+
+            self._scheduler = scheduler_class(self._scheduler_name)(self)
+        return self._scheduler
+
+    @property
+    def time_steps(self) -> tqdm:
+        """The steps to take, with progress on stderr; the same bar each time it is asked for."""
+        if self._time_steps is None:
+            from tqdm import tqdm
+
+            steps = range(self.init_time_step, self.num_inference_steps)
+            self._time_steps = tqdm(steps, desc="denoise", unit="step", leave=True)
+        return self._time_steps
+
+
+def _path(path: Path | str | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _on_grid(size: int, name: str) -> int:
+    if size < _GRID:
+        raise UsageError(f"a {name} of {size} is too small: it must be at least {_GRID}")
+    rounded = size - size % _GRID
+    if rounded != size:
+        log.warning(f"a {name} of {size} is not a multiple of {_GRID}: {rounded} is taken")
+    return rounded

@@ -1,0 +1,221 @@
+"""A model's identity and settings, and how a name becomes one. Loads nothing heavy."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING, Any
+
+from mflux.errors import InvalidBaseModel, ModelConfigError
+from mflux.models.common.config.registry import BUILT, MODELS
+
+if TYPE_CHECKING:
+    from mflux.backend import mx
+
+DEFAULT_SIZE = 1024
+DEFAULT_STEPS = 25
+
+
+class _Precision(type):
+    """`ModelConfig.precision` without importing MLX before someone asks."""
+
+    @property
+    def precision(cls) -> mx.Dtype:
+        from mflux.backend import compute_dtype, mx
+
+        return compute_dtype(mx.bfloat16)
+
+
+class ModelConfig(metaclass=_Precision):
+    """One model: names, repository, and the settings that do not come with the weights.
+
+    Built-in models come from `ModelConfig.from_name("schnell")` or `ModelConfig.schnell()`.
+    """
+
+    def __init__(
+        self,
+        priority: int,
+        aliases: list[str],
+        model_name: str,
+        base_model: str | None,
+        controlnet_model: str | None,
+        custom_transformer_model: str | None,
+        num_train_steps: int | None,
+        max_sequence_length: int | None,
+        supports_guidance: bool | None,
+        requires_sigma_shift: bool | None,
+        transformer_overrides: dict | None = None,
+        text_encoder_overrides: dict | None = None,
+        sigma_base_shift: float = 0.5,
+        sigma_max_shift: float = 1.15,
+        sigma_base_seq_len: int = 256,
+        sigma_max_seq_len: int = 4096,
+        sigma_shift_terminal: float | None = None,
+        lora_training_steps: int | None = None,
+        lora_training_guidance: float | None = None,
+        supports_kv_cache: bool = False,
+        sigma_shift: float = 1.0,
+        default_steps: int = DEFAULT_STEPS,
+        default_size: int = DEFAULT_SIZE,
+        family: str | None = None,
+    ):
+        self.priority = priority
+        self.aliases = aliases
+        self.model_name = model_name
+        self.base_model = base_model
+        self.controlnet_model = controlnet_model
+        self.custom_transformer_model = custom_transformer_model
+        self.num_train_steps = num_train_steps
+        self.max_sequence_length = max_sequence_length
+        self.supports_guidance = supports_guidance
+        self.requires_sigma_shift = requires_sigma_shift
+        self.transformer_overrides = transformer_overrides or {}
+        self.text_encoder_overrides = text_encoder_overrides or {}
+        self.sigma_base_shift = sigma_base_shift
+        self.sigma_max_shift = sigma_max_shift
+        self.sigma_base_seq_len = sigma_base_seq_len
+        self.sigma_max_seq_len = sigma_max_seq_len
+        self.sigma_shift_terminal = sigma_shift_terminal
+        self.lora_training_steps = lora_training_steps
+        self.lora_training_guidance = lora_training_guidance
+        self.supports_kv_cache = supports_kv_cache
+        # Beyond mflux 0.24: a shift that does not depend on the size, and what a command takes when nothing is said.
+        self.sigma_shift = sigma_shift
+        self.default_steps = default_steps
+        self.default_size = default_size
+        self.family = family
+
+    @property
+    def precision(self) -> mx.Dtype:
+        """The dtype that this machine computes in."""
+        return type(self).precision
+
+    @staticmethod
+    def from_name(model_name: str | None, base_model: str | None = None) -> ModelConfig:
+        """The configuration that a name means.
+
+        Args:
+            model_name: a built-in name or alias, a Hugging Face repository, or a local folder.
+            base_model: which built-in model a repository or folder derives from, when its name does not tell.
+
+        Raises:
+            ModelConfigError: the name tells nothing.
+            InvalidBaseModel: `base_model` is not a built-in model.
+        """
+        root = AVAILABLE_MODELS[key_of(model_name, base_model)]
+        if model_name is None or model_name == root.model_name or model_name in root.aliases:
+            return root
+        config = copy.deepcopy(root)
+        config.model_name = model_name
+        config.base_model = root.model_name
+        return config
+
+    def with_scheduler(self, scheduler: dict[str, Any]) -> ModelConfig:
+        """This model with the sigma shift that a checkpoint's `scheduler_config.json` asks for."""
+        config = copy.copy(self)
+        names = {
+            "use_dynamic_shifting": "requires_sigma_shift",
+            "base_shift": "sigma_base_shift",
+            "max_shift": "sigma_max_shift",
+            "base_image_seq_len": "sigma_base_seq_len",
+            "max_image_seq_len": "sigma_max_seq_len",
+            "shift": "sigma_shift",
+            "shift_terminal": "sigma_shift_terminal",
+        }
+        for theirs, ours in names.items():
+            if scheduler.get(theirs) is not None:
+                setattr(config, ours, scheduler[theirs])
+        return config
+
+    def x_embedder_input_dim(self) -> int:
+        """Channels of a FLUX.1 variant's input tokens: the picture's own 64, and what the variant adds."""
+        if "Fill" in self.model_name:
+            return 384
+        return 128 if "Depth" in self.model_name else 64
+
+    def is_canny(self) -> bool:
+        """Whether this is a ControlNet that follows Canny edges."""
+        return "canny" in (self.controlnet_model or "").lower()
+
+
+def key_of(model_name: str | None, base_model: str | None = None) -> str:
+    """The registry key that a model's name, or its `base_model`, stands for; see `ModelConfig.from_name`."""
+    if base_model is not None and (base := _exact(base_model)) is None:
+        raise InvalidBaseModel(f"the base model {base_model!r} is not known: choose one of {', '.join(MODELS)}")
+    if model_name is None:
+        if base_model is None:
+            raise ModelConfigError(f"no model was named: {suggestion()}")
+        return base
+    if (key := _exact(model_name)) is not None:
+        return key
+    if base_model is not None:
+        return base
+    if (key := _inferred(model_name)) is not None:
+        return key
+    raise ModelConfigError(
+        f"the model {model_name!r} is not known: {suggestion()}; "
+        "a repository or folder whose name does not tell needs --base-model (schnell, dev or krea-dev)"
+    )
+
+
+def suggestion() -> str:
+    """What to type for a model, for messages."""
+    return (
+        f"use --model with {', '.join(BUILT)}, a Hugging Face repository or a folder (--model demo needs no download)"
+    )
+
+
+def _exact(name: str) -> str | None:
+    found = [key for key, model in MODELS.items() if name == key or name in model["aliases"]]
+    # Several models share a repository; a ControlNet is always asked for by its own name.
+    found += sorted(
+        (key for key, model in MODELS.items() if name == model["model_name"]),
+        key=lambda key: "controlnet_model" in MODELS[key],
+    )
+    return found[0] if found else None
+
+
+def _inferred(name: str) -> str | None:
+    """The model whose alias stands in the last part of a path or repository, the longest alias first."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
+    found = []
+    for order, (key, model) in enumerate(MODELS.items()):
+        if key == "demo":
+            continue
+        for alias in model["aliases"]:
+            place = last.find(alias.lower())
+            if place >= 0:
+                before, after = last[:place][-1:], last[place + len(alias) :][:1]
+                inside_a_word = before.isalpha() or after.isalpha()
+                found.append((inside_a_word, -len(alias), order, key))
+    return min(found)[3] if found else None
+
+
+def _build(priority: int, settings: dict[str, Any]) -> ModelConfig:
+    settings = copy.deepcopy(settings)
+    optional = ("controlnet_model", "custom_transformer_model", "num_train_steps", "max_sequence_length")
+    optional += ("supports_guidance", "requires_sigma_shift")
+    return ModelConfig(
+        priority=priority,
+        base_model=None,
+        default_steps=settings.pop("steps", DEFAULT_STEPS),
+        **{name: settings.pop(name, None) for name in optional},
+        **settings,
+    )
+
+
+AVAILABLE_MODELS: dict[str, ModelConfig] = {
+    key: _build(priority, settings) for priority, (key, settings) in enumerate(MODELS.items())
+}
+
+
+def _constructor_name(key: str) -> str:
+    for written, said in (("krea-2", "krea2"), ("ideogram-4", "ideogram4"), ("qwen-image-2.1", "qwen-image-21")):
+        if key.startswith(written):
+            key = key.replace(written, said, 1)
+    return re.sub(r"[-.]", "_", key)
+
+
+# ModelConfig.schnell(), ModelConfig.qwen_image_edit(), …: one for each model, as in mflux.
+for _key in MODELS:
+    setattr(ModelConfig, _constructor_name(_key), staticmethod(lambda key=_key: AVAILABLE_MODELS[key]))

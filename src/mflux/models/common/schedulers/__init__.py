@@ -1,0 +1,51 @@
+"""Noise schedules: which sigmas a picture passes on its way from noise, and how one step is taken.
+
+A schedule is built from a `Config` and looked up by name; `package.module.Class` names one of your own, derived from
+`BaseScheduler`.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from mflux.errors import UsageError
+from mflux.models.common.schedulers.base_scheduler import BaseScheduler
+from mflux.models.common.schedulers.flow_match_euler_discrete_scheduler import FlowMatchEulerDiscreteScheduler
+from mflux.models.common.schedulers.linear_scheduler import LinearScheduler
+
+__all__ = ["BaseScheduler", "FlowMatchEulerDiscreteScheduler", "LinearScheduler", "scheduler_class"]
+
+SCHEDULER_REGISTRY: dict[str, type[BaseScheduler]] = {
+    "linear": LinearScheduler,
+    "LinearScheduler": LinearScheduler,
+    "flow_match_euler_discrete": FlowMatchEulerDiscreteScheduler,
+    "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
+}
+
+
+def register_contrib(scheduler_object: type[BaseScheduler], scheduler_name: str | None = None) -> None:
+    """Make a schedule of your own known by name, its class name unless told otherwise."""
+    SCHEDULER_REGISTRY[scheduler_name or scheduler_object.__name__] = scheduler_object
+
+
+def scheduler_class(name: str) -> type[BaseScheduler]:
+    """The schedule of that name.
+
+    Raises:
+        UsageError: there is none, it cannot be imported, or it is not a `BaseScheduler`.
+    """
+    if name in SCHEDULER_REGISTRY:
+        return SCHEDULER_REGISTRY[name]
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        raise UsageError(
+            f"the scheduler {name!r} is not known: use linear, flow_match_euler_discrete, "
+            "or your own as package.module.Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"the scheduler {name!r} cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, BaseScheduler)):
+        raise UsageError(f"{name!r} is not a class derived from mflux.models.common.schedulers.BaseScheduler")
+    return found

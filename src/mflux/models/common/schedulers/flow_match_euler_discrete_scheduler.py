@@ -1,0 +1,52 @@
+"""The schedule that newer families use, with a shift that depends on the number of steps as well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mflux.backend import mx
+from mflux.models.common.schedulers.base_scheduler import BaseScheduler
+from mflux.models.common.schedulers.linear_scheduler import shift_exponentially, stretch_to_terminal
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.config import Config
+
+_TERMINAL = 0.02
+_TRAIN_STEPS = 1000
+
+
+class FlowMatchEulerDiscreteScheduler(BaseScheduler):
+    """mflux's `flow_match_euler_discrete`.
+
+    A model that shifts by resolution gets FLUX.2's shift, fitted to picture size and number of steps; one that does
+    not gets a fixed shift of 1, from 1 to 1/1000 before it, stretched to end at 0.02.
+    """
+
+    def __init__(self, config: Config):
+        steps = config.num_inference_steps
+        if config.model_config.requires_sigma_shift:
+            sigmas = mx.linspace(1.0, 1.0 / steps, steps, dtype=mx.float32)
+            sigmas = shift_exponentially(sigmas, empirical_mu(config.image_seq_len, steps))
+        elif steps == 1:
+            sigmas = mx.ones(1)
+        else:
+            sigmas = shift_exponentially(mx.linspace(1.0, 1.0 / _TRAIN_STEPS, steps, dtype=mx.float32), 1.0)
+            sigmas = stretch_to_terminal(sigmas, _TERMINAL)
+        self._sigmas = mx.concatenate([sigmas, mx.zeros(1)])
+
+    @property
+    def sigmas(self) -> mx.array:
+        return self._sigmas
+
+    def step(self, noise: mx.array, timestep: int, latents: mx.array, **kwargs) -> mx.array:
+        return latents + (self._sigmas[timestep + 1] - self._sigmas[timestep]).astype(latents.dtype) * noise
+
+
+def empirical_mu(image_seq_len: int, steps: int) -> float:
+    """FLUX.2's fit: linear in the number of tokens at 10 and at 200 steps, linear in the steps between."""
+    at_200 = 0.00016927 * image_seq_len + 0.45666666
+    if image_seq_len > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * image_seq_len + 1.89833333
+    slope = (at_200 - at_10) / 190
+    return slope * steps + at_200 - 200 * slope

@@ -1,0 +1,57 @@
+"""Evenly spaced sigmas, moved towards noise for large pictures: FLUX.1's schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mflux.backend import mx
+from mflux.models.common.schedulers.base_scheduler import BaseScheduler
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.config import Config
+
+
+class LinearScheduler(BaseScheduler):
+    """Euler steps on a straight path (Esser et al. 2024, arxiv.org/abs/2403.03206, section 5.3.2 for the shift).
+
+    Reference class: diffusers' `FlowMatchEulerDiscreteScheduler`, as its `FluxPipeline` sets it up.
+    """
+
+    def __init__(self, config: Config):
+        steps = config.num_inference_steps
+        sigmas = mx.linspace(1.0, 1.0 / steps, steps, dtype=mx.float32)
+        model = config.model_config
+        if model.requires_sigma_shift:
+            sigmas = shift_exponentially(sigmas, resolution_mu(model, config.image_seq_len))
+        elif model.sigma_shift != 1.0:
+            sigmas = model.sigma_shift * sigmas / (1 + (model.sigma_shift - 1) * sigmas)
+        if (terminal := model.sigma_shift_terminal) is not None:
+            sigmas = stretch_to_terminal(sigmas, terminal)
+        self._sigmas = mx.concatenate([sigmas, mx.zeros(1)])
+
+    @property
+    def sigmas(self) -> mx.array:
+        return self._sigmas
+
+    def step(self, noise: mx.array, timestep: int, latents: mx.array, **kwargs) -> mx.array:
+        return latents + (self._sigmas[timestep + 1] - self._sigmas[timestep]).astype(latents.dtype) * noise
+
+
+def resolution_mu(model, image_seq_len: int) -> float:
+    """How far to shift for a picture of that many tokens: linear between the two lengths that the model was given."""
+    slope = (model.sigma_max_shift - model.sigma_base_shift) / (model.sigma_max_seq_len - model.sigma_base_seq_len)
+    return model.sigma_base_shift + slope * (image_seq_len - model.sigma_base_seq_len)
+
+
+def shift_exponentially(sigmas: mx.array, mu: float) -> mx.array:
+    """e^mu / (e^mu + 1/sigma - 1): 0 and 1 stay, everything between moves up for positive mu."""
+    return math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
+
+
+def stretch_to_terminal(sigmas: mx.array, terminal: float) -> mx.array:
+    """Stretch the distance from 1 so that the last sigma is `terminal`; a single step has nothing to stretch."""
+    if sigmas.size == 1:
+        return sigmas
+    distance = 1 - sigmas
+    return 1 - distance * ((1 - terminal) / distance[-1])

@@ -1,0 +1,188 @@
+"""A picture and everything that is needed to make it again."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mflux.utils.version_util import VersionUtil
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from mflux.backend import mx
+    from mflux.models.common.config import ModelConfig
+
+# What a picture made from another one keeps of that one's settings, as "original_…".
+_CARRIED = ("seed", "steps", "guidance", "model", "lora_paths", "lora_scales", "quantize")
+
+
+class GeneratedImage:
+    """The result of `generate_image`: `.image` is the PIL picture, `.save` writes it with its settings."""
+
+    # The folder or repository that a command's --model named, None for a built-in model; set by the command.
+    model_path: str | None = None
+
+    def __init__(
+        self,
+        image: PIL.Image.Image,
+        model_config: ModelConfig,
+        seed: int,
+        prompt: str,
+        steps: int,
+        guidance: float | None,
+        precision: mx.Dtype,
+        quantization: int,
+        generation_time: float,
+        lora_paths: list[str] | None = None,
+        lora_scales: list[float] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        controlnet_image_path: str | Path | None = None,
+        controlnet_strength: float | None = None,
+        image_path: str | Path | None = None,
+        image_paths: list[str] | list[Path] | None = None,
+        image_strength: float | None = None,
+        masked_image_path: str | Path | None = None,
+        depth_image_path: str | Path | None = None,
+        redux_image_paths: list[str] | list[Path] | None = None,
+        redux_image_strengths: list[float] | None = None,
+        concept_heatmap: Any | None = None,
+        negative_prompt: str | None = None,
+        init_metadata: dict | None = None,
+        pid_decode: bool = False,
+        pid_degrade_sigma: float = 0.0,
+        generation_parameters: dict | None = None,
+    ):
+        self.image = image
+        self.model_config = model_config
+        self.seed = seed
+        self.prompt = prompt
+        self.steps = steps
+        self.guidance = guidance
+        self.precision = precision
+        self.quantization = quantization
+        self.generation_time = generation_time
+        self.lora_paths = lora_paths
+        self.lora_scales = lora_scales
+        self.height = height
+        self.width = width
+        self.controlnet_image_path = controlnet_image_path
+        self.controlnet_strength = controlnet_strength
+        self.image_path = image_path
+        self.image_paths = image_paths
+        self.image_strength = image_strength
+        self.masked_image_path = masked_image_path
+        self.depth_image_path = depth_image_path
+        self.redux_image_paths = redux_image_paths
+        self.redux_image_strengths = redux_image_strengths
+        self.concept_heatmap = concept_heatmap
+        self.negative_prompt = negative_prompt
+        self.init_metadata = init_metadata
+        self.pid_decode = pid_decode
+        self.pid_degrade_sigma = pid_degrade_sigma
+        self.generation_parameters = generation_parameters or {}
+
+    def get_right_half(self) -> GeneratedImage:
+        """The same settings with the right half of the picture, for side-by-side models."""
+        width, height = self.image.size
+        half = object.__new__(type(self))
+        half.__dict__.update(self.__dict__)
+        half.image = self.image.crop((width // 2, 0, width, height))
+        return half
+
+    def save(self, path: str | Path, export_json_metadata: bool = False, overwrite: bool = False) -> Path:
+        """Write the picture; see `ImageUtil.save_image` for names, settings and errors.
+
+        Returns:
+            Where it went.
+        """
+        return self.save_with_image(path, self.image, export_json_metadata, overwrite)
+
+    def save_with_image(
+        self,
+        path: str | Path,
+        pixel_image: PIL.Image.Image,
+        export_json_metadata: bool = False,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write another picture with this one's settings."""
+        from mflux.utils.image_util import ImageUtil
+
+        return ImageUtil.save_image(pixel_image, path, self._get_metadata(), export_json_metadata, overwrite)
+
+    def save_with_heatmap(self, path: str | Path, export_json_metadata: bool = False, overwrite: bool = False) -> Path:
+        """Write the picture and, if there is one, its concept heatmap as `name_heatmap.png`."""
+        saved = self.save(path, export_json_metadata, overwrite)
+        if self.concept_heatmap:
+            beside = Path(path).with_stem(Path(path).stem + "_heatmap")
+            self.save_concept_heatmap(beside, export_json_metadata, overwrite)
+        return saved
+
+    def save_concept_heatmap(
+        self, path: str | Path, export_json_metadata: bool = False, overwrite: bool = False
+    ) -> Path:
+        """Write the concept heatmap.
+
+        Raises:
+            ValueError: the picture has none.
+        """
+        from mflux.utils.image_util import ImageUtil
+
+        if not self.concept_heatmap:
+            raise ValueError("this picture has no concept heatmap")
+        heatmap = self.concept_heatmap
+        return ImageUtil.save_image(heatmap.image, path, heatmap.get_metadata(), export_json_metadata, overwrite)
+
+    def _get_metadata(self) -> dict[str, Any]:
+        settings = {
+            "mflux_version": VersionUtil.get_mflux_version(),
+            "model": self.model_config.model_name,
+            "model_path": self.model_path,
+            "base_model": self.model_config.base_model,
+            "seed": self.seed,
+            "steps": self.steps,
+            "guidance": self.guidance if self.model_config.supports_guidance else None,
+            "height": self.height,
+            "width": self.width,
+            "precision": str(self.precision),
+            "quantize": self.quantization,
+            "generation_time_seconds": round(self.generation_time, 2),
+            "created_at": datetime.now().isoformat(),
+            "lora_paths": _texts(self.lora_paths),
+            "lora_scales": [float(scale) for scale in self.lora_scales] if self.lora_scales else None,
+            "image_path": _text(self.image_path),
+            "image_paths": _texts(self.image_paths),
+            "image_strength": self.image_strength if self.image_path or self.image_paths else None,
+            "controlnet_image_path": _text(self.controlnet_image_path),
+            "controlnet_strength": float(self.controlnet_strength) if self.controlnet_strength else None,
+            "masked_image_path": _text(self.masked_image_path),
+            "depth_image_path": _text(self.depth_image_path),
+            "redux_image_paths": _texts(self.redux_image_paths),
+            "redux_image_strengths": self.redux_image_strengths or None,
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt or None,
+        }
+        if self.pid_decode:
+            settings |= {"pid_decode": True, "pid_degrade_sigma": self.pid_degrade_sigma}
+        if taken := settings.keys() & self.generation_parameters.keys():
+            raise ValueError(f"generation_parameters may not replace {', '.join(sorted(taken))}")
+        return settings | self.generation_parameters | self._of_the_source(settings)
+
+    def _of_the_source(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What to keep of the settings of the picture that this one was made from."""
+        source = (self.init_metadata or {}).get("exif") or {}
+        kept = {name: source[name] for name in ("prompt", "negative_prompt") if source.get(name) and not settings[name]}
+        for side, value in (("width", self.width), ("height", self.height)):
+            if source.get(side) and source[side] != value:
+                kept[f"original_{side}"] = source[side]
+        return kept | {f"original_{name}": source[name] for name in _CARRIED if source.get(name)}
+
+
+def _text(value: object | None) -> str | None:
+    return str(value) if value else None
+
+
+def _texts(values: list | None) -> list[str] | None:
+    return [str(value) for value in values] if values else None
