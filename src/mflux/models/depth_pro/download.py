@@ -1,0 +1,225 @@
+"""One large file from a plain web address, carried on where it broke off.
+
+The bytes gather in `NAME.partial`, which becomes `NAME` only when its length is the server's and every CRC of the zip
+archive is right. So a file under its final name is whole, and an interruption costs nothing that had come.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+import ssl
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from mflux.errors import DownloadError
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+_TIMEOUT_S = 30
+# Connections in a row that bring nothing before the download gives up, and how long to wait between them.
+_ATTEMPTS = 3
+_PAUSE_S = 1.0
+
+
+def fetch_archive(url: str, target: Path, *, remedy: str) -> Path:
+    """The zip archive at `url` as the file `target`, fetched only as far as it is not there yet.
+
+    Args:
+        url: an http(s) address.
+        target: where the file belongs; its folder is made. A file that is cut off there counts as begun.
+        remedy: what else a person can do where there is no network, as the end of a sentence.
+
+    Raises:
+        DownloadError: no network, an answer that says no, no room, or bytes that are not a sound archive.
+    """
+    if is_whole(target):
+        return target
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise DownloadError(f"{target} is not complete on this disk and HF_HUB_OFFLINE is set: unset it, or {remedy}")
+    partial = target.with_name(target.name + ".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(partial) as file:
+            # Whoever held the lock before may have brought it.
+            if is_whole(target):
+                return target
+            _adopt(target, partial, file)
+            length = _fetch(url, file, remedy)
+            _check(file, length, url)
+            partial.replace(target)
+    except OSError as error:
+        raise _disk_failure(target, error) from None
+    return target
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is a zip archive with its directory, which stands at the very end."""
+    try:
+        with zipfile.ZipFile(path):
+            return True
+    except (OSError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[BinaryIO]:
+    """The partial file, open for appending, held by one process at a time."""
+    while True:
+        with partial.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("another mflux is fetching %s: waiting for it", partial.stem)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+                try:
+                    yield file
+                finally:
+                    # Nothing begun leaves nothing behind.
+                    if partial.exists() and not partial.stat().st_size:
+                        partial.unlink()
+                return
+            if is_whole(partial.with_suffix("")):
+                # The other process gave this very file its final name.
+                yield file
+                return
+
+
+def _adopt(target: Path, partial: Path, file: BinaryIO) -> None:
+    """mflux 0.24 wrote under the final name, so what it left there when it was interrupted is a beginning."""
+    if not target.exists() or target.stat().st_size <= partial.stat().st_size:
+        return
+    with target.open("rb") as begun:
+        if begun.read(4) != b"PK\x03\x04":
+            raise DownloadError(f"{target} is not the archive that belongs there: move it away and try again")
+        begun.seek(0)
+        file.truncate(0)
+        shutil.copyfileobj(begun, file, _CHUNK)
+    file.flush()
+    target.unlink()
+
+
+def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
+    """Append what is missing; the length that the server gives, if it does."""
+    failures = 0
+    while True:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            with _open(url, before) as response:
+                length = _receive(response, file, before)
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and before:
+                # There is nothing after these bytes: either they are all, or they are not of this file.
+                if _total(error.headers.get("Content-Range")) == before:
+                    return before
+                file.truncate(0)
+                continue
+            if error.code < 500:
+                raise DownloadError(f"{url} answered HTTP {error.code} ({error.reason}): {remedy}") from None
+            reason = f"the server answered HTTP {error.code}"
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
+            reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+        else:
+            if length is None or file.seek(0, os.SEEK_END) >= length:
+                return length
+            reason = "the connection closed early"
+        have = file.seek(0, os.SEEK_END)
+        failures = failures + 1 if have <= before else 0
+        if failures >= _ATTEMPTS or (failures and not have):
+            begun = f"; {have / 1e6:,.0f} MB are kept and the same command carries on there" if have else ""
+            host = urlsplit(url).hostname
+            raise DownloadError(f"no connection to {host} ({reason}){begun}: check the network, or {remedy}")
+        time.sleep(_PAUSE_S * failures)
+
+
+def _open(url: str, start: int) -> HTTPResponse:
+    from mflux.utils.version_util import VersionUtil
+
+    headers = {"User-Agent": f"mflux/{VersionUtil.get_mflux_version()}", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    context = ssl.create_default_context() if url.startswith("https:") else None
+    if context and not context.get_ca_certs():
+        # A Python from python.org has no certificates on macOS until a script is run; huggingface_hub brings these.
+        try:
+            import certifi
+        except ImportError:
+            pass
+        else:
+            context.load_verify_locations(certifi.where())
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S, context=context)
+
+
+def _receive(response: HTTPResponse, file: BinaryIO, start: int) -> int | None:
+    """Write a response where it belongs; the length of the whole file, if the server says."""
+    from tqdm import tqdm
+
+    content_range = response.headers.get("Content-Range", "")
+    if response.status == 206 and re.match(rf"bytes {start}-", content_range):
+        length = _total(content_range)
+    else:
+        # The server begins at the beginning, whatever was asked.
+        start = 0
+        file.truncate(0)
+        length = (
+            int(response.headers["Content-Length"]) if response.headers.get("Content-Length", "").isdigit() else None
+        )
+    folder = Path(file.name).parent
+    free = shutil.disk_usage(folder).free
+    if length is not None and length - start > free:
+        raise DownloadError(
+            f"no room for the download: {(length - start) / 1e9:.1f} GB are missing and {folder} has "
+            f"{free / 1e9:.1f} GB free: make room, or set MFLUX_CACHE_DIR to a folder on a larger disk"
+        )
+    name = Path(file.name).stem
+    with tqdm(total=length, initial=start, unit="B", unit_scale=True, unit_divisor=1000, desc=name) as progress:
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+            progress.update(len(chunk))
+    file.flush()
+    return length
+
+
+def _total(content_range: str | None) -> int | None:
+    found = re.search(r"/(\d+)$", content_range or "")
+    return int(found[1]) if found else None
+
+
+def _check(file: BinaryIO, length: int | None, url: str) -> None:
+    """The length that the server gave, and the CRC of each record. What is wrong is thrown away."""
+    size = file.seek(0, os.SEEK_END)
+    if length is not None and size != length:
+        problem = f"it has {size:,} bytes instead of {length:,}"
+    else:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                bad = archive.testzip()
+            problem = bad and f"the checksum of its record {bad} is wrong"
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+            problem = "it is not an archive; perhaps the network wants a sign-in"
+    if problem:
+        file.truncate(0)
+        raise DownloadError(f"what came from {url} is damaged: {problem}; run the same command again to fetch it anew")
+
+
+def _disk_failure(target: Path, error: OSError) -> DownloadError:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DownloadError(f"the disk is full: make room for {target}, or set MFLUX_CACHE_DIR to another disk")
+    return DownloadError(
+        f"cannot write {target} ({reason}): make it writable, or set MFLUX_CACHE_DIR to another folder"
+    )
