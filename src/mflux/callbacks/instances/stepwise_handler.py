@@ -1,0 +1,80 @@
+"""Shows how a picture comes about: one picture for each step, and all of them side by side."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mflux.utils.image_util import ImageUtil
+
+if TYPE_CHECKING:
+    import PIL.Image
+    from tqdm import tqdm
+
+    from mflux.backend import mx
+    from mflux.models.common.config.config import Config
+
+
+class StepwiseHandler:
+    """Writes `seed_S_stepNofM.png` after each step and keeps `seed_S_composite.png` up to date, also when stopped.
+
+    Args:
+        model: a pipeline with `vae` and `bits`.
+        output_dir: created if need be.
+        latent_creator: has `unpack_latents(latents, height, width)`.
+    """
+
+    def __init__(self, model, output_dir: str | Path, latent_creator):
+        self.model = model
+        self.output_dir = Path(output_dir)
+        self.latent_creator = latent_creator
+        self.step_wise_images: list = []
+        self._start = time.perf_counter()
+
+    def call_before_loop(
+        self,
+        seed: int,
+        prompt: str,
+        latents: mx.array,
+        config: Config,
+        canny_image: PIL.Image.Image | None = None,
+        depth_image: PIL.Image.Image | None = None,
+        control_images: list[PIL.Image.Image] | None = None,
+    ) -> None:
+        # Each picture has its own strip.
+        self.step_wise_images = []
+        self._start = time.perf_counter()
+        self._save(config.init_time_step, seed, prompt, latents, config)
+
+    def call_in_loop(
+        self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm
+    ) -> None:
+        self._save(t + 1, seed, prompt, latents, config)
+
+    def call_interrupt(
+        self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm
+    ) -> None:
+        self._save_composite(seed)
+
+    def _save(self, step: int, seed: int, prompt: str, latents: mx.array, config: Config) -> None:
+        unpacked = self.latent_creator.unpack_latents(latents=latents, height=config.height, width=config.width)
+        picture = ImageUtil.to_image(
+            decoded_latents=self.model.vae.decode(unpacked),
+            config=config,
+            seed=seed,
+            prompt=prompt,
+            quantization=self.model.bits,
+            generation_time=time.perf_counter() - self._start,
+            lora_paths=self.model.lora_paths,
+            lora_scales=self.model.lora_scales,
+        )
+        name = f"seed_{seed}_step{step}of{config.num_inference_steps}.png"
+        picture.save(self.output_dir / name, overwrite=True)
+        self.step_wise_images.append(picture)
+        self._save_composite(seed)
+
+    def _save_composite(self, seed: int) -> None:
+        if self.step_wise_images:
+            strip = ImageUtil.to_composite_image(self.step_wise_images)
+            ImageUtil.save_image(strip, self.output_dir / f"seed_{seed}_composite.png", overwrite=True)

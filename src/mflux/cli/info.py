@@ -1,0 +1,74 @@
+"""`mflux-info`: the settings that a picture carries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mflux.cli.parser import MfluxParser, run
+from mflux.errors import ImageError, MfluxError
+
+# What to show, in this order; "original_…" and unknown settings follow.
+_LABELS = {
+    "prompt": "Prompt",
+    "negative_prompt": "Negative prompt",
+    "model": "Model",
+    "model_path": "Weights",
+    "base_model": "Base model",
+    "width": "Width",
+    "height": "Height",
+    "seed": "Seed",
+    "steps": "Steps",
+    "guidance": "Guidance",
+    "quantize": "Quantization (bits)",
+    "precision": "Precision",
+    "lora_paths": "LoRAs",
+    "lora_scales": "LoRA scales",
+    "image_path": "Source picture",
+    "image_strength": "Image strength",
+    "generation_time_seconds": "Generation time (s)",
+    "created_at": "Created",
+    "mflux_version": "mflux version",
+}
+
+
+def build_parser() -> MfluxParser:
+    parser = MfluxParser(prog="mflux-info", description="Show the settings that a picture made with mflux carries.")
+    parser.add_argument("image_path", help="the picture")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(show, argv)
+
+
+def show(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+
+    from mflux.utils.metadata_reader import MetadataReader
+
+    if not Path(args.image_path).is_file():
+        raise ImageError(f"the image {args.image_path} does not exist")
+    settings = MetadataReader.read_exif_metadata(args.image_path)
+    if settings is None:
+        raise MfluxError(f"{args.image_path} carries no settings: it was not made with mflux, or with --no-metadata")
+    print("\n".join(lines(settings)))
+
+
+def lines(settings: dict[str, Any]) -> list[str]:
+    """One line for each setting that says something."""
+    shown = []
+    for name in dict.fromkeys([*_LABELS, *settings]):
+        value = settings.get(name)
+        if value is None or value == []:
+            continue
+        label = _LABELS.get(name) or name.replace("_", " ").capitalize()
+        text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+        shown.append(f"{label}: {text}")
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""What all commands share: the parser, groups of options, and how a failure ends.
+
+Nothing here loads MLX, numpy or PIL: `--help` and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mflux.errors import MfluxError, NotBuiltError, UsageError
+from mflux.utils.scale_factor import ScaleFactor
+
+QUANTIZE_CHOICES = (3, 4, 5, 6, 8)
+LORA_STYLES = (
+    "couple", "font", "home", "identity", "illustration", "portrait", "ppt", "sandstorm", "sparklers", "storyboard"
+)  # fmt: skip
+DEFAULT_GUIDANCE = 3.5
+
+
+class MfluxParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and whose long options are not to be shortened."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self.add_argument("--verbose", "-v", action="store_true", help="say more about what is done")
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _LineFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return f"warning: {message}" if record.levelno >= logging.WARNING else message
+
+
+def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a command's body and turn every expected failure into one `error:` line and an exit status.
+
+    Returns:
+        0, or the failure's status: 1, 2 for usage, 130 for Ctrl-C.
+    """
+    _log_to_stderr(argv)
+    try:
+        return command(argv) or 0
+    except MfluxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain again while shutting down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        print("error: not enough memory: try --low-ram, or a smaller --width and --height", file=sys.stderr)
+        return 1
+
+
+def _log_to_stderr(argv: Sequence[str] | None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter())
+    logger = logging.getLogger("mflux")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if "--verbose" in words or "-v" in words else logging.INFO)
+
+
+# ---- types of values
+
+
+def number(kind: type, *, above: float | None = None, least: float | None = None, most: float | None = None):
+    """A type for `add_argument`: an int or float within bounds."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if value != value or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"{text} is not above {above:g}")
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"{text} is too small: at least {least:g}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{text} is too large: at most {most:g}")
+        return value
+
+    return read
+
+
+def dimension(text: str) -> int | ScaleFactor:
+    """A side in pixels, "auto", or a scale factor such as "2x"."""
+    if text.lower() == "auto":
+        return ScaleFactor(1)
+    try:
+        return ScaleFactor.parse(text) if text.lower().endswith("x") else number(int, least=16)(text)
+    except argparse.ArgumentTypeError as error:
+        detail = str(error)
+        if "not a whole number" in detail:
+            detail = f"{text!r} is neither a number of pixels, nor auto, nor a scale factor such as 2x"
+        raise argparse.ArgumentTypeError(detail) from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def tile_size(text: str) -> int:
+    value = number(int, least=128)(text)
+    if value % 16:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 16")
+    return value
+
+
+def battery_limit(text: str) -> int:
+    return max(1, min(99, number(int)(text)))
+
+
+# ---- groups of options, in the order --help shows them
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", "-m", required=required, help="a model's name, a Hugging Face repository (org/name), or a folder"
+    )
+    group.add_argument("--base-model", help="the model it derives from, when the repository's or folder's name does not tell")
+    group.add_argument("--quantize", "-q", type=int, choices=QUANTIZE_CHOICES, help="bits per weight to quantize to")
+
+
+def add_lora_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("LoRA")
+    group.add_argument(
+        "--lora", nargs="+", action="append", metavar=("PATH", "SCALE"), help="a LoRA and its scale; repeatable"
+    )
+    group.add_argument("--lora-style", choices=LORA_STYLES, help="a LoRA by the name of its style")
+    group.add_argument("--lora-paths", nargs="*", help="LoRAs without scales; --lora says both at once")
+    group.add_argument("--lora-scales", nargs="*", type=float, help="one scale for each of --lora-paths")
+    group.add_argument(
+        "--bake-lora",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add LoRAs to the weights once, instead of computing them in each step (default: yes)",
+    )
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--prompt", help="what to draw; - reads it from standard input")
+    either.add_argument("--prompt-file", type=Path, help="a text file with the prompt, read anew for each picture")
+    group.add_argument("--negative-prompt", default="", help="what not to draw, for models that can use it")
+
+
+def add_generation_options(parser: argparse.ArgumentParser, *, default_size: str) -> None:
+    group = parser.add_argument_group("picture")
+    group.add_argument("--seed", type=int, nargs="+", help="one picture for each seed (default: one, from the clock)")
+    group.add_argument("--auto-seeds", type=int, default=-1, metavar="N", help="N pictures with random seeds")
+    group.add_argument(
+        "--width", type=dimension, default="auto", help=f"pixels, 2x of the source picture, or auto ({default_size})"
+    )
+    group.add_argument("--height", type=dimension, default="auto", help="likewise")
+    group.add_argument("--steps", type=number(int, least=1), help="denoising steps (default: the model's)")
+    group.add_argument(
+        "--guidance", type=number(float, least=0), help=f"how closely to follow the prompt (default: {DEFAULT_GUIDANCE})"
+    )
+    group.add_argument(
+        "--scheduler", default="linear", help="linear, flow_match_euler_discrete, or your own package.module.Class"
+    )
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("picture to start from")
+    group.add_argument(
+        "--image", nargs="+", metavar=("PATH", "STRENGTH"), help="a picture, and how much of it to keep, 0 to 1 (0.4)"
+    )
+    group.add_argument("--image-path", type=Path, help="the picture alone; --image says both at once")
+    group.add_argument("--image-strength", type=number(float, least=0, most=1), default=0.4, help="the strength alone")
+
+
+def add_pid_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("PiD decoder")
+    group.add_argument("--pid-decode", action=argparse.BooleanOptionalAction, default=False, help="decode with PiD")
+    group.add_argument("--pid-degrade-sigma", type=float, default=0.0, help="noise to add before PiD decodes")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output",
+        default="image.png",
+        help="where to write; {seed} stands for the seed (default: image.png; an existing file is never replaced)",
+    )
+    group.add_argument(
+        "--metadata", "--make-conf", action="store_true", help="also write the settings as NAME.metadata.json"
+    )
+    group.add_argument(
+        "--no-metadata", "--no-exif", action="store_true", help="do not write the settings into the picture"
+    )
+    group.add_argument(
+        "--config-from-metadata",
+        "--config-from-conf",
+        "-C",
+        type=Path,
+        metavar="FILE",
+        help="take all settings from a .metadata.json or a picture; what is given here as well comes first",
+    )
+    group.add_argument("--stepwise-image-output-dir", metavar="DIR", help="write a picture of each step there")
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--low-ram", action="store_true", help="use as little memory as possible, at some speed")
+    group.add_argument(
+        "--mlx-cache-limit-gb", type=number(float, above=0), help="how much freed memory MLX may keep, in GB"
+    )
+    group.add_argument("--vae-tiling", action="store_true", help="decode in overlapping tiles")
+    group.add_argument("--vae-tile-size", type=tile_size, help="pixels of a tile (default: 512); implies --vae-tiling")
+    group.add_argument(
+        "--battery-percentage-stop-limit",
+        "-B",
+        type=battery_limit,
+        default=5,
+        metavar="PERCENT",
+        help="on a Mac's battery, stop at this charge (default: 5)",
+    )
+
+
+# ---- what options mean together
+
+
+def was_given(argv: Sequence[str] | None, *options: str) -> bool:
+    """Whether one of these options stands on the command line, in any spelling that argparse takes."""
+    for word in sys.argv[1:] if argv is None else argv:
+        name = word.partition("=")[0]
+        for option in options:
+            if name == option or (len(option) == 2 and word.startswith(option) and not word.startswith("--")):
+                return True
+    return False
+
+
+def refuse_what_is_not_built(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        NotBuiltError: an option whose feature this version lacks was given.
+    """
+    lora = any(getattr(args, name, None) for name in ("lora", "lora_style", "lora_paths", "lora_scales"))
+    for given, sentence in (
+        (lora or not getattr(args, "bake_lora", True), "LoRA is not built yet in this version: leave --lora out"),
+        (getattr(args, "quantize", None), "quantization is not built yet in this version: leave --quantize out"),
+        (
+            getattr(args, "pid_decode", False) or getattr(args, "pid_degrade_sigma", 0.0),
+            "PiD decoding is not built yet in this version: leave --pid-decode out",
+        ),
+    ):
+        if given:
+            raise NotBuiltError(sentence)
+
+
+def settle_image(args: argparse.Namespace) -> None:
+    """Fold `--image PATH [STRENGTH]` into `image_path` and `image_strength`.
+
+    Raises:
+        UsageError: too many values, or a strength that is not a number from 0 to 1.
+    """
+    if args.image is None:
+        return
+    if args.image_path is not None:
+        raise UsageError("--image and --image-path say the same: use --image PATH [STRENGTH]")
+    if len(args.image) > 2:
+        raise UsageError(f"--image takes a path and a strength, not {len(args.image)} values: --image photo.jpg 0.6")
+    args.image_path = Path(args.image[0])
+    if len(args.image) == 2:
+        try:
+            args.image_strength = number(float, least=0, most=1)(args.image[1])
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"the strength of --image: {error}") from None
+
+
+def settle_seeds(args: argparse.Namespace) -> None:
+    """Give every picture its seed, and every seed its file name."""
+    import random
+    import time
+
+    if args.seed is None and args.auto_seeds > 0:
+        args.seed = random.sample(range(10**9), args.auto_seeds)
+    if args.seed is None:
+        args.seed = [int(time.time())]
+    if len(args.seed) > 1 and "{seed}" not in args.output:
+        output = Path(args.output)
+        args.output = str(output.with_stem(output.stem + "_seed_{seed}"))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a `.metadata.json`, or those that a picture carries.
+
+    Raises:
+        UsageError: there is no such file, or it holds no settings.
+    """
+    import json
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read the settings in {path}: {error.strerror or error}") from None
+    try:
+        settings = json.loads(content)
+    except ValueError:
+        from mflux.utils.metadata_reader import MetadataReader
+
+        settings = MetadataReader.read_exif_metadata(path)
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} holds no settings: it is neither a .metadata.json nor a picture made with mflux")
+    return settings
+
+
+def read_prompt(args: argparse.Namespace, *, _stdin: list[str] = []) -> str:  # noqa: B006 (standard input reads once)
+    """The prompt for the next picture: from the option, from standard input (once), or from the file as it is now.
+
+    Raises:
+        PromptFileReadError: there is none, or it is empty.
+    """
+    from mflux.utils.exceptions import PromptFileReadError
+
+    if args.prompt == "-":
+        if not _stdin:
+            _stdin.append(sys.stdin.read().strip())
+        prompt, source = _stdin[0], "standard input"
+    elif args.prompt_file is not None:
+        try:
+            prompt, source = args.prompt_file.read_text(encoding="utf-8").strip(), str(args.prompt_file)
+        except OSError as error:
+            raise PromptFileReadError(f"cannot read the prompt file {args.prompt_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise PromptFileReadError(f"the prompt file {args.prompt_file} is not text in UTF-8") from None
+    else:
+        prompt, source = args.prompt or "", "--prompt"
+    if not prompt.strip():
+        raise PromptFileReadError(f"there is no prompt: {source} is empty")
+    return prompt

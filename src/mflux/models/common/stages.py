@@ -1,0 +1,79 @@
+"""Components that are in memory only while a stage needs them.
+
+A pipeline runs in stages: encode the prompt, denoise, decode. Its components are `Part`s: reading the attribute loads
+the component, assigning None releases it, so that peak memory is the largest stage and not the sum.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mflux.backend import mx, nn
+
+log = logging.getLogger(__name__)
+
+
+class Part:
+    """A component as an attribute of a pipeline.
+
+    Args:
+        load: called with the pipeline when the component is first read, and again after it was released.
+    """
+
+    def __init__(self, load: Callable[[Any], nn.Module]):
+        self._load = load
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+        self._slot = f"_part_{name}"
+
+    def __get__(self, pipeline: Any, owner: type | None = None):
+        if pipeline is None:
+            return self
+        component = pipeline.__dict__.get(self._slot)
+        if component is None:
+            with timed(f"load {self._name}") as note:
+                component = self._load(pipeline)
+                note.append(f"{weight_bytes(component) / 1e9:.2f} GB")
+            pipeline.__dict__[self._slot] = component
+        return component
+
+    def __set__(self, pipeline: Any, component: nn.Module | None) -> None:
+        if component is not None:
+            pipeline.__dict__[self._slot] = component
+        elif pipeline.__dict__.pop(self._slot, None) is not None:
+            gc.collect()
+            mx.clear_cache()
+
+
+def is_loaded(pipeline: Any, name: str) -> bool:
+    """Whether a `Part` is in memory; asking does not load it."""
+    return f"_part_{name}" in pipeline.__dict__
+
+
+def release(pipeline: Any, *names: str) -> None:
+    """Let go of components; a later use loads them again."""
+    for name in names:
+        setattr(pipeline, name, None)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(value.nbytes for _, value in tree_flatten(module.parameters()))
+
+
+@contextmanager
+def timed(what: str):
+    """Log what a stage took, at level INFO: a command shows it on stderr. Notes added to the list are shown as well."""
+    note: list[str] = []
+    start = time.perf_counter()
+    yield note
+    seconds = f"{time.perf_counter() - start:.1f} s"
+    log.info("%s: %s", what, ", ".join([seconds, *note]))

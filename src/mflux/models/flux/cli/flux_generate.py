@@ -1,0 +1,207 @@
+"""`mflux-generate`: pictures with FLUX.1."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from mflux.cli import parser as options
+from mflux.errors import UsageError
+from mflux.models.common.config.registry import BUILT, MODELS
+
+log = logging.getLogger(__name__)
+
+
+def build_parser() -> options.MfluxParser:
+    """The command's parser; completions and tests use it as well."""
+    parser = options.MfluxParser(
+        prog="mflux-generate",
+        description="Draw with FLUX.1 from a prompt, or from a prompt and a picture.",
+        epilog=f"Models: {', '.join(BUILT)}. The model demo comes with mflux and needs no download.",
+    )
+    options.add_model_options(parser)
+    options.add_prompt_options(parser)
+    options.add_generation_options(parser, default_size="1024; demo: 128; the source picture's, if there is one")
+    options.add_image_options(parser)
+    options.add_lora_options(parser)
+    options.add_pid_options(parser)
+    options.add_output_options(parser)
+    options.add_machine_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return options.run(generate, argv)
+
+
+def generate(argv: Sequence[str] | None) -> None:
+    """Parse, check everything that can be checked without the model, then draw."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    options.refuse_what_is_not_built(args)
+    options.settle_image(args)
+    if args.config_from_metadata:
+        take_settings(args, argv)
+    options.settle_seeds(args)
+    model_config = check(args, argv)
+
+    # From here on it takes time; the imports alone are half a second.
+    from mflux.utils.image_util import ImageUtil, check_output
+
+    for seed in args.seed:
+        check_output(args.output.replace("{seed}", str(seed)))
+    prompt = options.read_prompt(args)
+    width, height = resolve_size(args, model_config)
+
+    from mflux.models.flux.variants.txt2img.flux import Flux1
+    from mflux.utils.generated_image import GeneratedImage
+
+    is_builtin = args.model in MODELS or any(args.model in model["aliases"] for model in MODELS.values())
+    model_path = None if is_builtin else args.model
+    flux = Flux1(model_config=model_config, model_path=model_path)
+    GeneratedImage.model_path = model_path
+    ImageUtil.embed_metadata_enabled = not args.no_metadata
+    memory = prepare_machine(args, flux)
+
+    for index, seed in enumerate(args.seed):
+        if index > 0 and args.prompt_file is not None:
+            prompt = options.read_prompt(args)
+        image = flux.generate_image(
+            seed=seed,
+            prompt=prompt,
+            num_inference_steps=args.steps,
+            height=height,
+            width=width,
+            guidance=args.guidance,
+            image_path=args.image_path,
+            image_strength=args.image_strength if args.image_path else None,
+            scheduler=args.scheduler,
+        )
+        print(image.save(args.output.replace("{seed}", str(seed)), export_json_metadata=args.metadata), flush=True)
+    if memory is not None:
+        log.info(memory.memory_stats())
+
+
+def take_settings(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    """Fill in from the settings of an earlier picture what the command line leaves open."""
+    settings = options.read_settings(args.config_from_metadata)
+
+    def take(name: str, *flags: str, saved: str | None = None) -> None:
+        value = settings.get(saved or name)
+        if value is not None and not options.was_given(argv, *flags):
+            setattr(args, name, value)
+
+    if not options.was_given(argv, "--model", "-m"):
+        # The command line of the earlier picture named a folder or repository; the model is what that was taken for.
+        args.model = settings.get("model_path") or settings.get("model") or args.model
+        if args.base_model is None and settings.get("model_path"):
+            base = settings.get("base_model")
+            args.base_model = base if base not in (None, "None") else None
+    if not options.was_given(argv, "--prompt", "--prompt-file"):
+        args.prompt = settings.get("prompt")
+    take("negative_prompt", "--negative-prompt")
+    take("steps", "--steps")
+    take("guidance", "--guidance")
+    take("height", "--height")
+    take("width", "--width")
+    take("scheduler", "--scheduler")
+    take("image_path", "--image", "--image-path")
+    take("image_strength", "--image", "--image-strength")
+    if args.seed is None and args.auto_seeds <= 0 and settings.get("seed") is not None:
+        args.seed = [settings["seed"]]
+    for name, sentence in (("quantize", "was quantized"), ("lora_paths", "used LoRAs"), ("pid_decode", "used PiD")):
+        if settings.get(name):
+            raise UsageError(f"{args.config_from_metadata}: that picture {sentence}, which is not built yet here")
+    problems = {
+        "prompt": args.prompt is not None and not isinstance(args.prompt, str),
+        "steps": args.steps is not None and (type(args.steps) is not int or args.steps < 1),
+        "seed": args.seed is not None and any(type(seed) is not int for seed in args.seed),
+        "guidance": args.guidance is not None and not isinstance(args.guidance, (int, float)),
+        "image_strength": not isinstance(args.image_strength, (int, float)),
+        "model": args.model is not None and not isinstance(args.model, str),
+        "scheduler": not isinstance(args.scheduler, str) or ("." in args.scheduler and "scheduler" in settings),
+        "size": any(isinstance(side, float) or side is True for side in (args.width, args.height)),
+    }
+    if wrong := [name for name, is_wrong in problems.items() if is_wrong]:
+        raise UsageError(f"{args.config_from_metadata}: its {wrong[0]} makes no sense")
+
+
+def check(args: argparse.Namespace, argv: Sequence[str] | None):
+    """The model's configuration, once all that needs no weights has been found in order.
+
+    Raises:
+        UsageError: no model, no prompt, or a model that another command draws with.
+        ModelConfigError: the model's name tells nothing.
+    """
+    from mflux.models.common.config.model_config import DEFAULT_STEPS, ModelConfig, key_of, suggestion
+
+    if args.model is None and args.base_model is None:
+        raise UsageError(f"no model was named: {suggestion()}")
+    if args.prompt is None and args.prompt_file is None:
+        raise UsageError('no prompt was given: use --prompt "…", --prompt - or --prompt-file FILE')
+    args.model = args.model or args.base_model
+    key = key_of(args.model, args.base_model)
+    if key not in BUILT:
+        family = MODELS[key]["family"]
+        what = "this variant of FLUX.1" if family == "flux" else f"the family {family}"
+        raise UsageError(f"{key} is not built yet in this version ({what}): there are {', '.join(BUILT)}")
+    config = ModelConfig.from_name(args.model, args.base_model)
+    if args.steps is None:
+        args.steps = config.default_steps or DEFAULT_STEPS
+    if args.negative_prompt:
+        log.warning("--negative-prompt is ignored: FLUX.1 has no negative branch")
+    if not config.supports_guidance and options.was_given(argv, "--guidance"):
+        log.warning("--guidance is ignored: %s was made without guidance", key)
+    if args.guidance is None:
+        args.guidance = options.DEFAULT_GUIDANCE
+    return config
+
+
+def resolve_size(args: argparse.Namespace, model_config) -> tuple[int, int]:
+    """Width and height in pixels."""
+    from mflux.utils.dimension_resolver import DimensionResolver
+
+    if args.image_path is not None:
+        # Decoded once now, so that a broken picture is told before the weights are loaded.
+        from mflux.utils.image_util import open_image
+
+        open_image(args.image_path)
+    return DimensionResolver.resolve(
+        height=args.height,
+        width=args.width,
+        reference_image_path=args.image_path,
+        default=model_config.default_size,
+    )
+
+
+def prepare_machine(args: argparse.Namespace, flux):
+    """Register what watches over memory, battery and steps; returns the memory saver of `--low-ram`, or None."""
+    from mflux.callbacks.instances.battery_saver import BatterySaver
+    from mflux.callbacks.instances.memory_saver import MemorySaver, limit_cache
+    from mflux.models.common.autoencoders.tiling import TilingConfig
+
+    if args.vae_tiling or args.vae_tile_size:
+        flux.tiling_config = TilingConfig(vae_decode_tile_size=args.vae_tile_size or 512)
+    limit = int(args.mlx_cache_limit_gb * 1e9) if args.mlx_cache_limit_gb else None
+    flux.callbacks.register(BatterySaver(args.battery_percentage_stop_limit))
+    if args.stepwise_image_output_dir:
+        from mflux.callbacks.instances.stepwise_handler import StepwiseHandler
+        from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
+        from mflux.utils.image_util import check_output
+
+        check_output(f"{args.stepwise_image_output_dir}/step.png")
+        flux.callbacks.register(StepwiseHandler(flux, args.stepwise_image_output_dir, FluxLatentCreator))
+    flux.keep_transformer = not args.low_ram
+    if args.low_ram:
+        memory = MemorySaver(flux, keep_transformer=len(args.seed) > 1, cache_limit_bytes=limit or 10**9)
+        flux.callbacks.register(memory)
+        return memory
+    if limit is not None:
+        limit_cache(limit)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
