@@ -129,17 +129,17 @@ def test_colormaps_run_from_far_to_near(name):
     assert len(np.unique(ramp, axis=0)) > 200 and np.abs(np.diff(ramp, axis=0)).max() < 12
 
 
-def test_near_is_bright_and_metres_follow_from_the_angle(model, photo):
-    result = DepthPro(model_path=str(model)).create_depth_map(str(photo))
+def test_near_is_bright_and_metres_follow_from_the_angle(model, photo, tmp_path):
+    Image.open(photo).resize((345, 290)).save(tmp_path / "large.png")
+    result = DepthPro(model_path=str(model)).create_depth_map(str(tmp_path / "large.png"))
     depth = np.array(result.depth_array)
     assert depth.shape == (1, 1, 256, 256) and depth.dtype == np.float32
     assert (result.min_depth, result.max_depth) == (depth.min(), depth.max()) and result.min_depth > 0
-    angle = 2 * np.arctan(46 / 2 / result.focal_length_px)
-    assert 50 < np.degrees(angle) < 60
+    assert 50 < np.degrees(2 * np.arctan(345 / 2 / result.focal_length_px)) < 60
     metres, shades = np.array(result.metric_depth), np.asarray(result.depth_image)
-    assert metres.shape == shades.shape == (30, 46)
-    assert np.corrcoef(1 / metres.ravel(), shades.ravel())[0, 1] > 0.9
-    nearest, farthest = (result.focal_length_px / 46 / depth for depth in (result.max_depth, result.min_depth))
+    assert metres.shape == shades.shape == (290, 345)
+    assert np.corrcoef(1 / metres.ravel(), shades.ravel())[0, 1] > 0.95
+    nearest, farthest = (result.focal_length_px / 345 / depth for depth in (result.max_depth, result.min_depth))
     assert nearest * 0.999 < metres.min() < metres.max() < farthest * 1.001
 
 
