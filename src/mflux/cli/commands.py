@@ -16,6 +16,7 @@ class Command:
 # By the name after "mflux-"; the console scripts in pyproject.toml are the same.
 COMMANDS = {
     "generate": Command("mflux.models.flux.cli.flux_generate", "draw with FLUX.1"),
+    "convert": Command("mflux.cli.convert", "turn PyTorch weights into safetensors"),
     "info": Command("mflux.cli.info", "show the settings that a picture carries"),
     "completions": Command("mflux.cli.completions", "install tab completion for the shell"),
 }

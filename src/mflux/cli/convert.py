@@ -1,0 +1,184 @@
+"""`mflux-convert SRC DST`: PyTorch files and folders of shards into one safetensors file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mflux.cli.parser import MfluxParser, run
+from mflux.errors import NotBuiltError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from mflux.backend import mx
+    from mflux.checkpoints.opening import Checkpoint
+    from mflux.checkpoints.writing import Spec
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def build_parser() -> MfluxParser:
+    parser = MfluxParser(
+        prog="mflux-convert",
+        description="Turn weights of PyTorch (.pt, .pth, .bin, .ckpt, a folder of shards) into one safetensors file, "
+        "without torch and without running anything that such a file may hold.",
+    )
+    parser.add_argument("source", metavar="SRC", help="a file of weights, an index of shards, or a folder")
+    parser.add_argument("destination", metavar="DST", nargs="?", help="the file to write; it gets .safetensors")
+    parser.add_argument("--dtype", choices=_DTYPES, help="turn all floating-point tensors into this dtype")
+    parser.add_argument(
+        "--key",
+        metavar="NAME",
+        help="take only what lies under this name, for example state_dict; '' takes everything as it is named",
+    )
+    parser.add_argument("--list", action="store_true", help="print names, dtypes and shapes, and write nothing")
+    parser.add_argument("--force", action="store_true", help="replace DST if it exists")
+    parser.add_argument("--quantize", "-q", metavar="BITS", help="not built yet")
+    return parser
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    key: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the tensors of `source` into one safetensors file, one at a time.
+
+    Args:
+        source: what `mflux.checkpoints.open_checkpoint` opens.
+        destination: the file to write; `.safetensors` is added where it is missing.
+        dtype: for floating-point tensors; by default each keeps its own (float64 and float8 become float32).
+        key: as for `open_checkpoint`.
+        force: replace a file that exists.
+
+    Returns:
+        The path of the file, which is complete; in case of an error there is none.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        OutputError: the destination cannot be written.
+    """
+    from tqdm import tqdm
+
+    from mflux.checkpoints.opening import open_checkpoint
+    from mflux.checkpoints.writing import SafetensorsWriter
+
+    destination = _with_suffix(Path(destination))
+    if destination.exists() and not force:
+        raise OutputError(f"{destination} exists already: choose another name, or --force to replace it")
+    checkpoint = open_checkpoint(source, key)
+    if any(destination.exists() and destination.samefile(file.path) for file in checkpoint.files):
+        raise OutputError(f"{destination} is the source itself: choose another name")
+    specs = _specs(checkpoint, dtype)
+    described = {name: checkpoint.describe(name) for name in checkpoint}
+    overflowing: list[str] = []
+    with (
+        SafetensorsWriter(destination, specs, metadata={"format": "pt"}, overwrite=force) as writer,
+        tqdm(total=_total(specs), unit="B", unit_scale=True, desc="convert", disable=None, file=sys.stderr) as bar,
+    ):
+        # In the file's order, so that each byte is read once, also where several names share it.
+        previous, value = None, None
+        for name in sorted(specs, key=lambda name: described[name].place):
+            if value is None or described[name].same != previous:
+                previous, value = described[name].same, _converted(checkpoint, name, specs[name], overflowing)
+            writer.write(name, value)
+            bar.update(value.nbytes)
+    _report(checkpoint, overflowing)
+    return destination
+
+
+def _with_suffix(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+
+
+def _specs(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Spec]:
+    """What each tensor will be in the new file. Nothing is read, but for what only torch can make sense of."""
+    from mflux.backend import mx
+
+    specs: dict[str, Spec] = {}
+    for name in checkpoint:
+        description = checkpoint.describe(name)
+        kind, shape = description.dtype, description.shape
+        if kind is None or shape is None:
+            # Either torch makes it dense, or this says why it cannot be read.
+            value = checkpoint[name]
+            kind, shape = value.dtype, tuple(value.shape)
+        if dtype is not None and mx.issubdtype(kind, mx.floating):
+            kind = getattr(mx, dtype)
+        specs[name] = kind, shape
+    return specs
+
+
+def _converted(checkpoint: Checkpoint, name: str, spec: Spec, overflowing: list[str]) -> mx.array:
+    from mflux.backend import mx
+
+    stored = checkpoint[name]
+    value = stored.astype(spec[0])
+    narrows = spec[0] == mx.float16 and stored.dtype != mx.float16
+    if narrows and mx.any(mx.isinf(value) & mx.isfinite(stored)).item():
+        overflowing.append(name)
+    return value
+
+
+def _total(specs: dict[str, Spec]) -> int:
+    from math import prod
+
+    return sum(prod(shape) * dtype.size for dtype, shape in specs.values())
+
+
+def _report(checkpoint: Checkpoint, overflowing: list[str]) -> None:
+    if checkpoint.dropped:
+        _log.info("left out what is not a tensor: %s", _some(checkpoint.dropped))
+    if overflowing:
+        _log.warning(
+            "values beyond float16's range became infinite in %s; bfloat16 would hold them", _some(overflowing)
+        )
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    from mflux.checkpoints.unpickler import shown
+
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shown(name) for name in names[:most]) + more
+
+
+def list_tensors(source: str | Path, key: str | None = None) -> None:
+    """Print a line for each tensor, its name, dtype and shape separated by tabs; no data are read."""
+    from mflux.checkpoints.opening import open_checkpoint
+    from mflux.checkpoints.unpickler import shown
+
+    checkpoint = open_checkpoint(source, key)
+    for name in checkpoint:
+        description = checkpoint.describe(name)
+        shape = "?" if description.shape is None else str(list(description.shape))
+        print(f"{shown(name, 4096)}\t{description.stored}\t{shape}")
+    _report(checkpoint, [])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(_convert, argv)
+
+
+def _convert(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.quantize is not None:
+        raise NotBuiltError("quantization is not built yet in this version: leave --quantize out")
+    if args.list:
+        if args.destination is not None:
+            raise UsageError("--list only prints: leave DST out")
+        list_tensors(args.source, args.key)
+        return
+    if args.destination is None:
+        raise UsageError("name the file to write: mflux-convert SRC DST.safetensors")
+    print(convert(args.source, args.destination, dtype=args.dtype, key=args.key, force=args.force))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
