@@ -209,14 +209,15 @@ def test_error_sentences(model, photo, tmp_path, capsys, monkeypatch):
     save_file(tensors, incomplete / "model.safetensors")
 
     cases = [
-        (["--image-path", tmp_path / "none.png", "--model", model], 1, "there is no picture"),
+        (["--image-path", tmp_path / "none.png", "--model", model], 1, "does not exist"),
         (["--image-path", broken, "--model", model], 1, "is not a picture that can be read"),
         (["--image-path", photo, "--model", tmp_path / "none.pt"], 1, "there is no file"),
         (["--image-path", photo, "--model", other], 1, "does not hold Depth Pro"),
         (["--image-path", photo, "--model", incomplete], 1, "head.layers.2.weight"),
         (["--image-path", photo, "--model", incomplete], 1, "head.layers.9.weight"),
         (["--image-path", photo, "--model", model, "-q", "4"], 2, "cannot be quantized in this version"),
-        (["--image-path", photo, "--model", model, "--output", tmp_path / "no" / "a.png"], 1, "there is no folder"),
+        (["--image-path", photo, "--model", model, "--output", broken / "a.png"], 1, "cannot write"),
+        (["--image-path", photo, "--model", "org/name@bad..name"], 1, "is not a revision"),
         (["--image-path", photo, "--model", model, "--output", "a.jpg"], 2, "end it in .png"),
         (["--image-path", photo, "--model", model, "--format", "npy", "--output", "a.png"], 2, "end it in .npy"),
         (["--image-path", photo, "--model", model, "--format", "npy", "--colormap", "ember"], 2, "--format png only"),
@@ -300,3 +301,11 @@ def test_help_imports_nothing_heavy():
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
     assert "--image-path" in output and "--colormap" in output
+
+
+def test_verbose_says_what_was_found(model, photo, capsys):
+    assert run("--image-path", photo, "--model", model, "-v") == 0
+    said = capsys.readouterr().err
+    assert "46x30" in said and "focal length" in said and " m to " in said
+    assert run("--image-path", photo, "--model", model) == 0
+    assert capsys.readouterr().err == ""

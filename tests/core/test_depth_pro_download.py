@@ -126,7 +126,7 @@ def test_a_connection_that_keeps_breaking_is_taken_up_again(server, target):
 def test_no_bytes_again_and_again_gives_up_and_keeps_what_came(server, target):
     begin(target, server.body[:2_000_000])
     server.cut = 0
-    with pytest.raises(DownloadError, match="2 MB are kept and the same command carries on there.*--model"):
+    with pytest.raises(DownloadError, match=r"2 MB are kept and the same command carries on there.*--model"):
         fetch_archive(server.url, target, remedy=REMEDY)
     assert len(server.asked) == 3
     assert partial(target).read_bytes() == server.body[:2_000_000] and not target.exists()
@@ -234,7 +234,7 @@ def test_offline_asks_nobody(server, target, monkeypatch):
 def test_no_room_is_said_before_a_byte_is_written(server, target, monkeypatch):
     free = download.shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(DownloadError, match="no room.*MFLUX_CACHE_DIR"):
+    with pytest.raises(DownloadError, match=r"no room.*MFLUX_CACHE_DIR"):
         fetch_archive(server.url, target, remedy=REMEDY)
     assert list(target.parent.iterdir()) == []
 

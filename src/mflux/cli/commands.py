@@ -17,6 +17,7 @@ class Command:
 COMMANDS = {
     "generate": Command("mflux.models.flux.cli.flux_generate", "draw with FLUX.1"),
     "convert": Command("mflux.cli.convert", "turn PyTorch weights into safetensors"),
+    "save-depth": Command("mflux.models.depth_pro.cli.save_depth", "estimate a photo's depth with Depth Pro"),
     "info": Command("mflux.cli.info", "show the settings that a picture carries"),
     "completions": Command("mflux.cli.completions", "install tab completion for the shell"),
 }
@@ -31,5 +32,5 @@ NOT_BUILT = (
     "generate-krea2-controlnet", "generate-lens", "generate-ming", "generate-moss-image", "generate-qwen",
     "generate-qwen-2.1", "generate-qwen-2.1-controlnet", "generate-qwen-2.1-edit", "generate-qwen-edit",
     "generate-redux", "generate-z-image", "generate-z-image-controlnet", "generate-z-image-turbo", "inspire-fibo",
-    "lora-library", "refine-fibo", "save", "save-depth", "train", "upscale-controlnet", "upscale-seedvr2",
+    "lora-library", "refine-fibo", "save", "train", "upscale-controlnet", "upscale-seedvr2",
 )  # fmt: skip

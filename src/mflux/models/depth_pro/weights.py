@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx
-from mflux.checkpoints.loading import FolderTensors, fill, read_json
+from mflux.checkpoints.loading import fill, read_json
+from mflux.checkpoints.opening import SUFFIXES, open_checkpoint
 from mflux.errors import CheckpointError
+from mflux.hub import resolve_model
 from mflux.models.common.config.component_config import ComponentConfig
+from mflux.models.depth_pro.download import fetch_archive
 from mflux.models.depth_pro.model.depth_pro_model import DepthProConfig, DepthProForDepthEstimation
 
 APPLE_URL = "https://ml-site.cdn-apple.com/models/depth-pro/depth_pro.pt"
-# What a repository may hold of either layout.
-_PATTERNS = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json", "depth_pro.pt")
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# What to fetch of a repository in the layout of DepthPro-hf, and what it must have.
+_PATTERNS = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
+_REQUIRED = ("config.json", "*.safetensors")
 
 # The beginnings of Apple's names, and what stands there in ours. Apple counts levels from fine to coarse.
 _PLACES = {
@@ -157,18 +160,14 @@ def locate(model_path: str | Path | None = None) -> Path:
         DownloadError: the weights cannot be fetched.
     """
     if model_path is None:
-        from mflux.models.depth_pro.download import fetch_archive
-
         remedy = "fetch that file by other means and name it with --model (in Python: model_path)"
         return fetch_archive(APPLE_URL, cache_folder() / "depth_pro" / Path(APPLE_URL).name, remedy=remedy)
     path = Path(model_path).expanduser()
     if path.is_file():
         return path
-    if path.suffix in (".safetensors", *_TORCH_SUFFIXES) and not path.exists():
+    if path.suffix in SUFFIXES and not path.exists():
         raise CheckpointError(f"there is no file {path}: check the path, or leave it out for Apple's published weights")
-    from mflux.hub import resolve_model
-
-    return resolve_model(model_path, _PATTERNS)
+    return resolve_model(model_path, _PATTERNS, required=_REQUIRED)
 
 
 def load(path: Path) -> tuple[DepthProForDepthEstimation, Preprocessing]:
@@ -178,7 +177,7 @@ def load(path: Path) -> tuple[DepthProForDepthEstimation, Preprocessing]:
         CheckpointError: a file is damaged, is not Depth Pro, or does not fit its configuration.
     """
     config, preprocessing = _settings(path if path.is_dir() else path.parent)
-    tensors = _open(path)
+    tensors: Mapping[str, mx.array] = open_checkpoint(path)
     if any(name.startswith("encoder.patch_encoder.") for name in tensors):
         tensors = AppleTensors(tensors, path)
     elif not any(name.startswith("depth_pro.encoder.") for name in tensors):
@@ -201,14 +200,3 @@ def _settings(folder: Path) -> tuple[DepthProConfig, Preprocessing]:
         DepthProConfig.from_dict(values, source=config),
         Preprocessing.from_dict(preprocessing, source=preprocessor),
     )
-
-
-def _open(path: Path) -> Mapping[str, mx.array]:
-    if path.is_dir():
-        torch_files = sorted(file for file in path.iterdir() if file.suffix in _TORCH_SUFFIXES)
-        if len(torch_files) != 1 or any(path.glob("*.safetensors")):
-            return FolderTensors(path)
-        path = torch_files[0]
-    from mflux.checkpoints import open_checkpoint
-
-    return open_checkpoint(path)

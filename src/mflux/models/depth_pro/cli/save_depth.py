@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.errors import MfluxError, OutputError, UsageError
+from mflux.cli.parser import QUANTIZE_CHOICES, MfluxParser, run
+from mflux.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mflux.models.depth_pro.model.depth_pro import DepthResult
+
+log = logging.getLogger(__name__)
 
 _SUFFIXES = {"png": ".png", "png16": ".png", "npy": ".npy"}
 
@@ -27,8 +31,9 @@ COLORMAPS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> MfluxParser:
+    """The command's parser; completions use it as well."""
+    parser = MfluxParser(
         prog="mflux-save-depth",
         description="Estimate the depth of a photo with Depth Pro and save it beside the photo as NAME_depth.png.",
     )
@@ -47,16 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--colormap", choices=list(COLORMAPS), help="colours for png (default: gray)")
     parser.add_argument(
-        "--quantize", "-q", type=int, choices=(3, 4, 5, 6, 8), help="not built for Depth Pro in this version"
+        "--quantize", "-q", type=int, choices=QUANTIZE_CHOICES, help="not built for Depth Pro in this version"
     )
-    parser.add_argument("--verbose", "-v", action="store_true", help="say what was found on stderr")
     return parser
 
 
-def save_depth(args: argparse.Namespace) -> int:
+def save_depth(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
     kind, output = _plan(args)
 
     from mflux.models.depth_pro.model.depth_pro import DepthPro, open_photo
+    from mflux.utils.image_util import write_atomically
 
     # A picture that cannot be read is told before gigabytes are loaded.
     open_photo(args.image_path)
@@ -65,12 +71,9 @@ def save_depth(args: argparse.Namespace) -> int:
     loaded = time.perf_counter()
     result = model.create_depth_map(args.image_path)
     data = encode(result, kind, args.colormap or "gray")
-    print(write_new(output, data))
-    if args.verbose:
-        done = time.perf_counter()
-        _describe(result)
-        print(f"loaded in {loaded - started:.1f} s, estimated in {done - loaded:.1f} s", file=sys.stderr)
-    return 0
+    log.debug("loaded in %.1f s, estimated in %.1f s", loaded - started, time.perf_counter() - loaded)
+    log.debug("%s", _describe(result))
+    print(write_atomically(output, lambda file: file.write(data), overwrite=False))
 
 
 def encode(result: DepthResult, kind: str, colormap: str = "gray") -> bytes:
@@ -112,32 +115,6 @@ def colour(values: np.ndarray, colormap: str) -> np.ndarray:
     return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
 
 
-def write_new(path: Path, data: bytes) -> Path:
-    """Write a file that is not there yet: under `path`, or under the next free name, NAME_1, NAME_2 and so on.
-
-    Raises:
-        OutputError: the folder is missing or cannot be written to.
-    """
-    number, chosen = 0, path
-    while True:
-        try:
-            with chosen.open("xb") as file:
-                try:
-                    file.write(data)
-                    file.flush()
-                except OSError:
-                    chosen.unlink()
-                    raise
-            return chosen
-        except FileExistsError:
-            number += 1
-            chosen = path.with_stem(f"{path.stem}_{number}")
-        except FileNotFoundError:
-            raise OutputError(f"cannot write {chosen}: there is no folder {chosen.parent}; make it first") from None
-        except OSError as error:
-            raise OutputError(f"cannot write {chosen}: {error.strerror or error}; name another --output") from None
-
-
 def _plan(args: argparse.Namespace) -> tuple[str, Path]:
     """The format and the path, from what was said and what follows from it."""
     output = args.output
@@ -157,23 +134,17 @@ def _plan(args: argparse.Namespace) -> tuple[str, Path]:
     return kind, output
 
 
-def _describe(result: DepthResult) -> None:
+def _describe(result: DepthResult) -> str:
     width, height = result.depth_image.size
-    print(f"{width}x{height}, inverse depth {result.min_depth:.4g} to {result.max_depth:.4g}", file=sys.stderr)
-    if result.metric_depth is not None:
-        near, far = result.metric_depth.min().item(), result.metric_depth.max().item()
-        print(
-            f"focal length {result.focal_length_px:.1f} px, distances {near:.3g} m to {far:.3g} m",
-            file=sys.stderr,
-        )
+    text = f"{width}x{height}, inverse depth {result.min_depth:.4g} to {result.max_depth:.4g}"
+    if result.metric_depth is None:
+        return text
+    near, far = result.metric_depth.min().item(), result.metric_depth.max().item()
+    return f"{text}, focal length {result.focal_length_px:.1f} px, distances {near:.3g} m to {far:.3g} m"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        return save_depth(build_parser().parse_args(argv))
-    except MfluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run(save_depth, argv)
 
 
 if __name__ == "__main__":

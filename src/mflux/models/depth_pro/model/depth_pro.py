@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from mflux.backend import mx
-from mflux.errors import ImageError, NotBuiltError
+from mflux.errors import NotBuiltError
 from mflux.models.depth_pro import weights
 from mflux.models.depth_pro.model.depth_pro_model import resize_bilinear
+from mflux.utils.image_util import open_image
 
 # The nearest and farthest inverse distances, in 1/m, that metric depth tells apart.
 _INVERSE_RANGE = (1e-4, 1e4)
@@ -97,26 +98,16 @@ class DepthPro:
 
 
 def open_photo(path: str | Path) -> Image.Image:
-    """A photo as RGB, upright.
+    """A photo as 8-bit RGB, upright.
 
     Raises:
         ImageError: there is no such file, or it is not a picture that can be read.
     """
-    try:
-        with Image.open(path) as file:
-            photo = ImageOps.exif_transpose(file)
-            if photo.mode.startswith("I"):
-                # Sixteen bits of gray; Pillow's own conversion would cut them off at 255.
-                photo = Image.fromarray((np.asarray(photo).clip(0, 65535) // 257).astype(np.uint8))
-            return photo.convert("RGB")
-    except FileNotFoundError:
-        raise ImageError(f"there is no picture {path}: check the path") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{path} is not a picture that can be read: give a PNG, JPEG or WebP file") from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"{path} has too many pixels: make it smaller first") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"cannot read {path} ({error}): it may be damaged") from None
+    photo = open_image(path)
+    if photo.mode.startswith("I"):
+        # Sixteen bits of gray; Pillow's own conversion would cut them off at 255.
+        photo = Image.fromarray((np.asarray(photo).clip(0, 65535) // 257).astype(np.uint8))
+    return photo.convert("RGB")
 
 
 def _relative(depth: mx.array, low: float, high: float, size: tuple[int, int]) -> np.ndarray:
