@@ -105,7 +105,10 @@ def train_tokenizers(work: Path) -> None:
             "model_max_length": TEXT_LENGTH,
         },
     )
-    special = {"bos_token": "<|startoftext|>", **dict.fromkeys(["eos_token", "pad_token", "unk_token"], "<|endoftext|>")}
+    special = {
+        "bos_token": "<|startoftext|>",
+        **dict.fromkeys(["eos_token", "pad_token", "unk_token"], "<|endoftext|>"),
+    }
     write_json(folder / "special_tokens_map.json", special)
 
     # T5: whole words of the captions, then single characters, so that nothing common is unknown.
@@ -275,7 +278,6 @@ def train_vae(work: Path, steps: int) -> None:
             save(work / "vae.pt", step + 1, rng, vae=vae, optimizer=optimizer, average=average)
 
 
-
 # ---------------------------------------------------------------------------------------------------------- flow
 
 
@@ -428,6 +430,8 @@ def export(work: Path, out: Path) -> None:
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(work / name, out / name)
     (out / "text_encoder" / "generation_config.json").unlink(missing_ok=True)
+    for file in out.rglob("*.safetensors"):
+        file.chmod(0o644)
     index = {
         "_class_name": "FluxPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -479,9 +483,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("src/mflux/demo/checkpoint"))
     parser.add_argument("--stage", choices=["tokenizers", "vae", "flow", "export"], help="only this one")
     parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--flow-steps", type=int, default=6000)
+    parser.add_argument("--flow-steps", type=int, default=4500)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--variants", type=int, default=6, help="drawings of each training scene")
+    parser.add_argument("--variants", type=int, default=4, help="drawings of each training scene")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,9 @@ BLAS = _load_blas()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
-__all__ = ["BLAS", "compute_dtype", "has_gpu", "mx", "nn"]
+__all__ = ["BLAS", "compute_dtype", "has_gpu", "mx", "nn", "tree_flatten"]
 
 
 def has_gpu() -> bool:

@@ -27,9 +27,7 @@ class BeforeLoopCallback(Protocol):
 
 
 class InLoopCallback(Protocol):
-    def call_in_loop(
-        self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm
-    ) -> None:
+    def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm) -> None:
         """Called after step `t` with the latents it left."""
 
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_flatten
-
-from mflux.backend import compute_dtype, mx, nn
+from mflux.backend import compute_dtype, mx, nn, tree_flatten
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError
 

@@ -131,7 +131,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False
     group.add_argument(
         "--model", "-m", required=required, help="a model's name, a Hugging Face repository (org/name), or a folder"
     )
-    group.add_argument("--base-model", help="the model it derives from, when the repository's or folder's name does not tell")
+    group.add_argument(
+        "--base-model", help="the model it derives from, when the repository's or folder's name does not tell"
+    )
     group.add_argument("--quantize", "-q", type=int, choices=QUANTIZE_CHOICES, help="bits per weight to quantize to")
 
 
@@ -169,7 +171,9 @@ def add_generation_options(parser: argparse.ArgumentParser, *, default_size: str
     group.add_argument("--height", type=dimension, default="auto", help="likewise")
     group.add_argument("--steps", type=number(int, least=1), help="denoising steps (default: the model's)")
     group.add_argument(
-        "--guidance", type=number(float, least=0), help=f"how closely to follow the prompt (default: {DEFAULT_GUIDANCE})"
+        "--guidance",
+        type=number(float, least=0),
+        help=f"how closely to follow the prompt (default: {DEFAULT_GUIDANCE})",
     )
     group.add_argument(
         "--scheduler", default="linear", help="linear, flow_match_euler_discrete, or your own package.module.Class"

@@ -37,7 +37,7 @@ class MetadataBuilder:
     def save_arguments(metadata: dict[str, Any], picture_format: str) -> dict[str, Any]:
         """Keyword arguments for PIL's `save` that embed `metadata`; empty for a format that has no room for it."""
         exif = PIL.Image.Exif()
-        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = COMMENT_PREFIX + json.dumps(metadata).encode()
+        exif[_EXIF_IFD] = {_USER_COMMENT: COMMENT_PREFIX + json.dumps(metadata).encode()}
         if picture_format == "PNG":
             info = PIL.PngImagePlugin.PngInfo()
             info.add_itxt(XMP_KEY, MetadataBuilder.build_xmp_packet(metadata))

@@ -59,9 +59,7 @@ class MemorySaver:
         if not self.keep_text_encoder:
             release(self.model, *_TEXT_ENCODERS)
 
-    def call_in_loop(
-        self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm
-    ) -> None:
+    def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm) -> None:
         mx.clear_cache()
 
     def call_after_loop(self, seed: int, prompt: str, latents: mx.array, config: Config) -> None:

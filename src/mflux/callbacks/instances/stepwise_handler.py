@@ -47,9 +47,7 @@ class StepwiseHandler:
         self._start = time.perf_counter()
         self._save(config.init_time_step, seed, prompt, latents, config)
 
-    def call_in_loop(
-        self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm
-    ) -> None:
+    def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm) -> None:
         self._save(t + 1, seed, prompt, latents, config)
 
     def call_interrupt(

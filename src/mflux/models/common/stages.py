@@ -13,9 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
-from mlx.utils import tree_flatten
-
-from mflux.backend import mx, nn
+from mflux.backend import mx, nn, tree_flatten
 
 log = logging.getLogger(__name__)
 
