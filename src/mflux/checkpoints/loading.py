@@ -72,7 +72,8 @@ def _weight_files(folder: Path) -> list[Path]:
         missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
-                f"{folder} is incomplete: {len(missing)} of {len(shards)} weight files are missing, such as {missing[0]}"
+                f"{folder} is incomplete: {len(missing)} of {len(shards)} weight files are missing, "
+                f"such as {missing[0]}: fetch it again"
             )
         return [folder / name for name in shards]
     files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())

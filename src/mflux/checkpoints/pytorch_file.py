@@ -580,7 +580,7 @@ def _parameter(data: Any, requires_grad: Any = None, hooks: Any = None, state: A
 
 def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """A tensor with attributes. Its class is one of the table's, which means torch's own."""
-    if not isinstance(function, Name) or function.call is None or not isinstance(arguments, tuple):
+    if not isinstance(function, Name) or function.call in (None, _typed) or not isinstance(arguments, tuple):
         raise ValueError
     return _parameter(function.call(*arguments))
 

@@ -169,7 +169,7 @@ class Unpickler:
     def _unsigned(self, width: int) -> int:
         return int.from_bytes(self._take(width), "little")
 
-    def _line(self, most: int = 4096) -> str:
+    def _line(self, most: int = 512) -> str:
         """The text up to the next newline."""
         window = bytes(self._data[self._position : self._position + most + 1])
         stop = window.find(b"\n")

@@ -8,9 +8,7 @@ Source: PKWARE's APPNOTE.TXT, sections 4.3.7 (local header), 4.3.12 (directory),
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from mflux.checkpoints.unpickler import shown
 from mflux.errors import CheckpointError, UnsafeCheckpointError
@@ -26,11 +24,10 @@ _LONGEST_COMMENT = 0xFFFF
 
 @dataclass(frozen=True)
 class Record:
-    """Where a record's bytes lie in the file, and the CRC-32 that the directory gives them."""
+    """Where a record's bytes lie in the file."""
 
     start: int
     length: int
-    crc: int
 
 
 def read_records(data: memoryview, source: object) -> dict[str, Record]:
@@ -47,7 +44,7 @@ def read_records(data: memoryview, source: object) -> dict[str, Record]:
         if position + _ENTRY.size > end:
             raise _damaged(source)
         (
-            magic, _, _, flags, method, _, _, crc, packed, length, name_length, extra_length, comment_length,
+            magic, _, _, flags, method, _, _, _, packed, length, name_length, extra_length, comment_length,
             disk, _, _, header,
         ) = _ENTRY.unpack_from(data, position)  # fmt: skip
         position += _ENTRY.size
@@ -69,7 +66,7 @@ def read_records(data: memoryview, source: object) -> dict[str, Record]:
             raise _unsafe(source, f"its record {shown(name)} is compressed, which torch never does")
         if name in records:
             raise _unsafe(source, f"its record {shown(name)} stands twice")
-        records[name] = Record(_data_start(data, header, raw_name, source), length, crc)
+        records[name] = Record(_data_start(data, header, raw_name, source), length)
     if position != end:
         raise _damaged(source)
     taken = 0
@@ -80,27 +77,6 @@ def read_records(data: memoryview, source: object) -> dict[str, Record]:
             raise _unsafe(source, "two of its records overlap")
         taken = max(taken, record.start + record.length)
     return records
-
-
-def verify_archive(path: str | Path) -> None:
-    """Compare every record of a zip archive with the CRC-32 that its directory gives, reading the file once.
-
-    For files that came over the network; loading does not do it, as torch does not.
-
-    Raises:
-        CheckpointError: the file is no zip archive, is truncated, or a record's bytes are not what they were.
-    """
-    from mflux.checkpoints.pytorch_file import map_file
-
-    data = map_file(path)
-    if bytes(data[:4]) != LOCAL_MAGIC:
-        raise CheckpointError(f"{path} is not a zip archive as torch writes it")
-    for name, record in read_records(data, path).items():
-        crc = 0
-        for start in range(record.start, record.start + record.length, 1 << 24):
-            crc = zlib.crc32(data[start : min(start + (1 << 24), record.start + record.length)], crc)
-        if crc != record.crc:
-            raise CheckpointError(f"{path} is damaged: the contents of {shown(name)} have changed; fetch it again")
 
 
 def _directory(data: memoryview, source: object) -> tuple[int, int, int]:
