@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mflux.cli.parser import MfluxParser, run
-from mflux.errors import ImageError, MfluxError
+from mflux.errors import MfluxError
 
 # What to show, in this order; "original_…" and unknown settings follow.
 _LABELS = {
@@ -47,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def show(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
 
+    from mflux.utils.image_util import oriented_size
     from mflux.utils.metadata_reader import MetadataReader
 
-    if not Path(args.image_path).is_file():
-        raise ImageError(f"the image {args.image_path} does not exist")
+    # What is no picture at all is told as such.
+    oriented_size(args.image_path)
     settings = MetadataReader.read_exif_metadata(args.image_path)
     if settings is None:
         raise MfluxError(f"{args.image_path} carries no settings: it was not made with mflux, or with --no-metadata")

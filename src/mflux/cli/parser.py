@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mflux.errors import MfluxError, NotBuiltError, UsageError
-from mflux.utils.scale_factor import ScaleFactor
+from mflux.utils.scale_factor import GRID, LARGEST, ScaleFactor
 
 QUANTIZE_CHOICES = (3, 4, 5, 6, 8)
 LORA_STYLES = (
@@ -51,7 +52,8 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
     try:
         return command(argv) or 0
     except MfluxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # One line, whatever a library's own message had in it.
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("error: stopped", file=sys.stderr)
@@ -60,7 +62,10 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
         # The reader of our output has gone; Python would complain again while shutting down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # MLX has no exception of its own for memory that it cannot have.
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
         print("error: not enough memory: try --low-ram, or a smaller --width and --height", file=sys.stderr)
         return 1
 
@@ -84,17 +89,26 @@ def number(kind: type, *, above: float | None = None, least: float | None = None
     def read(text: str):
         try:
             value = kind(text)
-        except ValueError:
+            if not math.isfinite(value):
+                raise ValueError
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-        if value != value or (above is not None and value <= above):
-            raise argparse.ArgumentTypeError(f"{text} is not above {above:g}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} is not above {above}")
         if least is not None and value < least:
-            raise argparse.ArgumentTypeError(f"{text} is too small: at least {least:g}")
+            raise argparse.ArgumentTypeError(f"{text} is too small: at least {least}")
         if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{text} is too large: at most {most:g}")
+            raise argparse.ArgumentTypeError(f"{text} is too large: at most {most}")
         return value
 
     return read
+
+
+seed = number(int, least=0, most=2**64 - 1)
+steps = number(int, least=1, most=10_000)
+guidance = number(float, least=0)
+strength = number(float, least=0, most=1)
+pixels = number(int, least=GRID, most=LARGEST)
 
 
 def dimension(text: str) -> int | ScaleFactor:
@@ -102,7 +116,7 @@ def dimension(text: str) -> int | ScaleFactor:
     if text.lower() == "auto":
         return ScaleFactor(1)
     try:
-        return ScaleFactor.parse(text) if text.lower().endswith("x") else number(int, least=16)(text)
+        return ScaleFactor.parse(text) if text.lower().endswith("x") else pixels(text)
     except argparse.ArgumentTypeError as error:
         detail = str(error)
         if "not a whole number" in detail:
@@ -163,16 +177,18 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_options(parser: argparse.ArgumentParser, *, default_size: str) -> None:
     group = parser.add_argument_group("picture")
-    group.add_argument("--seed", type=int, nargs="+", help="one picture for each seed (default: one, from the clock)")
-    group.add_argument("--auto-seeds", type=int, default=-1, metavar="N", help="N pictures with random seeds")
+    group.add_argument("--seed", type=seed, nargs="+", help="one picture for each seed (default: one, from the clock)")
+    group.add_argument(
+        "--auto-seeds", type=number(int, most=10**6), default=-1, metavar="N", help="N pictures with random seeds"
+    )
     group.add_argument(
         "--width", type=dimension, default="auto", help=f"pixels, 2x of the source picture, or auto ({default_size})"
     )
     group.add_argument("--height", type=dimension, default="auto", help="likewise")
-    group.add_argument("--steps", type=number(int, least=1), help="denoising steps (default: the model's)")
+    group.add_argument("--steps", type=steps, help="denoising steps (default: the model's)")
     group.add_argument(
         "--guidance",
-        type=number(float, least=0),
+        type=guidance,
         help=f"how closely to follow the prompt (default: {DEFAULT_GUIDANCE})",
     )
     group.add_argument(
@@ -186,7 +202,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "--image", nargs="+", metavar=("PATH", "STRENGTH"), help="a picture, and how much of it to keep, 0 to 1 (0.4)"
     )
     group.add_argument("--image-path", type=Path, help="the picture alone; --image says both at once")
-    group.add_argument("--image-strength", type=number(float, least=0, most=1), default=0.4, help="the strength alone")
+    group.add_argument("--image-strength", type=strength, default=0.4, help="the strength alone")
 
 
 def add_pid_options(parser: argparse.ArgumentParser) -> None:
@@ -268,22 +284,22 @@ def refuse_what_is_not_built(args: argparse.Namespace) -> None:
             raise NotBuiltError(sentence)
 
 
-def settle_image(args: argparse.Namespace) -> None:
+def settle_image(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Fold `--image PATH [STRENGTH]` into `image_path` and `image_strength`.
 
     Raises:
-        UsageError: too many values, or a strength that is not a number from 0 to 1.
+        UsageError: too many values, a strength that is not a number from 0 to 1, or the same said twice.
     """
     if args.image is None:
         return
-    if args.image_path is not None:
-        raise UsageError("--image and --image-path say the same: use --image PATH [STRENGTH]")
+    if was_given(argv, "--image-path", "--image-strength"):
+        raise UsageError("--image says what --image-path and --image-strength say: use --image PATH [STRENGTH] alone")
     if len(args.image) > 2:
         raise UsageError(f"--image takes a path and a strength, not {len(args.image)} values: --image photo.jpg 0.6")
     args.image_path = Path(args.image[0])
     if len(args.image) == 2:
         try:
-            args.image_strength = number(float, least=0, most=1)(args.image[1])
+            args.image_strength = strength(args.image[1])
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"the strength of --image: {error}") from None
 
@@ -299,7 +315,8 @@ def settle_seeds(args: argparse.Namespace) -> None:
         args.seed = [int(time.time())]
     if len(args.seed) > 1 and "{seed}" not in args.output:
         output = Path(args.output)
-        args.output = str(output.with_stem(output.stem + "_seed_{seed}"))
+        # A name that is none is refused with the others, see `check_output`.
+        args.output = str(output.with_stem(output.stem + "_seed_{seed}")) if output.name else args.output
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -316,7 +333,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read the settings in {path}: {error.strerror or error}") from None
     try:
         settings = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         from mflux.utils.metadata_reader import MetadataReader
 
         settings = MetadataReader.read_exif_metadata(path)
@@ -325,27 +342,45 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def read_prompt(args: argparse.Namespace, *, _stdin: list[str] = []) -> str:  # noqa: B006 (standard input reads once)
-    """The prompt for the next picture: from the option, from standard input (once), or from the file as it is now.
+def saved(read: Callable[[str], Any] | None = None) -> Callable[[Any], Any]:
+    """A reader for a setting that a file holds: text, or a number within the bounds of `read`, a type from above."""
+
+    def check(value: Any):
+        if read is None:
+            if not isinstance(value, str):
+                raise argparse.ArgumentTypeError(f"{str(value)[:40]} is not text")
+            return value
+        if type(value) not in (int, float):
+            raise argparse.ArgumentTypeError(f"{str(value)[:40]!r} is not a number")
+        return read(str(value))
+
+    return check
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt for the next picture: from the option, from standard input, or from the file as it is now.
 
     Raises:
-        PromptFileReadError: there is none, or it is empty.
+        PromptFileReadError: there is none, or it is not text.
     """
     from mflux.utils.exceptions import PromptFileReadError
 
-    if args.prompt == "-":
-        if not _stdin:
-            _stdin.append(sys.stdin.read().strip())
-        prompt, source = _stdin[0], "standard input"
-    elif args.prompt_file is not None:
-        try:
-            prompt, source = args.prompt_file.read_text(encoding="utf-8").strip(), str(args.prompt_file)
-        except OSError as error:
-            raise PromptFileReadError(f"cannot read the prompt file {args.prompt_file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise PromptFileReadError(f"the prompt file {args.prompt_file} is not text in UTF-8") from None
-    else:
-        prompt, source = args.prompt or "", "--prompt"
+    source = "--prompt"
+    try:
+        if args.prompt == "-":
+            source = "standard input"
+            prompt = sys.stdin.read().strip()
+        elif args.prompt_file is not None:
+            source = f"the prompt file {args.prompt_file}"
+            prompt = args.prompt_file.read_text(encoding="utf-8").strip()
+        else:
+            prompt = args.prompt or ""
+        # What the shell passed on in another encoding comes as surrogates.
+        prompt.encode()
+    except OSError as error:
+        raise PromptFileReadError(f"cannot read {source}: {error.strerror or error}") from None
+    except UnicodeError:
+        raise PromptFileReadError(f"{source} is not text in UTF-8: write the prompt in UTF-8") from None
     if not prompt.strip():
         raise PromptFileReadError(f"there is no prompt: {source} is empty")
     return prompt

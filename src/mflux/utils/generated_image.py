@@ -21,7 +21,7 @@ _CARRIED = ("seed", "steps", "guidance", "model", "lora_paths", "lora_scales", "
 class GeneratedImage:
     """The result of `generate_image`: `.image` is the PIL picture, `.save` writes it with its settings."""
 
-    # The folder or repository that a command's --model named, None for a built-in model; set by the command.
+    # The folder or repository that the weights were taken from, None for a built-in model's own; set by the pipeline.
     model_path: str | None = None
 
     def __init__(

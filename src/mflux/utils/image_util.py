@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from mflux.utils.generated_image import GeneratedImage
 
 log = logging.getLogger(__name__)
+_SIDECAR = ".metadata.json"
 _LANCZOS = PIL.Image.Resampling.LANCZOS
 
 
@@ -62,33 +65,59 @@ def oriented_size(source: str | bytes | os.PathLike) -> tuple[int, int]:
 def _unreadable(source: object, error: Exception) -> ImageError:
     name = os.fsdecode(source) if isinstance(source, (str, bytes, os.PathLike)) else source
     if isinstance(error, FileNotFoundError):
-        return ImageError(f"the image {name} does not exist")
+        return ImageError(f"the image {name} does not exist: check its path")
     if isinstance(error, PIL.UnidentifiedImageError):
-        return ImageError(f"the image {name} is not a picture that can be read")
-    return ImageError(f"the image {name} cannot be read: {error}")
+        return ImageError(f"the image {name} is not a picture that can be read: give a PNG, JPEG or WebP")
+    reason = getattr(error, "strerror", None) or error
+    return ImageError(f"the image {name} cannot be read ({reason}): check the file, or give another")
 
 
 def check_output(path: str | Path) -> None:
     """Make sure that a picture can be written to `path`, before any work is done for it; creates its folder.
 
     Raises:
-        UsageError: the name has no ending that stands for a picture format.
+        UsageError: the name has no ending that stands for a format that pictures can be written in.
         OutputError: the folder cannot be created or written to.
     """
     path = Path(path)
-    if path.suffix.lower() not in PIL.Image.registered_extensions():
-        ending = f"{path.suffix!r} is not a picture format" if path.suffix else "its name has no ending"
-        raise UsageError(f"cannot write a picture to {path}: {ending}; use .png, .jpg or .webp")
+    if not path.suffix:
+        raise UsageError(f"cannot write a picture to {path}: its name has no ending; use .png, .jpg or .webp")
+    try:
+        # Some formats can only be read, or hold no colours.
+        PIL.Image.new("RGB", (16, 16)).save(io.BytesIO(), format=_format_of(path))
+    except (KeyError, ValueError, OSError, NotImplementedError):
+        raise UsageError(
+            f"cannot write a picture to {path}: {path.suffix!r} is no format for that; use .png, .jpg or .webp"
+        ) from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise OutputError(f"cannot write to the folder {path.parent}: {error.strerror or error}") from None
+        raise OutputError(
+            f"cannot write to the folder {path.parent}: {error.strerror or error}; choose another folder"
+        ) from None
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name") from None
 
 
-def write_atomically(path: Path, write, *, overwrite: bool) -> Path:
+def _format_of(path: Path) -> str:
+    """PIL's name for the format that an ending stands for, a `KeyError` if for none."""
+    return PIL.Image.registered_extensions()[path.suffix.lower()]
+
+
+def write_atomically(path: Path, write, *, overwrite: bool, beside: str | None = None) -> Path:
     """Let `write(file)` fill a file that appears under its name only when complete.
+
+    Args:
+        path: the name.
+        write: called with a binary file.
+        overwrite: replace what has that name.
+        beside: an ending that must be free as well, for what goes with the file.
 
     Returns:
         Where it went: `path`, or the next free name beside it (`name_1.png`) unless `overwrite`.
@@ -98,7 +127,7 @@ def write_atomically(path: Path, write, *, overwrite: bool) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".partial")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".mflux-", suffix=".partial")
         try:
             with os.fdopen(handle, "wb") as file:
                 write(file)
@@ -108,16 +137,19 @@ def write_atomically(path: Path, write, *, overwrite: bool) -> Path:
             if overwrite:
                 Path(temporary).replace(path)
                 return path
-            return _move_to_free_name(Path(temporary), path)
+            return _move_to_free_name(Path(temporary), path, beside)
         finally:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _move_to_free_name(temporary: Path, path: Path) -> Path:
+def _move_to_free_name(temporary: Path, wanted: Path, beside: str | None) -> Path:
+    names = _numbered(wanted)
     while True:
-        path = ImageUtil.resolve_output_path(path)
+        path = next(names)
+        if os.path.lexists(path) or (beside and os.path.lexists(path.with_suffix(beside))):
+            continue
         try:
             # A link fails where a rename would replace what another process has put there meanwhile.
             os.link(temporary, path)
@@ -126,6 +158,13 @@ def _move_to_free_name(temporary: Path, path: Path) -> Path:
         except OSError:  # a file system without links
             temporary.replace(path)
         return path
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """name.png, name_1.png, name_2.png, …"""
+    yield path
+    for number in itertools.count(1):
+        yield path.with_name(f"{path.stem}_{number}{path.suffix}")
 
 
 class ImageUtil:
@@ -137,12 +176,9 @@ class ImageUtil:
     @staticmethod
     def resolve_output_path(path: str | Path, overwrite: bool = False) -> Path:
         """`path` if it is free or may be overwritten, else the first free of `name_1.png`, `name_2.png`, …"""
-        wanted = path = Path(path)
-        number = 0
-        while not overwrite and os.path.lexists(path):
-            number += 1
-            path = wanted.with_name(f"{wanted.stem}_{number}{wanted.suffix}")
-        return path
+        if overwrite:
+            return Path(path)
+        return next(name for name in _numbered(Path(path)) if not os.path.lexists(name))
 
     @staticmethod
     def to_image(
@@ -302,7 +338,7 @@ class ImageUtil:
         overwrite: bool = False,
     ) -> Path:
         """Write a picture, its settings inside it (unless `embed_metadata_enabled` is false), and if asked the settings
-        beside it as `name.metadata.json`. Complete or absent; an existing file is left alone unless `overwrite`.
+        beside it as `name.metadata.json`. Complete or absent; existing files are left alone unless `overwrite`.
 
         Returns:
             Where the picture went.
@@ -312,9 +348,8 @@ class ImageUtil:
             UsageError: the name's ending stands for no picture format.
         """
         path = Path(path)
-        picture_format = PIL.Image.registered_extensions().get(path.suffix.lower())
-        if picture_format is None:
-            check_output(path)
+        check_output(path)
+        picture_format = _format_of(path)
         embedded = {}
         if metadata is not None and ImageUtil.embed_metadata_enabled:
             embedded = MetadataBuilder.save_arguments(metadata, picture_format)
@@ -322,14 +357,20 @@ class ImageUtil:
         def write(file):
             try:
                 image.save(file, format=picture_format, **embedded)
-            except (ValueError, KeyError) as error:
-                raise OutputError(f"cannot write {path}: {error}") from None
+            except ValueError as error:
+                if not embedded:
+                    raise OutputError(f"cannot write {path}: {error}") from None
+                # A JPEG holds 64 KB of settings; the picture is worth more than they are.
+                log.warning("the settings do not fit into %s (%s): it is written without them", path, error)
+                file.seek(0)
+                file.truncate()
+                image.save(file, format=picture_format)
 
-        path = write_atomically(path, write, overwrite=overwrite)
-        if export_json_metadata and metadata is not None:
+        with_sidecar = export_json_metadata and metadata is not None
+        path = write_atomically(path, write, overwrite=overwrite, beside=_SIDECAR if with_sidecar else None)
+        if with_sidecar:
             text = json.dumps(metadata, indent=4, ensure_ascii=False)
-            sidecar = path.with_suffix(".metadata.json")
-            write_atomically(sidecar, lambda file: file.write(text.encode()), overwrite=True)
+            write_atomically(path.with_suffix(_SIDECAR), lambda file: file.write(text.encode()), overwrite=overwrite)
         return path
 
 

@@ -42,8 +42,8 @@ class MetadataReader:
         if isinstance(comment, str):
             comment = comment.encode()
         try:
-            settings = json.loads(comment.removeprefix(COMMENT_PREFIX).decode())
-        except ValueError:
+            settings = json.loads(bytes(comment).removeprefix(COMMENT_PREFIX).decode())
+        except (ValueError, TypeError, RecursionError):
             return None
         return settings if isinstance(settings, dict) else None
 

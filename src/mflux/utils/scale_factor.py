@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?)x", re.IGNORECASE)
-_GRID = 16
+# Sides of pictures: multiples of GRID pixels; beyond LARGEST what belongs to a picture overflows MLX's counting.
+GRID = 16
+LARGEST = 16384
 
 
 @dataclass
@@ -22,7 +24,7 @@ class ScaleFactor:
     def __str__(self) -> str:
         return f"{self.value:g}x"
 
-    def get_scaled_value(self, orig_value: int, pixel_steps: int = _GRID) -> int:
+    def get_scaled_value(self, orig_value: int, pixel_steps: int = GRID) -> int:
         """The scaled side, rounded down to a multiple of `pixel_steps`."""
         scaled = self.value * orig_value
         return int(scaled - scaled % pixel_steps)

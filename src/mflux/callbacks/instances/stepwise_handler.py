@@ -30,6 +30,7 @@ class StepwiseHandler:
         self.output_dir = Path(output_dir)
         self.latent_creator = latent_creator
         self.step_wise_images: list = []
+        self._composite: Path | None = None
         self._start = time.perf_counter()
 
     def call_before_loop(
@@ -44,6 +45,7 @@ class StepwiseHandler:
     ) -> None:
         # Each picture has its own strip.
         self.step_wise_images = []
+        self._composite = None
         self._start = time.perf_counter()
         self._save(config.init_time_step, seed, prompt, latents, config)
 
@@ -68,11 +70,13 @@ class StepwiseHandler:
             lora_scales=self.model.lora_scales,
         )
         name = f"seed_{seed}_step{step}of{config.num_inference_steps}.png"
-        picture.save(self.output_dir / name, overwrite=True)
+        picture.save(self.output_dir / name)
         self.step_wise_images.append(picture)
         self._save_composite(seed)
 
     def _save_composite(self, seed: int) -> None:
         if self.step_wise_images:
             strip = ImageUtil.to_composite_image(self.step_wise_images)
-            ImageUtil.save_image(strip, self.output_dir / f"seed_{seed}_composite.png", overwrite=True)
+            # Only its own strip is replaced, not that of an earlier run.
+            path = self._composite or self.output_dir / f"seed_{seed}_composite.png"
+            self._composite = ImageUtil.save_image(strip, path, overwrite=self._composite is not None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mflux.errors import UsageError
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.utils.scale_factor import GRID, LARGEST
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from mflux.backend import mx
     from mflux.models.common.schedulers import BaseScheduler
 
-_GRID = 16
 log = logging.getLogger(__name__)
 
 
@@ -56,7 +56,7 @@ class Config:
         )
         self.model_config = model_config
         self.num_inference_steps = num_inference_steps
-        self.width, self.height = _on_grid(width, "width"), _on_grid(height, "height")
+        self.width, self.height = on_grid(width, "width"), on_grid(height, "height")
         self.guidance = 0.0 if guidance is None else float(guidance)
         self.image_path = _path(image_path)
         self.image_strength = image_strength
@@ -72,7 +72,7 @@ class Config:
     @property
     def image_seq_len(self) -> int:
         """Picture tokens: one for each 16 x 16 pixels."""
-        return (self.height // _GRID) * (self.width // _GRID)
+        return (self.height // GRID) * (self.width // GRID)
 
     @property
     def precision(self) -> mx.Dtype:
@@ -117,10 +117,17 @@ def _path(path: Path | str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _on_grid(size: int, name: str) -> int:
-    if size < _GRID:
-        raise UsageError(f"a {name} of {size} is too small: it must be at least {_GRID}")
-    rounded = size - size % _GRID
+def on_grid(size: int, name: str) -> int:
+    """A side rounded down to a multiple of 16, with a warning if that changes it.
+
+    Raises:
+        UsageError: it is below 16 or above 16384.
+    """
+    if size < GRID:
+        raise UsageError(f"a {name} of {size} is too small: it must be at least {GRID}")
+    if size > LARGEST:
+        raise UsageError(f"a {name} of {size} is too large: it must be at most {LARGEST}")
+    rounded = size - size % GRID
     if rounded != size:
-        log.warning(f"a {name} of {size} is not a multiple of {_GRID}: {rounded} is taken")
+        log.warning("a %s of %d is not a multiple of %d: %d is taken", name, size, GRID, rounded)
     return rounded

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mflux.cli import parser as options
-from mflux.errors import UsageError
+from mflux.errors import NotBuiltError, UsageError
 from mflux.models.common.config.registry import BUILT, MODELS
+from mflux.utils.scale_factor import ScaleFactor
 
 log = logging.getLogger(__name__)
 
@@ -41,27 +43,30 @@ def generate(argv: Sequence[str] | None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     options.refuse_what_is_not_built(args)
-    options.settle_image(args)
+    options.settle_image(args, argv)
     if args.config_from_metadata:
         take_settings(args, argv)
     options.settle_seeds(args)
     model_config = check(args, argv)
 
     # From here on it takes time; the imports alone are half a second.
+    from mflux.models.common.schedulers import scheduler_class
     from mflux.utils.image_util import ImageUtil, check_output
 
     for seed in args.seed:
         check_output(args.output.replace("{seed}", str(seed)))
+    if args.stepwise_image_output_dir:
+        check_output(f"{args.stepwise_image_output_dir}/step.png")
+    scheduler_class(args.scheduler)
     prompt = options.read_prompt(args)
     width, height = resolve_size(args, model_config)
 
     from mflux.models.flux.variants.txt2img.flux import Flux1
-    from mflux.utils.generated_image import GeneratedImage
 
     is_builtin = args.model in MODELS or any(args.model in model["aliases"] for model in MODELS.values())
-    model_path = None if is_builtin else args.model
-    flux = Flux1(model_config=model_config, model_path=model_path)
-    GeneratedImage.model_path = model_path
+    flux = Flux1(model_config=model_config, model_path=None if is_builtin else args.model)
+    if options.was_given(argv, "--guidance") and not flux.model_config.supports_guidance:
+        log.warning("--guidance is ignored: %s was made without guidance", args.model)
     ImageUtil.embed_metadata_enabled = not args.no_metadata
     memory = prepare_machine(args, flux)
 
@@ -74,7 +79,7 @@ def generate(argv: Sequence[str] | None) -> None:
             num_inference_steps=args.steps,
             height=height,
             width=width,
-            guidance=args.guidance,
+            guidance=options.DEFAULT_GUIDANCE if args.guidance is None else args.guidance,
             image_path=args.image_path,
             image_strength=args.image_strength if args.image_path else None,
             scheduler=args.scheduler,
@@ -85,47 +90,54 @@ def generate(argv: Sequence[str] | None) -> None:
 
 
 def take_settings(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
-    """Fill in from the settings of an earlier picture what the command line leaves open."""
-    settings = options.read_settings(args.config_from_metadata)
+    """Fill in from the settings of an earlier picture what the command line leaves open.
 
-    def take(name: str, *flags: str, saved: str | None = None) -> None:
-        value = settings.get(saved or name)
-        if value is not None and not options.was_given(argv, *flags):
-            setattr(args, name, value)
+    Raises:
+        UsageError: a setting makes no sense, or asks for what is not built.
+    """
+    source = args.config_from_metadata
+    settings = options.read_settings(source)
 
+    def take(name: str, read: Callable[[Any], Any], *flags: str, target: str | None = None) -> None:
+        value = settings.get(name)
+        if value is None or options.was_given(argv, *flags):
+            return
+        try:
+            setattr(args, target or name, read(value))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{source}: its {name} makes no sense, {error}: say {flags[0]} yourself") from None
+
+    text = options.saved()
     if not options.was_given(argv, "--model", "-m"):
         # The command line of the earlier picture named a folder or repository; the model is what that was taken for.
-        args.model = settings.get("model_path") or settings.get("model") or args.model
-        if args.base_model is None and settings.get("model_path"):
-            base = settings.get("base_model")
-            args.base_model = base if base not in (None, "None") else None
-    if not options.was_given(argv, "--prompt", "--prompt-file"):
-        args.prompt = settings.get("prompt")
-    take("negative_prompt", "--negative-prompt")
-    take("steps", "--steps")
-    take("guidance", "--guidance")
-    take("height", "--height")
-    take("width", "--width")
-    take("scheduler", "--scheduler")
-    take("image_path", "--image", "--image-path")
-    take("image_strength", "--image", "--image-strength")
-    if args.seed is None and args.auto_seeds <= 0 and settings.get("seed") is not None:
-        args.seed = [settings["seed"]]
-    for name, sentence in (("quantize", "was quantized"), ("lora_paths", "used LoRAs"), ("pid_decode", "used PiD")):
-        if settings.get(name):
-            raise UsageError(f"{args.config_from_metadata}: that picture {sentence}, which is not built yet here")
-    problems = {
-        "prompt": args.prompt is not None and not isinstance(args.prompt, str),
-        "steps": args.steps is not None and (type(args.steps) is not int or args.steps < 1),
-        "seed": args.seed is not None and any(type(seed) is not int for seed in args.seed),
-        "guidance": args.guidance is not None and not isinstance(args.guidance, (int, float)),
-        "image_strength": not isinstance(args.image_strength, (int, float)),
-        "model": args.model is not None and not isinstance(args.model, str),
-        "scheduler": not isinstance(args.scheduler, str) or ("." in args.scheduler and "scheduler" in settings),
-        "size": any(isinstance(side, float) or side is True for side in (args.width, args.height)),
-    }
-    if wrong := [name for name, is_wrong in problems.items() if is_wrong]:
-        raise UsageError(f"{args.config_from_metadata}: its {wrong[0]} makes no sense")
+        take("model", text, "--model")
+        take("model_path", text, "--model", target="model")
+        if args.base_model is None:
+            if settings.get("model_path"):
+                take("model", text, "--base-model", target="base_model")
+            if settings.get("base_model") != "None":  # older versions of mflux wrote this for a built-in model
+                take("base_model", text, "--base-model")
+    take("prompt", text, "--prompt", "--prompt-file")
+    take("negative_prompt", text, "--negative-prompt")
+    take("steps", options.saved(options.steps), "--steps")
+    take("guidance", options.saved(options.guidance), "--guidance")
+    take("height", options.saved(options.pixels), "--height")
+    take("width", options.saved(options.pixels), "--width")
+    take("image_path", text, "--image", "--image-path")
+    take("image_strength", options.saved(options.strength), "--image-strength", "--image")
+    take("scheduler", text, "--scheduler")
+    if "." in args.scheduler and not options.was_given(argv, "--scheduler"):
+        raise UsageError(f"{source}: its scheduler {args.scheduler} would be imported: say --scheduler yourself")
+    if args.auto_seeds <= 0:
+        take("seed", lambda value: [options.saved(options.seed)(value)], "--seed")
+    for name, what, flags in (
+        ("quantize", "is quantized", ()),
+        ("lora_paths", "has LoRAs", ("--lora-paths",)),
+        ("pid_decode", "is decoded with PiD", ("--no-pid-decode",)),
+    ):
+        if settings.get(name) and not options.was_given(argv, *flags):
+            without = f": {flags[0]} does without" if flags else ""
+            raise NotBuiltError(f"{source}: the model of that picture {what}, which is not built yet{without}")
 
 
 def check(args: argparse.Namespace, argv: Sequence[str] | None):
@@ -147,20 +159,26 @@ def check(args: argparse.Namespace, argv: Sequence[str] | None):
         family = MODELS[key]["family"]
         what = "this variant of FLUX.1" if family == "flux" else f"the family {family}"
         raise UsageError(f"{key} is not built yet in this version ({what}): there are {', '.join(BUILT)}")
+    if args.image_path is None and options.was_given(argv, "--image-strength"):
+        raise UsageError(
+            "--image-strength says how much of a picture to keep, and there is none: use --image PATH STRENGTH"
+        )
     config = ModelConfig.from_name(args.model, args.base_model)
     if args.steps is None:
         args.steps = config.default_steps or DEFAULT_STEPS
     if args.negative_prompt:
         log.warning("--negative-prompt is ignored: FLUX.1 has no negative branch")
-    if not config.supports_guidance and options.was_given(argv, "--guidance"):
-        log.warning("--guidance is ignored: %s was made without guidance", key)
-    if args.guidance is None:
-        args.guidance = options.DEFAULT_GUIDANCE
     return config
 
 
 def resolve_size(args: argparse.Namespace, model_config) -> tuple[int, int]:
-    """Width and height in pixels."""
+    """Width and height in pixels.
+
+    Raises:
+        UsageError: a scale factor without a picture, or a side that comes out too small.
+        ImageError: the picture to start from cannot be read.
+    """
+    from mflux.models.common.config.config import on_grid
     from mflux.utils.dimension_resolver import DimensionResolver
 
     if args.image_path is not None:
@@ -168,12 +186,15 @@ def resolve_size(args: argparse.Namespace, model_config) -> tuple[int, int]:
         from mflux.utils.image_util import open_image
 
         open_image(args.image_path)
-    return DimensionResolver.resolve(
+    elif factors := [side for side in (args.width, args.height) if isinstance(side, ScaleFactor) and side.value != 1]:
+        raise UsageError(f"a size of {factors[0]} needs a picture to start from: use --image PATH, or say it in pixels")
+    width, height = DimensionResolver.resolve(
         height=args.height,
         width=args.width,
         reference_image_path=args.image_path,
         default=model_config.default_size,
     )
+    return on_grid(width, "width"), on_grid(height, "height")
 
 
 def prepare_machine(args: argparse.Namespace, flux):
@@ -189,9 +210,7 @@ def prepare_machine(args: argparse.Namespace, flux):
     if args.stepwise_image_output_dir:
         from mflux.callbacks.instances.stepwise_handler import StepwiseHandler
         from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
-        from mflux.utils.image_util import check_output
 
-        check_output(f"{args.stepwise_image_output_dir}/step.png")
         flux.callbacks.register(StepwiseHandler(flux, args.stepwise_image_output_dir, FluxLatentCreator))
     flux.keep_transformer = not args.low_ram
     if args.low_ram:

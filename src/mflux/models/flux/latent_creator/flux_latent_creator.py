@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mflux.backend import mx
+from mflux.errors import UsageError
 
 _CHANNELS = 16
 
@@ -10,7 +11,13 @@ _CHANNELS = 16
 class FluxLatentCreator:
     @staticmethod
     def create_noise(seed: int, height: int, width: int) -> mx.array:
-        """Packed noise (1, height/16 · width/16, 64), float32: the same for a seed as in mflux 0.24."""
+        """Packed noise (1, height/16 · width/16, 64), float32: the same for a seed as in mflux 0.24.
+
+        Raises:
+            UsageError: a seed that does not fit into 64 bits.
+        """
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"{seed} is no seed: it must be from 0 to {2**64 - 1}")
         return mx.random.normal((1, (height // 16) * (width // 16), 4 * _CHANNELS), key=mx.random.key(seed))
 
     @staticmethod

@@ -84,7 +84,11 @@ class Flux1:
             raise NotBuiltError("LoRA is not built yet in this version: leave lora_paths (--lora) out")
         model_config = model_config or ModelConfig.schnell()
         self.root = resolve_flux_folder(model_path, model_config)
+        self.model_path = model_path
         self.model_config = model_config.with_scheduler(read_json(self.root / "scheduler" / "scheduler_config.json"))
+        # A name may mislead; the transformer itself knows whether it takes guidance.
+        transformer = read_json(self.root / "transformer" / "config.json")
+        self.model_config.supports_guidance = bool(transformer.get("guidance_embeds", True))
         self.bits = None
         self.lora_paths = None
         self.lora_scales = None
@@ -123,7 +127,7 @@ class Flux1:
         """Draw one picture.
 
         Args:
-            seed: the same seed and settings give the same picture.
+            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
             prompt: what to draw; encoded once and kept.
             num_inference_steps: 1 or more.
             height, width: in pixels, rounded down to multiples of 16; None for the source picture's or the model's own.
@@ -194,7 +198,7 @@ class Flux1:
             unpacked = FluxLatentCreator.unpack_latents(latents, config.height, config.width)
             decoded = tiling.decode(self.vae, unpacked, self.tiling_config)
             mx.eval(decoded)
-        return ImageUtil.to_image(
+        image = ImageUtil.to_image(
             decoded_latents=decoded,
             config=config,
             seed=seed,
@@ -203,7 +207,11 @@ class Flux1:
             generation_time=time.perf_counter() - start,
             image_path=config.image_path,
             image_strength=config.image_strength,
+            # Only what differs from the usual, so that the settings read as mflux 0.24 wrote them.
+            generation_parameters={} if scheduler in ("linear", "LinearScheduler") else {"scheduler": scheduler},
         )
+        image.model_path = self.model_path
+        return image
 
     def encode_prompt(self, prompt: str) -> tuple[mx.array, mx.array]:
         """T5's embeddings (1, T, D) and CLIP's pooled embedding (1, P) of a prompt, from the cache if it was seen."""
