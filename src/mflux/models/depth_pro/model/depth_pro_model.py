@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from mflux.backend import mx, nn
+from mflux.backend import has_gpu, mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.depth_pro.model.dinov2 import Dinov2Config, Dinov2Model
@@ -126,6 +126,31 @@ def merge_patches(tokens: mx.array, steps: int, margin: int) -> mx.array:
     return tiles
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution that keeps the size.
+
+    MLX's CPU backend first writes the nine neighbours of every pixel side by side: 11 GB in the last layer. There the
+    picture is worked on in bands of rows, each within `BAND` numbers.
+    """
+
+    BAND = 1 << 26
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        batch, height, width, channels = x.shape
+        rows = max(1, self.BAND // (9 * batch * width * channels))
+        if has_gpu() or rows >= height:
+            return super().__call__(x)
+        padded = mx.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0)])
+        bands = [
+            mx.conv2d(padded[:, top : top + rows + 2], self.weight, padding=(0, 1)) for top in range(0, height, rows)
+        ]
+        joined = mx.concatenate(bands, axis=1)
+        return joined + self.bias if "bias" in self else joined
+
+
 class Upsample(nn.ConvTranspose2d):
     """A transposed convolution that doubles the size: its kernels do not overlap, so it is one matrix product.
 
@@ -228,7 +253,7 @@ class FeatureProjection(nn.Module):
         super().__init__()
         out = config.fusion_hidden_size
         dims = config.scaled_images_feature_dims + config.intermediate_feature_dims
-        self.projections = [nn.Conv2d(dim, out, kernel_size=3, padding=1, bias=False) for dim in dims]
+        self.projections = [Conv3x3(dim, out, bias=False) for dim in dims]
         if dims[-1] == out:
             self.projections[-1] = nn.Identity()
 
@@ -268,8 +293,8 @@ class ResidualLayer(nn.Module):
         super().__init__()
         width = config.fusion_hidden_size
         bias = config.use_bias_in_fusion_residual is not False
-        self.convolution1 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=bias)
-        self.convolution2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=bias)
+        self.convolution1 = Conv3x3(width, width, bias=bias)
+        self.convolution2 = Conv3x3(width, width, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return x + self.convolution2(nn.relu(self.convolution1(nn.relu(x))))
@@ -313,9 +338,9 @@ class DepthHead(nn.Module):
         super().__init__()
         width = config.fusion_hidden_size
         self.layers = [
-            nn.Conv2d(width, width // 2, kernel_size=3, padding=1),
+            Conv3x3(width, width // 2),
             Upsample(width // 2, width // 2, bias=True),
-            nn.Conv2d(width // 2, 32, kernel_size=3, padding=1),
+            Conv3x3(width // 2, 32),
             nn.ReLU(),
             nn.Conv2d(32, 1, kernel_size=1),
             nn.ReLU(),

@@ -8,15 +8,16 @@ import sys
 
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mflux.backend import mx, nn
+from mflux.backend import mx, nn, tree_flatten
 from mflux.errors import CheckpointError, ImageError, NotBuiltError
 from mflux.models.depth_pro.cli import save_depth
+from mflux.models.depth_pro.model import depth_pro_model
 from mflux.models.depth_pro.model.depth_pro import DepthPro
 from mflux.models.depth_pro.model.depth_pro_model import (
+    Conv3x3,
     DepthProConfig,
     DepthProForDepthEstimation,
     Upsample,
@@ -290,6 +291,21 @@ def test_upsample_is_the_transposed_convolution(bias):
     layer = Upsample(3, 5, bias=bias)
     x = mx.random.normal((2, 4, 6, 3))
     assert np.allclose(layer(x), nn.ConvTranspose2d.__call__(layer, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_convolution_in_bands_is_the_convolution(monkeypatch, bias, rows):
+    layer = Conv3x3(3, 5, bias=bias)
+    x = mx.random.normal((2, 8, 6, 3))
+    monkeypatch.setattr(depth_pro_model, "has_gpu", lambda: False)
+    monkeypatch.setattr(Conv3x3, "BAND", rows * 9 * 2 * 6 * 3)
+    calls = []
+    conv2d = mx.conv2d
+    monkeypatch.setattr(mx, "conv2d", lambda *args, **kwargs: calls.append(args) or conv2d(*args, **kwargs))
+    got = layer(x)
+    assert len(calls) == -(-8 // rows)
+    assert np.allclose(got, nn.Conv2d.__call__(layer, x), atol=1e-5)
 
 
 def test_help_imports_nothing_heavy():
