@@ -51,8 +51,9 @@ wheel: $(LINT)/.ready
 	rm -rf dist
 	$(LINT)/bin/python -m build --wheel --outdir dist .
 
-lock: $(LINT)/.ready
-	$(LINT)/bin/python tools/lock.py
+# LOCK_ARGS=--upgrade takes the newest versions instead of those that uv.lock has.
+lock:
+	$(PYTHON) tools/lock.py $(LOCK_ARGS)
 
 clean:
 	rm -rf $(CORE) $(TESTS) $(CLEAN) $(LINT) dist build .pytest_cache .ruff_cache .hypothesis
