@@ -21,7 +21,7 @@ from typing import Any
 from mflux.backend import mx
 from mflux.checkpoints.safetensors_file import float8_values
 from mflux.checkpoints.unpickler import LARGEST_PICKLE, Name, Opaque, Refused, Table, Unpickler, shown
-from mflux.checkpoints.zip_records import LOCAL_MAGIC, read_records
+from mflux.checkpoints.zip_records import LOCAL_MAGIC, read_records, require_stored
 from mflux.errors import CheckpointError, UnsafeCheckpointError
 
 _log = logging.getLogger(__name__)
@@ -209,6 +209,7 @@ class PytorchFile(Mapping[str, mx.array]):
                 f"{self.path} was refused: it is a TorchScript archive, which holds code; "
                 "ask its author for safetensors or a plain state_dict"
             )
+        require_stored(records, self.path)
         if order := records.get(f"{prefix}byteorder"):
             text = bytes(self._data[order.start : order.start + min(order.length, 16)])
             if text not in (b"little", b"big"):

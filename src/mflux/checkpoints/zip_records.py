@@ -24,10 +24,11 @@ _LONGEST_COMMENT = 0xFFFF
 
 @dataclass(frozen=True)
 class Record:
-    """Where a record's bytes lie in the file."""
+    """Where a record's bytes lie in the file, and whether they lie there as they are."""
 
     start: int
     length: int
+    stored: bool = True
 
 
 def read_records(data: memoryview, source: object) -> dict[str, Record]:
@@ -35,7 +36,7 @@ def read_records(data: memoryview, source: object) -> dict[str, Record]:
 
     Raises:
         CheckpointError: the archive is truncated or damaged.
-        UnsafeCheckpointError: it is not as torch writes it: compressed, encrypted, repeated or overlapping records.
+        UnsafeCheckpointError: it is not as torch writes it: encrypted, repeated or overlapping records.
     """
     count, start, size = _directory(data, source)
     records: dict[str, Record] = {}
@@ -62,11 +63,10 @@ def read_records(data: memoryview, source: object) -> dict[str, Record]:
             raise _damaged(source) from None
         if flags & 1:
             raise _unsafe(source, f"its record {shown(name)} is encrypted")
-        if method != 0 or packed != length:
-            raise _unsafe(source, f"its record {shown(name)} is compressed, which torch never does")
         if name in records:
             raise _unsafe(source, f"its record {shown(name)} stands twice")
-        records[name] = Record(_data_start(data, header, raw_name, source), length)
+        stored = method == 0 and packed == length
+        records[name] = Record(_data_start(data, header, raw_name, method, source), packed, stored)
     if position != end:
         raise _damaged(source)
     taken = 0
@@ -77,6 +77,16 @@ def read_records(data: memoryview, source: object) -> dict[str, Record]:
             raise _unsafe(source, "two of its records overlap")
         taken = max(taken, record.start + record.length)
     return records
+
+
+def require_stored(records: dict[str, Record], source: object) -> None:
+    """
+    Raises:
+        UnsafeCheckpointError: a record is compressed. Little could then become much, and nothing could be mapped.
+    """
+    for name, record in records.items():
+        if not record.stored:
+            raise _unsafe(source, f"its record {shown(name)} is compressed, which torch never does")
 
 
 def _directory(data: memoryview, source: object) -> tuple[int, int, int]:
@@ -124,13 +134,13 @@ def _large(extra: memoryview, length: int, packed: int, header: int, source: obj
     raise _damaged(source)
 
 
-def _data_start(data: memoryview, header: int, name: bytes, source: object) -> int:
+def _data_start(data: memoryview, header: int, name: bytes, method: int, source: object) -> int:
     """Where the bytes begin. Only the local header knows: torch pads it so that they are aligned."""
     if header + _LOCAL.size > len(data):
         raise _damaged(source)
-    magic, _, _, method, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack_from(data, header)
+    magic, _, _, its_method, *_, name_length, extra_length = _LOCAL.unpack_from(data, header)
     at = header + _LOCAL.size
-    if magic != LOCAL_MAGIC or method != 0 or bytes(data[at : at + name_length]) != name:
+    if magic != LOCAL_MAGIC or its_method != method or bytes(data[at : at + name_length]) != name:
         raise _damaged(source)
     return at + name_length + extra_length
 
