@@ -280,11 +280,11 @@ def test_cache_folders_are_those_of_mflux_024(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MFLUX_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(weights.sys, "platform", "linux")
+    monkeypatch.setattr("sys.platform", "linux")
     assert weights.cache_folder() == tmp_path / ".cache" / "mflux"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert weights.cache_folder() == tmp_path / "xdg" / "mflux"
-    monkeypatch.setattr(weights.sys, "platform", "darwin")
+    monkeypatch.setattr("sys.platform", "darwin")
     assert weights.cache_folder() == tmp_path / "Library" / "Caches" / "mflux"
     monkeypatch.setenv("MFLUX_CACHE_DIR", str(tmp_path / "mine"))
     assert weights.cache_folder() == tmp_path / "mine"

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -33,6 +34,16 @@ _TIMEOUT_S = 30
 # Connections in a row that bring nothing before the download gives up, and how long to wait between them.
 _ATTEMPTS = 3
 _PAUSE_S = 1.0
+
+
+def cache_folder() -> Path:
+    """Where mflux keeps what it fetches itself: MFLUX_CACHE_DIR, or the platform's cache folder, as in mflux 0.24."""
+    if chosen := os.environ.get("MFLUX_CACHE_DIR"):
+        return Path(chosen).resolve()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mflux"
+    caches = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(caches) if caches else Path.home() / ".cache") / "mflux"
 
 
 def fetch_archive(url: str, target: Path, *, remedy: str) -> Path:

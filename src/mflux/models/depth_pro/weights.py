@@ -7,9 +7,7 @@ config.json of Depth Pro lies beside the file.
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from mflux.checkpoints.opening import SUFFIXES, open_checkpoint
 from mflux.errors import CheckpointError
 from mflux.hub import resolve_model
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.depth_pro.download import fetch_archive
+from mflux.models.depth_pro.download import cache_folder, fetch_archive
 from mflux.models.depth_pro.model.depth_pro_model import DepthProConfig, DepthProForDepthEstimation
 
 APPLE_URL = "https://ml-site.cdn-apple.com/models/depth-pro/depth_pro.pt"
@@ -136,16 +134,6 @@ class Preprocessing(ComponentConfig):
     def side(self, config: DepthProConfig) -> int:
         """The side in pixels of the picture that the network gets."""
         return self.size["height"] if self.size else config.image_size
-
-
-def cache_folder() -> Path:
-    """Where mflux keeps what it fetches itself: MFLUX_CACHE_DIR, or the platform's cache folder, as in mflux 0.24."""
-    if chosen := os.environ.get("MFLUX_CACHE_DIR"):
-        return Path(chosen).resolve()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mflux"
-    caches = os.environ.get("XDG_CACHE_HOME", "").strip()
-    return (Path(caches) if caches else Path.home() / ".cache") / "mflux"
 
 
 def locate(model_path: str | Path | None = None) -> Path:
