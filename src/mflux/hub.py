@@ -1,0 +1,450 @@
+"""From a model's name to a folder on this disk.
+
+A name is a folder, or a repository on Hugging Face, which huggingface_hub fetches into its own cache. Three things are
+added to that: the Hub is asked what a repository holds before anything is fetched, so that a wrong one is refused at
+once and not after gigabytes; a cached copy is judged for completeness, so that it serves without a network; and each
+failure that a person can meet becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import logging
+import os
+import posixpath
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from urllib.parse import urlsplit
+
+from mflux.errors import DownloadError
+
+logger = logging.getLogger(__name__)
+
+# What git allows in the name of a branch or tag.
+_REVISION = re.compile(r"[^\s/~^:?*\[\\][^\s~^:?*\[\\]*")
+_NOT_LAID_OUT = "it is not a model in the diffusers layout; name a repository or a folder that is"
+_AGAIN = "run the same command again"
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """A repository and what was asked for in it. `file` is set when that is one file."""
+
+    id: str
+    revision: str | None
+    patterns: tuple[str, ...]
+    required: tuple[str, ...] = ()
+    file: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.id}@{self.revision}" if self.revision else self.id
+
+    @property
+    def page(self) -> str:
+        return f"https://huggingface.co/{self.id}"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What went wrong, and what to do. `unreachable` tells a failed connection from an answer that says no."""
+
+    what: str
+    remedy: str
+    unreachable: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.remedy}"
+
+
+def resolve_model(name_or_path: str | Path, patterns: Sequence[str], *, required: Sequence[str] = ()) -> Path:
+    """The folder that holds a model, fetched from Hugging Face if need be.
+
+    An existing folder is taken as it is, without a look inside. `org/name` or `org/name@revision` is a repository.
+    Online, the Hub is asked once whether the cached copy is the newest. A cached copy is complete when it holds every
+    shard that its indexes name, and a match for each of `required`; a complete one needs no network: with
+    HF_HUB_OFFLINE set nothing is sent, and where the Hub does not answer, one warning is logged.
+
+    huggingface_hub's own settings hold: HF_HOME, HF_HUB_CACHE, HF_TOKEN and the token that `hf auth login` stored,
+    HF_ENDPOINT, HF_HUB_DISABLE_PROGRESS_BARS. Its progress bars go to stderr.
+
+    Args:
+        name_or_path: a folder (`~` allowed) or a repository. A `Path` is always taken for a folder.
+        patterns: globs of the files to fetch, such as "transformer/*.safetensors"; `*` crosses slashes.
+        required: globs that must each match a file, such as "transformer/config.json". Weights that no index lists
+            ("vae/*.safetensors") belong here: nothing else tells that they are missing from a cached copy.
+
+    Raises:
+        DownloadError: says what is wrong with this name, this repository, the network or the disk, and what to do.
+    """
+    text = str(name_or_path)
+    if not text.strip():
+        raise DownloadError("the model's name is empty: give a folder, or a Hugging Face repository as org/name")
+    if re.match(r"\w+://", text):
+        raise DownloadError(f"{text} is an address: give the repository's name instead, as {_name_in_address(text)}")
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return path
+        is_file, in_folder = path.is_file(), path.parent.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: a `~user` that this machine does not know.
+        raise DownloadError(f"cannot look for {text}: {_reason(error)}") from None
+    if is_file:
+        raise DownloadError(f"{path} is a file: give the folder of a model in the diffusers layout")
+
+    name, at, revision = text.partition("@")
+    like_a_path = isinstance(name_or_path, Path) or path.is_absolute() or text[0] in ".~" or name.count("/") > 1
+    if like_a_path:
+        raise DownloadError(f"there is no folder {path}: check the path, or give a Hugging Face repository as org/name")
+    if "/" not in name:
+        raise DownloadError(f"there is no folder {text} here, and a Hugging Face repository is written org/name")
+    if in_folder and not at:
+        raise DownloadError(
+            f"there is no folder {path}, though {path.parent} is there: check the path, or write {text}@main for the "
+            "Hugging Face repository of that name"
+        )
+    return _fetch(_Repository(name, revision if at else None, tuple(patterns), tuple(required)))
+
+
+def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> Path:
+    """One file of a Hugging Face repository, from the cache if the newest is there.
+
+    Args:
+        repo_id: `org/name`, or `org/name@revision`.
+        filename: its path in the repository.
+        revision: a branch, tag or commit; without it, what `repo_id` says, or the main branch.
+
+    Raises:
+        DownloadError: as for `resolve_model`; without such a file, it lists similar ones.
+    """
+    if filename.endswith("/") or filename.startswith("/") or not set(PurePosixPath(filename).parts) - {".."}:
+        raise DownloadError(f"{filename!r} does not name a file in {repo_id}: give its path in the repository")
+    name, at, in_name = repo_id.partition("@")
+    pattern = glob.escape(filename)
+    repository = _Repository(name, revision or (in_name if at else None), (pattern,), (pattern,), filename)
+    return _fetch(repository) / filename
+
+
+def _fetch(repository: _Repository) -> Path:
+    hub = _hub()
+    _check_names(hub, repository)
+    cached = _cached(hub, repository)
+    lacking = _lacking(hub, cached, repository) if cached else []
+    complete = cached is not None and not lacking
+
+    if hub.constants.HF_HUB_OFFLINE:
+        if complete:
+            return cached
+        variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+        state = _state_of_cache(hub, repository, lacking)
+        raise DownloadError(f"{state}, and {variable} is set: unset it and {_AGAIN} to fetch what is missing")
+
+    try:
+        commit, names = _ask(hub, repository)
+    except Exception as error:
+        failure = _explain(hub, repository, error, asking=True)
+        if complete:
+            logger.warning("%s; taking %s from the cache, %s", failure.what, repository, cached)
+            return cached
+        if failure.unreachable:
+            state = _state_of_cache(hub, repository, lacking)
+            raise DownloadError(f"{failure.what}, and {state}: {failure.remedy}") from error
+        raise DownloadError(str(failure)) from error
+
+    wanted = None
+    if names is not None:
+        wanted = _matching(hub, names, repository.patterns)
+        _check_contents(hub, repository, names, wanted)
+        if complete and cached.name == commit and set(wanted) <= set(_files(cached)):
+            return cached
+    try:
+        folder = hub.snapshot_download(
+            repository.id, revision=repository.revision, allow_patterns=list(repository.patterns)
+        )
+    except Exception as error:
+        raise DownloadError(str(_explain(hub, repository, error, asking=False))) from error
+    if lacking := _lacking(hub, Path(folder), repository):
+        if set(lacking) & set(wanted or ()):
+            raise DownloadError(f"the download of {repository} is incomplete, {_some(lacking)} did not come: {_AGAIN}")
+        raise DownloadError(
+            f"{repository} is itself incomplete, it holds no {_some(lacking)}: name another revision, as "
+            f"{repository.id}@revision, or tell its owner at {repository.page}/discussions"
+        )
+    return Path(folder)
+
+
+def _hub() -> ModuleType:
+    # Half a second to import: only those pay who get here.
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+        import huggingface_hub.utils
+    except ValueError as error:
+        # It reads its numbers and addresses while it is imported.
+        raise DownloadError(
+            f"huggingface_hub cannot use one of the HF_ environment variables ({error}): correct or unset it"
+        ) from None
+    return huggingface_hub
+
+
+def _check_names(hub: ModuleType, repository: _Repository) -> None:
+    try:
+        hub.utils.validate_repo_id(repository.id)
+        valid = repository.id.count("/") == 1
+    except hub.errors.HFValidationError:
+        valid = False
+    if not valid:
+        raise DownloadError(
+            f"{repository.id!r} is not a repository's name: write org/name, with letters, digits and single - _ . only"
+        )
+    revision = repository.revision
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise DownloadError(
+            f"{revision!r} is not a revision: write {repository.id}, or {repository.id}@ and a branch, tag or commit"
+        )
+    try:
+        address = urlsplit(hub.constants.ENDPOINT)
+        sound = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise DownloadError(
+            f"HF_ENDPOINT is {hub.constants.ENDPOINT!r}, which is not an address: set it to one that starts with "
+            "https://, or unset it"
+        )
+
+
+def _ask(hub: ModuleType, repository: _Repository) -> tuple[str | None, list[str] | None]:
+    """The commit that a revision stands for and the names of its files; None where the Hub keeps the names back."""
+    info = hub.HfApi().model_info(
+        repository.id,
+        revision=repository.revision or hub.constants.DEFAULT_REVISION,
+        # Without it a network that swallows packets would hold the command for minutes.
+        timeout=hub.constants.HF_HUB_ETAG_TIMEOUT,
+    )
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    # Gated repositories may show an empty list to those who have no access.
+    return info.sha, names if names or not info.gated else None
+
+
+def _check_contents(hub: ModuleType, repository: _Repository, names: list[str], wanted: list[str]) -> None:
+    if repository.file is not None:
+        if not wanted:
+            suffix = PurePosixPath(repository.file).suffix
+            similar = [name for name in names if PurePosixPath(name).suffix == suffix] or names
+            hint = f"it has {_some(similar, most=5)}" if similar else "it is empty"
+            raise DownloadError(f"{repository} holds no file {repository.file}: {hint}")
+        return
+    if not wanted:
+        raise DownloadError(f"{repository} holds none of {_some(repository.patterns)}: {_NOT_LAID_OUT}")
+    if absent := [pattern for pattern in repository.required if not _matching(hub, names, [pattern])]:
+        raise DownloadError(f"{repository} holds no {_some(absent)}: {_NOT_LAID_OUT}")
+
+
+def _cached(hub: ModuleType, repository: _Repository) -> Path | None:
+    """The cached copy of a revision, complete or not. Nothing is sent."""
+    try:
+        folder = Path(hub.snapshot_download(repository.id, revision=repository.revision, local_files_only=True))
+    except hub.errors.LocalEntryNotFoundError as error:
+        # Newer versions keep a list of a repository's files and miss whatever was never asked for.
+        folder = Path(getattr(error, "snapshot_path", ""))
+    except OSError as error:
+        raise DownloadError(str(_explain_disk(hub, repository, error.errno, _reason(error)))) from error
+    # A reference that was cut off while being written leads to the folder of all snapshots.
+    return folder if folder.parent.name == "snapshots" else None
+
+
+def _lacking(hub: ModuleType, folder: Path, repository: _Repository) -> list[str]:
+    """What a snapshot needs and does not hold: unmatched requirements, and shards that an index names."""
+    present = _files(folder)
+    lacking = [pattern for pattern in repository.required if not _matching(hub, present, [pattern])]
+    found = _matching(hub, present, repository.patterns)
+    if not found and not lacking:
+        lacking = list(repository.patterns)
+    if lacking and repository.file is not None:
+        return [repository.file]
+    named = set()
+    for index in found:
+        if index.endswith(".index.json"):
+            named.update(posixpath.join(posixpath.dirname(index), shard) for shard in _shards(folder / index))
+    # Indexes of other variants come along with "*.json"; their shards are not wanted and so not missed.
+    return lacking + _matching(hub, sorted(named - set(present)), repository.patterns)
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        return {shard for shard in table.values() if isinstance(shard, str)}
+    except (OSError, ValueError, AttributeError):
+        # Whoever loads the weights says what is wrong with their index.
+        return set()
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of the files under a folder, links to nothing left out."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _matching(hub: ModuleType, names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names that huggingface_hub would fetch for these patterns."""
+    return list(hub.utils.filter_repo_objects(names, allow_patterns=list(patterns)))
+
+
+def _state_of_cache(hub: ModuleType, repository: _Repository, lacking: list[str]) -> str:
+    if lacking:
+        return f"{repository} in the cache {hub.constants.HF_HUB_CACHE} lacks {_some(lacking)}"
+    return f"{repository} is not in the cache {hub.constants.HF_HUB_CACHE}"
+
+
+def _explain(hub: ModuleType, repository: _Repository, error: Exception, *, asking: bool) -> _Failure:
+    """What an exception of huggingface_hub means to the person who asked for `repository`.
+
+    `asking`: nothing was being fetched yet. An exception that only a bug can cause is raised again.
+    """
+    errors = hub.errors
+    while isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    if isinstance(error, errors.HfHubHTTPError):
+        return _explain_answer(hub, repository, error)
+
+    endpoint, reason = hub.constants.ENDPOINT, _reason(error)
+    code = _errno(error)
+    if code is not None and not asking:
+        return _explain_disk(hub, repository, code, reason)
+    if code is not None:
+        # To ask, only settings are read: the token's file, certificates.
+        named = getattr(error, "filename", None) or "a file that HF_TOKEN_PATH or SSL_CERT_FILE names"
+        return _Failure(f"cannot read {named} ({reason})", "correct it, or the environment variable that leads to it")
+    if isinstance(error, UnicodeEncodeError) or type(error).__name__ == "LocalProtocolError":
+        return _Failure(
+            f"the Hugging Face token cannot be sent ({reason})", "log in anew with `hf auth login`, or correct HF_TOKEN"
+        )
+    # httpx in huggingface_hub 1, httpx2 in 2.
+    transport = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    packages = ("huggingface_hub", "hf_xet", transport.__module__.partition(".")[0])
+    if isinstance(error, transport) and asking:
+        through = "the proxy" if type(error).__name__ == "ProxyError" else endpoint
+        return _Failure(f"no connection to {through} ({reason})", f"check the network and {_AGAIN}", unreachable=True)
+    if isinstance(error, errors.FileMetadataError) or (asking and isinstance(error, (ValueError, KeyError, TypeError))):
+        return _Failure(
+            f"{endpoint} does not answer like Hugging Face",
+            "check HF_ENDPOINT, and whether the network wants a sign-in or a proxy",
+            unreachable=True,
+        )
+    expected = isinstance(error, (OSError, RuntimeError, ValueError)) or (
+        type(error).__module__.partition(".")[0] in packages
+    )
+    if not expected:
+        raise error
+    return _Failure(f"the download of {repository} broke off ({reason})", f"{_AGAIN}; files that are complete are kept")
+
+
+def _explain_answer(hub: ModuleType, repository: _Repository, error: Exception) -> _Failure:
+    """An HTTP status that is not a success, of an `HfHubHTTPError`."""
+    errors, status = hub.errors, error.response.status_code
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        if status == 401:
+            return _Failure(f"{repository.id} is gated", f"accept the licence at {repository.page} and {log_in}")
+        return _Failure(
+            f"{repository.id} is gated and this token may not read it",
+            f"accept the licence at {repository.page} and {log_in}, with the account that accepted it (a fine-grained "
+            "token also needs the permission to read gated repositories)",
+        )
+    if isinstance(error, errors.DisabledRepoError):
+        return _Failure(f"{repository.id} has been disabled", f"see {repository.page}, or name another repository")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return _Failure(
+            f"{repository.id} has no revision {repository.revision or hub.constants.DEFAULT_REVISION}",
+            f"check it at {repository.page}/tree/main, or leave it out",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return _Failure(
+            f"there is no repository {repository.id} at {hub.constants.ENDPOINT}, or it is private",
+            f"check the name, and for a private one {log_in}",
+        )
+    if status == 401:
+        return _Failure(
+            f"{hub.constants.ENDPOINT} refuses the token that was sent (HTTP 401)",
+            "log in anew with `hf auth login`, or correct or unset HF_TOKEN",
+        )
+    said = _first_line(error.server_message or "")
+    what = f"{hub.constants.ENDPOINT} answered HTTP {status}{f' ({said})' if said else ''} for {repository}"
+    if status == 403:
+        return _Failure(what, f"give the token the permission to read it, or {log_in} with another account")
+    if status == 429:
+        return _Failure(what, f"these are too many requests: wait a few minutes, or {log_in} for a higher limit")
+    return _Failure(what, f"{_AGAIN} in a while; files that are complete are kept")
+
+
+def _explain_disk(hub: ModuleType, repository: _Repository, code: int | None, reason: str) -> _Failure:
+    cache = Path(hub.constants.HF_HUB_CACHE)
+    # Of the variables that say where the cache lies, the one that would win.
+    variable = next((name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if os.environ.get(name)), "HF_HOME")
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return _Failure(
+            f"the disk is full: {_free(cache)} free for the cache {cache}, which is too little for {repository}",
+            f"make room, or set {variable} to a folder on a larger disk and {_AGAIN}",
+        )
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return _Failure(
+            f"no permission to write to the cache {cache} ({reason})",
+            f"make it writable, or set {variable} to a folder of your own and {_AGAIN}",
+        )
+    return _Failure(
+        f"cannot use the cache {cache} ({reason})",
+        f"mend what is in the way, or set {variable} to another folder and {_AGAIN}",
+    )
+
+
+def _errno(error: Exception) -> int | None:
+    """The operating system's error number behind an exception, if the disk is where it comes from."""
+    if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+        return error.errno
+    # hf_xet writes the files of most repositories; its errors carry the number in their text.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    return int(found[1]) if found and int(found[1]) in disk else None
+
+
+def _free(path: Path) -> str:
+    for folder in (path, *path.parents):
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError:
+            continue
+        return f"{free / 1e9:.1f} GB" if free >= 1e9 else f"{free / 1e6:.1f} MB"
+    return "an unknown amount"
+
+
+def _name_in_address(address: str) -> str:
+    """`org/name` out of an address at Hugging Face; just that, where it holds none."""
+    scheme, _, rest = address.partition("://")
+    parts = [part for part in rest.partition("?")[0].split("/") if part]
+    if scheme != "hf":
+        parts = parts[1:]
+    return "/".join(parts[:2]) if len(parts) > 1 else "org/name"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[error.start]!r} does not belong there"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return re.sub(r"^\[Errno -?\d+\] ", "", _first_line(str(error))) or type(error).__name__
+
+
+def _first_line(text: str, most: int = 200) -> str:
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
