@@ -8,13 +8,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from mflux.backend import mx
-from mflux.errors import CheckpointError
+from mflux.checkpoints.loading import read_json
+from mflux.errors import CheckpointError, UsageError
 
 # Contractions, words, single digits, and runs of anything else that is not space (Radford et al. 2021).
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# In the order in which the reference adds them: of two that are the same text, the later one's flags hold.
+_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CLIP_SPECIAL = {"bos_token": "<|startoftext|>"} | dict.fromkeys(
+    ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
+)
+_T5_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 class PromptTokenizer:
@@ -37,6 +44,11 @@ class PromptTokenizer:
         return len(self._prefix) + len(self._ids(prompt)) + 1 > max_length
 
     def _ids(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            # What a shell hands over when the bytes on its command line are in another encoding.
+            raise UsageError("the prompt holds bytes that are not UTF-8 text: type it anew") from None
         return self._tokenizer.encode(prompt, add_special_tokens=False).ids
 
     def _fit(self, ids: list[int], length: int) -> list[int]:
@@ -52,8 +64,7 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
     """
     folder = Path(folder)
     vocabulary = _read_vocabulary(folder / "vocab.json")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    special |= _special_tokens(folder, special)
+    special, added = _special_tokens(folder, _CLIP_SPECIAL)
     try:
         tokenizer = Tokenizer(
             models.BPE(
@@ -61,7 +72,7 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
                 merges=_read_merges(folder / "merges.txt"),
                 continuing_subword_prefix="",
                 end_of_word_suffix="</w>",
-                unk_token="<|endoftext|>",
+                unk_token=special["unk_token"],
                 fuse_unk=False,
             )
         )
@@ -76,7 +87,7 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.add_special_tokens(list(dict.fromkeys(special.values())))
+    tokenizer.add_special_tokens(added)
     start, end, pad = (_id_of(vocabulary, special[kind], folder) for kind in ("bos_token", "eos_token", "pad_token"))
     return PromptTokenizer(tokenizer, prefix=(start,), end=end, pad=pad)
 
@@ -89,31 +100,39 @@ def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the folder is not a complete model in the diffusers layout")
+    content = read_json(path)
+    if characters := _character_map(content.get("normalizer")):
+        # Made from sentencepiece. The converter's generations wrote different rules for the space before a word; the
+        # reference applies these to all of them.
+        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+        content["normalizer"] = characters
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]}
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(json.dumps(content))
     except Exception as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    special = {"eos_token": "</s>", "pad_token": "<pad>"}
-    special |= _special_tokens(folder, special)
+    special, _ = _special_tokens(folder, _T5_SPECIAL)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     end, pad = (_id_of(vocabulary, special[kind], folder) for kind in ("eos_token", "pad_token"))
     return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad)
 
 
+def _character_map(normalizer: object) -> dict | None:
+    """The normalizer that sentencepiece compiled, alone or among others, from a `tokenizer.json`."""
+    if not isinstance(normalizer, dict):
+        return None
+    several = normalizer.get("normalizers")
+    for one in several if isinstance(several, list) else [normalizer]:
+        if isinstance(one, dict) and one.get("type") == "Precompiled":
+            return one
+    return None
+
+
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    try:
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: the folder is not a complete model in the diffusers layout"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(vocabulary, dict) or not all(type(number) is int for number in vocabulary.values()):
+    vocabulary = read_json(path)
+    if not all(type(number) is int for number in vocabulary.values()):
         raise CheckpointError(f"{path} is damaged: it is not a table of token ids")
     return vocabulary
 
@@ -133,22 +152,41 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _special_tokens(folder: Path, wanted: dict[str, str]) -> dict[str, str]:
-    """The special tokens that the folder's own configuration names; either spelling, plain or as a table."""
+def _special_tokens(folder: Path, usual: dict[str, str]) -> tuple[dict[str, str], list[AddedToken]]:
+    """What the folder's own configuration says of tokens that are matched before a prompt is split.
+
+    `tokenizer_config.json` names them by kind, plain or as a table with flags, and may list all of them with their
+    flags; where it lists none, `special_tokens_map.json` has the last word on kinds.
+
+    Returns:
+        The special tokens by kind, and all tokens with their flags in the order in which to add them.
+    """
     path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
+    settings = read_json(path) if path.is_file() else {}
+    listed = settings.get("added_tokens_decoder")
+    older = folder / "special_tokens_map.json"
+    if listed is None and older.is_file():
+        settings = settings | read_json(older)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    found = {}
-    for kind in wanted:
-        token = values.get(kind) if isinstance(values, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            found[kind] = token
-    return found
+        known = {table["content"]: _added_token(table) for _, table in sorted((listed or {}).items(), key=_number)}
+        kinds = usual | {kind: value for kind in _KINDS if (value := settings.get(kind)) is not None}
+        tokens = {kind: _added_token(value) for kind, value in kinds.items()}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise CheckpointError(f"{folder} is damaged: its special tokens are not what they should be") from None
+    special = {kind: token.content for kind, token in tokens.items()}
+    order = [known.get(tokens[kind].content, tokens[kind]) for kind in _KINDS if kind in tokens]
+    return special, [*known.values(), *order]
+
+
+def _added_token(value: str | dict) -> AddedToken:
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    flags = {name: bool(value[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
+    return AddedToken(value["content"], special=True, **flags)
+
+
+def _number(entry: tuple[str, object]) -> int:
+    return int(entry[0])
 
 
 def _id_of(vocabulary: dict[str, int], token: str, folder: Path) -> int:

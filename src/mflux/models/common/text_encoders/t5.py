@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
@@ -66,24 +68,26 @@ class T5Attention(nn.Module):
 
     def position_bias(self, length: int) -> mx.array:
         """The learned bias for every pair of positions: (1, heads, L, L)."""
-        positions = mx.arange(length)
+        positions = np.arange(length)
         buckets = relative_position_buckets(positions[None, :] - positions[:, None], self.buckets, self.max_distance)
-        return self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
+        return self.relative_attention_bias(mx.array(buckets)).transpose(2, 0, 1)[None]
 
 
-def relative_position_buckets(distance: mx.array, buckets: int, max_distance: int) -> mx.array:
+def relative_position_buckets(distance: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
     """Which bucket a signed distance (key minus query) falls into.
 
     Half of the buckets are for keys that come later. Of each half, the first half counts distances one by one, the
     rest grows logarithmically up to `max_distance`, beyond which all share the last.
+
+    With numpy and not on the GPU: powers of two lie exactly on a border, and the last bit of a logarithm decides.
     """
     half = buckets // 2
     exact = half // 2
-    later = mx.where(distance > 0, half, 0)
-    distance = mx.abs(distance)
-    ratio = mx.log(mx.maximum(distance, 1).astype(mx.float32) / exact) / math.log(max_distance / exact)
-    far = exact + (ratio * (half - exact)).astype(mx.int32)
-    return later + mx.where(distance < exact, distance, mx.minimum(far, half - 1))
+    later = np.where(distance > 0, half, 0)
+    distance = np.abs(distance)
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    far = exact + (ratio / np.float32(math.log(max_distance / exact)) * (half - exact)).astype(np.int32)
+    return later + np.where(distance < exact, distance, np.minimum(far, half - 1))
 
 
 class T5LayerSelfAttention(nn.Module):

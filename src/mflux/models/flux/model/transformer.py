@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
@@ -77,10 +80,17 @@ class ConditionEmbedder(nn.Module):
 
 def waves(values: mx.array) -> mx.array:
     """Cosines, then sines, of each value at frequencies from 1 down towards 1/10000: (B,) → (B, 256), float32."""
-    half = _TIME_CHANNELS // 2
-    frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(10000) / half))
-    angles = values.astype(mx.float32)[:, None] * frequencies
+    angles = values.astype(mx.float32)[:, None] * mx.array(_time_frequencies())
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
+@cache
+def _time_frequencies() -> np.ndarray:
+    """Rounded once from the exponents, which the model was trained with as float32: the angles go up to thousands of
+    radians, where one more rounding of a frequency, as MLX's `exp` has it, is visible in their cosines."""
+    half = _TIME_CHANNELS // 2
+    exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / half
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
 
 
 def rotary_embedding(ids: mx.array, axes: tuple[int, ...]) -> tuple[mx.array, mx.array]:
@@ -95,8 +105,9 @@ def rotary_embedding(ids: mx.array, axes: tuple[int, ...]) -> tuple[mx.array, mx
     """
     angles = []
     for axis, channels in enumerate(axes):
-        frequencies = 1.0 / (10000 ** (mx.arange(0, channels, 2, dtype=mx.float32) / channels))
-        angles.append(ids[:, axis, None].astype(mx.float32) * frequencies)
+        # In double precision, as the reference has it: positions multiply what rounding leaves.
+        frequencies = 10000.0 ** (-np.arange(0, channels, 2) / channels)
+        angles.append(ids[:, axis, None].astype(mx.float32) * mx.array(frequencies.astype(np.float32)))
     angles = mx.concatenate(angles, axis=-1)
     return mx.cos(angles), mx.sin(angles)
 
