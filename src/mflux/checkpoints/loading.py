@@ -67,7 +67,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if indexes:
         names = read_json(indexes[0]).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{indexes[0]} is damaged: it has no table of shards")
+            raise CheckpointError(f"{indexes[0]} is damaged: it has no table of shards; fetch it again")
         shards = sorted(set(names.values()))
         missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
         if missing:
@@ -81,8 +81,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if len(plain or files) == 1:
         return plain or files
     if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors file")
-    raise CheckpointError(f"{folder} holds {len(files)} weight files and no index that says which to take")
+        raise CheckpointError(
+            f"{folder} holds no .safetensors file: the folder is not a complete model in the diffusers layout"
+        )
+    raise CheckpointError(f"{folder} holds {len(files)} weight files and no index that says which to take; leave one")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -96,9 +98,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError:
-        raise CheckpointError(f"{path} is damaged: it is not JSON") from None
+        raise CheckpointError(f"{path} is damaged: it is not JSON; fetch it again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it is not a JSON object")
+        raise CheckpointError(f"{path} is damaged: it is not a JSON object; fetch it again")
     return content
 
 
@@ -131,15 +133,18 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], *, source: object, 
     turns = layout_turns(module)
     for name, key in plan.items():
         value = tensors[key]
-        if turn := turns.get(name):
+        expected = parameters[name]
+        if (turn := turns.get(name)) and value.ndim == expected.ndim:
             value = turn(value)
-        if tuple(value.shape) != tuple(parameters[name].shape):
-            raise CheckpointError(
-                f"{source}: {key} has the shape {list(tensors[key].shape)}, which config.json does not allow "
-                f"(as MLX lays it out: {list(value.shape)} instead of {list(parameters[name].shape)})"
+        if value.shape != expected.shape:
+            turned = " (as MLX lays them out)" if turn else ""
+            raise _misfit(
+                module, source, f"{key} has the shape {list(value.shape)} instead of {list(expected.shape)}{turned}"
             )
         if mx.issubdtype(value.dtype, mx.floating):
             value = value.astype(dtype or compute_dtype(value.dtype))
+        elif mx.issubdtype(expected.dtype, mx.floating):
+            raise _misfit(module, source, f"{key} holds {value.dtype} where floating-point numbers belong")
         # Without a copy of its own a transposed kernel would be laid out anew in every convolution.
         value = mx.contiguous(value) if turn else value
         mx.eval(value)
@@ -175,10 +180,15 @@ def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *,
             problems.append(f"{_count(missing, 'tensor')} missing ({_some(missing)})")
         if left:
             problems.append(f"{_count(left, 'tensor')} left over ({_some(left)})")
-        raise CheckpointError(
-            f"{source} does not fit a {type(module).__name__} of its config.json: {' and '.join(problems)}"
-        )
+        raise _misfit(module, source, " and ".join(problems))
     return plan
+
+
+def _misfit(module: nn.Module, source: object, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} does not fit the {type(module).__name__} of its config.json: {what}; "
+        "fetch it again, or take the config.json that belongs to these weights"
+    )
 
 
 def layout_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]:

@@ -54,7 +54,8 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
                 raise CheckpointError(f"{path} is not a safetensors file: fetch it again")
             if length > size - 8:
                 raise CheckpointError(
-                    f"{path} is truncated: its header says {length:,} bytes but the file ends after {size:,}: fetch it again"
+                    f"{path} is truncated: its header says {length:,} bytes but the file ends after {size:,}: "
+                    "fetch it again"
                 )
             header = json.loads(file.read(length))
     except OSError as error:
@@ -78,11 +79,13 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         if dtype not in _WIDTHS:
             raise CheckpointError(f"{path}: {name} has the dtype {dtype}, which mflux cannot read")
         if prod(shape) * _WIDTHS[dtype] != (end - start) * 8:
-            raise CheckpointError(f"{path} is damaged: {name} has {end - start:,} bytes for the shape {list(shape)}")
+            raise CheckpointError(
+                f"{path} is damaged: {name} has {end - start:,} bytes for the shape {list(shape)}; fetch it again"
+            )
         if 8 + length + end > size:
             raise CheckpointError(
-                f"{path} is truncated: {name} should end at byte {8 + length + end:,} but the file ends after {size:,}: "
-                "fetch it again"
+                f"{path} is truncated: {name} should end at byte {8 + length + end:,} but the file ends after "
+                f"{size:,}: fetch it again"
             )
         tensors[name] = TensorInfo(dtype, shape, 8 + length + start, 8 + length + end)
     return tensors, metadata

@@ -93,6 +93,8 @@ def check_output(path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+    except FileExistsError:
+        raise OutputError(f"cannot write to the folder {path.parent}: it is a file; choose another folder") from None
     except OSError as error:
         raise OutputError(
             f"cannot write to the folder {path.parent}: {error.strerror or error}; choose another folder"

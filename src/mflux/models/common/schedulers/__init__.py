@@ -44,7 +44,7 @@ def scheduler_class(name: str) -> type[BaseScheduler]:
         )
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UsageError(f"the scheduler {name!r} cannot be imported: {error}") from None
     if not (isinstance(found, type) and issubclass(found, BaseScheduler)):
         raise UsageError(f"{name!r} is not a class derived from mflux.models.common.schedulers.BaseScheduler")

@@ -1,0 +1,655 @@
+"""Whatever a person can get wrong ends in one line that says what it was and what to do, never in a traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mflux.backend import mx
+
+NAMES = "demo, schnell, dev, krea-dev"
+SUGGESTION = f"use --model with {NAMES}, a Hugging Face repository or a folder (--model demo needs no download)"
+SEE = "(see mflux-generate --help)"
+BASIC = ["--prompt", "a red circle", "--width", 32, "--height", 32, "--steps", 1, "--seed", 1]
+
+
+@pytest.fixture
+def refused(cli, in_folder, tiny_schnell):
+    """Run `mflux generate` with the tiny model, and make sure that it is refused in one line and leaves nothing."""
+
+    def check(
+        *words, status: int, message: str | re.Pattern, model: object = tiny_schnell, basic=BASIC, **options
+    ) -> None:
+        before = sorted(in_folder.rglob("*"))
+        chosen = [] if model is None else ["--model", model]
+        result = cli("generate", *chosen, *basic, *words, **options)
+        if isinstance(message, str):
+            assert result.errors == [f"error: {message}"]
+        else:
+            assert len(result.errors) == 1
+            assert message.fullmatch(result.errors[0].removeprefix("error: "))
+        assert result.status == status
+        assert result.out == ""
+        assert result.err.splitlines()[-1] == result.errors[0]
+        assert sorted(in_folder.rglob("*")) == before
+
+    return check
+
+
+# ---- the model
+
+
+def test_no_model_at_all(refused):
+    refused(model=None, status=2, message=f"no model was named: {SUGGESTION}")
+
+
+def test_an_unknown_model(refused):
+    told = "a repository or folder whose name does not tell needs --base-model (schnell, dev or krea-dev)"
+    refused(model="nonsense", status=2, message=f"the model 'nonsense' is not known: {SUGGESTION}; {told}")
+
+
+def test_an_unknown_base_model(refused, tiny_schnell):
+    from mflux.models.common.config.registry import MODELS
+
+    message = f"the base model 'nonsense' is not known: choose one of {', '.join(MODELS)}"
+    refused("--base-model", "nonsense", status=2, message=message)
+    refused("--base-model", "nonsense", model=None, status=2, message=message)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("qwen-image", "the family qwen"),
+        ("Qwen/Qwen-Image-2512", "the family qwen"),
+        ("someone/z-image-turbo-mine", "the family z_image"),
+        ("dev-fill", "this variant of FLUX.1"),
+    ],
+)
+def test_a_model_that_is_known_but_not_built(refused, name, what):
+    key = {"Qwen/Qwen-Image-2512": "qwen-image", "someone/z-image-turbo-mine": "z-image-turbo"}.get(name, name)
+    refused(model=name, status=2, message=f"{key} is not built yet in this version ({what}): there are {NAMES}")
+
+
+def test_a_folder_that_is_not_there(refused):
+    message = "there is no folder ./schnell: check the path, or give a Hugging Face repository as org/name"
+    refused(model="./schnell", status=1, message=message.replace("./", ""))
+
+
+# ---- the checkpoint
+
+
+@pytest.fixture
+def broken(tiny_schnell, tmp_path) -> Path:
+    """A copy of the tiny model to be damaged, outside the working directory of the command."""
+    return Path(shutil.copytree(tiny_schnell, tmp_path.parent / f"{tmp_path.name}-schnell"))
+
+
+def test_a_truncated_file_of_weights(refused, broken):
+    path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    # All offsets are right, so the first entry that passes the end is named.
+    name = next(
+        name
+        for name, entry in header.items()
+        if name != "__metadata__"
+        and entry["data_offsets"][1] > len(content) - 108 - int.from_bytes(content[:8], "little")
+    )
+    ends = f"should end at byte {len(content):,} but the file ends after {len(content) - 100:,}"
+    message = f"{path} is truncated: {name} {ends}: fetch it again"
+    refused(model=broken, status=1, message=message)
+
+
+def test_a_file_of_weights_without_an_end_of_its_header(refused, broken):
+    path = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:200])
+    length = int.from_bytes(content[:8], "little")
+    message = f"{path} is truncated: its header says {length:,} bytes but the file ends after 200: fetch it again"
+    refused(model=broken, status=1, message=message)
+
+
+def change_weights(folder: Path, change) -> None:
+    path = next(folder.glob("*.safetensors"))
+    tensors = dict(mx.load(str(path)))
+    change(tensors)
+    mx.eval(tensors)
+    mx.save_safetensors(str(path), tensors)
+
+
+MISFIT = "fetch it again, or take the config.json that belongs to these weights"
+
+
+def test_a_missing_tensor(refused, broken):
+    change_weights(broken / "transformer", lambda tensors: tensors.pop("transformer_blocks.0.attn.norm_k.weight"))
+    refused(
+        model=broken,
+        status=1,
+        message=f"{broken}/transformer does not fit the FluxTransformer of its config.json: "
+        f"1 tensor missing (transformer_blocks.0.attn.norm_k.weight); {MISFIT}",
+    )
+
+
+def test_a_tensor_too_many(refused, broken):
+    change_weights(broken / "text_encoder_2", lambda tensors: tensors.update({"encoder.more.weight": mx.ones(3)}))
+    refused(
+        model=broken,
+        status=1,
+        message=f"{broken}/text_encoder_2 does not fit the T5Encoder of its config.json: "
+        f"1 tensor left over (encoder.more.weight); {MISFIT}",
+    )
+
+
+def test_a_tensor_of_another_shape(refused, broken):
+    change_weights(broken / "vae", lambda tensors: tensors.update({"decoder.conv_in.weight": mx.ones((16, 4, 3, 3))}))
+    refused(
+        model=broken,
+        status=1,
+        message=f"{broken}/vae does not fit the AutoencoderKL of its config.json: decoder.conv_in.weight has the shape "
+        f"[16, 3, 3, 4] instead of [16, 3, 3, 16] (as MLX lays them out); {MISFIT}",
+    )
+
+
+def test_a_component_without_configuration(refused, broken):
+    (broken / "text_encoder" / "config.json").unlink()
+    refused(
+        model=broken,
+        status=1,
+        message=f"{broken}/text_encoder/config.json is missing: "
+        "the folder is not a complete model in the diffusers layout",
+    )
+
+
+def test_a_configuration_that_is_no_json(refused, broken):
+    (broken / "vae" / "config.json").write_text("{")
+    refused(model=broken, status=1, message=f"{broken}/vae/config.json is damaged: it is not JSON; fetch it again")
+
+
+def test_a_configuration_that_makes_no_sense(refused, broken):
+    path = broken / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"axes_dims_rope": [4, 4, 4]}))
+    refused(model=broken, status=1, message=f"{path}: axes_dims_rope [4, 4, 4] does not add up to 16 per head")
+
+
+def test_a_component_without_weights(refused, broken):
+    (broken / "text_encoder" / "model.safetensors").unlink()
+    refused(
+        model=broken,
+        status=1,
+        message=f"{broken}/text_encoder holds no .safetensors file: "
+        "the folder is not a complete model in the diffusers layout",
+    )
+
+
+def test_a_model_of_another_kind(refused, broken):
+    path = broken / "transformer" / "config.json"
+    path.write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel"}))
+    refused(
+        model=broken,
+        status=1,
+        message=f"{broken} holds a QwenImageTransformer2DModel, not a FLUX.1 transformer: "
+        "another command draws with it",
+    )
+
+
+def test_an_empty_folder(refused, broken):
+    shutil.rmtree(broken)
+    broken.mkdir()
+    refused(
+        model=broken,
+        status=1,
+        message=f"{broken}/transformer/config.json is missing: "
+        "the folder is not a complete model in the diffusers layout",
+    )
+
+
+def test_a_damaged_tokenizer(refused, broken):
+    (broken / "tokenizer_2" / "tokenizer.json").write_text("not a tokenizer")
+    # The reason is the tokenizers package's own.
+    message = re.escape(f"{broken}/tokenizer_2/tokenizer.json is damaged: ") + ".+"
+    refused(model=broken, status=1, message=re.compile(message))
+
+
+# ---- the prompt
+
+
+def test_no_prompt(refused):
+    message = 'no prompt was given: use --prompt "…", --prompt - or --prompt-file FILE'
+    refused(basic=["--steps", 1], status=2, message=message)
+
+
+def test_an_empty_prompt(refused):
+    refused(basic=["--prompt", "  "], status=2, message="there is no prompt: --prompt is empty")
+
+
+def test_a_prompt_in_another_encoding(refused):
+    message = "--prompt is not text in UTF-8: write the prompt in UTF-8"
+    refused(basic=["--prompt", "caf\udce9"], status=2, message=message)
+
+
+def test_nothing_on_standard_input(refused):
+    refused(basic=["--prompt", "-"], stdin="\n", status=2, message="there is no prompt: standard input is empty")
+
+
+def test_a_prompt_file(refused, tmp_path):
+    path = tmp_path / "prompt.txt"
+    basic = ["--prompt-file", path]
+    message = f"cannot read the prompt file {path}: No such file or directory"
+    refused(basic=basic, status=2, message=message)
+    path.write_text(" \n")
+    refused(basic=basic, status=2, message=f"there is no prompt: the prompt file {path} is empty")
+    path.write_bytes("café".encode("latin-1"))
+    refused(basic=basic, status=2, message=f"the prompt file {path} is not text in UTF-8: write the prompt in UTF-8")
+    message = f"cannot read the prompt file {tmp_path}: Is a directory"
+    refused(basic=["--prompt-file", tmp_path], status=2, message=message)
+
+
+def test_two_prompts(refused):
+    message = f"argument --prompt-file: not allowed with argument --prompt {SEE}"
+    refused("--prompt-file", "prompt.txt", status=2, message=message)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--width", "0", "0 is too small: at least 16"),
+        ("--height", "-5", "-5 is too small: at least 16"),
+        ("--height", "15", "15 is too small: at least 16"),
+        ("--width", "16385", "16385 is too large: at most 16384"),
+        ("--width", "wide", "'wide' is neither a number of pixels, nor auto, nor a scale factor such as 2x"),
+        ("--width", "1e3", "'1e3' is neither a number of pixels, nor auto, nor a scale factor such as 2x"),
+        ("--height", "twox", "'twox' is not a scale factor such as 2x or 1.5x"),
+        ("--height", "0x", "a scale factor of 0 leaves nothing: it must be above 0"),
+        ("--steps", "0", "0 is too small: at least 1"),
+        ("--steps", "four", "'four' is not a whole number"),
+        ("--steps", "10001", "10001 is too large: at most 10000"),
+        ("--seed", "-1", "-1 is too small: at least 0"),
+        ("--seed", "18446744073709551616", "18446744073709551616 is too large: at most 18446744073709551615"),
+        ("--seed", "1.5", "'1.5' is not a whole number"),
+        ("--auto-seeds", "1000001", "1000001 is too large: at most 1000000"),
+        ("--guidance", "-1", "-1 is too small: at least 0"),
+        ("--guidance", "nan", "'nan' is not a number"),
+        ("--guidance", "inf", "'inf' is not a number"),
+        ("--image-strength", "1.5", "1.5 is too large: at most 1"),
+        ("--mlx-cache-limit-gb", "0", "0 is not above 0"),
+        ("--mlx-cache-limit-gb", "inf", "'inf' is not a number"),
+        ("--vae-tile-size", "64", "64 is too small: at least 128"),
+        ("--vae-tile-size", "200", "200 is not a multiple of 16"),
+        ("--battery-percentage-stop-limit", "low", "'low' is not a whole number"),
+    ],
+)
+def test_a_number_out_of_bounds(refused, option, value, message):
+    names = {"--battery-percentage-stop-limit": "--battery-percentage-stop-limit/-B"}
+    refused(option, value, status=2, message=f"argument {names.get(option, option)}: {message} {SEE}")
+
+
+def test_a_scale_without_a_picture(refused):
+    message = "a size of 2x needs a picture to start from: use --image PATH, or say it in pixels"
+    refused("--width", "2x", status=2, message=message)
+
+
+def test_an_option_that_does_not_exist(refused):
+    refused("--colour", "red", status=2, message=f"unrecognized arguments: --colour red {SEE}")
+    # Shortened options would change their meaning when a new one comes.
+    refused("--guid", "1", status=2, message=f"unrecognized arguments: --guid 1 {SEE}")
+
+
+# ---- the picture to start from
+
+
+def test_an_image_that_is_not_there(refused):
+    refused("--image", "none.png", status=1, message="the image none.png does not exist: check its path")
+
+
+def test_an_image_that_is_none(refused, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    message = "the image text.png is not a picture that can be read: give a PNG, JPEG or WebP"
+    refused("--image", "text.png", status=1, message=message)
+
+
+def test_an_image_that_ends_early(refused, tmp_path):
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, format="PNG")
+    (tmp_path / "half.png").write_bytes(whole.getvalue()[:1500])
+    # What stands in brackets is Pillow's own.
+    message = r"the image half\.png cannot be read \(.*truncated.*\): check the file, or give another"
+    refused("--image", "half.png", status=1, message=re.compile(message))
+
+
+def test_a_folder_for_an_image(refused, tmp_path):
+    message = f"the image {tmp_path} cannot be read (Is a directory): check the file, or give another"
+    refused("--image", tmp_path, status=1, message=message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["a.png", "0.5", "b.png"], "--image takes a path and a strength, not 3 values: --image photo.jpg 0.6"),
+        (["a.png", "1.5"], "the strength of --image: 1.5 is too large: at most 1"),
+        (["a.png", "strong"], "the strength of --image: 'strong' is not a number"),
+    ],
+)
+def test_a_wrong_number_of_values_for_an_image(refused, values, message):
+    refused("--image", *values, status=2, message=message)
+
+
+def test_an_image_said_twice(refused):
+    message = "--image says what --image-path and --image-strength say: use --image PATH [STRENGTH] alone"
+    refused("--image", "a.png", "--image-path", "a.png", status=2, message=message)
+    refused("--image", "a.png", "--image-strength", "0.5", status=2, message=message)
+
+
+def test_a_strength_of_nothing(refused):
+    message = "--image-strength says how much of a picture to keep, and there is none: use --image PATH STRENGTH"
+    refused("--image-strength", "0.5", status=2, message=message)
+
+
+def test_a_picture_scaled_to_nothing(refused, tmp_path):
+    Image.new("RGB", (20, 64)).save(tmp_path / "thin.png")
+    message = "a width of 0 is too small: it must be at least 16"
+    refused("--image", "thin.png", "--width", "0.5x", status=2, message=message)
+
+
+# ---- the output
+
+
+def test_a_folder_that_cannot_be_made(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = "cannot write to the folder file/inside: Not a directory; choose another folder"
+    refused("--output", "file/inside/image.png", status=1, message=message)
+    refused("--stepwise-image-output-dir", "file/inside", status=1, message=message)
+
+
+def test_a_folder_that_is_a_file(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = "cannot write to the folder file: it is a file; choose another folder"
+    refused("--output", "file/image.png", status=1, message=message)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("picture", "its name has no ending"),
+        ("picture.txt", "'.txt' is no format for that"),
+        ("picture.psd", "'.psd' is no format for that"),  # Pillow only reads it
+        ("picture.xbm", "'.xbm' is no format for that"),  # has no colours
+        ("", "its name has no ending"),
+    ],
+)
+def test_an_ending_that_is_no_picture(refused, name, reason):
+    message = f"cannot write a picture to {name or '.'}: {reason}; use .png, .jpg or .webp"
+    refused("--output", name, status=2, message=message)
+    if not name:
+        refused("--output", name, "--seed", 1, 2, status=2, message=message)
+
+
+def test_a_name_that_is_too_long(refused):
+    name = "x" * 300 + ".png"
+    refused("--output", name, status=1, message=f"cannot write {name}: File name too long; choose another name")
+
+
+# ---- what is not built yet
+
+
+LORA = "LoRA is not built yet in this version: leave --lora out"
+PID = "PiD decoding is not built yet in this version: leave --pid-decode out"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora", "a.safetensors"], LORA),
+        (["--lora", "a.safetensors", "0.7", "--lora", "b.safetensors"], LORA),
+        (["--lora-style", "portrait"], LORA),
+        (["--lora-paths", "a.safetensors"], LORA),
+        (["--lora-scales", "0.5"], LORA),
+        (["--no-bake-lora"], LORA),
+        (["--quantize", "4"], "quantization is not built yet in this version: leave --quantize out"),
+        (["-q", "8"], "quantization is not built yet in this version: leave --quantize out"),
+        (["--pid-decode"], PID),
+        (["--pid-degrade-sigma", "0.5"], PID),
+    ],
+)
+def test_an_option_that_is_not_built(refused, words, message):
+    refused(*words, status=2, message=message)
+
+
+def test_a_command_that_is_not_built(cli):
+    for words in (["save"], ["generate-qwen", "--prompt", "x"], ["mflux-train"]):
+        result = cli(*words)
+        assert result.status == 2
+        assert result.err == f"error: mflux {words[0]} is not built yet in this version (see mflux --help)\n"
+
+
+def test_a_command_that_does_not_exist(cli):
+    result = cli("nonsense")
+    assert (result.status, result.err) == (2, "error: there is no command 'nonsense' (see mflux --help)\n")
+
+
+def test_a_scheduler_that_is_not_there(refused):
+    known = "use linear, flow_match_euler_discrete, or your own as package.module.Class"
+    refused("--scheduler", "cosine", status=2, message=f"the scheduler 'cosine' is not known: {known}")
+    refused(
+        *("--scheduler", "no_such_package.Class"),
+        status=2,
+        message="the scheduler 'no_such_package.Class' cannot be imported: No module named 'no_such_package'",
+    )
+    refused(
+        *("--scheduler", "json.JSONDecoder"),
+        status=2,
+        message="'json.JSONDecoder' is not a class derived from mflux.models.common.schedulers.BaseScheduler",
+    )
+
+
+@pytest.mark.parametrize("name", [".", "..x", "x.", ".x", ""])
+def test_a_scheduler_that_is_hardly_a_name(cli, in_folder, tiny_schnell, name):
+    result = cli("generate", "--model", tiny_schnell, *BASIC, "--scheduler", name)
+    assert result.status == 2
+    assert len(result.errors) == 1
+
+
+# ---- settings of an earlier picture
+
+
+def test_settings_that_are_not_there(refused):
+    message = "cannot read the settings in none.json: No such file or directory"
+    refused("-C", "none.json", status=2, message=message)
+
+
+@pytest.mark.parametrize("content", ["", "garbage", "[1, 2]", "null", '{"steps": ', "[" * 100_000])
+def test_settings_that_are_none(refused, tmp_path, content):
+    (tmp_path / "old.json").write_text(content)
+    message = "old.json holds no settings: it is neither a .metadata.json nor a picture made with mflux"
+    refused("-C", "old.json", status=2, message=message)
+
+
+def test_a_picture_without_settings(refused, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    message = "plain.png holds no settings: it is neither a .metadata.json nor a picture made with mflux"
+    refused("-C", "plain.png", status=2, message=message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told", "option"),
+    [
+        ("steps", "four", "'four' is not a number", "--steps"),
+        ("steps", 0, "0 is too small: at least 1", "--steps"),
+        ("steps", 2.5, "'2.5' is not a whole number", "--steps"),
+        ("steps", True, "'True' is not a number", "--steps"),
+        ("seed", [1, 2], "'[1, 2]' is not a number", "--seed"),
+        ("seed", -3, "-3 is too small: at least 0", "--seed"),
+        ("guidance", {"a": 1}, "\"{'a': 1}\" is not a number", "--guidance"),
+        ("guidance", float("nan"), "'nan' is not a number", "--guidance"),
+        ("width", "wide", "'wide' is not a number", "--width"),
+        ("height", 8, "8 is too small: at least 16", "--height"),
+        ("height", 64.0, "'64.0' is not a whole number", "--height"),
+        ("prompt", 7, "7 is not text", "--prompt"),
+        ("model", ["dev"], "['dev'] is not text", "--model"),
+        ("image_path", 5, "5 is not text", "--image"),
+        ("image_strength", 7, "7 is too large: at most 1", "--image-strength"),
+        ("scheduler", 5, "5 is not text", "--scheduler"),
+    ],
+)
+def test_a_setting_of_the_wrong_type(refused, tmp_path, name, value, told, option):
+    (tmp_path / "old.json").write_text(json.dumps({"model": "schnell", "prompt": "x", name: value}))
+    refused(
+        *("-C", "old.json"),
+        model=None,
+        basic=[],
+        status=2,
+        message=f"old.json: its {name} makes no sense, {told}: say {option} yourself",
+    )
+
+
+def test_settings_that_would_import(refused, tmp_path):
+    (tmp_path / "old.json").write_text(json.dumps({"scheduler": "some.module.Class"}))
+    message = "old.json: its scheduler some.module.Class would be imported: say --scheduler yourself"
+    refused("-C", "old.json", status=2, message=message)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"quantize": 8}, "the model of that picture is quantized, which is not built yet"),
+        (
+            {"lora_paths": ["a.safetensors"]},
+            "the model of that picture has LoRAs, which is not built yet: --lora-paths does without",
+        ),
+        (
+            {"pid_decode": True},
+            "the model of that picture is decoded with PiD, which is not built yet: --no-pid-decode does without",
+        ),
+    ],
+)
+def test_settings_that_are_not_built(refused, tmp_path, setting, message):
+    (tmp_path / "old.json").write_text(json.dumps(setting))
+    refused("-C", "old.json", status=2, message=f"old.json: {message}")
+
+
+# ---- mflux-info
+
+
+def test_info_about_what_carries_nothing(cli, in_folder):
+    Image.new("RGB", (8, 8)).save("plain.png")
+    Path("text.txt").write_text("no picture")
+    told = {
+        "plain.png": "plain.png carries no settings: it was not made with mflux, or with --no-metadata",
+        "none.png": "the image none.png does not exist: check its path",
+        "text.txt": "the image text.txt is not a picture that can be read: give a PNG, JPEG or WebP",
+        ".": "the image . cannot be read (Is a directory): check the file, or give another",
+    }
+    for name, message in told.items():
+        result = cli("info", name)
+        assert (result.status, result.out, result.err) == (1, "", f"error: {message}\n")
+
+
+# ---- from outside: exit status, streams, interruption
+
+
+def test_the_process_ends_with_the_status(cli_process, tmp_path):
+    result = cli_process("generate", "--prompt", "x", cwd=tmp_path)
+    assert (result.status, result.out, result.err) == (2, "", f"error: no model was named: {SUGGESTION}\n")
+    (tmp_path / "plain.png").write_text("no picture")
+    result = cli_process("info", "plain.png", cwd=tmp_path)
+    assert result.status == 1
+    assert len(result.errors) == len(result.err.splitlines()) == 1
+
+
+SCHEDULER = """
+import os, signal
+from mflux.models.common.schedulers import LinearScheduler
+
+class Interrupted(LinearScheduler):
+    def step(self, noise, timestep, latents, **kwargs):
+        if timestep == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's ignores it
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().step(noise, timestep, latents, **kwargs)
+"""
+
+
+def test_ctrl_c_in_the_middle(cli_process, tiny_schnell, tmp_path):
+    (tmp_path / "of_mine.py").write_text(SCHEDULER)
+    work = tmp_path / "work"
+    work.mkdir()
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    result = cli_process(
+        *("generate", "--model", tiny_schnell, "--prompt", "a red circle", "--width", 48, "--height", 32),
+        *("--steps", 4, "--seed", 7, "--scheduler", "of_mine.Interrupted", "--stepwise-image-output-dir", "steps"),
+        cwd=work,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    assert result.status == 130
+    assert result.errors == ["error: stopped at step 2 of 4"]
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    # What was done so far survives; the picture itself was not begun.
+    names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
+    assert names == [f"steps/seed_7_{step}.png" for step in ("composite", "step0of4", "step1of4")]
+    with Image.open(work / "steps" / "seed_7_composite.png") as composite:
+        composite.load()
+        assert composite.size == (96, 32)
+
+
+def test_ctrl_c_while_writing(cli, in_folder, tiny_schnell, monkeypatch):
+    def interrupted(self, file, **kwargs):
+        file.write(b"half a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mflux.utils.image_util.check_output", lambda path: None)
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    result = cli("generate", "--model", tiny_schnell, *BASIC)
+    assert (result.status, result.errors) == (130, ["error: stopped"])
+    assert list(in_folder.iterdir()) == []
+
+
+def test_no_memory(cli, in_folder, tiny_schnell, monkeypatch):
+    from mflux.models.flux.variants.txt2img.flux import Flux1
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
+
+    monkeypatch.setattr(Flux1, "generate_image", fail)
+    result = cli("generate", "--model", tiny_schnell, *BASIC)
+    message = "error: not enough memory: try --low-ram, or a smaller --width and --height"
+    assert (result.status, result.errors) == (1, [message])
+
+
+def test_a_bug_keeps_its_traceback(cli, in_folder, tiny_schnell, monkeypatch):
+    from mflux.models.flux.variants.txt2img.flux import Flux1
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Flux1, "generate_image", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli("generate", "--model", tiny_schnell, *BASIC)
+
+
+def test_a_reader_that_goes_away(tmp_path):
+    """`mflux-info picture.png | head -0` ends quietly."""
+    from mflux.utils.image_util import ImageUtil
+
+    ImageUtil.save_image(Image.new("RGB", (8, 8)), tmp_path / "image.png", {"prompt": "x" * 30_000})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mflux.cli.main", "info", str(tmp_path / "image.png")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(30) == 1
+    assert errors == ""
