@@ -212,7 +212,8 @@ def prepare_machine(args: argparse.Namespace, flux):
         from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 
         flux.callbacks.register(StepwiseHandler(flux, args.stepwise_image_output_dir, FluxLatentCreator))
-    flux.keep_transformer = not args.low_ram
+    # A run that encodes another prompt later makes room for the encoders: its peak is one stage, not two.
+    flux.keep_transformer = False
     if args.low_ram:
         memory = MemorySaver(flux, keep_transformer=len(args.seed) > 1, cache_limit_bytes=limit or 10**9)
         flux.callbacks.register(memory)

@@ -43,7 +43,11 @@ _FILES = (
     "vae/*.json",
     "vae/*.safetensors",
 )
-_REQUIRED = tuple(f"{part}/config.json" for part in ("text_encoder", "text_encoder_2", "transformer", "vae"))
+_REQUIRED = tuple(
+    f"{part}/{file}"
+    for part in ("text_encoder", "text_encoder_2", "transformer", "vae")
+    for file in ("config.json", "*.safetensors")
+)
 
 
 class Flux1:
