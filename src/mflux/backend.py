@@ -9,16 +9,26 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 
-_OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
+# The name that Debian's alternatives, Arch and a build of one's own have; Fedora's builds with threads and with OpenMP.
+_OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblaso.so.0", "libopenblas.so")
+# What brings it, by the program that installs.
+_OPENBLAS_COMMANDS = {"apt-get": "apt-get install libopenblas0", "dnf": "dnf install openblas-threads"}
+
+
+def _blas_is_off() -> bool:
+    return os.environ.get("MFLUX_BLAS", "").lower() in ("off", "0", "no")
 
 
 def _load_blas() -> str | None:
-    if sys.platform != "linux" or "mlx.core" in sys.modules:
+    if sys.platform != "linux" or "mlx.core" in sys.modules or _blas_is_off():
         return None
-    if os.environ.get("MFLUX_BLAS", "").lower() in ("off", "0", "no"):
-        return None
+    return _find_blas()
+
+
+def _find_blas() -> str | None:
     for name in _OPENBLAS_NAMES:
         try:
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
@@ -35,7 +45,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-__all__ = ["BLAS", "compute_dtype", "has_gpu", "mx", "nn", "tree_flatten"]
+__all__ = ["BLAS", "blas_advice", "compute_dtype", "has_gpu", "mx", "nn", "tree_flatten"]
 
 
 def has_gpu() -> bool:
@@ -52,3 +62,12 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     if has_gpu() and stored in (mx.float16, mx.bfloat16, mx.float32):
         return stored
     return mx.float32
+
+
+def blas_advice() -> str | None:
+    """How to make MLX compute faster here, or None: on a GPU, on macOS, with OpenBLAS, or if it was turned off."""
+    if sys.platform != "linux" or BLAS is not None or _blas_is_off() or has_gpu() or _find_blas() is not None:
+        return None
+    commands = (command for program, command in _OPENBLAS_COMMANDS.items() if shutil.which(program))
+    command = next(commands, "install OpenBLAS with the system's package manager")
+    return f"this CPU would compute 20 times faster with OpenBLAS: {command} (MFLUX_BLAS=off: say this no more)"
