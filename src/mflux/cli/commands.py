@@ -19,7 +19,7 @@ COMMANDS = {
     "convert": Command("mflux.cli.convert", "turn PyTorch weights into safetensors"),
     "save-depth": Command("mflux.models.depth_pro.cli.save_depth", "estimate a photo's depth with Depth Pro"),
     "info": Command("mflux.cli.info", "show the settings that a picture carries"),
-    "doctor": Command("mflux.cli.doctor", "show what this installation is made of, and mend what is wrong with it"),
+    "doctor": Command("mflux.cli.doctor", "show what this installation is made of, and how to mend it"),
     "completions": Command("mflux.cli.completions", "install tab completion for the shell"),
 }
 

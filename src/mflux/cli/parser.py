@@ -80,6 +80,14 @@ def _log_to_stderr(argv: Sequence[str] | None) -> None:
     logger.setLevel(logging.DEBUG if "--verbose" in words or "-v" in words else logging.INFO)
 
 
+def advise() -> None:
+    """Say once, before long work, what would make it faster on this machine."""
+    from mflux.backend import blas_advice
+
+    if advice := blas_advice():
+        logging.getLogger(__name__).info(advice)
+
+
 # ---- types of values
 
 

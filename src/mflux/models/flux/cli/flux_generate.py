@@ -69,6 +69,7 @@ def generate(argv: Sequence[str] | None) -> None:
         log.warning("--guidance is ignored: %s was made without guidance", args.model)
     ImageUtil.embed_metadata_enabled = not args.no_metadata
     memory = prepare_machine(args, flux)
+    options.advise()
 
     for index, seed in enumerate(args.seed):
         if index > 0 and args.prompt_file is not None:
