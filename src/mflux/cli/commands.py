@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": Command("mflux.models.flux.cli.flux_generate", "draw with FLUX.1"),
     "convert": Command("mflux.cli.convert", "turn PyTorch weights into safetensors"),
     "save-depth": Command("mflux.models.depth_pro.cli.save_depth", "estimate a photo's depth with Depth Pro"),
+    "inspire-fibo": Command("mflux.models.fibo_vlm.cli.fibo_inspire", "turn a picture into a prompt for FIBO"),
+    "refine-fibo": Command("mflux.models.fibo_vlm.cli.fibo_refine", "change a prompt for FIBO as you say"),
     "info": Command("mflux.cli.info", "show the settings that a picture carries"),
     "doctor": Command("mflux.cli.doctor", "show what this installation is made of, and how to mend it"),
     "completions": Command("mflux.cli.completions", "install tab completion for the shell"),
@@ -32,6 +34,6 @@ NOT_BUILT = (
     "generate-in-context-catvton", "generate-in-context-edit", "generate-iris", "generate-kontext", "generate-krea2",
     "generate-krea2-controlnet", "generate-lens", "generate-ming", "generate-moss-image", "generate-qwen",
     "generate-qwen-2.1", "generate-qwen-2.1-controlnet", "generate-qwen-2.1-edit", "generate-qwen-edit",
-    "generate-redux", "generate-z-image", "generate-z-image-controlnet", "generate-z-image-turbo", "inspire-fibo",
-    "lora-library", "refine-fibo", "save", "train", "upscale-controlnet", "upscale-seedvr2",
+    "generate-redux", "generate-z-image", "generate-z-image-controlnet", "generate-z-image-turbo",
+    "lora-library", "save", "train", "upscale-controlnet", "upscale-seedvr2",
 )  # fmt: skip

@@ -1,0 +1,77 @@
+"""`mflux-refine-fibo`: a structured prompt of FIBO's, changed as one says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mflux.cli.parser import MfluxParser, run
+from mflux.errors import UsageError
+from mflux.models.fibo_vlm.cli import options
+
+
+def build_parser() -> MfluxParser:
+    """The command's parser; completions use it as well."""
+    parser = MfluxParser(
+        prog="mflux-refine-fibo",
+        description="Change a structured JSON prompt of FIBO's as you say. Needs the extra vlm.",
+    )
+    parser.add_argument("--prompt-file", type=Path, required=True, help="the file with the JSON prompt")
+    parser.add_argument("--instructions", required=True, help='what to change, for example "make the dragon blue"')
+    options.add_answer_options(parser, output="refined.json")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(refine, argv)
+
+
+def refine(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    options.check_before_loading(args)
+    instructions = options.words(args.instructions, "--instructions")
+    if not instructions.strip():
+        raise UsageError("--instructions is empty: say what to change")
+    structured_prompt = read_structured_prompt(args.prompt_file)
+    answer = options.make_model(args).refine(
+        structured_prompt=structured_prompt,
+        editing_instructions=instructions,
+        top_p=args.top_p,
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+    )
+    print(options.write(args.output, answer))
+
+
+def read_structured_prompt(path: Path) -> str:
+    """The text of a JSON prompt's file.
+
+    Raises:
+        PromptFileReadError: it cannot be read, is empty, or is not a JSON object.
+    """
+    from mflux.utils.exceptions import PromptFileReadError
+
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        raise PromptFileReadError(f"cannot read the prompt file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise PromptFileReadError(f"the prompt file {path} is not text in UTF-8") from None
+    if not text:
+        raise PromptFileReadError(f"the prompt file {path} is empty")
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise PromptFileReadError(f"the prompt file {path} is not JSON: {error}") from None
+    except RecursionError:
+        raise PromptFileReadError(f"the prompt file {path} is not a prompt: its brackets go too deep") from None
+    if not isinstance(value, dict):
+        raise PromptFileReadError(f"the prompt file {path} is not a prompt: it holds no JSON object")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,580 @@
+"""Qwen3-VL, a language model that sees pictures; FIBO-VLM is a fine-tune of its 4B size.
+
+Source: Qwen team 2025, https://arxiv.org/abs/2511.21631; reference class: transformers'
+`Qwen3VLForConditionalGeneration`, whose published names the attributes carry. A picture is cut into patches; the
+vision tower turns each square of merged patches into one token of the language model, and hands on what its middle
+layers saw as well (deepstack, Meng et al. 2024, https://arxiv.org/abs/2406.04334). Positions have three axes, time,
+row and column, which text counts as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isqrt
+from typing import Any
+
+from mflux.backend import mx, nn
+from mflux.checkpoints.loading import Exceptions
+from mflux.models.common.config.component_config import ComponentConfig
+from mflux.models.common.layers import ACTIVATIONS, attention, merge_heads, split_heads
+
+_VISION_EPS = 1e-6
+_VISION_ROPE_THETA = 10_000.0
+# Rows of the vision tower's attention that are worked on at once: each has a score for every patch of its picture.
+_QUERIES = 1024
+
+# Rows and columns of a picture's patches.
+Grid = tuple[int, int]
+
+
+# ---- configuration
+
+
+@dataclass(frozen=True)
+class Qwen3VLVisionConfig(ComponentConfig):
+    """`vision_config` of a config.json; defaults are the published 4B model's."""
+
+    depth: int = 24
+    hidden_size: int = 1024
+    hidden_act: str = "gelu_pytorch_tanh"
+    intermediate_size: int = 4096
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    out_hidden_size: int = 2560
+    num_position_embeddings: int = 2304
+    deepstack_visual_indexes: tuple[int, ...] = (5, 11, 17)
+    rope_parameters: Mapping[str, Any] | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def rope_theta(self) -> float:
+        return (self.rope_parameters or {}).get("rope_theta", _VISION_ROPE_THETA)
+
+    @property
+    def positions_per_side(self) -> int:
+        return isqrt(self.num_position_embeddings)
+
+    def check(self) -> str | None:
+        if self.hidden_act not in ACTIVATIONS:
+            return f"the vision tower's hidden_act {self.hidden_act!r} is not known"
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            return f"{self.hidden_size} features do not divide into {self.num_heads} heads of a multiple of four"
+        if self.positions_per_side**2 != self.num_position_embeddings:
+            return f"{self.num_position_embeddings} position embeddings do not fill a square"
+        if any(not 0 <= index < self.depth for index in self.deepstack_visual_indexes):
+            return "deepstack_visual_indexes names a layer that the vision tower does not have"
+        if len(set(self.deepstack_visual_indexes)) != len(self.deepstack_visual_indexes):
+            return "deepstack_visual_indexes names a layer twice"
+        if (self.rope_parameters or {}).get("rope_type", "axial") not in ("axial", "default"):
+            return f"rotary positions of type {self.rope_parameters['rope_type']!r} are not built for the vision tower"
+        return None
+
+
+@dataclass(frozen=True)
+class Qwen3VLTextConfig(ComponentConfig):
+    """`text_config` of a config.json; defaults are the published 4B model's.
+
+    Rotary settings stand in `rope_parameters`, as transformers 5 writes them, or in `rope_scaling` and `rope_theta`.
+    """
+
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 262144
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    rope_theta: float = 5_000_000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    rope_parameters: Mapping[str, Any] | None = None
+
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        return {"rope_theta": self.rope_theta} | dict(self.rope_parameters or self.rope_scaling or {})
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def mrope_section(self) -> tuple[int, ...]:
+        """How many frequencies belong to time, row and column."""
+        return tuple(self.rope.get("mrope_section", (24, 20, 20)))
+
+    def check(self) -> str | None:
+        if self.hidden_act not in ACTIVATIONS:
+            return f"hidden_act {self.hidden_act!r} is not known"
+        if self.num_attention_heads % self.kv_heads:
+            return f"{self.num_attention_heads} heads cannot share {self.kv_heads} keys and values"
+        if self.head_dim % 2:
+            return f"head_dim {self.head_dim} is odd"
+        if (kind := self.rope.get("rope_type", self.rope.get("type", "default"))) not in ("default", "mrope"):
+            return f"rotary positions of type {kind!r} are not built"
+        if not self.rope.get("mrope_interleaved", True):
+            return "only interleaved multimodal positions are built, and mrope_interleaved is false"
+        if len(self.mrope_section) != 3 or sum(self.mrope_section) > self.head_dim // 2:
+            return f"mrope_section {list(self.mrope_section)} does not fit a head_dim of {self.head_dim}"
+        return None
+
+
+@dataclass(frozen=True)
+class Qwen3VLConfig(ComponentConfig):
+    """`config.json` of a Qwen3-VL model; defaults are the published 4B model's."""
+
+    model_type: str = "qwen3_vl"
+    text_config: Qwen3VLTextConfig = field(default_factory=Qwen3VLTextConfig)
+    vision_config: Qwen3VLVisionConfig = field(default_factory=Qwen3VLVisionConfig)
+    image_token_id: int = 151655
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        for name, kind in (("text_config", Qwen3VLTextConfig), ("vision_config", Qwen3VLVisionConfig)):
+            values = getattr(self, name)
+            if isinstance(values, Mapping):
+                object.__setattr__(self, name, kind.from_dict(values, source=f"{name} of config.json"))
+            elif not isinstance(values, kind):
+                raise TypeError(f"{name} is not a table")
+
+    def check(self) -> str | None:
+        if self.model_type != "qwen3_vl":
+            return f"this is a model of type {self.model_type!r}, and FIBO-VLM is of type 'qwen3_vl'"
+        if self.vision_config.out_hidden_size != self.text_config.hidden_size:
+            return "the vision tower's out_hidden_size is not the language model's hidden_size"
+        if len(self.vision_config.deepstack_visual_indexes) > self.text_config.num_hidden_layers:
+            return "deepstack_visual_indexes has more layers than the language model"
+        return None
+
+
+# ---- rotary positions
+
+
+def inverse_frequencies(channels: int, theta: float) -> mx.array:
+    """The angle that each pair of channels turns by per position (Su et al. 2021): (channels / 2,), float32."""
+    return 1.0 / (theta ** (mx.arange(0, channels, 2, dtype=mx.float32) / channels))
+
+
+def rotate(x: mx.array, rotary: tuple[mx.array, mx.array]) -> mx.array:
+    """Turn channel i of (…, L, D) together with channel i + D/2, by the L × D/2 angles, in float32."""
+    cos, sin = rotary
+    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
+    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# ---- vision tower
+
+
+def patch_places(grid: Grid, merge: int) -> mx.array:
+    """Row and column of each patch, (rows · columns, 2): patches that are merged into one token follow each other."""
+    rows, columns = grid
+    shape = (rows // merge, columns // merge, merge, merge)
+    row = mx.arange(rows).reshape(-1, 1, merge, 1)
+    column = mx.arange(columns).reshape(1, -1, 1, merge)
+    return mx.stack([mx.broadcast_to(row, shape), mx.broadcast_to(column, shape)], axis=-1).reshape(-1, 2)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: Qwen3VLVisionConfig):
+        super().__init__()
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=size, stride=size)
+
+    def __call__(self, patches: mx.array) -> mx.array:
+        """Patches (N, channels · time · height · width) to (N, hidden_size)."""
+        weight = self.proj.weight
+        # The kernel covers a patch exactly, so the convolution is one product.
+        patches = patches.astype(weight.dtype).reshape(-1, weight.shape[-1], *weight.shape[1:-1])
+        return mx.moveaxis(patches, 1, -1).flatten(1) @ weight.flatten(1).T + self.proj.bias
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: Qwen3VLVisionConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, x: mx.array, rotary: tuple[mx.array, mx.array]) -> mx.array:
+        q, k, v = (split_heads(part, self.heads) for part in mx.split(self.qkv(x), 3, axis=-1))
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        seen = [attention(q[:, :, start : start + _QUERIES], k, v) for start in range(0, q.shape[2], _QUERIES)]
+        return self.proj(merge_heads(mx.concatenate(seen, axis=2)))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: Qwen3VLVisionConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear_fc2(self.activation(self.linear_fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: Qwen3VLVisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=_VISION_EPS)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=_VISION_EPS)
+        self.attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+
+    def __call__(self, x: mx.array, rotary: tuple[mx.array, mx.array]) -> mx.array:
+        x = x + self.attn(self.norm1(x), rotary)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """Squares of neighbouring patches to tokens of the language model's width."""
+
+    def __init__(self, config: Qwen3VLVisionConfig, *, norm_after_merging: bool):
+        super().__init__()
+        self.width = config.hidden_size * config.spatial_merge_size**2
+        self.norm_after_merging = norm_after_merging
+        self.norm = nn.LayerNorm(self.width if norm_after_merging else config.hidden_size, eps=_VISION_EPS)
+        self.linear_fc1 = nn.Linear(self.width, self.width)
+        self.linear_fc2 = nn.Linear(self.width, config.out_hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(1, patches, hidden_size) to (tokens, out_hidden_size)."""
+        if self.norm_after_merging:
+            x = self.norm(x.reshape(-1, self.width))
+        else:
+            x = self.norm(x).reshape(-1, self.width)
+        return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
+
+
+class Qwen3VLVisionModel(nn.Module):
+    def __init__(self, config: Qwen3VLVisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = [VisionBlock(config) for _ in range(config.depth)]
+        self.merger = PatchMerger(config, norm_after_merging=False)
+        self.deepstack_merger_list = [
+            PatchMerger(config, norm_after_merging=True) for _ in config.deepstack_visual_indexes
+        ]
+
+    def __call__(self, patches: mx.array, grid: Grid) -> tuple[mx.array, list[mx.array]]:
+        """See one picture.
+
+        Args:
+            patches: (rows · columns, channels · time · height · width), in the order of `patch_places`.
+            grid: rows and columns of patches.
+
+        Returns:
+            The picture's tokens (rows · columns / merge², out_hidden_size), and as many for each deepstack layer.
+        """
+        places = patch_places(grid, self.config.spatial_merge_size)
+        x = self.patch_embed(patches)
+        x = (x + self.positions(places, grid).astype(x.dtype))[None]
+        rotary = self.rotary(places)
+        deepstack, indexes = [], self.config.deepstack_visual_indexes
+        for number, block in enumerate(self.blocks):
+            x = block(x, rotary)
+            if number in indexes:
+                deepstack.append(self.deepstack_merger_list[indexes.index(number)](x))
+        return self.merger(x), deepstack
+
+    def positions(self, places: mx.array, grid: Grid) -> mx.array:
+        """The learned square of position embeddings stretched over the grid, corners on corners: (N, hidden_size)."""
+        last = self.config.positions_per_side - 1
+        steps = mx.array([max(length - 1, 1) for length in grid], dtype=mx.float32)
+        at = places.astype(mx.float32) * last / steps
+        before = mx.floor(at)
+        share = at - before
+        before = before.astype(mx.int32)
+        after = mx.minimum(before + 1, last)
+        result = 0
+        for row, row_share in ((before, 1 - share), (after, share)):
+            for column, column_share in ((before, 1 - share), (after, share)):
+                embedding = self.pos_embed(row[:, 0] * (last + 1) + column[:, 1])
+                result = result + embedding * (row_share[:, :1] * column_share[:, 1:])
+        return result
+
+    def rotary(self, places: mx.array) -> tuple[mx.array, mx.array]:
+        """Cosines and sines, (N, head_dim / 2) each: the first half turns with the row, the second with the column."""
+        frequencies = inverse_frequencies(self.config.head_dim // 2, self.config.rope_theta)
+        angles = (places[:, :, None].astype(mx.float32) * frequencies).flatten(1)
+        return mx.cos(angles), mx.sin(angles)
+
+
+# ---- language model
+
+
+class KeyValueCache:
+    """What one layer has seen: keys and values (1, heads, length, D), in room that grows by steps."""
+
+    step = 256
+
+    def __init__(self):
+        self.length = 0
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add what comes next, and return all there is."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.keys is None or self.length > self.keys.shape[2]:
+            self.keys, self.values = self._grown(self.keys, keys, start), self._grown(self.values, values, start)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def _grown(self, old: mx.array | None, new: mx.array, start: int) -> mx.array:
+        room = -(-self.length // self.step) * self.step
+        if old is None:
+            return mx.zeros((*new.shape[:2], room, new.shape[3]), dtype=new.dtype)
+        more = mx.zeros((*new.shape[:2], room - start, new.shape[3]), dtype=new.dtype)
+        return mx.concatenate([old[:, :, :start], more], axis=2)
+
+    @property
+    def arrays(self) -> tuple[mx.array | None, mx.array | None]:
+        return self.keys, self.values
+
+
+class TextAttention(nn.Module):
+    def __init__(self, config: Qwen3VLTextConfig):
+        super().__init__()
+        width, head, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
+        self.q_proj = nn.Linear(width, self.heads * head, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * head, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * head, bias=bias)
+        self.o_proj = nn.Linear(self.heads * head, width, bias=bias)
+        self.q_norm = nn.RMSNorm(head, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(head, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, rotary, cache: KeyValueCache | None) -> mx.array:
+        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.heads)), rotary)
+        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.kv_heads)), rotary)
+        v = split_heads(self.v_proj(x), self.kv_heads)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        # A single token may look at everything before it.
+        return self.o_proj(merge_heads(attention(q, k, v, mask="causal" if q.shape[2] > 1 else None)))
+
+
+class TextMLP(nn.Module):
+    def __init__(self, config: Qwen3VLTextConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TextLayer(nn.Module):
+    def __init__(self, config: Qwen3VLTextConfig):
+        super().__init__()
+        self.self_attn = TextAttention(config)
+        self.mlp = TextMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, rotary, cache: KeyValueCache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3VLTextModel(nn.Module):
+    def __init__(self, config: Qwen3VLTextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [TextLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self,
+        embeddings: mx.array,
+        positions: mx.array,
+        cache: Sequence[KeyValueCache] | None = None,
+        deepstack: Sequence[mx.array] = (),
+    ) -> mx.array:
+        """Hidden states after the last norm, (1, L, hidden_size).
+
+        Args:
+            embeddings: (1, L, hidden_size); with a cache, those that follow what it holds.
+            positions: (3, L).
+            cache: one for each layer.
+            deepstack: what to add after the first layers, each (1, L, hidden_size).
+        """
+        rotary = self.rotary(positions)
+        x = embeddings
+        for number, layer in enumerate(self.layers):
+            x = layer(x, rotary, None if cache is None else cache[number])
+            if number < len(deepstack):
+                x = x + deepstack[number]
+        return self.norm(x)
+
+    def rotary(self, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Cosines and sines, (L, head_dim / 2) each. Frequencies take turns: time, row, column, time, row, …
+
+        When row or column have used up theirs, time takes their turns as well.
+        """
+        frequencies = inverse_frequencies(self.config.head_dim, self.config.rope["rope_theta"])
+        section = self.config.mrope_section
+        axes = [turn % 3 if turn < 3 * section[turn % 3] else 0 for turn in range(len(frequencies))]
+        angles = positions.T[:, mx.array(axes)].astype(mx.float32) * frequencies
+        return mx.cos(angles), mx.sin(angles)
+
+
+# ---- the whole
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, ready for the language model's layers.
+
+    Attributes:
+        embeddings: (1, L, hidden_size), pictures in their places.
+        positions: (3, L).
+        deepstack: what to add after the first layers, (1, L, hidden_size) each; nothing for text alone.
+        next_position: where the answer's first token stands, on all three axes.
+    """
+
+    embeddings: mx.array
+    positions: mx.array
+    deepstack: tuple[mx.array, ...]
+    next_position: int
+
+    def __len__(self) -> int:
+        return self.embeddings.shape[1]
+
+    def parts(self, length: int) -> Iterator[tuple[mx.array, mx.array, list[mx.array]]]:
+        """Embeddings, positions and deepstack features, so many tokens at a time."""
+        for start in range(0, len(self), length):
+            these = slice(start, start + length)
+            yield self.embeddings[:, these], self.positions[:, these], [add[:, these] for add in self.deepstack]
+
+
+def prompt_positions(ids: Sequence[int], image_token: int, grids: Sequence[Grid]) -> tuple[list[list[int]], int]:
+    """Time, row and column of each token, and the position after the last.
+
+    Text advances all three together. The tokens of a picture share the time at which it begins, and spread over rows
+    and columns from there; what follows continues after the longer side.
+
+    Args:
+        ids: the prompt's tokens; a picture stands in it as one `image_token` for each of its own.
+        grids: rows and columns of each picture in tokens, in order.
+
+    Raises:
+        ValueError: tokens and pictures do not match.
+    """
+    axes: list[list[int]] = [[], [], []]
+    position, index, pictures = 0, 0, iter(grids)
+    while index < len(ids):
+        if ids[index] != image_token:
+            for axis in axes:
+                axis.append(position)
+            position, index = position + 1, index + 1
+            continue
+        rows, columns = next(pictures, (0, 0))
+        count = rows * columns
+        if not count or any(token != image_token for token in ids[index : index + count]) or index + count > len(ids):
+            raise ValueError("the prompt's picture tokens do not match its pictures")
+        axes[0] += [position] * count
+        axes[1] += [position + row for row in range(rows) for _ in range(columns)]
+        axes[2] += [position + column for _ in range(rows) for column in range(columns)]
+        position, index = position + max(rows, columns), index + count
+    if next(pictures, None) is not None:
+        raise ValueError("the prompt has fewer places than pictures")
+    return axes, position
+
+
+class Qwen3VLModel(nn.Module):
+    def __init__(self, config: Qwen3VLConfig):
+        super().__init__()
+        self.visual = Qwen3VLVisionModel(config.vision_config)
+        self.language_model = Qwen3VLTextModel(config.text_config)
+
+
+class Qwen3VLForConditionalGeneration(nn.Module):
+    """Token ids and pictures → what may come next."""
+
+    config_class = Qwen3VLConfig
+
+    def __init__(self, config: Qwen3VLConfig):
+        super().__init__()
+        self.config = config
+        self.model = Qwen3VLModel(config)
+        if config.tie_word_embeddings:
+            # Some files hold the embedding a second time under the head's name; see `weights.check_head`.
+            self.exceptions = Exceptions(ignored=(r"^lm_head\.weight$",))
+        else:
+            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+
+    def __call__(self, ids: Sequence[int], patches: mx.array | None = None, grids: Sequence[Grid] = ()) -> mx.array:
+        """Logits after each token of a prompt, (1, L, vocab_size); arguments as for `prompt`."""
+        prompt = self.prompt(ids, patches, grids)
+        return self.head(self.model.language_model(prompt.embeddings, prompt.positions, deepstack=prompt.deepstack))
+
+    def see(self, patches: mx.array, grids: Sequence[Grid]) -> tuple[mx.array, list[mx.array]]:
+        """The vision tower's tokens and deepstack features of several pictures, one picture after the other.
+
+        Args:
+            patches: of all pictures, (N, channels · time · height · width).
+            grids: rows and columns of patches of each picture.
+        """
+        seen, start = [], 0
+        for grid in grids:
+            stop = start + grid[0] * grid[1]
+            tokens, deepstack = self.model.visual(patches[start:stop], grid)
+            seen.append((tokens, *deepstack))
+            # Its activations are gone before the next picture's come.
+            mx.eval(seen[-1])
+            start = stop
+        tokens, *deepstack = (mx.concatenate(features) for features in zip(*seen, strict=True))
+        return tokens, deepstack
+
+    def prompt(self, ids: Sequence[int], patches: mx.array | None = None, grids: Sequence[Grid] = ()) -> Prompt:
+        """Prepare a prompt.
+
+        Args:
+            ids: its tokens, with one image token for each token that a picture becomes.
+            patches: the patches of all pictures, (N, channels · time · height · width), or None.
+            grids: rows and columns of patches of each picture.
+
+        Raises:
+            ValueError: tokens and pictures do not match.
+        """
+        merge = self.config.vision_config.spatial_merge_size
+        image_token = self.config.image_token_id
+        token_grids = [(rows // merge, columns // merge) for rows, columns in grids]
+        positions, next_position = prompt_positions(ids, image_token, token_grids)
+        embeddings = self.model.language_model.embed_tokens(mx.array(ids))
+        deepstack: list[mx.array] = []
+        if grids:
+            tokens, features = self.see(patches, grids)
+            places = mx.array([place for place, token in enumerate(ids) if token == image_token])
+            embeddings[places] = tokens.astype(embeddings.dtype)
+            for feature in features:
+                spread = mx.zeros_like(embeddings)
+                spread[places] = feature.astype(embeddings.dtype)
+                deepstack.append(spread[None])
+        return Prompt(embeddings[None], mx.array(positions), tuple(deepstack), next_position)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden states (…, hidden_size) to logits (…, vocab_size)."""
+        if "lm_head" in self:
+            return self.lm_head(hidden)
+        return self.model.language_model.embed_tokens.as_linear(hidden)
+
+    def new_cache(self) -> list[KeyValueCache]:
+        return [KeyValueCache() for _ in self.model.language_model.layers]
