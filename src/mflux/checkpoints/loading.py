@@ -8,6 +8,7 @@ them last, and a class may declare exceptions as data (`Exceptions`).
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import compute_dtype, mx, nn, tree_flatten
+from mflux.checkpoints.quantization import Quantization, make_room, pack, quantizable
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError
 
+log = logging.getLogger(__name__)
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -104,33 +107,77 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_component(module_class: type[nn.Module], folder: str | Path, *, dtype: mx.Dtype | None = None) -> nn.Module:
+def load_component(
+    module_class: type[nn.Module],
+    folder: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    quantize: int | None = None,
+    keep_dtypes: bool = False,
+) -> nn.Module:
     """Build a component from its own `config.json` and fill it, tensor by tensor.
 
     Args:
         module_class: an `nn.Module` whose constructor takes a `config_class` instance; it may have `exceptions`.
-        folder: holds `config.json` and safetensors, sharded or not.
+        folder: holds `config.json` and safetensors, sharded or not, quantized (by mflux) or not.
         dtype: compute in this dtype; by default as `backend.compute_dtype` says.
+        quantize: bits to quantize linear layers and embeddings to, one by one while they are read. A folder that is
+            quantized already stays as it is.
+        keep_dtypes: leave floats as they are stored, to save them again.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is missing, left over, or of another shape than the config says.
+        UsageError: MLX has no such number of bits.
     """
     folder = Path(folder)
-    config = module_class.config_class.from_dict(read_json(folder / "config.json"), source=folder / "config.json")
+    wanted = Quantization.asked(quantize)
+    values = read_json(folder / "config.json")
+    config = module_class.config_class.from_dict(values, source=folder / "config.json")
     module = module_class(config)
-    fill(module, FolderTensors(folder), source=folder, dtype=dtype)
+    tensors = FolderTensors(folder)
+    stored = Quantization.stored(values, folder / "config.json")
+    if stored is not None:
+        if wanted is not None and wanted.bits != stored.bits:
+            log.warning("%s is stored in %d bits: it stays so, not in %d", folder, stored.bits, wanted.bits)
+        # Whatever the file quantizes beyond what can be is reported as left over, by `match`.
+        make_room(
+            module, stored, [path for path in quantizable(module, stored.group_size)[0] if f"{path}.scales" in tensors]
+        )
+        wanted = None
+    fill(module, tensors, source=folder, dtype=dtype, quantization=wanted, keep_dtypes=keep_dtypes)
     return module
 
 
-def fill(module: nn.Module, tensors: Mapping[str, mx.array], *, source: object, dtype: mx.Dtype | None = None) -> None:
+def fill(
+    module: nn.Module,
+    tensors: Mapping[str, mx.array],
+    *,
+    source: object,
+    dtype: mx.Dtype | None = None,
+    quantization: Quantization | None = None,
+    keep_dtypes: bool = False,
+) -> None:
     """Give every parameter of `module` its tensor, and make sure that every tensor found its parameter.
 
-    Each tensor is read, turned to MLX's layout, cast and evaluated before the next, so that beside the result only
-    one tensor is in memory.
+    Each tensor is read, turned to MLX's layout, quantized or cast, and evaluated before the next, so that beside the
+    result only one tensor is in memory. Layers to quantize are exchanged in `module` for quantized ones.
     """
     parameters = dict(tree_flatten(module.parameters()))
     plan = match(module, parameters, tensors, source=source)
     turns = layout_turns(module)
+    to_pack: set[str] = set()
+    if quantization is not None:
+        fitting, odd = quantizable(module, quantization.group_size)
+        make_room(module, quantization, fitting)
+        to_pack = {f"{path}.weight" for path in fitting}
+        log.info("quantize %d layers to %d bits%s", len(fitting), quantization.bits, _kept(odd, quantization))
+
+    def store(name: str, value: mx.array) -> None:
+        if not keep_dtypes and mx.issubdtype(value.dtype, mx.floating):
+            value = value.astype(dtype or compute_dtype(value.dtype))
+        mx.eval(value)
+        _assign(module, name, value)
+
     for name, key in plan.items():
         value = tensors[key]
         expected = parameters[name]
@@ -141,16 +188,22 @@ def fill(module: nn.Module, tensors: Mapping[str, mx.array], *, source: object, 
             raise _misfit(
                 module, source, f"{key} has the shape {list(value.shape)} instead of {list(expected.shape)}{turned}"
             )
-        if mx.issubdtype(value.dtype, mx.floating):
-            value = value.astype(dtype or compute_dtype(value.dtype))
-        elif mx.issubdtype(expected.dtype, mx.floating):
+        if not mx.issubdtype(value.dtype, mx.floating) and mx.issubdtype(expected.dtype, mx.floating):
             raise _misfit(module, source, f"{key} holds {value.dtype} where floating-point numbers belong")
-        # Without a copy of its own a transposed kernel would be laid out anew in every convolution.
-        value = mx.contiguous(value) if turn else value
-        mx.eval(value)
-        _assign(module, name, value)
+        if name in to_pack:
+            for leaf, array in pack(value, quantization).items():
+                store(name.removesuffix("weight") + leaf, array)
+        else:
+            # Without a copy of its own a transposed kernel would be laid out anew in every convolution.
+            store(name, mx.contiguous(value) if turn else value)
     module.eval()
     module.freeze()
+
+
+def _kept(odd: list[str], quantization: Quantization) -> str:
+    if not odd:
+        return ""
+    return f"; {len(odd)} stay as they are, because {quantization.group_size} does not divide their width"
 
 
 def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *, source: object) -> dict[str, str]:

@@ -100,16 +100,17 @@ class SafetensorsFile(Mapping[str, mx.array]):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.infos, self.metadata = read_header(path)
-        self._lazy: dict[str, mx.array] | None = None
+        self._lazy: dict[str, mx.array] = {}
 
     def __getitem__(self, name: str) -> mx.array:
         info = self.infos[name]
         if any(other.dtype in _DECODED_HERE for other in self.infos.values()):
             # One such entry makes mx.load refuse the whole file.
             return _read_one(self.path, info)
-        if self._lazy is None:
+        if name not in self._lazy:
             self._lazy = mx.load(str(self.path), format="safetensors")
-        return self._lazy[name]
+        # Handed out and let go of: an array that is kept here would keep its data once someone evaluates it.
+        return self._lazy.pop(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)

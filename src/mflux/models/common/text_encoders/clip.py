@@ -82,7 +82,7 @@ class CLIPEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def __call__(self, input_ids: mx.array) -> mx.array:
-        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+        return self.token_embedding(input_ids) + self.position_embedding(mx.arange(input_ids.shape[1]))
 
 
 class CLIPEncoder(nn.Module):

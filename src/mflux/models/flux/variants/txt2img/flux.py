@@ -10,6 +10,7 @@ from pathlib import Path
 from mflux.backend import mx
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.checkpoints.loading import load_component, read_json
+from mflux.checkpoints.quantization import Quantization
 from mflux.errors import CheckpointError, NotBuiltError
 from mflux.hub import resolve_model
 from mflux.models.common.autoencoders import tiling
@@ -57,7 +58,7 @@ class Flux1:
     (encoded prompts are kept in `prompt_cache`); transformer and autoencoder stay for the next picture.
 
     Args:
-        quantize: bits to quantize to; not built in this version.
+        quantize: 3, 4, 5, 6 or 8 bits for the weights of linear layers and embeddings, quantized while they load.
         model_path: a folder or Hugging Face repository to take the weights from instead of the model's own.
         lora_paths, lora_scales, bake_lora: not built in this version.
         model_config: which model, `ModelConfig.schnell()` by default.
@@ -65,13 +66,14 @@ class Flux1:
     Raises:
         DownloadError: the weights cannot be had.
         CheckpointError: the folder is not a FLUX.1 model in the diffusers layout.
-        NotBuiltError: quantization or LoRA is asked for.
+        UsageError: no such number of bits.
+        NotBuiltError: LoRA is asked for.
     """
 
-    vae = Part(lambda self: load_component(AutoencoderKL, self.root / "vae"))
-    transformer = Part(lambda self: load_component(FluxTransformer, self.root / "transformer"))
-    t5_text_encoder = Part(lambda self: load_component(T5Encoder, self.root / "text_encoder_2"))
-    clip_text_encoder = Part(lambda self: load_component(CLIPTextEncoder, self.root / "text_encoder"))
+    vae = Part(lambda self: self._load(AutoencoderKL, "vae"))
+    transformer = Part(lambda self: self._load(FluxTransformer, "transformer"))
+    t5_text_encoder = Part(lambda self: self._load(T5Encoder, "text_encoder_2"))
+    clip_text_encoder = Part(lambda self: self._load(CLIPTextEncoder, "text_encoder"))
 
     def __init__(
         self,
@@ -82,8 +84,7 @@ class Flux1:
         bake_lora: bool = True,
         model_config: ModelConfig | None = None,
     ):
-        if quantize is not None:
-            raise NotBuiltError("quantization is not built yet in this version: leave quantize (-q) out")
+        wanted = Quantization.asked(quantize)
         if lora_paths:
             raise NotBuiltError("LoRA is not built yet in this version: leave lora_paths (--lora) out")
         model_config = model_config or ModelConfig.schnell()
@@ -93,7 +94,11 @@ class Flux1:
         # A name may mislead; the transformer itself knows whether it takes guidance.
         transformer = read_json(self.root / "transformer" / "config.json")
         self.model_config.supports_guidance = bool(transformer.get("guidance_embeds", True))
-        self.bits = None
+        transformer = self.root / "transformer" / "config.json"
+        stored = Quantization.stored(read_json(transformer), transformer)
+        # What the pictures say: a folder that is quantized stays as it is, whatever is asked for.
+        self.bits = stored.bits if stored else wanted.bits if wanted else None
+        self._quantize = quantize
         self.lora_paths = None
         self.lora_scales = None
         self.tiling_config: tiling.TilingConfig | None = None
@@ -107,6 +112,9 @@ class Flux1:
             "clip": clip_tokenizer(self.root / "tokenizer"),
             "t5": t5_tokenizer(self.root / "tokenizer_2"),
         }
+
+    def _load(self, module_class: type, part: str):
+        return load_component(module_class, self.root / part, quantize=self._quantize)
 
     @staticmethod
     def from_name(model_name: str, quantize: int | None = None) -> Flux1:
