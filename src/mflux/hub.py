@@ -34,13 +34,17 @@ _AGAIN = "run the same command again"
 
 @dataclass(frozen=True)
 class _Repository:
-    """A repository and what was asked for in it. `file` is set when that is one file."""
+    """A repository and what was asked for in it.
+
+    `file` is set when that is one file; `only` when it is the one file that has this ending.
+    """
 
     id: str
     revision: str | None
     patterns: tuple[str, ...]
     required: tuple[str, ...] = ()
     file: str | None = None
+    only: str | None = None
 
     def __str__(self) -> str:
         return f"{self.id}@{self.revision}" if self.revision else self.id
@@ -129,6 +133,33 @@ def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> Path
     pattern = glob.escape(filename)
     repository = _Repository(name, revision or (in_name if at else None), (pattern,), (pattern,), filename)
     return _fetch(repository) / filename
+
+
+def fetch_only_file(repo_id: str, ending: str, *, beside: str | None = None) -> Path:
+    """The one file with this ending that a Hugging Face repository holds.
+
+    Args:
+        repo_id: `org/name`, or `org/name@revision`.
+        ending: of the file's name: ".safetensors".
+        beside: a file that is fetched as well, if it is there.
+
+    Raises:
+        DownloadError: as for `resolve_model`; where there are several, it names them, and nothing is fetched.
+    """
+    name, at, revision = repo_id.partition("@")
+    pattern = "*" + glob.escape(ending)
+    patterns = (pattern, beside) if beside else (pattern,)
+    repository = _Repository(name, revision if at else None, patterns, (pattern,), only=ending)
+    folder = _fetch(repository)
+    found = [file for file in _files(folder) if file.endswith(ending)]
+    if len(found) != 1:
+        raise DownloadError(_several(repository, found))
+    return folder / found[0]
+
+
+def _several(repository: _Repository, found: Sequence[str]) -> str:
+    names = _some([f"{repository.id}:{name}" for name in found], most=5)
+    return f"{repository} holds {len(found)} {repository.only} files: name one of them, as {names}"
 
 
 def _fetch(repository: _Repository) -> Path:
@@ -241,6 +272,13 @@ def _check_contents(hub: ModuleType, repository: _Repository, names: list[str], 
             similar = [name for name in names if PurePosixPath(name).suffix == suffix] or names
             hint = f"it has {_some(similar, most=5)}" if similar else "it is empty"
             raise DownloadError(f"{repository} holds no file {repository.file}: {hint}")
+        return
+    if repository.only is not None:
+        found = [name for name in names if name.endswith(repository.only)]
+        if not found:
+            raise DownloadError(f"{repository} holds no {repository.only} file: name another repository")
+        if len(found) > 1:
+            raise DownloadError(_several(repository, found))
         return
     if not wanted:
         raise DownloadError(f"{repository} holds none of {_some(repository.patterns)}: {_NOT_LAID_OUT}")

@@ -846,6 +846,35 @@ def test_a_file_that_is_not_there(hub, online):
     )
 
 
+def test_the_only_file(hub, online, offline):
+    files = {"README.md": b"r", "sub/a.safetensors": b"a", "adapter_config.json": b"{}", "other.json": b"{}"}
+    hub.add("org/only", files)
+    assert offline.call("fetch_only_file", "org/only", ".safetensors").error.startswith("org/only is not in the cache")
+    outcome = online.call("fetch_only_file", "org/only", ".safetensors", beside="adapter_config.json")
+    assert (outcome.path.read_bytes(), outcome.path.name) == (b"a", "a.safetensors")
+    assert sorted(outcome.fetched()) == ["adapter_config.json", "sub/a.safetensors"]
+    again = offline.call("fetch_only_file", "org/only", ".safetensors", beside="adapter_config.json")
+    assert (again.path, again.requests) == (outcome.path, [])
+
+
+def test_one_of_several_files_is_not_guessed(hub, online, offline):
+    hub.add("org/several", {"a.safetensors": b"a", "b.safetensors": b"b"})
+    outcome = online.call("fetch_only_file", "org/several", ".safetensors")
+    told = (
+        "org/several holds 2 .safetensors files: name one of them, as org/several:a.safetensors, "
+        "org/several:b.safetensors"
+    )
+    assert (outcome.error, outcome.fetched()) == (told, [])
+    # Both were fetched by their names, and the cache tells no more than the Hub.
+    for name in ("a.safetensors", "b.safetensors"):
+        online.call("fetch_file", "org/several", name)
+    assert offline.call("fetch_only_file", "org/several", ".safetensors").error == told
+    hub.add("org/none", {"README.md": b""})
+    assert online.call("fetch_only_file", "org/none", ".safetensors").error == (
+        "org/none holds no .safetensors file: name another repository"
+    )
+
+
 def test_one_file_fails_like_a_model(hub, online):
     hub.add("org/gated-file", {"a.safetensors": b""}, faults={"a.safetensors": (401, {"X-Error-Code": "GatedRepo"})})
     assert online.call("fetch_file", "org/gated-file", "a.safetensors").error == GATED.replace("REPO", "gated-file")

@@ -1,0 +1,187 @@
+"""What a LoRA adds to one linear layer: added to its weights once, or computed beside it in each step.
+
+Sources: Hu et al. 2021 (arxiv.org/abs/2106.09685) for the low-rank product; Yeh et al. 2023 (arxiv.org/abs/2309.14859)
+for the Kronecker product (LoKr); Liu et al. 2024 (arxiv.org/abs/2402.09353) for the magnitudes (DoRA) that may come
+with either in LyCORIS' files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mflux.backend import mx, nn
+
+Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One file's change to one linear layer. The arrays stay in the file until they are needed.
+
+    Attributes:
+        scale: how much of the change is wanted: 0 is nothing, 1 is all of it.
+        strength: what the file itself multiplies its product by: alpha / rank.
+        read: gives the product's factors, and the magnitudes of the changed weights' rows (out, 1) or columns (1, in),
+            or None.
+    """
+
+    scale: float
+    strength: float
+    read: Callable[[], tuple[LowRank | Kronecker, mx.array | None]]
+
+
+class LowRank(nn.Module):
+    """up · down; `down` is (rank, in), `up` (out, rank)."""
+
+    def __init__(self, down: mx.array, up: mx.array, rows: Rows | None = None):
+        super().__init__()
+        self.down = down
+        self.up = up if rows is None else chosen(up, rows)
+
+    def matrix(self) -> mx.array:
+        return self.up.astype(mx.float32) @ self.down.astype(mx.float32)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return (x @ self.down.T) @ self.up.T
+
+
+class Kronecker(nn.Module):
+    """w1 ⊗ w2: every element of `w1` times all of `w2`; of the product's rows those that belong to the layer."""
+
+    def __init__(self, w1: mx.array, w2: mx.array, rows: Rows | None = None):
+        super().__init__()
+        self.w1 = w1
+        self.w2 = w2
+        self._rows = rows
+
+    def matrix(self) -> mx.array:
+        product = mx.kron(self.w1.astype(mx.float32), self.w2.astype(mx.float32))
+        return product if self._rows is None else chosen(product, self._rows)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # (w1 ⊗ w2) x = w1 X w2ᵀ with x written as a matrix X: the large product is never formed.
+        grid = x.reshape(*x.shape[:-1], self.w1.shape[1], self.w2.shape[1])
+        out = self.w1 @ (grid @ self.w2.T)
+        out = out.reshape(*x.shape[:-1], -1)
+        if self._rows is None:
+            return out
+        return mx.concatenate([out[..., start:stop] for start, stop in self._rows], axis=-1)
+
+
+def chosen(matrix: mx.array, rows: Rows) -> mx.array:
+    """The named ranges of rows, one below the other."""
+    return mx.concatenate([matrix[start:stop] for start, stop in rows])
+
+
+# ---- added to the weights
+
+
+def merged(weight: mx.array, adapters: Iterable[Adapter]) -> mx.array:
+    """A layer's weights (out, in) with the adapters added one after the other, in float32."""
+    weight = weight.astype(mx.float32)
+    for adapter in adapters:
+        if adapter.scale:
+            product, magnitude = adapter.read()
+            change = adapter.strength * product.matrix()
+            if magnitude is not None:
+                change = (weight + change) * _factors(weight + change, magnitude) - weight
+            weight = weight + adapter.scale * change
+    return weight
+
+
+def _factors(weight: mx.array, magnitude: mx.array) -> mx.array:
+    """By what rows (or columns) are multiplied so that their lengths are the magnitudes."""
+    axis = 1 if magnitude.shape[1] == 1 else 0
+    lengths = mx.sqrt(mx.sum(weight * weight, axis=axis, keepdims=True))
+    return magnitude.astype(mx.float32) / (lengths + mx.finfo(mx.float32).eps)
+
+
+# ---- computed beside them
+
+
+class LoraLinear(nn.Module):
+    """A linear layer, quantized or not, and the adapters that act on it, in their order.
+
+    Args:
+        linear: stays as it is, but for its bias, which is added last.
+        adapters: of these those with a scale of 0 are left out.
+    """
+
+    def __init__(self, linear: nn.Linear | nn.QuantizedLinear, adapters: Sequence[Adapter]):
+        super().__init__()
+        dtype = (linear.scales if isinstance(linear, nn.QuantizedLinear) else linear.weight).dtype
+        self.linear = linear
+        if "bias" in linear:
+            self.bias = linear.pop("bias")
+        self.loras = []
+        self.factors = []
+        self._scales = []
+        weight = None
+        acting = [(adapter, *adapter.read()) for adapter in adapters if adapter.scale]
+        if any(magnitude is not None for _, _, magnitude in acting):
+            weight = dense(linear)
+        for adapter, product, magnitude in acting:
+            # The strength goes into one of the factors in float32; the scale as well, where the change is linear.
+            gain = adapter.strength * (1 if magnitude is not None else adapter.scale)
+            name = "up" if isinstance(product, LowRank) else "w1"
+            product[name] = gain * product[name].astype(mx.float32)
+            factors = mx.array(1.0)
+            if weight is not None:
+                change = product.matrix()
+                if magnitude is not None:
+                    factors = _factors(weight + change, magnitude)
+                    change = adapter.scale * ((weight + change) * factors - weight)
+                weight = weight + change
+            product.apply(lambda value: value.astype(dtype))
+            self.loras.append(product)
+            self.factors.append(factors.astype(dtype))
+            self._scales.append(None if magnitude is None else adapter.scale)
+            mx.eval(product.parameters(), self.factors[-1])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out = self._product(x, len(self.loras))
+        return out + self.bias if "bias" in self else out
+
+    def _product(self, x: mx.array, count: int) -> mx.array:
+        """x through the weights as the first `count` adapters leave them."""
+        if count == 0:
+            return self.linear(x)
+        before = self._product(x, count - 1)
+        lora, factors, scale = self.loras[count - 1], self.factors[count - 1], self._scales[count - 1]
+        if scale is None:
+            return before + lora(x)
+        if factors.shape[1] == 1:
+            after = (before + lora(x)) * factors[:, 0]
+        else:
+            scaled = x * factors[0]
+            after = self._product(scaled, count - 1) + lora(scaled)
+        return before + scale * (after - before)
+
+
+def dense(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
+    """A layer's weights (out, in) in float32, whatever they are stored as."""
+    weight = linear.weight
+    if isinstance(linear, nn.QuantizedLinear):
+        weight = mx.dequantize(
+            weight, linear.scales, linear.biases, group_size=linear.group_size, bits=linear.bits, mode=linear.mode
+        )
+    return weight.astype(mx.float32)
+
+
+def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """The linear layers of a module that is not quantized: path → (out, in)."""
+    return {path: layer.weight.shape for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def wrap(module: nn.Module, path: str, adapters: Sequence[Adapter]) -> None:
+    """Exchange a linear layer for one with adapters. Where all scales are 0 it stays as it is."""
+    if not any(adapter.scale for adapter in adapters):
+        return
+    *steps, leaf = path.split(".")
+    parent: Any = module
+    for step in steps:
+        parent = parent[int(step)] if isinstance(parent, list) else parent[step]
+    place = int(leaf) if isinstance(parent, list) else leaf
+    parent[place] = LoraLinear(parent[place], adapters)

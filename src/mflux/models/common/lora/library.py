@@ -1,0 +1,137 @@
+"""Where a LoRA lies: a path, a name from the library of the person's own, or a file on Hugging Face.
+
+Nothing here loads MLX, so that a command can answer a wrong name at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mflux.errors import DownloadError, UsageError
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "LORA_LIBRARY_PATH"
+# Alibaba's In-Context LoRAs for FLUX.1-dev, by the names of their styles.
+STYLE_REPOSITORY = "ali-vilab/In-Context-LoRA"
+STYLES = {
+    "couple": "couple-profile.safetensors",
+    "font": "font-design.safetensors",
+    "home": "home-decoration.safetensors",
+    "identity": "visual-identity-design.safetensors",
+    "illustration": "portrait-illustration.safetensors",
+    "portrait": "portrait-photography.safetensors",
+    "ppt": "ppt-templates.safetensors",
+    "sandstorm": "sandstorm-visual-effect.safetensors",
+    "sparklers": "sparklers-visual-effect.safetensors",
+    "storyboard": "film-storyboard.safetensors",
+}
+
+
+def style_path(style: str) -> str:
+    """The LoRA of a style, as `find_lora` takes it."""
+    return f"{STYLE_REPOSITORY}:{STYLES[style]}"
+
+
+def library_folders() -> list[Path]:
+    """The folders that LORA_LIBRARY_PATH names, separated by colons (on Windows by semicolons)."""
+    return [Path(part.strip()).expanduser() for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part.strip()]
+
+
+def library(folders: Iterable[Path]) -> dict[str, Path]:
+    """Every .safetensors file under these folders by its name without the ending; the first folder's comes first.
+
+    The numbered shards of a model's transformer, which mflux ≤ 0.24 writes, are no LoRAs.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("*.safetensors")):
+            if path.is_file() and not (path.stem.isdigit() and path.parent.name == "transformer"):
+                found.setdefault(path.stem, path.resolve())
+    return found
+
+
+def find_lora(name: str) -> Path:
+    """The file that a LoRA's name means, downloaded if need be.
+
+    Args:
+        name: a file or a folder that holds one; a name from the library; `org/name:file.safetensors`, also written
+            `hf:org/name/file.safetensors`; or `org/name`, if that repository holds one .safetensors file.
+
+    Raises:
+        DownloadError: there is none, or it cannot be had.
+    """
+    if not name.strip():
+        raise DownloadError("the path of a LoRA is empty: give a file, or a Hugging Face repository as org/name")
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: a `~user` that this machine does not know.
+        raise DownloadError(f"cannot look for the LoRA {name}: {error}") from None
+    if "/" not in name and ":" not in name:
+        return _from_library(name)
+    repository, file = _split(name)
+    like_a_path = path.is_absolute() or name[0] in ".~" or repository.count("/") != 1 or repository.endswith("/")
+    if like_a_path or (file is None and path.suffix == ".safetensors"):
+        raise DownloadError(
+            f"there is no LoRA {name}: check the path, or give a file on Hugging Face as org/name:file.safetensors"
+        )
+    from mflux import hub
+
+    if file is None:
+        return hub.fetch_only_file(repository, ".safetensors", beside="adapter_config.json")
+    found = hub.fetch_file(repository, file)
+    if found.name.startswith("adapter_model"):
+        # PEFT keeps alpha in a file of its own.
+        try:
+            hub.fetch_file(repository, file.removesuffix(found.name) + "adapter_config.json")
+        except DownloadError as error:
+            log.warning("%s: without its adapter_config.json its strength is taken as 1 (%s)", name, error)
+    return found
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """A repository, and the file in it that a name asks for."""
+    if name.startswith("hf:"):
+        rest = name.removeprefix("hf:")
+        if ":" not in rest and rest.count("/") >= 2:
+            org, repository, file = rest.split("/", 2)
+            return f"{org}/{repository}", file
+        name = rest
+    repository, colon, file = name.partition(":")
+    return repository, file if colon else None
+
+
+def _from_library(name: str) -> Path:
+    folders = library_folders()
+    found = library(folders).get(name)
+    if found is not None:
+        return found
+    if not folders:
+        raise DownloadError(
+            f"there is no file {name} here, and {VARIABLE} is not set: give a path, or set it to folders with LoRAs"
+        )
+    known = sorted(library(folders))
+    hint = f"it has {', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else "it is empty"
+    raise DownloadError(f"there is no file {name} here, and no LoRA of that name in {VARIABLE}: {hint}")
+
+
+def settle_scales(scales: Sequence[float] | None, count: int) -> list[float]:
+    """A scale for each of `count` LoRAs: 1 where none is given.
+
+    Raises:
+        UsageError: there are more scales than LoRAs.
+    """
+    scales = list(scales or ())
+    if len(scales) > count:
+        raise UsageError(
+            f"there are {len(scales)} LoRA scales for {count} LoRAs: give one for each (--lora PATH SCALE says both)"
+        )
+    if scales and len(scales) < count:
+        log.warning("there are %d LoRA scales for %d LoRAs: the others have 1", len(scales), count)
+    return scales + [1.0] * (count - len(scales))

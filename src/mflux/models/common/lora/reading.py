@@ -1,0 +1,430 @@
+"""From LoRA files to adapters of a model's layers, whatever tool wrote them.
+
+The name of a tensor says which layer it belongs to and which part of an adapter it is. Parts are named alike for all
+models (`_PARTS`); how layers are named is data of the model's family (`Spelling`). Both are settled, and every shape is
+checked, before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mflux.backend import mx, nn
+from mflux.checkpoints.loading import read_json
+from mflux.checkpoints.opening import Checkpoint, open_checkpoint
+from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.errors import CheckpointError
+from mflux.models.common.lora.adapters import Adapter, Kronecker, LowRank, Rows, linear_layers, merged, wrap
+
+log = logging.getLogger(__name__)
+
+# Part → how names end that hold it. PEFT may put an adapter's name before ".weight".
+_PARTS = {
+    "down": r"\.(lora_A(?!\.bias$)(\.\w+)*|lora_down(\.weight)?|lora(_linear_layer)?\.down\.weight|down\.weight)",
+    "up": r"\.(lora_B(?!\.bias$)(\.\w+)*|lora_up(\.weight)?|lora(_linear_layer)?\.up\.weight|up\.weight)",
+    "alpha": r"\.alpha",
+    "magnitude": r"\.dora_scale",
+    "w1": r"\.lokr_w1",
+    "w1_a": r"\.lokr_w1_a",
+    "w1_b": r"\.lokr_w1_b",
+    "w2": r"\.lokr_w2",
+    "w2_a": r"\.lokr_w2_a",
+    "w2_b": r"\.lokr_w2_b",
+    "t2": r"\.lokr_t2",
+}
+_PATTERNS = {part: re.compile(rf"(.+?)(?:{ending})") for part, ending in _PARTS.items()}
+_PEFT_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.|$)")
+_PEFT_FACTOR = re.compile(r"\.lora_[AB](\.|$)")
+_PEFT_METADATA = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way in which files name the layers of a component.
+
+    Attributes:
+        component: whose layers: "transformer", "text_encoder".
+        prefixes: what may stand before a name.
+        table: name in the file → the layers whose rows it holds, one below the other; `{i}` stands for a block's
+            number. Without a table the layers' own names are meant.
+        joint: what stands between the parts of a name instead of a dot.
+        swapped: layers whose two halves of rows are the other way round in the file.
+    """
+
+    component: str
+    prefixes: tuple[str, ...]
+    table: Mapping[str, tuple[str, ...]] | None = None
+    joint: str = "."
+    swapped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a name in a file stands for: layers of a component, and which of its rows each has; None is all of them."""
+
+    component: str
+    parts: tuple[tuple[str, Rows | None], ...]
+    shape: tuple[int, int]
+
+
+class Loras:
+    """The LoRA files of a pipeline, matched with its layers.
+
+    Args:
+        paths: LoRA files (or folders that hold one) on this disk.
+        scales: one for each.
+        spellings: how files name the layers.
+        layouts: an example of a name for each layout, for the sentence that says what is known.
+        modules: the components, not quantized; nothing of them is computed.
+
+    Raises:
+        CheckpointError: a file is damaged, fits no layer, or asks for what is not built.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        scales: Sequence[float],
+        *,
+        spellings: Sequence[Spelling],
+        layouts: Mapping[str, str],
+        modules: Mapping[str, nn.Module],
+    ):
+        layers = {component: linear_layers(module) for component, module in modules.items()}
+        names = spelled(spellings, layers)
+        self._adapters: dict[str, dict[str, list[Adapter]]] = {component: {} for component in modules}
+        for path, scale in zip(paths, scales, strict=True):
+            for (component, layer), adapter in read_lora(Path(path), scale, names, layouts).items():
+                self._adapters[component].setdefault(layer, []).append(adapter)
+
+    def apply(self, component: str, load: Callable[..., nn.Module], *, bake: bool) -> nn.Module:
+        """Load a component with its adapters.
+
+        Args:
+            component: a key of `modules`.
+            load: loads it; called with `adjust`, see `checkpoints.loading.fill`.
+            bake: add the adapters to the weights where these have full precision; layers that are stored quantized,
+                or all layers without it, compute them in each step.
+        """
+        adapters = self._adapters.get(component, {})
+        baked = set()
+
+        def adjust(name: str, value: mx.array) -> mx.array:
+            layer = name.removesuffix(".weight")
+            if layer == name or layer not in adapters:
+                return value
+            baked.add(layer)
+            return merged(value, adapters[layer])
+
+        module = load(adjust if bake and adapters else None)
+        rest = [layer for layer in adapters if layer not in baked]
+        for layer in rest:
+            wrap(module, layer, adapters[layer])
+        if bake and rest:
+            log.info("%s: its weights are stored quantized, so LoRAs are computed in each step", component)
+        return module
+
+
+def spelled(spellings: Sequence[Spelling], layers: Mapping[str, Mapping[str, tuple[int, int]]]) -> dict[str, Target]:
+    """Every name that a file may have for a layer, or for several. Where spellings collide, the first one holds."""
+    names: dict[str, Target] = {}
+    for spelling in spellings:
+        own = layers.get(spelling.component, {})
+        table = spelling.table
+        if table is None:
+            table = {layer: (layer,) for layer in own}
+            # Files of some versions of transformers leave this out.
+            table |= {layer.removeprefix("text_model."): (layer,) for layer in own}
+        for name, targets in table.items():
+            for number in _blocks(own) if "{i}" in name else (0,):
+                concrete = [target.replace("{i}", str(number)) for target in targets]
+                if not all(target in own for target in concrete):
+                    continue
+                parts, start = [], 0
+                for target in concrete:
+                    stop = start + own[target][0]
+                    middle = (start + stop) // 2
+                    rows = ((middle, stop), (start, middle)) if target in spelling.swapped else ((start, stop),)
+                    parts.append((target, rows))
+                    start = stop
+                if len(parts) == 1 and concrete[0] not in spelling.swapped:
+                    parts = [(concrete[0], None)]
+                target = Target(spelling.component, tuple(parts), (start, own[concrete[0]][1]))
+                written = name.replace("{i}", str(number)).replace(".", spelling.joint)
+                for prefix in spelling.prefixes:
+                    names.setdefault(prefix + written, target)
+    return names
+
+
+def _blocks(layers: Mapping[str, Any]) -> range:
+    numbers = [int(step) for layer in layers for step in layer.split(".") if step.isdigit()]
+    return range(max(numbers, default=-1) + 1)
+
+
+def read_lora(
+    path: Path, scale: float, names: Mapping[str, Target], layouts: Mapping[str, str]
+) -> dict[tuple[str, str], Adapter]:
+    """A file's adapters by component and layer.
+
+    Raises:
+        CheckpointError: see `Loras`.
+    """
+    if not math.isfinite(scale):
+        raise CheckpointError(f"the scale of {path} is {scale}: give a number")
+    file = open_checkpoint(path)
+    groups: dict[str, dict[str, str]] = {}
+    left = []
+    for name in file:
+        if _PEFT_MAGNITUDE.search(name):
+            raise _dora(path)
+        stem, part = _parse(name)
+        if stem in names and part is not None:
+            if part in groups.setdefault(stem, {}):
+                raise CheckpointError(f"{path} holds {stem} twice: as {groups[stem][part]} and as {name}")
+            groups[stem][part] = name
+        else:
+            left.append(name)
+    for stem in [stem for stem, parts in groups.items() if not parts.keys() - {"alpha", "magnitude"}]:
+        left += groups.pop(stem).values()
+    if not groups:
+        examples = "; ".join(f"{layout}: {name}" for layout, name in layouts.items())
+        raise CheckpointError(
+            f"{path} changes no layer of this model: its names are like {_some(sorted(file))}, and known are those of "
+            f"{examples}: take a LoRA that was made for this model"
+        )
+    settings = _peft_settings(path, file)
+    adapters: dict[tuple[str, str], Adapter] = {}
+    sources: dict[tuple[str, str], str] = {}
+    # A layer may stand in a file twice, as diffusers names it and as kohya does; diffusers takes its own names then.
+    for stem in sorted(groups, key=lambda stem: not stem.startswith("transformer.")):
+        target = names[stem]
+        entry = _Entry(path, file, stem, groups[stem], target, settings)
+        for layer, rows in target.parts:
+            place = target.component, layer
+            if place in adapters:
+                if not sources[place].startswith("transformer.") or stem.startswith("transformer."):
+                    raise CheckpointError(f"{path} changes the layer {layer} twice: as {sources[place]} and as {stem}")
+                left += [name for name in groups[stem].values() if name not in left]
+                continue
+            sources[place] = stem
+            adapters[place] = entry.adapter(scale, rows)
+    if left:
+        log.warning("%s: %d of %d tensors belong to no layer: %s", path.name, len(left), len(file), _some(sorted(left)))
+    log.info("LoRA %s: %d layers, scale %g", path.name, len(adapters), scale)
+    return adapters
+
+
+def _parse(name: str) -> tuple[str | None, str | None]:
+    """The layer's name as it is written, and the part."""
+    for part, pattern in _PATTERNS.items():
+        if match := pattern.fullmatch(name):
+            return match[1], part
+    return None, None
+
+
+class _Entry:
+    """The tensors of one name in a file, checked against what the name stands for."""
+
+    def __init__(self, path, file: Checkpoint, stem: str, parts: dict[str, str], target: Target, settings):
+        self.path = path
+        self.file = file
+        self.parts = parts
+        self.target = target
+        self.stem = stem
+        self.shapes = {part: self._shape(name) for part, name in parts.items()}
+        self.kronecker = any(part[0] in "wt" for part in parts)
+        if self.kronecker:
+            rank = self._check_kronecker()
+        else:
+            rank = self._check_low_rank()
+        self.strength = self._strength(rank, settings)
+        self._check_magnitude()
+
+    def adapter(self, scale: float, rows: Rows | None) -> Adapter:
+        def read() -> tuple[LowRank | Kronecker, mx.array | None]:
+            if self.kronecker:
+                product = Kronecker(self._factor("w1"), self._factor("w2"), rows)
+            else:
+                product = LowRank(self._matrix("down"), self._matrix("up"), rows)
+            magnitude = None
+            if "magnitude" in self.parts:
+                magnitude = self.file[self.parts["magnitude"]].astype(mx.float32).reshape(self.magnitude_shape)
+                if rows is not None and magnitude.shape[1] == 1:
+                    magnitude = mx.concatenate([magnitude[start:stop] for start, stop in rows])
+            return product, magnitude
+
+        return Adapter(scale, self.strength, read)
+
+    # ---- what is checked before anything is read
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = self.file.describe(name).shape
+        if shape is None:
+            raise CheckpointError(f"{self.path}: {name} is no plain tensor: turn the file with mflux-convert")
+        return shape
+
+    def _flat(self, part: str) -> tuple[int, int]:
+        """A matrix's shape; kernels of 1 × 1 convolutions count as matrices."""
+        shape = self.shapes[part]
+        if len(shape) < 2 or not all(shape):
+            raise CheckpointError(f"{self.path}: {self.parts[part]} has the shape {list(shape)}, and is no matrix")
+        return shape[0], math.prod(shape[1:])
+
+    def _check_low_rank(self) -> int:
+        for part, other in (("down", "up"), ("up", "down")):
+            if part not in self.parts:
+                have = self.parts[other]
+                raise CheckpointError(f"{self.path} is incomplete: it has {have} without its {part} part")
+        if "magnitude" in self.parts and any(_PEFT_FACTOR.search(name) for name in self.parts.values()):
+            raise _dora(self.path)
+        (rank, width), (height, other) = self._flat("down"), self._flat("up")
+        if rank != other:
+            raise CheckpointError(
+                f"{self.path} is damaged: {self.parts['down']} has the rank {rank} and {self.parts['up']} {other}"
+            )
+        self._check_shape((height, width))
+        return rank
+
+    def _check_kronecker(self) -> int | None:
+        rank = None
+        sides = []
+        for side in ("w1", "w2"):
+            if side in self.parts:
+                sides.append(self._flat(side))
+                continue
+            if f"{side}_a" not in self.parts or f"{side}_b" not in self.parts:
+                raise CheckpointError(f"{self.path} is incomplete: {self.stem} has no lokr_{side}, nor its two factors")
+            (a, inner), (rank, b) = self._flat(f"{side}_a"), self._flat(f"{side}_b")
+            if side == "w2" and "t2" in self.parts:
+                # Here the first factor lies on its side.
+                shape = self.shapes["t2"]
+                inner, a = a, inner
+                if len(shape) < 2 or shape[:2] != (inner, rank):
+                    raise CheckpointError(f"{self.path} is damaged: {self.parts['t2']} does not fit its factors")
+                b *= math.prod(shape[2:])
+            elif inner != rank:
+                raise CheckpointError(f"{self.path} is damaged: the factors of {self.stem}'s {side} do not fit")
+            sides.append((a, b))
+        self._check_shape((sides[0][0] * sides[1][0], sides[0][1] * sides[1][1]))
+        return rank
+
+    def _check_shape(self, shape: tuple[int, int]) -> None:
+        if shape != self.target.shape:
+            raise CheckpointError(
+                f"{self.path} does not fit this model: {self.stem} changes a matrix of {shape[0]} × {shape[1]}, and "
+                f"here it has {self.target.shape[0]} × {self.target.shape[1]}"
+            )
+
+    def _check_magnitude(self) -> None:
+        if "magnitude" not in self.parts:
+            return
+        height, width = self.target.shape
+        shape = self.shapes["magnitude"]
+        if math.prod(shape) == height and (len(shape) < 2 or shape[0] == height):
+            self.magnitude_shape = (height, 1)
+        elif math.prod(shape) == width and len(self.target.parts) == 1:
+            self.magnitude_shape = (1, width)
+        elif math.prod(shape) == width:
+            raise CheckpointError(
+                f"{self.path}: {self.parts['magnitude']} scales the columns of several layers at once, which is not "
+                "built: take a version of this LoRA without DoRA"
+            )
+        else:
+            raise CheckpointError(
+                f"{self.path}: {self.parts['magnitude']} has the shape {list(shape)} for a matrix of {height} × {width}"
+            )
+
+    def _strength(self, rank: int | None, settings: Mapping[str, Mapping[str, Any]]) -> float:
+        if rank is None:
+            # Both factors of a Kronecker product in full: LyCORIS takes alpha for the rank then.
+            return 1.0
+        if "alpha" in self.parts:
+            if math.prod(self.shapes["alpha"]) != 1:
+                raise CheckpointError(f"{self.path}: {self.parts['alpha']} is not one number")
+            strength = self.file[self.parts["alpha"]].astype(mx.float32).item() / rank
+        else:
+            strength = 1.0 if self.kronecker else _peft_strength(self, rank, settings)
+        if not math.isfinite(strength):
+            raise CheckpointError(f"{self.path}: the strength of {self.stem} is not a finite number")
+        return strength
+
+    # ---- reading
+
+    def _matrix(self, part: str) -> mx.array:
+        value = self.file[self.parts[part]]
+        return value.reshape(self._flat(part))
+
+    def _factor(self, side: str) -> mx.array:
+        """w1 or w2, multiplied out of its own factors if need be, in float32."""
+        if side in self.parts:
+            return self._matrix(side).astype(mx.float32)
+        a, b = (self._matrix(f"{side}_{half}").astype(mx.float32) for half in "ab")
+        if side == "w1" or "t2" not in self.parts:
+            return a @ b
+        core = self.file[self.parts["t2"]].astype(mx.float32)
+        inner, outer = core.shape[:2]
+        # Over both ranks: aᵀ · core · b, with the kernel's places, which a linear layer counts to its inputs, last.
+        w2 = mx.einsum("ijk,ip,jr->prk", core.reshape(inner, outer, -1), a, b)
+        return w2.reshape(w2.shape[0], -1)
+
+
+# ---- what PEFT says beside the tensors
+
+
+def _peft_settings(path: Path, file: Checkpoint) -> dict[str, dict[str, Any]]:
+    """PEFT's settings by component ("" for a file about one), from the file's header or from beside it."""
+    opened = file.files[0]
+    text = opened.metadata.get(_PEFT_METADATA) if isinstance(opened, SafetensorsFile) else None
+    source: object = path
+    try:
+        if text is not None:
+            values = json.loads(text)
+        else:
+            beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
+            if not beside.is_file() or not (path.is_dir() or path.name.startswith("adapter_model")):
+                return {}
+            source, values = beside, read_json(beside)
+        settings: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            component, _, setting = name.rpartition(".")
+            settings.setdefault(component, {})[setting] = value
+        for entry in settings.values():
+            if entry.get("lora_alpha") is not None:
+                entry["lora_alpha"] = float(entry["lora_alpha"])
+            entry["alpha_pattern"] = {
+                re.compile(rf"(.*\.)?({pattern})"): float(alpha)
+                for pattern, alpha in (entry.get("alpha_pattern") or {}).items()
+            }
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error):
+        raise CheckpointError(f"{source}: the settings that PEFT wrote of this LoRA make no sense") from None
+    return settings
+
+
+def _peft_strength(entry: _Entry, rank: int, settings: Mapping[str, Mapping[str, Any]]) -> float:
+    """alpha / rank, or alpha / √rank (rsLoRA, arxiv.org/abs/2312.03732); 1 without settings."""
+    component = entry.target.component
+    found = settings.get(component) or settings.get("")
+    if found is None or found.get("lora_alpha") is None:
+        return 1.0
+    layer = entry.stem.removeprefix("base_model.model.").removeprefix(f"{component}.")
+    alphas = (alpha for pattern, alpha in found["alpha_pattern"].items() if pattern.fullmatch(layer))
+    alpha = next(alphas, found["lora_alpha"])
+    return alpha / (math.sqrt(rank) if found.get("use_rslora") else rank)
+
+
+def _dora(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a DoRA in PEFT's layout, which is not built in this version: take a plain LoRA, or a DoRA in "
+        "LyCORIS' layout"
+    )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
