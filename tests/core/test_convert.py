@@ -158,7 +158,7 @@ def test_a_link_is_not_written_through(source, tmp_path, capfd):
 def test_requests_that_make_no_sense(source, tmp_path, capfd):
     assert "name the file to write" in failing([source], capfd, 2)
     assert "leave DST out" in failing([source, tmp_path / "x", "--list"], capfd, 2)
-    assert "not built yet" in failing([source, tmp_path / "x", "--quantize", "4"], capfd, 2)
+    assert "invalid choice" in failing([source, tmp_path / "x", "--quantize", "7"], capfd, 2)
     assert "invalid choice" in failing([source, tmp_path / "x", "--dtype", "int8"], capfd, 2)
     assert "does not exist" in failing([source, tmp_path / "no" / "x"], capfd, 1)
     assert "No such file" in failing([tmp_path / "none.pt", tmp_path / "x"], capfd, 1)

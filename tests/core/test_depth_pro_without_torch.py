@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from mflux.backend import mx, nn, tree_flatten
-from mflux.errors import CheckpointError, ImageError, NotBuiltError
+from mflux.errors import CheckpointError, ImageError, UsageError
 from mflux.models.depth_pro.cli import save_depth
 from mflux.models.depth_pro.model import depth_pro_model
 from mflux.models.depth_pro.model.depth_pro import DepthPro
@@ -216,7 +216,7 @@ def test_error_sentences(model, photo, tmp_path, capsys, monkeypatch):
         (["--image-path", photo, "--model", other], 1, "does not hold Depth Pro"),
         (["--image-path", photo, "--model", incomplete], 1, "head.layers.2.weight"),
         (["--image-path", photo, "--model", incomplete], 1, "head.layers.9.weight"),
-        (["--image-path", photo, "--model", model, "-q", "4"], 2, "cannot be quantized in this version"),
+        (["--image-path", photo, "--model", model, "-q", "7"], 2, "invalid choice: 7"),
         (["--image-path", photo, "--model", model, "--output", broken / "a.png"], 1, "cannot write"),
         (["--image-path", photo, "--model", "org/name@bad..name"], 1, "is not a revision"),
         (["--image-path", photo, "--model", model, "--output", "a.jpg"], 2, "end it in .png"),
@@ -232,9 +232,19 @@ def test_error_sentences(model, photo, tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_quantized(photo, tmp_path, capsys):
+    """Of the encoder whose width 64 divides; the depth changes, but not by much."""
+    model = write_model(tmp_path / "wide", patch_model_config=vit(64, 4))
+    whole, eight = (DepthPro(quantize, model).create_depth_map(photo).relative_depth() for quantize in (None, 8))
+    assert 0 < np.abs(whole - eight).mean() < 0.02
+    assert run("--image-path", photo, "--model", model, "-q", "8", "--output", tmp_path / "eight.png") == 0
+    # Wide enough are six layers in each of two blocks; the other two encoders are not, nor what projects one of them.
+    assert "quantize 12 layers to 8 bits, keep 25 whose width 64 does not divide" in capsys.readouterr().err
+
+
 def test_python_errors(model, tmp_path):
-    with pytest.raises(NotBuiltError):
-        DepthPro(quantize=8, model_path=model)
+    with pytest.raises(UsageError, match="cannot quantize to 7 bits"):
+        DepthPro(quantize=7, model_path=tmp_path / "nothing is fetched for this")
     with pytest.raises(ImageError):
         DepthPro(model_path=model).create_depth_map(tmp_path / "none.png")
 

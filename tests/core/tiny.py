@@ -22,7 +22,9 @@ from mflux.models.flux.model.transformer import FluxTransformer
 WORDS = ("a", "red", "blue", "green", "circle", "square", "on", "white", "black", "background", "large", "small")
 
 
-def write_checkpoint(folder: Path, *, seed: int, guidance: bool, dtype: mx.Dtype = mx.float32) -> Path:
+def write_checkpoint(
+    folder: Path, *, seed: int, guidance: bool, dtype: mx.Dtype = mx.float32, wide: bool = False
+) -> Path:
     """Write a whole model; the same arguments give the same files.
 
     Args:
@@ -30,8 +32,13 @@ def write_checkpoint(folder: Path, *, seed: int, guidance: bool, dtype: mx.Dtype
         seed: of the weights.
         guidance: whether it is guidance-distilled and shifts by resolution like FLUX.1-dev, or like schnell.
         dtype: how the weights are stored.
+        wide: in rows of 64 and its multiples, so that nearly every layer can be quantized.
     """
     width, heads = (48, 3) if guidance else (32, 2)
+    clip_width, clip_hidden, t5_width, t5_hidden = 16, 24, 24, 32
+    if wide:
+        width, heads = 64, 4
+        clip_width, clip_hidden, t5_width, t5_hidden = 64, 128, 64, 96
     clip_vocabulary = write_clip_tokenizer(folder / "tokenizer")
     t5_vocabulary = write_t5_tokenizer(folder / "tokenizer_2")
     write_json(folder / "model_index.json", {"_class_name": "FluxPipeline"})
@@ -45,17 +52,17 @@ def write_checkpoint(folder: Path, *, seed: int, guidance: bool, dtype: mx.Dtype
     )  # fmt: skip
     parts = {
         "text_encoder": (CLIPTextEncoder, "model", {
-            "vocab_size": clip_vocabulary, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 24, "eos_token_id": 2,
+            "vocab_size": clip_vocabulary, "hidden_size": clip_width, "intermediate_size": clip_hidden,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 24, "eos_token_id": 2,
         }),
         "text_encoder_2": (T5Encoder, "model", {
-            "vocab_size": t5_vocabulary, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
-            "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
+            "vocab_size": t5_vocabulary, "d_model": t5_width, "d_kv": 8, "d_ff": t5_hidden,
+            "num_layers": 2, "num_heads": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
         }),
         "transformer": (FluxTransformer, "diffusion_pytorch_model", {
             "_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "in_channels": 64,
             "num_attention_heads": heads, "attention_head_dim": width // heads, "axes_dims_rope": [4, 6, 6],
-            "joint_attention_dim": 24, "pooled_projection_dim": 16, "guidance_embeds": guidance,
+            "joint_attention_dim": t5_width, "pooled_projection_dim": clip_width, "guidance_embeds": guidance,
         }),
         "vae": (AutoencoderKL, "diffusion_pytorch_model", {
             "block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 16,

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import compute_dtype, mx, nn, tree_flatten
-from mflux.checkpoints.quantization import Quantization, make_room, pack, quantizable
+from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 _INDEX_SUFFIX = ".safetensors.index.json"
+Adjust = Callable[[str, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def load_component(
     dtype: mx.Dtype | None = None,
     quantize: int | None = None,
     keep_dtypes: bool = False,
+    adjust: Adjust | None = None,
 ) -> nn.Module:
     """Build a component from its own `config.json` and fill it, tensor by tensor.
 
@@ -124,6 +126,7 @@ def load_component(
         quantize: bits to quantize linear layers and embeddings to, one by one while they are read. A folder that is
             quantized already stays as it is.
         keep_dtypes: leave floats as they are stored, to save them again.
+        adjust: changes tensors on the way, see `fill`.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is missing, left over, or of another shape than the config says.
@@ -134,17 +137,16 @@ def load_component(
     values = read_json(folder / "config.json")
     config = module_class.config_class.from_dict(values, source=folder / "config.json")
     module = module_class(config)
-    tensors = FolderTensors(folder)
-    stored = Quantization.stored(values, folder / "config.json")
-    if stored is not None:
-        if wanted is not None and wanted.bits != stored.bits:
-            log.warning("%s is stored in %d bits: it stays so, not in %d", folder, stored.bits, wanted.bits)
-        # Whatever the file quantizes beyond what can be is reported as left over, by `match`.
-        make_room(
-            module, stored, [path for path in quantizable(module, stored.group_size)[0] if f"{path}.scales" in tensors]
-        )
-        wanted = None
-    fill(module, tensors, source=folder, dtype=dtype, quantization=wanted, keep_dtypes=keep_dtypes)
+    fill(
+        module,
+        FolderTensors(folder),
+        source=folder,
+        dtype=dtype,
+        quantization=wanted,
+        stored=Quantization.stored(values, folder / "config.json"),
+        keep_dtypes=keep_dtypes,
+        adjust=adjust,
+    )
     return module
 
 
@@ -155,22 +157,53 @@ def fill(
     source: object,
     dtype: mx.Dtype | None = None,
     quantization: Quantization | None = None,
+    stored: Quantization | None = None,
     keep_dtypes: bool = False,
+    adjust: Adjust | None = None,
 ) -> None:
     """Give every parameter of `module` its tensor, and make sure that every tensor found its parameter.
 
     Each tensor is read, turned to MLX's layout, quantized or cast, and evaluated before the next, so that beside the
-    result only one tensor is in memory. Layers to quantize are exchanged in `module` for quantized ones.
+    result only one tensor is in memory.
+
+    Args:
+        module: filled in place. Layers that the tensors hold quantized, or that are to be quantized, are exchanged in
+            it for quantized ones.
+        tensors: by their names in the file.
+        source: where they come from, for messages.
+        dtype, keep_dtypes: as for `load_component`.
+        quantization: for linear layers and embeddings whose width it divides; the others are kept and counted. Tensors
+            that are quantized already stay as they are.
+        stored: what the tensors are said to be quantized to, if anything is said; they must agree.
+        adjust: called with the name of each parameter that is stored in floating point, and its tensor in MLX's
+            layout; what it returns takes the tensor's place, and is quantized or cast like it.
+
+    Raises:
+        CheckpointError: a tensor is damaged, missing, left over, or of another shape than the module's parameter.
     """
+    packed = _packed_layers(module, tensors, source, stored)
+    make_room(module, packed)
+    if quantization is not None and packed:
+        bits = {found.bits for found in packed.values()}
+        if bits != {quantization.bits}:
+            there = ", ".join(map(str, sorted(bits)))
+            log.warning("%s is stored in %s bits: it stays so, not in %d", source, there, quantization.bits)
+        quantization = None
     parameters = dict(tree_flatten(module.parameters()))
     plan = match(module, parameters, tensors, source=source)
     turns = layout_turns(module)
     to_pack: set[str] = set()
     if quantization is not None:
-        fitting, odd = quantizable(module, quantization.group_size)
-        make_room(module, quantization, fitting)
+        whole = layers(module)
+        fitting = [path for path, layer in whole.items() if divides(layer.weight.shape[-1], quantization.group_size)]
+        make_room(module, dict.fromkeys(fitting, quantization))
         to_pack = {f"{path}.weight" for path in fitting}
-        log.info("quantize %d layers to %d bits%s", len(fitting), quantization.bits, _kept(odd, quantization))
+        log.info(
+            "quantize %d layers to %d bits%s",
+            len(fitting),
+            quantization.bits,
+            _kept(len(whole) - len(fitting), quantization),
+        )
 
     def store(name: str, value: mx.array) -> None:
         if not keep_dtypes and mx.issubdtype(value.dtype, mx.floating):
@@ -190,6 +223,10 @@ def fill(
             )
         if not mx.issubdtype(value.dtype, mx.floating) and mx.issubdtype(expected.dtype, mx.floating):
             raise _misfit(module, source, f"{key} holds {value.dtype} where floating-point numbers belong")
+        if adjust is not None and mx.issubdtype(value.dtype, mx.floating):
+            # What is packed is rounded first, as it would be between being saved and loaded.
+            kept = value.dtype if keep_dtypes or name in to_pack else dtype or compute_dtype(value.dtype)
+            value = adjust(name, value).astype(kept)
         if name in to_pack:
             for leaf, array in pack(value, quantization).items():
                 store(name.removesuffix("weight") + leaf, array)
@@ -200,10 +237,40 @@ def fill(
     module.freeze()
 
 
-def _kept(odd: list[str], quantization: Quantization) -> str:
-    if not odd:
+def _kept(count: int, quantization: Quantization) -> str:
+    if not count:
         return ""
-    return f"; {len(odd)} stay as they are, because {quantization.group_size} does not divide their width"
+    return f", keep {count} whose width {quantization.group_size} does not divide"
+
+
+def _packed_layers(
+    module: nn.Module, tensors: Mapping[str, mx.array], source: object, said: Quantization | None
+) -> dict[str, Quantization]:
+    """The layers that the tensors hold quantized, by path, and to what, as their shapes tell."""
+    prefix = getattr(module, "exceptions", Exceptions()).optional_prefix
+    found = {}
+    for path, layer in layers(module).items():
+        name = next((name for name in (path, path.removeprefix(prefix)) if f"{name}.scales" in tensors), None)
+        if name is None or f"{name}.weight" not in tensors:
+            continue
+        shapes = tensors[f"{name}.weight"].shape, tensors[f"{name}.scales"].shape
+        quantization = inferred(layer.weight.shape[-1], *shapes)
+        if quantization is None:
+            raise _misfit(
+                module,
+                source,
+                f"{name} holds quantized weights of the shape {list(shapes[0])} with scales of the shape "
+                f"{list(shapes[1])}, which do not make rows of {layer.weight.shape[-1]}",
+            )
+        if said is not None and quantization != said:
+            raise _misfit(
+                module,
+                source,
+                f"{name} holds weights of {quantization.bits} bits in groups of {quantization.group_size}, not "
+                f"{said.bits} in groups of {said.group_size}",
+            )
+        found[path] = quantization
+    return found
 
 
 def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *, source: object) -> dict[str, str]:
@@ -226,7 +293,7 @@ def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *,
     missing = [parameter for parameter, name in plan.items() if name not in keys]
     taken = set(plan.values())
     ignored = [re.compile(pattern) for pattern in exceptions.ignored]
-    left = [name for name in names if name not in taken and not any(p.search(name) for p in ignored)]
+    left = [name for name in names if name not in taken and not any(p.search(_whole(name)) for p in ignored)]
     if missing or left:
         problems = []
         if missing:
@@ -235,6 +302,12 @@ def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *,
             problems.append(f"{_count(left, 'tensor')} left over ({_some(left)})")
         raise _misfit(module, source, " and ".join(problems))
     return plan
+
+
+def _whole(name: str) -> str:
+    """The name of the weight that a part of a quantized layer belongs to."""
+    stem, _, leaf = name.rpartition(".")
+    return f"{stem}.weight" if leaf in ("scales", "biases") else name
 
 
 def _misfit(module: nn.Module, source: object, what: str) -> CheckpointError:
@@ -258,6 +331,12 @@ def layout_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]
     return turns
 
 
+def published_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]:
+    """For each convolution kernel of `module`, the way back from MLX's layout to the published one."""
+    back = {_channels_last: _channels_second, _io_to_o_i: _o_i_to_io}
+    return {name: back[turn] for name, turn in layout_turns(module).items()}
+
+
 def _channels_last(kernel: mx.array) -> mx.array:
     """OI… → O…I."""
     return mx.moveaxis(kernel, 1, -1)
@@ -266,6 +345,16 @@ def _channels_last(kernel: mx.array) -> mx.array:
 def _io_to_o_i(kernel: mx.array) -> mx.array:
     """Transposed convolutions: IOHW → OHWI."""
     return kernel.transpose(1, 2, 3, 0)
+
+
+def _channels_second(kernel: mx.array) -> mx.array:
+    """O…I → OI…."""
+    return mx.moveaxis(kernel, -1, 1)
+
+
+def _o_i_to_io(kernel: mx.array) -> mx.array:
+    """Transposed convolutions: OHWI → IOHW."""
+    return kernel.transpose(3, 0, 1, 2)
 
 
 def _assign(module: nn.Module, name: str, value: mx.array) -> None:

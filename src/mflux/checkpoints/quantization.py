@@ -6,15 +6,12 @@ embedding holds three arrays where the plain one holds `weight`: the packed `wei
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mflux.backend import mx, nn
 from mflux.errors import CheckpointError, UsageError
-
-log = logging.getLogger(__name__)
 
 BITS = (3, 4, 5, 6, 8)
 _GROUP_SIZES = (32, 64, 128)
@@ -26,6 +23,11 @@ class Quantization:
 
     bits: int
     group_size: int = 64
+
+    @property
+    def is_known(self) -> bool:
+        """Whether MLX has it."""
+        return self.bits in (2, *BITS) and self.group_size in _GROUP_SIZES
 
     @staticmethod
     def asked(bits: int | None) -> Quantization | None:
@@ -52,32 +54,61 @@ class Quantization:
             found = Quantization(int(entry["bits"]), int(entry["group_size"]))
         except (TypeError, KeyError, ValueError):
             found = None
-        if found is None or found.bits not in (2, *BITS) or found.group_size not in _GROUP_SIZES:
+        if found is None or not found.is_known:
             raise CheckpointError(f"{source}: its quantization {entry!r} makes no sense; fetch it again")
         return found
 
 
-def quantizable(module: nn.Module, group_size: int) -> tuple[list[str], list[str]]:
-    """The paths of the layers that can be quantized, and of those whose rows do not divide into groups."""
-    fitting, odd = [], []
-    for path, layer in module.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Embedding)):
-            (odd if layer.weight.shape[-1] % group_size else fitting).append(path)
-    return fitting, odd
+def layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a module that MLX can quantize, by their paths."""
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))}
 
 
-def make_room(module: nn.Module, quantization: Quantization, paths: list[str]) -> None:
-    """Exchange these layers for quantized ones. Nothing is computed: their arrays are still to be filled."""
-    chosen = set(paths)
-    nn.quantize(
-        module,
-        group_size=quantization.group_size,
-        bits=quantization.bits,
-        class_predicate=lambda path, _: path in chosen,
-    )
+def divides(width: int, group_size: int) -> bool:
+    """Whether rows of this width fall into whole groups; MLX quantizes no others."""
+    return width > 0 and width % group_size == 0
+
+
+def inferred(width: int, packed: tuple[int, ...], scales: tuple[int, ...]) -> Quantization | None:
+    """What a stored layer was quantized to, from its shapes; None where they make no sense.
+
+    Args:
+        width: weights in a row before it was packed.
+        packed: the shape of the packed weight, (rows, width · bits / 32).
+        scales: the shape of the scales, (rows, width / group size).
+    """
+    if len(packed) != 2 or len(scales) != 2 or packed[0] != scales[0] or not scales[1] or width % scales[1]:
+        return None
+    bits, rest = divmod(32 * packed[1], width)
+    found = Quantization(bits, width // scales[1])
+    return None if rest or not found.is_known else found
+
+
+def make_room(module: nn.Module, plan: Mapping[str, Quantization]) -> None:
+    """Exchange the layers at these paths for quantized ones. Nothing is computed: their arrays are still to be filled.
+
+    Args:
+        plan: for each path, what the layer is quantized to.
+    """
+    if plan:
+        nn.quantize(
+            module,
+            class_predicate=lambda path, _: (
+                {"bits": plan[path].bits, "group_size": plan[path].group_size} if path in plan else False
+            ),
+        )
 
 
 def pack(weight: mx.array, quantization: Quantization) -> dict[str, mx.array]:
     """A matrix as `weight`, `scales` and `biases`; the last two in the matrix's own dtype, as they would be saved."""
     packed, scales, biases = mx.quantize(weight, group_size=quantization.group_size, bits=quantization.bits)
     return {"weight": packed, "scales": scales, "biases": biases}
+
+
+def packed_specs(
+    dtype: mx.Dtype, shape: tuple[int, ...], quantization: Quantization
+) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
+    """The dtypes and shapes of what `pack` makes of a matrix, without the matrix."""
+    rows, width = shape
+    groups = dtype, (rows, width // quantization.group_size)
+    return {"weight": (mx.uint32, (rows, width * quantization.bits // 32)), "scales": groups, "biases": groups}

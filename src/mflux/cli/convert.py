@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import MfluxParser, run
-from mflux.errors import NotBuiltError, OutputError, UsageError
+from mflux.cli.parser import QUANTIZE_CHOICES, MfluxParser, run
+from mflux.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from mflux.backend import mx
     from mflux.checkpoints.opening import Checkpoint
+    from mflux.checkpoints.quantization import Quantization
     from mflux.checkpoints.writing import Spec
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,13 @@ def build_parser() -> MfluxParser:
     )
     parser.add_argument("--list", action="store_true", help="print names, dtypes and shapes, and write nothing")
     parser.add_argument("--force", action="store_true", help="replace DST if it exists")
-    parser.add_argument("--quantize", "-q", metavar="BITS", help="not built yet")
+    parser.add_argument(
+        "--quantize",
+        "-q",
+        type=int,
+        choices=QUANTIZE_CHOICES,
+        help="bits per weight for linear layers and embeddings; mflux loads the result, PyTorch does not",
+    )
     return parser
 
 
@@ -48,6 +55,7 @@ def convert(
     dtype: str | None = None,
     key: str | None = None,
     force: bool = False,
+    quantize: int | None = None,
 ) -> Path:
     """Write the tensors of `source` into one safetensors file, one at a time.
 
@@ -57,6 +65,8 @@ def convert(
         dtype: for floating-point tensors; by default each keeps its own (float64 and float8 become float32).
         key: as for `open_checkpoint`.
         force: replace a file that exists.
+        quantize: bits for the weights of linear layers and embeddings, in MLX's format, after `dtype`. Nothing but
+            their names and shapes tells them: matrices called `….weight`, in rows that divide into groups of 64.
 
     Returns:
         The path of the file, which is complete; in case of an error there is none.
@@ -64,12 +74,15 @@ def convert(
     Raises:
         CheckpointError: the source cannot be read.
         OutputError: the destination cannot be written.
+        UsageError: no such number of bits, or nothing to quantize.
     """
     from tqdm import tqdm
 
     from mflux.checkpoints.opening import open_checkpoint
+    from mflux.checkpoints.quantization import Quantization, pack
     from mflux.checkpoints.writing import SafetensorsWriter
 
+    quantization = Quantization.asked(quantize)
     destination = _with_suffix(Path(destination))
     if destination.exists() and not force:
         raise OutputError(f"{destination} exists already: choose another name, or --force to replace it")
@@ -78,18 +91,29 @@ def convert(
         raise OutputError(f"{destination} is the source itself: choose another name")
     specs = _specs(checkpoint, dtype)
     described = {name: checkpoint.describe(name) for name in checkpoint}
+    packed = _layers(specs, quantization)
+    announced = {name: spec for name, spec in specs.items() if name not in packed}
+    announced |= {part: spec for parts in packed.values() for part, spec in parts.items()}
+    if quantization is not None:
+        if not packed:
+            raise UsageError(f"{source} holds nothing to quantize, or is quantized already: leave --quantize out")
+        _log.info("quantize %d tensors to %d bits, keep %d", len(packed), quantize, len(specs) - len(packed))
     overflowing: list[str] = []
     with (
-        SafetensorsWriter(destination, specs, metadata={"format": "pt"}, overwrite=force) as writer,
-        tqdm(total=_total(specs), unit="B", unit_scale=True, desc="convert", disable=None, file=sys.stderr) as bar,
+        SafetensorsWriter(destination, announced, metadata={"format": "pt"}, overwrite=force) as writer,
+        tqdm(total=_total(announced), unit="B", unit_scale=True, desc="convert", disable=None, file=sys.stderr) as bar,
     ):
         # In the file's order, so that each byte is read once, also where several names share it.
         previous, value = None, None
         for name in sorted(specs, key=lambda name: described[name].place):
             if value is None or described[name].same != previous:
                 previous, value = described[name].same, _converted(checkpoint, name, specs[name], overflowing)
-            writer.write(name, value)
-            bar.update(value.nbytes)
+            parts = {name: value}
+            if name in packed:
+                parts = {name.removesuffix("weight") + leaf: part for leaf, part in pack(value, quantization).items()}
+            for part, array in parts.items():
+                writer.write(part, array)
+                bar.update(array.nbytes)
     _report(checkpoint, overflowing)
     return destination
 
@@ -114,6 +138,25 @@ def _specs(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Spec]:
             kind = getattr(mx, dtype)
         specs[name] = kind, shape
     return specs
+
+
+def _layers(specs: dict[str, Spec], quantization: Quantization | None) -> dict[str, dict[str, Spec]]:
+    """The weights to quantize, and what each becomes."""
+    from mflux.backend import mx
+    from mflux.checkpoints.quantization import divides, packed_specs
+
+    if quantization is None:
+        return {}
+    return {
+        name: {name.removesuffix("weight") + leaf: spec for leaf, spec in packed_specs(*spec, quantization).items()}
+        for name, spec in specs.items()
+        if name.endswith(".weight")
+        and len(spec[1]) == 2
+        and mx.issubdtype(spec[0], mx.floating)
+        and divides(spec[1][1], quantization.group_size)
+        and spec[1][0] > 0
+        and name.removesuffix("weight") + "scales" not in specs
+    }
 
 
 def _converted(checkpoint: Checkpoint, name: str, spec: Spec, overflowing: list[str]) -> mx.array:
@@ -168,8 +211,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    if args.quantize is not None:
-        raise NotBuiltError("quantization is not built yet in this version: leave --quantize out")
     if args.list:
         if args.destination is not None:
             raise UsageError("--list only prints: leave DST out")
@@ -177,7 +218,8 @@ def _convert(argv: Sequence[str] | None) -> None:
         return
     if args.destination is None:
         raise UsageError("name the file to write: mflux-convert SRC DST.safetensors")
-    print(convert(args.source, args.destination, dtype=args.dtype, key=args.key, force=args.force))
+    options = {"dtype": args.dtype, "key": args.key, "force": args.force, "quantize": args.quantize}
+    print(convert(args.source, args.destination, **options))
 
 
 if __name__ == "__main__":

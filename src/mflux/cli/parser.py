@@ -141,6 +141,13 @@ def tile_size(text: str) -> int:
     return value
 
 
+def bits(text: str) -> int:
+    value = number(int)(text)
+    if value not in QUANTIZE_CHOICES:
+        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(map(str, QUANTIZE_CHOICES))}")
+    return value
+
+
 def battery_limit(text: str) -> int:
     return max(1, min(99, number(int)(text)))
 
@@ -282,7 +289,6 @@ def refuse_what_is_not_built(args: argparse.Namespace) -> None:
     lora = any(getattr(args, name, None) for name in ("lora", "lora_style", "lora_paths", "lora_scales"))
     for given, sentence in (
         (lora or not getattr(args, "bake_lora", True), "LoRA is not built yet in this version: leave --lora out"),
-        (getattr(args, "quantize", None), "quantization is not built yet in this version: leave --quantize out"),
         (
             getattr(args, "pid_decode", False) or getattr(args, "pid_degrade_sigma", 0.0),
             "PiD decoding is not built yet in this version: leave --pid-decode out",

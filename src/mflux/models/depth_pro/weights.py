@@ -16,6 +16,7 @@ from typing import Any
 from mflux.backend import mx
 from mflux.checkpoints.loading import fill, read_json
 from mflux.checkpoints.opening import SUFFIXES, open_checkpoint
+from mflux.checkpoints.quantization import Quantization
 from mflux.errors import CheckpointError
 from mflux.hub import resolve_model
 from mflux.models.common.config.component_config import ComponentConfig
@@ -158,12 +159,18 @@ def locate(model_path: str | Path | None = None) -> Path:
     return resolve_model(model_path, _PATTERNS, required=_REQUIRED)
 
 
-def load(path: Path) -> tuple[DepthProForDepthEstimation, Preprocessing]:
-    """The network with its weights, from a file or folder of either layout.
+def load(path: Path, quantize: int | None = None) -> tuple[DepthProForDepthEstimation, Preprocessing]:
+    """The network with its weights, from a file or folder of either layout, quantized (by mflux) or not.
+
+    Args:
+        path: the file or folder.
+        quantize: bits for the weights of linear layers, quantized one by one while they are read.
 
     Raises:
         CheckpointError: a file is damaged, is not Depth Pro, or does not fit its configuration.
+        UsageError: no such number of bits.
     """
+    wanted = Quantization.asked(quantize)
     config, preprocessing = _settings(path if path.is_dir() else path.parent)
     tensors: Mapping[str, mx.array] = open_checkpoint(path)
     if any(name.startswith("encoder.patch_encoder.") for name in tensors):
@@ -173,7 +180,7 @@ def load(path: Path) -> tuple[DepthProForDepthEstimation, Preprocessing]:
             f"{path} does not hold Depth Pro: give Apple's depth_pro.pt or a copy of apple/DepthPro-hf, or leave it out"
         )
     network = DepthProForDepthEstimation(config)
-    fill(network, tensors, source=path)
+    fill(network, tensors, source=path, quantization=wanted)
     return network, preprocessing
 
 

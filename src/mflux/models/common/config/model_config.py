@@ -6,7 +6,7 @@ import copy
 import re
 from typing import TYPE_CHECKING, Any
 
-from mflux.errors import InvalidBaseModel, ModelConfigError
+from mflux.errors import InvalidBaseModel, ModelConfigError, UsageError
 from mflux.models.common.config.registry import BUILT, MODELS
 
 if TYPE_CHECKING:
@@ -156,6 +156,26 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
         f"the model {model_name!r} is not known: {suggestion()}; "
         "a repository or folder whose name does not tell needs --base-model (schnell, dev or krea-dev)"
     )
+
+
+def built_key(model_name: str | None, base_model: str | None = None) -> str:
+    """The registry key of a model that this version can draw with.
+
+    Raises:
+        ModelConfigError: as for `ModelConfig.from_name`.
+        UsageError: it is known, but not built.
+    """
+    key = key_of(model_name, base_model)
+    if key not in BUILT:
+        family = MODELS[key]["family"]
+        what = "this variant of FLUX.1" if family == "flux" else f"the family {family}"
+        raise UsageError(f"{key} is not built yet in this version ({what}): there are {', '.join(BUILT)}")
+    return key
+
+
+def is_builtin(model_name: str) -> bool:
+    """Whether a name is a built-in model's own, so that its weights are too."""
+    return model_name in MODELS or any(model_name in model["aliases"] for model in MODELS.values())
 
 
 def suggestion() -> str:

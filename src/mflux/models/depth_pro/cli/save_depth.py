@@ -52,7 +52,7 @@ def build_parser() -> MfluxParser:
     )
     parser.add_argument("--colormap", choices=list(COLORMAPS), help="colours for png (default: gray)")
     parser.add_argument(
-        "--quantize", "-q", type=int, choices=QUANTIZE_CHOICES, help="not built for Depth Pro in this version"
+        "--quantize", "-q", type=int, choices=QUANTIZE_CHOICES, help="bits per weight to quantize the encoders to"
     )
     return parser
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mflux.backend import mx
-from mflux.errors import NotBuiltError
+from mflux.checkpoints.quantization import Quantization
 from mflux.models.depth_pro import weights
 from mflux.models.depth_pro.model.depth_pro_model import resize_bilinear
 from mflux.utils.image_util import open_image
@@ -52,20 +52,20 @@ class DepthPro:
     Source: Bochkovskii et al. 2024, https://arxiv.org/abs/2410.02073.
 
     Args:
-        quantize: not built for Depth Pro; anything but None is refused.
+        quantize: 3, 4, 5, 6 or 8 bits for the weights of linear layers, quantized while they load. The convolutions,
+            which are most of the work behind the three encoders, stay as they are.
         model_path: a `.pt` or `.safetensors` file, a folder or Hugging Face repository in the layout of
             apple/DepthPro-hf; by default Apple's published file, fetched once into mflux's cache folder.
 
     Raises:
-        NotBuiltError: `quantize` is given.
+        UsageError: no such number of bits.
         CheckpointError: the weights are missing, damaged or not Depth Pro's.
         DownloadError: the weights cannot be fetched.
     """
 
     def __init__(self, quantize: int | None = None, model_path: str | Path | None = None):
-        if quantize is not None:
-            raise NotBuiltError("Depth Pro cannot be quantized in this version: leave quantize (-q) out")
-        self._network, self._preprocessing = weights.load(weights.locate(model_path))
+        Quantization.asked(quantize)  # before anything is fetched
+        self._network, self._preprocessing = weights.load(weights.locate(model_path), quantize)
 
     def create_depth_map(self, image_path: str | Path) -> DepthResult:
         """Estimate the depth of a photo, turned as its EXIF orientation says.

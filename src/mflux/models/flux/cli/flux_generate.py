@@ -10,7 +10,7 @@ from typing import Any
 
 from mflux.cli import parser as options
 from mflux.errors import NotBuiltError, UsageError
-from mflux.models.common.config.registry import BUILT, MODELS
+from mflux.models.common.config.registry import BUILT
 from mflux.utils.scale_factor import ScaleFactor
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def generate(argv: Sequence[str] | None) -> None:
     model_config = check(args, argv)
 
     # From here on it takes time; the imports alone are half a second.
+    from mflux.models.common.config.model_config import is_builtin
     from mflux.models.common.schedulers import scheduler_class
     from mflux.utils.image_util import ImageUtil, check_output
 
@@ -63,8 +64,8 @@ def generate(argv: Sequence[str] | None) -> None:
 
     from mflux.models.flux.variants.txt2img.flux import Flux1
 
-    is_builtin = args.model in MODELS or any(args.model in model["aliases"] for model in MODELS.values())
-    flux = Flux1(model_config=model_config, model_path=None if is_builtin else args.model)
+    model_path = None if is_builtin(args.model) else args.model
+    flux = Flux1(args.quantize, model_config=model_config, model_path=model_path)
     if options.was_given(argv, "--guidance") and not flux.model_config.supports_guidance:
         log.warning("--guidance is ignored: %s was made without guidance", args.model)
     ImageUtil.embed_metadata_enabled = not args.no_metadata
@@ -126,13 +127,13 @@ def take_settings(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     take("width", options.saved(options.pixels), "--width")
     take("image_path", text, "--image", "--image-path")
     take("image_strength", options.saved(options.strength), "--image-strength", "--image")
+    take("quantize", options.saved(options.bits), "--quantize", "-q")
     take("scheduler", text, "--scheduler")
     if "." in args.scheduler and not options.was_given(argv, "--scheduler"):
         raise UsageError(f"{source}: its scheduler {args.scheduler} would be imported: say --scheduler yourself")
     if args.auto_seeds <= 0:
         take("seed", lambda value: [options.saved(options.seed)(value)], "--seed")
     for name, what, flags in (
-        ("quantize", "is quantized", ()),
         ("lora_paths", "has LoRAs", ("--lora-paths",)),
         ("pid_decode", "is decoded with PiD", ("--no-pid-decode",)),
     ):
@@ -148,18 +149,16 @@ def check(args: argparse.Namespace, argv: Sequence[str] | None):
         UsageError: no model, no prompt, or a model that another command draws with.
         ModelConfigError: the model's name tells nothing.
     """
-    from mflux.models.common.config.model_config import DEFAULT_STEPS, ModelConfig, key_of, suggestion
+    from mflux.models.common.config.model_config import DEFAULT_STEPS, ModelConfig, built_key, suggestion
+    from mflux.models.common.config.saved_model import recorded_base_model
 
     if args.model is None and args.base_model is None:
         raise UsageError(f"no model was named: {suggestion()}")
     if args.prompt is None and args.prompt_file is None:
         raise UsageError('no prompt was given: use --prompt "…", --prompt - or --prompt-file FILE')
     args.model = args.model or args.base_model
-    key = key_of(args.model, args.base_model)
-    if key not in BUILT:
-        family = MODELS[key]["family"]
-        what = "this variant of FLUX.1" if family == "flux" else f"the family {family}"
-        raise UsageError(f"{key} is not built yet in this version ({what}): there are {', '.join(BUILT)}")
+    args.base_model = args.base_model or recorded_base_model(args.model)
+    built_key(args.model, args.base_model)
     if args.image_path is None and options.was_given(argv, "--image-strength"):
         raise UsageError(
             "--image-strength says how much of a picture to keep, and there is none: use --image PATH STRENGTH"

@@ -1,0 +1,115 @@
+"""`mflux_model.json`: what a folder that mflux saved was made from. Loads nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mflux.errors import OutputError, UsageError
+from mflux.models.common.config.registry import MODELS
+
+FILE_NAME = "mflux_model.json"
+# Where mflux-save puts models when no --path is given, as in mflux 0.24.
+FOLDER_VARIABLE = "MFLUX_MODELS_DIR"
+_FORMAT = 1
+# What an earlier save added to a name.
+_SUFFIX = re.compile(r"-mflux-(q\d+|bf16|fp8)(-lora\d+)?$", re.IGNORECASE)
+
+
+def recorded_base_model(model: str | None) -> str | None:
+    """The built-in model that a folder was saved from, as its `mflux_model.json` says; None where nothing says it."""
+    if model is None:
+        return None
+    try:
+        record = json.loads((Path(model).expanduser() / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    # mflux 0.24 left base_model empty for a built-in model.
+    found = record.get("base_model") or record.get("model_name")
+    return found if isinstance(found, str) and found in MODELS else None
+
+
+def record(*, key: str, source: str | None, root: Path, bits: int | None, size: int) -> dict[str, Any]:
+    """What `mflux_model.json` is to hold.
+
+    Args:
+        key: the built-in model that it is, or derives from.
+        source: the folder or repository that its weights were taken from, None for the built-in model's own.
+        root: the folder that they were read from.
+        bits: what it is quantized to.
+        size: bytes of the folder.
+    """
+    import mflux
+
+    repository, revision = _in_cache(root)
+    if source is not None and Path(source).expanduser().exists():
+        # The folder may be published, and a whole path names its owner.
+        source = repository or Path(source).expanduser().resolve().name
+    return {
+        "format_version": _FORMAT,
+        "mflux_version": mflux.__version__,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "model_name": source or key,
+        "base_model": key,
+        "quantize": bits,
+        "size_gb": round(size / 1e9, 2),
+        "upstream": {"repo_id": repository, "revision": revision} if repository else None,
+        "loras": [],
+    }
+
+
+def models_folder() -> Path:
+    """The folder that `MFLUX_MODELS_DIR` names.
+
+    Raises:
+        UsageError: it names none.
+        OutputError: that is no folder, or one that cannot be written to.
+    """
+    value = os.environ.get(FOLDER_VARIABLE)
+    if not value:
+        raise UsageError(f"name the folder to write with --path, or set {FOLDER_VARIABLE} to the folder for all models")
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        raise OutputError(f"{FOLDER_VARIABLE} is {folder}, which is not a folder: create it, or name one with --path")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{FOLDER_VARIABLE} is {folder}, which cannot be written to: name another with --path")
+    return folder
+
+
+def folder_name(key: str, source: str | None, bits: int | None) -> str:
+    """What a saved model is called, as mflux 0.24 names it: "FLUX.1-dev-mflux-q8"."""
+    name = _registry_name(key) if source is None else _source_name(source)
+    return f"{name}-mflux-{'bf16' if bits is None else f'q{bits}'}"
+
+
+def _source_name(source: str) -> str:
+    path = Path(source).expanduser()
+    name = source.rstrip("/").split("/")[-1]
+    if path.exists():
+        path = path.resolve()
+        name = (_in_cache(path)[0] or path.name).split("/")[-1]
+    # "org--name" folders: Hugging Face allows no "--" in a name of its own.
+    return _SUFFIX.sub("", name.split("--")[-1])
+
+
+def _registry_name(key: str) -> str:
+    """The repository's name, and what tells apart the models that share it."""
+    repository = MODELS[key]["model_name"]
+    sharing = [other for other, model in MODELS.items() if model["model_name"] == repository]
+    name = repository.split("/")[-1]
+    extra = key[len(os.path.commonprefix(sharing)) :].strip("-") if len(sharing) > 1 else ""
+    return f"{name}-{extra}" if extra else name
+
+
+def _in_cache(path: Path) -> tuple[str | None, str | None]:
+    """The repository and revision of a folder in Hugging Face's cache, `…/models--org--name/snapshots/REVISION`."""
+    holder = path.parent.parent
+    if path.parent.name == "snapshots" and holder.name.startswith("models--"):
+        return holder.name.removeprefix("models--").replace("--", "/", 1), path.name
+    return None, None
