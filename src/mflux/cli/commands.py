@@ -16,6 +16,7 @@ class Command:
 # By the name after "mflux-"; the console scripts in pyproject.toml are the same.
 COMMANDS = {
     "generate": Command("mflux.models.flux.cli.flux_generate", "draw with FLUX.1"),
+    "save": Command("mflux.models.common.cli.save", "save a model, quantized or not, to a folder"),
     "convert": Command("mflux.cli.convert", "turn PyTorch weights into safetensors"),
     "save-depth": Command("mflux.models.depth_pro.cli.save_depth", "estimate a photo's depth with Depth Pro"),
     "inspire-fibo": Command("mflux.models.fibo_vlm.cli.fibo_inspire", "turn a picture into a prompt for FIBO"),
@@ -35,5 +36,5 @@ NOT_BUILT = (
     "generate-krea2-controlnet", "generate-lens", "generate-ming", "generate-moss-image", "generate-qwen",
     "generate-qwen-2.1", "generate-qwen-2.1-controlnet", "generate-qwen-2.1-edit", "generate-qwen-edit",
     "generate-redux", "generate-z-image", "generate-z-image-controlnet", "generate-z-image-turbo",
-    "lora-library", "save", "train", "upscale-controlnet", "upscale-seedvr2",
+    "lora-library", "train", "upscale-controlnet", "upscale-seedvr2",
 )  # fmt: skip

@@ -84,7 +84,7 @@ def models_folder() -> Path:
 
 def folder_name(key: str, source: str | None, bits: int | None) -> str:
     """What a saved model is called, as mflux 0.24 names it: "FLUX.1-dev-mflux-q8"."""
-    name = _registry_name(key) if source is None else _source_name(source)
+    name = MODELS[key]["model_name"].split("/")[-1] if source is None else _source_name(source)
     return f"{name}-mflux-{'bf16' if bits is None else f'q{bits}'}"
 
 
@@ -96,15 +96,6 @@ def _source_name(source: str) -> str:
         name = (_in_cache(path)[0] or path.name).split("/")[-1]
     # "org--name" folders: Hugging Face allows no "--" in a name of its own.
     return _SUFFIX.sub("", name.split("--")[-1])
-
-
-def _registry_name(key: str) -> str:
-    """The repository's name, and what tells apart the models that share it."""
-    repository = MODELS[key]["model_name"]
-    sharing = [other for other, model in MODELS.items() if model["model_name"] == repository]
-    name = repository.split("/")[-1]
-    extra = key[len(os.path.commonprefix(sharing)) :].strip("-") if len(sharing) > 1 else ""
-    return f"{name}-{extra}" if extra else name
 
 
 def _in_cache(path: Path) -> tuple[str | None, str | None]:

@@ -11,12 +11,14 @@ from mflux.backend import mx
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.checkpoints.loading import load_component, read_json
 from mflux.checkpoints.quantization import Quantization
+from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
 from mflux.errors import CheckpointError, NotBuiltError
 from mflux.hub import resolve_model
 from mflux.models.common.autoencoders import tiling
 from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.config import Config
-from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.config.model_config import ModelConfig, key_of
+from mflux.models.common.config.saved_model import FILE_NAME, record
 from mflux.models.common.stages import Part, release, timed
 from mflux.models.common.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.text_encoders.t5 import T5Encoder
@@ -113,8 +115,8 @@ class Flux1:
             "t5": t5_tokenizer(self.root / "tokenizer_2"),
         }
 
-    def _load(self, module_class: type, part: str):
-        return load_component(module_class, self.root / part, quantize=self._quantize)
+    def _load(self, module_class: type, part: str, *, keep_dtypes: bool = False):
+        return load_component(module_class, self.root / part, quantize=self._quantize, keep_dtypes=keep_dtypes)
 
     @staticmethod
     def from_name(model_name: str, quantize: int | None = None) -> Flux1:
@@ -256,11 +258,40 @@ class Flux1:
         return packed
 
     def save_model(self, base_path: str) -> None:
-        """
+        """Write the model, quantized as it was asked for, to a folder that loads by itself.
+
+        Components are released, then loaded, written and released one after the other. Floats keep the dtype that
+        they were stored in. The folder takes its name when all is written; otherwise there is none.
+
+        Args:
+            base_path: the folder, which must not exist.
+
         Raises:
-            NotBuiltError: always; saving belongs to a later version.
+            OutputError: it exists, cannot be written, or the disk has too little room.
         """
-        raise NotBuiltError("saving models is not built yet in this version")
+        parts = {
+            "text_encoder": CLIPTextEncoder,
+            "text_encoder_2": T5Encoder,
+            "transformer": FluxTransformer,
+            "vae": AutoencoderKL,
+        }
+        release(self, "clip_text_encoder", "t5_text_encoder", "transformer", "vae")
+        wanted = Quantization.asked(self._quantize)
+        needed = sum(estimated_bytes(self.root / part, wanted) for part in parts)
+        with new_folder(Path(base_path).expanduser(), needed=needed) as target:
+            for part, module_class in parts.items():
+                with timed(f"save {part}") as note:
+                    component = self._load(module_class, part, keep_dtypes=True)
+                    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+                    config = read_json(self.root / part / "config.json")
+                    note.append(f"{save_component(component, target / part, config, stem=stem) / 1e9:.2f} GB")
+                    del component
+                    mx.clear_cache()
+            copy_beside(self.root, target, ("model_index.json", "scheduler", "tokenizer", "tokenizer_2"))
+            key = key_of(self.model_config.model_name, self.model_config.base_model)
+            size = size_of(target)
+            content = record(key=key, source=self.model_path, root=self.root, bits=self.bits, size=size)
+            write_json(target / FILE_NAME, content)
 
 
 def resolve_flux_folder(model_path: str | None, model_config: ModelConfig) -> Path:

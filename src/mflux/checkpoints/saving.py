@@ -1,0 +1,193 @@
+"""From modules to a folder in the published layout, complete or absent: the way back of `loading`."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mflux.backend import mx, nn, tree_flatten
+from mflux.checkpoints.loading import FolderTensors, published_turns
+from mflux.checkpoints.quantization import Quantization, divides, packed_specs
+from mflux.checkpoints.writing import SafetensorsWriter
+from mflux.errors import OutputError
+
+# A file of weights is cut where it would become larger than this.
+SHARD_BYTES = 5 * 10**9
+# Configuration, tokenizers and headers; generously.
+_BESIDE_WEIGHTS = 10**7
+
+
+def save_component(
+    module: nn.Module,
+    folder: str | Path,
+    config: Mapping[str, Any],
+    *,
+    stem: str = "model",
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write a component as `load_component` reads it: `config.json`, and safetensors with an index if they are several.
+
+    Tensors are written as the module has them, one at a time; only convolution kernels are turned back to the
+    published layout.
+
+    Args:
+        module: the component.
+        folder: created.
+        config: what its `config.json` held; how it is quantized is noted in it.
+        stem: what the files of weights are called.
+        shard_bytes: no file holds more than this, unless a single tensor does.
+
+    Returns:
+        Bytes of weights written.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    folder = Path(folder)
+    parameters = dict(tree_flatten(module.parameters()))
+    turns = published_turns(module)
+    # Turned lazily: nothing is computed before it is written.
+    tensors = {name: turns[name](value) if name in turns else value for name, value in parameters.items()}
+    shards = _shards(tensors, shard_bytes)
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shard in zip(names, shards, strict=True):
+        specs = {tensor: (tensors[tensor].dtype, tensors[tensor].shape) for tensor in shard}
+        with SafetensorsWriter(folder / name, specs, metadata={"format": "pt"}) as writer:
+            for tensor in shard:
+                writer.write(tensor, tensors.pop(tensor))
+    size = sum(value.nbytes for value in parameters.values())
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write_json(
+            folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
+        )
+    write_json(folder / "config.json", _with_quantization(config, module))
+    return size
+
+
+def _shards(tensors: Mapping[str, mx.array], most: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, value in tensors.items():
+        if shards[-1] and size + value.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += value.nbytes
+    return shards
+
+
+def _with_quantization(config: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """The configuration with an entry that says how the module is quantized, if all its quantized layers are alike."""
+    noted = {name: value for name, value in config.items() if name != "quantization"}
+    kinds = {
+        (layer.bits, layer.group_size)
+        for _, layer in module.named_modules()
+        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    }
+    if len(kinds) == 1:
+        bits, group_size = kinds.pop()
+        noted["quantization"] = {"bits": bits, "group_size": group_size}
+    return noted
+
+
+def estimated_bytes(folder: str | Path, quantization: Quantization | None) -> int:
+    """About how large a component from this folder would be when saved, without reading any weights.
+
+    Raises:
+        CheckpointError: its files are missing or damaged.
+    """
+    total = 0
+    for name, value in FolderTensors(folder).items():
+        specs = {"weight": (value.dtype, value.shape)}
+        if (
+            quantization is not None
+            and value.ndim == 2
+            and name.endswith("weight")
+            and mx.issubdtype(value.dtype, mx.floating)
+            and divides(value.shape[-1], quantization.group_size)
+        ):
+            specs = packed_specs(value.dtype, value.shape, quantization)
+        total += sum(prod(shape) * dtype.size for dtype, shape in specs.values())
+    return total
+
+
+@contextmanager
+def new_folder(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
+    """A folder to fill, which takes its name in one step when the block ends normally, and vanishes when it does not.
+
+    Args:
+        path: where it will be; folders above it are created.
+        needed: about how many bytes will be written.
+
+    Raises:
+        OutputError: there is such a file or folder, it cannot be written, or the disk has too little room.
+    """
+    path = Path(path)
+    refuse_existing(path)
+    made = [folder for folder in path.parents if not folder.exists()]
+    temporary = path.with_name(f".mflux-{secrets.token_hex(8)}.part")
+    try:
+        temporary.mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
+        if free < needed + _BESIDE_WEIGHTS:
+            raise OutputError(
+                f"cannot write {path}: it needs about {_size(needed + _BESIDE_WEIGHTS)} and the disk has {_size(free)} "
+                "left: make room, or name a folder on another disk"
+            )
+        yield temporary
+        refuse_existing(path)
+        temporary.rename(path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            # From the innermost; one in which someone else has put something stays.
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            what = f" ({error.filename})" if error.filename else ""
+            raise OutputError(f"cannot write {path}: {error.strerror or error}{what}") from None
+        raise
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def refuse_existing(path: Path) -> None:
+    """
+    Raises:
+        OutputError: there is something at this path.
+    """
+    if path.exists() or path.is_symlink():
+        raise OutputError(f"{path} exists already: name a folder that does not, or remove it")
+
+
+def copy_beside(source: Path, destination: Path, names: tuple[str, ...]) -> None:
+    """Copy files and folders that a model needs besides its weights; what the source lacks is left out.
+
+    Links are followed: in Hugging Face's cache every file is one.
+    """
+    for name in names:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, destination / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

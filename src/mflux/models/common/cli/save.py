@@ -1,0 +1,67 @@
+"""`mflux-save`: a model, quantized or not, as a folder that loads by itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mflux.cli import parser as options
+from mflux.errors import NotBuiltError
+from mflux.models.common.config.registry import BUILT
+
+
+def build_parser() -> options.MfluxParser:
+    """The command's parser; completions use it as well."""
+    parser = options.MfluxParser(
+        prog="mflux-save",
+        description="Save a model, quantized or as it is, to a folder in the published layout, which loads without -q.",
+        epilog=f"Models: {', '.join(BUILT)}, and folders and repositories that derive from them.",
+    )
+    options.add_model_options(parser, required=True)
+    parser.add_argument(
+        "--path",
+        type=Path,
+        metavar="FOLDER",
+        help="the folder to write, which must not exist (default: one named for the model in $MFLUX_MODELS_DIR)",
+    )
+    options.add_lora_options(parser)
+    parser.add_argument(
+        "--hf-symlink", nargs="?", const="", metavar="USER", help="not built yet: link it into Hugging Face's cache"
+    )
+    return parser
+
+
+def save(argv: Sequence[str] | None) -> None:
+    """Check everything that can be checked without the model, then write it."""
+    args = build_parser().parse_args(argv)
+    options.refuse_what_is_not_built(args)
+    if args.hf_symlink is not None:
+        raise NotBuiltError("links into Hugging Face's cache are not built yet in this version: leave --hf-symlink out")
+
+    from mflux.models.common.config.model_config import ModelConfig, built_key, is_builtin
+    from mflux.models.common.config.saved_model import folder_name, models_folder, recorded_base_model
+
+    args.base_model = args.base_model or recorded_base_model(args.model)
+    key = built_key(args.model, args.base_model)
+    model_path = None if is_builtin(args.model) else args.model
+    parent = models_folder() if args.path is None else None
+
+    # From here on it takes time.
+    from mflux.checkpoints.saving import refuse_existing
+    from mflux.models.flux.variants.txt2img.flux import Flux1
+
+    if args.path is not None:
+        refuse_existing(args.path.expanduser())
+    flux = Flux1(args.quantize, model_config=ModelConfig.from_name(args.model, args.base_model), model_path=model_path)
+    target = args.path.expanduser() if parent is None else parent / folder_name(key, model_path, flux.bits)
+    flux.save_model(str(target))
+    print(target)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return options.run(save, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
