@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -56,10 +57,11 @@ def in_folder(tmp_path, monkeypatch) -> Path:
 def no_lasting_settings() -> Iterator[None]:
     """Commands set these for their process; the tests share one."""
     yield
+    logger = logging.getLogger("mflux")
+    logger.handlers.clear()
+    logger.propagate = True
     if "mflux.utils.image_util" in sys.modules:
         sys.modules["mflux.utils.image_util"].ImageUtil.embed_metadata_enabled = True
-    if "mflux.utils.generated_image" in sys.modules:
-        sys.modules["mflux.utils.generated_image"].GeneratedImage.model_path = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ EXIF's UserComment holds all of them as JSON, as in mflux 0.24; a PNG also gets 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -25,6 +26,7 @@ XMP_FIELDS = {
     "model": "model",
     "generation_time_seconds": "generationTimeSeconds",
 }
+_NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _NAMESPACES = {
     "dc": "http://purl.org/dc/elements/1.1/",
     "xmp": "http://ns.adobe.com/xap/1.0/",
@@ -50,19 +52,19 @@ class MetadataBuilder:
     def build_xmp_packet(metadata: dict[str, Any]) -> str:
         """The prompt as the description, and the settings that fit into one line each."""
         namespaces = "".join(f' xmlns:{prefix}="{address}"' for prefix, address in _NAMESPACES.items())
-        prompt = escape(str(metadata.get("prompt") or ""))
+        prompt = _escape(metadata.get("prompt") or "")
         lines = [
             f'<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{prompt}</rdf:li></rdf:Alt></dc:description>',
-            f"<xmp:CreatorTool>mflux {escape(str(metadata.get('mflux_version', 'unknown')))}</xmp:CreatorTool>",
+            f"<xmp:CreatorTool>mflux {_escape(metadata.get('mflux_version', 'unknown'))}</xmp:CreatorTool>",
         ]
         for setting, element in XMP_FIELDS.items():
             if metadata.get(setting) is not None:
-                lines.append(f"<mflux:{element}>{escape(str(metadata[setting]))}</mflux:{element}>")
+                lines.append(f"<mflux:{element}>{_escape(metadata[setting])}</mflux:{element}>")
         if metadata.get("lora_paths"):
             scales = metadata.get("lora_scales") or [1.0] * len(metadata["lora_paths"])
             pairs = zip(metadata["lora_paths"], scales, strict=False)
             loras = ", ".join(f"{str(path).replace(chr(92), '/').rpartition('/')[2]}:{scale}" for path, scale in pairs)
-            lines.append(f"<mflux:loras>{escape(loras)}</mflux:loras>")
+            lines.append(f"<mflux:loras>{_escape(loras)}</mflux:loras>")
         body = "\n".join(lines)
         return (
             '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
@@ -70,3 +72,8 @@ class MetadataBuilder:
             f'<rdf:Description rdf:about=""{namespaces}>\n{body}\n</rdf:Description>\n'
             '</rdf:RDF></x:xmpmeta>\n<?xpacket end="w"?>'
         )
+
+
+def _escape(value: Any) -> str:
+    """A value as XML text; control characters, which XML cannot hold in any way, are left out."""
+    return escape(_NOT_IN_XML.sub("", str(value)))
