@@ -233,6 +233,13 @@ def test_what_is_no_tensor_is_dropped_and_named(tmp_path):
     assert file.dropped == ["epoch", "best", "optimizer", "size", "device", "dtype", "names", "bare", "mixed.note"]
 
 
+def test_keys_that_make_no_name_lose_nothing(tmp_path):
+    deep = Raw(b")" + b"\x85" * 50_000)
+    root = Raw(b"}(" + spelled((1, 2)) + spelled(tensor("0")) + deep.code + spelled({"v": tensor("0")}) + b"u")
+    file = PytorchFile(save(tmp_path / "w.pt", archive({"a": tensor("0"), "odd": root}, {"0": SIX.tobytes()})))
+    assert list(file) == ["a", "odd.<tuple>", "odd.<tuple>.v"]
+
+
 def test_a_file_of_nothing_but_numbers_holds_no_tensors(tmp_path):
     with pytest.raises(CheckpointError, match="holds no tensors"):
         load(tmp_path, archive({"epoch": 3}, {}))

@@ -302,6 +302,11 @@ def test_legacy_data_that_do_not_match(tmp_path, storages, keys):
     refused(tmp_path, legacy({"w": tensor("0")}, storages, keys), error=CheckpointError)
 
 
+def test_legacy_data_of_two_dtypes(tmp_path):
+    root = {"w": tensor("0"), "v": tensor("0", kind="IntStorage")}
+    refused(tmp_path, legacy(root, {"0": (6, SIX)}), "makes no sense", CheckpointError)
+
+
 def test_legacy_parts_outside_their_storage(tmp_path):
     part = Persistent(("storage", Global("torch", "FloatStorage"), "0", "cpu", 6, ("view", 4, 3)))
     refused(tmp_path, legacy({"w": part}, {"0": (6, SIX)}), "lies outside it")

@@ -246,7 +246,7 @@ class PytorchFile(Mapping[str, mx.array]):
             known = self._storages.get(key)
             if known is None:
                 known = self._storages[key] = Storage(key, dtype, count * dtype.width)
-            elif known.length != count * dtype.width:
+            elif (known.dtype, known.length) != (dtype, count * dtype.width):
                 raise self._no_sense()
             return known if view is None else self._legacy_view(known, view)
 
@@ -458,7 +458,13 @@ class _Flattened:
                 raise self._unsafe("its dictionaries contain each other over and over")
         if isinstance(value, Table):
             # As in a dictionary, a repeated key keeps its place and takes the last value.
-            return list({(type(key), str(key)): (key, item) for key, item in value.items() if _is_key(key)}.values())
+            found: dict[Any, tuple[Any, Any]] = {}
+            for number, (key, item) in enumerate(value.items()):
+                if key is None or isinstance(key, (str, int, float)):
+                    found[type(key), str(key)] = key, item
+                else:
+                    found[number] = f"<{type(key).__name__}>", item
+            return list(found.values())
         if isinstance(value, (list, tuple)):
             branches = (TensorInfo, DeclinedInfo, Table, list, tuple)
             if any(isinstance(item, branches) for item in value):
@@ -502,10 +508,6 @@ class _Flattened:
         if self.infos and all(name.startswith(prefix + "module.") for name in self.infos):
             prefix += "module."
         return prefix
-
-
-def _is_key(key: Any) -> bool:
-    return key is None or isinstance(key, (str, int, float))
 
 
 # What a pickle may mention

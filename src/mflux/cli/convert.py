@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,8 +172,6 @@ def _converted(checkpoint: Checkpoint, name: str, spec: Spec, overflowing: list[
 
 
 def _total(specs: dict[str, Spec]) -> int:
-    from math import prod
-
     return sum(prod(shape) * dtype.size for dtype, shape in specs.values())
 
 
