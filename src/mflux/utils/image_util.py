@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -190,12 +190,24 @@ class ImageUtil:
         prompt: str,
         quantization: int,
         generation_time: float,
-        **details,
+        lora_paths: list[str] | None = None,
+        lora_scales: list[float] | None = None,
+        controlnet_image_path: str | Path | None = None,
+        image_path: str | Path | None = None,
+        image_paths: list[str] | list[Path] | None = None,
+        redux_image_paths: list[str] | list[Path] | None = None,
+        redux_image_strengths: list[float] | None = None,
+        image_strength: float | None = None,
+        masked_image_path: str | Path | None = None,
+        depth_image_path: str | Path | None = None,
+        concept_heatmap: Any | None = None,
+        negative_prompt: str | None = None,
+        init_metadata: dict | None = None,
+        pid_decode: bool = False,
+        pid_degrade_sigma: float = 0.0,
+        generation_parameters: dict | None = None,
     ) -> GeneratedImage:
-        """A decoder's output (1, 3, H, W) in [-1, 1] as a picture that knows how it was made.
-
-        `details` go to `GeneratedImage` as they are: image_path, lora_paths, negative_prompt, …
-        """
+        """A decoder's output (1, 3, H, W) in [-1, 1] as a picture that knows how it was made."""
         from mflux.utils.generated_image import GeneratedImage
 
         return GeneratedImage(
@@ -208,10 +220,25 @@ class ImageUtil:
             precision=config.precision,
             quantization=quantization,
             generation_time=generation_time,
+            lora_paths=lora_paths,
+            lora_scales=lora_scales,
             height=config.height,
             width=config.width,
+            controlnet_image_path=controlnet_image_path,
             controlnet_strength=config.controlnet_strength,
-            **details,
+            image_path=image_path,
+            image_paths=image_paths,
+            image_strength=image_strength,
+            masked_image_path=masked_image_path,
+            depth_image_path=depth_image_path,
+            redux_image_paths=redux_image_paths,
+            redux_image_strengths=redux_image_strengths,
+            concept_heatmap=concept_heatmap,
+            negative_prompt=negative_prompt,
+            init_metadata=init_metadata,
+            pid_decode=pid_decode,
+            pid_degrade_sigma=pid_degrade_sigma,
+            generation_parameters=generation_parameters,
         )
 
     @staticmethod

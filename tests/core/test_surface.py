@@ -1,0 +1,175 @@
+"""The outside of mflux 0.24: what programs import and what people type is still there, with the same meaning.
+
+tests/data/surface holds facts read off mflux 0.24.0: its commands' options, its classes' signatures, its models. Each
+test goes over whatever of that exists here, so that what is built later is held to it without being named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mflux.cli.commands import COMMANDS, NOT_BUILT
+
+SURFACE = Path(__file__).parents[1] / "data" / "surface"
+CLASSES = json.loads((SURFACE / "python.json").read_text())
+OPTIONS = json.loads((SURFACE / "cli.json").read_text())
+
+# Pipelines are no MLX modules here, so they do not have a module's own methods.
+OF_A_MODULE = {"freeze", "state", "training"}
+
+
+def found(path: str) -> object | None:
+    """The object at a dotted path, None if its module does not exist."""
+    module, _, name = path.rpartition(".")
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except ModuleNotFoundError:
+        return None
+    return getattr(importlib.import_module(module), name, None)
+
+
+BUILT_CLASSES = sorted(path for path in CLASSES if found(path) is not None)
+
+
+# ---- classes
+
+
+def test_the_classes_of_the_first_version_are_there():
+    first = {
+        "mflux.callbacks.instances.battery_saver.BatterySaver",
+        "mflux.callbacks.instances.memory_saver.MemorySaver",
+        "mflux.callbacks.instances.stepwise_handler.StepwiseHandler",
+        "mflux.models.common.config.ModelConfig",
+        "mflux.models.common.config.config.Config",
+        "mflux.models.common.config.model_config.ModelConfig",
+        "mflux.models.depth_pro.model.depth_pro.DepthPro",
+        "mflux.models.flux.variants.txt2img.flux.Flux1",
+        "mflux.utils.exceptions.StopImageGenerationException",
+        "mflux.utils.generated_image.GeneratedImage",
+        "mflux.utils.image_util.ImageUtil",
+        "mflux.utils.metadata_reader.MetadataReader",
+    }
+    assert first <= set(BUILT_CLASSES)
+
+
+@pytest.mark.parametrize("path", BUILT_CLASSES)
+def test_a_class_takes_what_it_took(path):
+    checked = 0
+    for name, signature in CLASSES[path].items():
+        if name in OF_A_MODULE or signature == "property":
+            continue
+        theirs = parameters_of(signature)
+        ours = inspect.signature(getattr(found(path), name)).parameters
+        assert list(ours)[: len(theirs)] == list(theirs), f"{path}.{name}"
+        for parameter, default in theirs.items():
+            assert_same_default(f"{path}.{name}({parameter})", ours[parameter].default, default)
+        more = list(ours.values())[len(theirs) :]
+        assert all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in more), path
+        checked += 1
+    assert checked or not CLASSES[path]
+
+
+REQUIRED, SOMETHING = object(), object()
+
+
+def parameters_of(signature: str) -> dict[str, object]:
+    """Parameter → its default; `SOMETHING` where it is an object that has no literal."""
+    arguments = ast.parse(f"def f{signature}: pass").body[0].args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [REQUIRED] * (len(positional) - len(arguments.defaults)) + [literal(node) for node in arguments.defaults]
+    found = {argument.arg: default for argument, default in zip(positional, defaults, strict=True)}
+    for argument, node in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        found[argument.arg] = REQUIRED if node is None else literal(node)
+    if arguments.kwarg:
+        found[arguments.kwarg.arg] = REQUIRED
+    return found
+
+
+def literal(node: ast.expr) -> object:
+    value = ast.literal_eval(node)
+    return SOMETHING if value is ... else value
+
+
+def assert_same_default(where: str, ours: object, theirs: object) -> None:
+    if theirs is REQUIRED:
+        # A default where there was none breaks no caller.
+        return
+    assert ours is not inspect.Parameter.empty, where
+    if theirs is not SOMETHING:
+        same = list(ours) == theirs if isinstance(theirs, list) else ours == theirs
+        assert same, f"{where}: {ours!r}, was {theirs!r}"
+
+
+def test_a_configuration_has_its_properties():
+    from mflux.models.common.config import ModelConfig
+    from mflux.models.common.config.config import Config
+
+    config = Config(ModelConfig.schnell(), height=32, width=32)
+    path = "mflux.models.common.config.config.Config"
+    for name in (name for name, kind in CLASSES[path].items() if kind == "property"):
+        assert hasattr(config, name), name
+
+
+def test_both_paths_lead_to_one_class():
+    from mflux.models.common.config import ModelConfig
+    from mflux.models.common.config.model_config import ModelConfig as TheSame
+
+    assert ModelConfig is TheSame
+
+
+# ---- commands and options
+
+
+def test_every_command_is_there_or_refused_by_name():
+    ours = {f"mflux-{name}" for name in COMMANDS}
+    refused = {f"mflux-{name}" for name in NOT_BUILT}
+    assert not ours & refused
+    assert OPTIONS.keys() == (ours & OPTIONS.keys()) | refused
+    assert {"mflux-generate", "mflux-info", "mflux-completions"} <= ours
+
+
+def test_the_console_scripts_are_the_commands():
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    expected = {f"mflux-{name}": f"{command.module}:main" for name, command in COMMANDS.items()}
+    assert scripts == expected | {"mflux": "mflux.cli.main:main"}
+
+
+@pytest.mark.parametrize("command", sorted(name for name in COMMANDS if f"mflux-{name}" in OPTIONS))
+def test_a_command_takes_what_it_took(command):
+    parser = importlib.import_module(COMMANDS[command].module).build_parser()
+    assert parser.prog == f"mflux-{command}"
+    by_flag = {flag: action for action in parser._actions for flag in action.option_strings or [action.dest]}
+    for option in OPTIONS[f"mflux-{command}"]:
+        flags = option["flags"]
+        assert set(flags) <= by_flag.keys(), flags
+        actions = {id(by_flag[flag]) for flag in flags}
+        assert len(actions) == 1, f"{flags} are no longer one option"
+        assert_same_option(by_flag[flags[0]], option)
+
+
+def assert_same_option(action: argparse.Action, option: dict) -> None:
+    where = option["flags"]
+    assert action.nargs == option.get("nargs"), where
+    if action.option_strings:
+        assert action.required == option.get("required", False), where
+    choices = None if action.choices is None else sorted(map(str, action.choices))
+    theirs = option.get("choices")
+    assert choices == (None if theirs is None else sorted(theirs)), where
+    default = str(action.default) if isinstance(action.default, Path) else action.default
+    assert default == option.get("default"), where
+    kinds = {"int": (int, "1"), "float": (float, "0.5"), "Path": (Path, "a/b"), "str": (str, "text")}
+    if option.get("type") in kinds:
+        kind, text = kinds[option["type"]]
+        value = (action.type or str)(theirs[0] if theirs else text)
+        # Paths may stay text, and text that is one may become a path.
+        assert isinstance(value, (str, Path) if kind in (str, Path) else kind), where
