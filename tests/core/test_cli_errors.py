@@ -404,19 +404,12 @@ def test_a_name_that_is_too_long(refused):
 # ---- what is not built yet
 
 
-LORA = "LoRA is not built yet in this version: leave --lora out"
 PID = "PiD decoding is not built yet in this version: leave --pid-decode out"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lora", "a.safetensors"], LORA),
-        (["--lora", "a.safetensors", "0.7", "--lora", "b.safetensors"], LORA),
-        (["--lora-style", "portrait"], LORA),
-        (["--lora-paths", "a.safetensors"], LORA),
-        (["--lora-scales", "0.5"], LORA),
-        (["--no-bake-lora"], LORA),
         (["--pid-decode"], PID),
         (["--pid-degrade-sigma", "0.5"], PID),
     ],
@@ -521,10 +514,6 @@ def test_settings_that_would_import(refused, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (
-            {"lora_paths": ["a.safetensors"]},
-            "the model of that picture has LoRAs, which is not built yet: --lora-paths does without",
-        ),
         (
             {"pid_decode": True},
             "the model of that picture is decoded with PiD, which is not built yet: --no-pid-decode does without",

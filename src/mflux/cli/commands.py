@@ -21,6 +21,7 @@ COMMANDS = {
     "save-depth": Command("mflux.models.depth_pro.cli.save_depth", "estimate a photo's depth with Depth Pro"),
     "inspire-fibo": Command("mflux.models.fibo_vlm.cli.fibo_inspire", "turn a picture into a prompt for FIBO"),
     "refine-fibo": Command("mflux.models.fibo_vlm.cli.fibo_refine", "change a prompt for FIBO as you say"),
+    "lora-library": Command("mflux.models.common.cli.lora_library", "list the LoRAs in LORA_LIBRARY_PATH"),
     "info": Command("mflux.cli.info", "show the settings that a picture carries"),
     "doctor": Command("mflux.cli.doctor", "show what this installation is made of, and how to mend it"),
     "completions": Command("mflux.cli.completions", "install tab completion for the shell"),
@@ -36,5 +37,5 @@ NOT_BUILT = (
     "generate-krea2-controlnet", "generate-lens", "generate-ming", "generate-moss-image", "generate-qwen",
     "generate-qwen-2.1", "generate-qwen-2.1-controlnet", "generate-qwen-2.1-edit", "generate-qwen-edit",
     "generate-redux", "generate-z-image", "generate-z-image-controlnet", "generate-z-image-turbo",
-    "lora-library", "train", "upscale-controlnet", "upscale-seedvr2",
+    "train", "upscale-controlnet", "upscale-seedvr2",
 )  # fmt: skip

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mflux.errors import MfluxError, NotBuiltError, UsageError
+from mflux.models.common.lora.library import STYLES, settle_scales, style_path
 from mflux.utils.scale_factor import GRID, LARGEST, ScaleFactor
 
 QUANTIZE_CHOICES = (3, 4, 5, 6, 8)
-LORA_STYLES = (
-    "couple", "font", "home", "identity", "illustration", "portrait", "ppt", "sandstorm", "sparklers", "storyboard"
-)  # fmt: skip
 DEFAULT_GUIDANCE = 3.5
 
 
@@ -169,11 +167,17 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False
 def add_lora_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("LoRA")
     group.add_argument(
-        "--lora", nargs="+", action="append", metavar=("PATH", "SCALE"), help="a LoRA and its scale; repeatable"
+        "--lora",
+        nargs="+",
+        action="append",
+        metavar=("PATH", "SCALE"),
+        help="a LoRA and its scale (1); a file, a name from LORA_LIBRARY_PATH, org/name, or org/name:file; repeatable",
     )
-    group.add_argument("--lora-style", choices=LORA_STYLES, help="a LoRA by the name of its style")
+    group.add_argument("--lora-style", choices=sorted(STYLES), help="an In-Context LoRA by the name of its style")
     group.add_argument("--lora-paths", nargs="*", help="LoRAs without scales; --lora says both at once")
-    group.add_argument("--lora-scales", nargs="*", type=float, help="one scale for each of --lora-paths")
+    group.add_argument(
+        "--lora-scales", nargs="*", type=number(float), help="one scale for each of --lora-paths", metavar="SCALE"
+    )
     group.add_argument(
         "--bake-lora",
         action=argparse.BooleanOptionalAction,
@@ -286,9 +290,7 @@ def refuse_what_is_not_built(args: argparse.Namespace) -> None:
     Raises:
         NotBuiltError: an option whose feature this version lacks was given.
     """
-    lora = any(getattr(args, name, None) for name in ("lora", "lora_style", "lora_paths", "lora_scales"))
     for given, sentence in (
-        (lora or not getattr(args, "bake_lora", True), "LoRA is not built yet in this version: leave --lora out"),
         (
             getattr(args, "pid_decode", False) or getattr(args, "pid_degrade_sigma", 0.0),
             "PiD decoding is not built yet in this version: leave --pid-decode out",
@@ -316,6 +318,36 @@ def settle_image(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
             args.image_strength = strength(args.image[1])
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"the strength of --image: {error}") from None
+
+
+def settle_loras(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    """Fold `--lora PATH [SCALE]` and `--lora-style` into `lora_paths` and `lora_scales`, a scale for each path.
+
+    Raises:
+        UsageError: the same said twice, too many values, or a scale that is not a number.
+    """
+    if args.lora is not None:
+        if was_given(argv, "--lora-paths", "--lora-scales"):
+            raise UsageError(
+                "--lora says what --lora-paths and --lora-scales say: use --lora PATH [SCALE] alone, once for each LoRA"
+            )
+        args.lora_paths, args.lora_scales = [], []
+        for path, *scale in args.lora:
+            if len(scale) > 1:
+                raise UsageError(
+                    f"--lora takes a path and a scale, not {len(scale) + 1} values: --lora {path} 0.7; say it again "
+                    "for another LoRA"
+                )
+            try:
+                args.lora_scales.append(number(float)(scale[0]) if scale else 1.0)
+            except argparse.ArgumentTypeError as error:
+                raise UsageError(f"the scale of --lora {path}: {error}") from None
+            args.lora_paths.append(path)
+    args.lora_paths = list(args.lora_paths or ())
+    args.lora_scales = settle_scales(args.lora_scales, len(args.lora_paths))
+    if args.lora_style is not None:
+        args.lora_paths.append(style_path(args.lora_style))
+        args.lora_scales.append(1.0)
 
 
 def settle_seeds(args: argparse.Namespace) -> None:
@@ -369,6 +401,24 @@ def saved(read: Callable[[str], Any] | None = None) -> Callable[[Any], Any]:
         return read(str(value))
 
     return check
+
+
+def saved_list(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    """A reader for a setting that is a list of what `read` reads."""
+
+    def check(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise argparse.ArgumentTypeError(f"{str(value)[:40]} is not a list")
+        return [read(item) for item in value]
+
+    return check
+
+
+def saved_switch(value: Any) -> bool:
+    """A setting that is true or false."""
+    if not isinstance(value, bool):
+        raise argparse.ArgumentTypeError(f"{str(value)[:40]} is neither true nor false")
+    return value
 
 
 def read_prompt(args: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux.cli import parser as options
-from mflux.errors import NotBuiltError
+from mflux.errors import NotBuiltError, UsageError
 from mflux.models.common.config.registry import BUILT
 
 
@@ -36,11 +36,19 @@ def save(argv: Sequence[str] | None) -> None:
     """Check everything that can be checked without the model, then write it."""
     args = build_parser().parse_args(argv)
     options.refuse_what_is_not_built(args)
+    options.settle_loras(args, argv)
+    if not args.bake_lora:
+        raise UsageError("a saved model holds its LoRAs in its weights: leave --no-bake-lora out")
     if args.hf_symlink is not None:
         raise NotBuiltError("links into Hugging Face's cache are not built yet in this version: leave --hf-symlink out")
 
     from mflux.models.common.config.model_config import ModelConfig, built_key, is_builtin
-    from mflux.models.common.config.saved_model import folder_name, models_folder, recorded_base_model
+    from mflux.models.common.config.saved_model import (
+        folder_name,
+        models_folder,
+        recorded_base_model,
+        with_loras,
+    )
 
     args.base_model = args.base_model or recorded_base_model(args.model)
     key = built_key(args.model, args.base_model)
@@ -53,8 +61,17 @@ def save(argv: Sequence[str] | None) -> None:
 
     if args.path is not None:
         refuse_existing(args.path.expanduser())
-    flux = Flux1(args.quantize, model_config=ModelConfig.from_name(args.model, args.base_model), model_path=model_path)
-    target = args.path.expanduser() if parent is None else parent / folder_name(key, model_path, flux.bits)
+    flux = Flux1(
+        args.quantize,
+        model_config=ModelConfig.from_name(args.model, args.base_model),
+        model_path=model_path,
+        lora_paths=args.lora_paths,
+        lora_scales=args.lora_scales,
+    )
+    if parent is None:
+        target = args.path.expanduser()
+    else:
+        target = with_loras(parent / folder_name(key, model_path, flux.bits), bool(args.lora_paths))
     flux.save_model(str(target))
     print(target)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,15 @@ def recorded_base_model(model: str | None) -> str | None:
     return found if isinstance(found, str) and found in MODELS else None
 
 
-def record(*, key: str, source: str | None, root: Path, bits: int | None, size: int) -> dict[str, Any]:
+def record(
+    *,
+    key: str,
+    source: str | None,
+    root: Path,
+    bits: int | None,
+    size: int,
+    loras: Sequence[tuple[str, float, Path]] = (),
+) -> dict[str, Any]:
     """What `mflux_model.json` is to hold.
 
     Args:
@@ -44,6 +54,7 @@ def record(*, key: str, source: str | None, root: Path, bits: int | None, size: 
         root: the folder that they were read from.
         bits: what it is quantized to.
         size: bytes of the folder.
+        loras: what the weights hold of LoRAs: their names, scales, and files.
     """
     import mflux
 
@@ -60,8 +71,21 @@ def record(*, key: str, source: str | None, root: Path, bits: int | None, size: 
         "quantize": bits,
         "size_gb": round(size / 1e9, 2),
         "upstream": {"repo_id": repository, "revision": revision} if repository else None,
-        "loras": [],
+        "loras": [
+            {
+                # As above, a whole path is nobody's business.
+                "source": Path(name).expanduser().name if Path(name).expanduser().exists() else name,
+                "scale": scale,
+                "sha256": _sha256(file) if file.is_file() else None,
+            }
+            for name, scale, file in loras
+        ],
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def models_folder() -> Path:
@@ -86,6 +110,14 @@ def folder_name(key: str, source: str | None, bits: int | None) -> str:
     """What a saved model is called, as mflux 0.24 names it: "FLUX.1-dev-mflux-q8"."""
     name = MODELS[key]["model_name"].split("/")[-1] if source is None else _source_name(source)
     return f"{name}-mflux-{'bf16' if bits is None else f'q{bits}'}"
+
+
+def with_loras(folder: Path, has_loras: bool) -> Path:
+    """The folder's name, and with LoRAs the first number behind it that is free: "FLUX.1-dev-mflux-q8-lora01"."""
+    number = 1
+    while has_loras and folder.with_name(f"{folder.name}-lora{number:02d}").exists():
+        number += 1
+    return folder.with_name(f"{folder.name}-lora{number:02d}") if has_loras else folder
 
 
 def _source_name(source: str) -> str:

@@ -104,7 +104,7 @@ class Loras:
             for (component, layer), adapter in read_lora(Path(path), scale, names, layouts).items():
                 self._adapters[component].setdefault(layer, []).append(adapter)
 
-    def apply(self, component: str, load: Callable[..., nn.Module], *, bake: bool) -> nn.Module:
+    def apply(self, component: str, load: Callable[..., nn.Module], *, bake: bool, to_save: bool = False) -> nn.Module:
         """Load a component with its adapters.
 
         Args:
@@ -112,6 +112,10 @@ class Loras:
             load: loads it; called with `adjust`, see `checkpoints.loading.fill`.
             bake: add the adapters to the weights where these have full precision; layers that are stored quantized,
                 or all layers without it, compute them in each step.
+            to_save: all must be baked.
+
+        Raises:
+            CheckpointError: the component is to be saved, and stored quantized.
         """
         adapters = self._adapters.get(component, {})
         baked = set()
@@ -123,8 +127,13 @@ class Loras:
             baked.add(layer)
             return merged(value, adapters[layer])
 
-        module = load(adjust if bake and adapters else None)
+        module = load(adjust if (bake or to_save) and adapters else None)
         rest = [layer for layer in adapters if layer not in baked]
+        if rest and to_save:
+            raise CheckpointError(
+                f"LoRAs cannot be added to {component}: its weights are stored quantized; save from a model in full "
+                "precision"
+            )
         for layer in rest:
             wrap(module, layer, adapters[layer])
         if bake and rest:

@@ -46,6 +46,7 @@ def generate(argv: Sequence[str] | None) -> None:
     options.settle_image(args, argv)
     if args.config_from_metadata:
         take_settings(args, argv)
+    options.settle_loras(args, argv)
     options.settle_seeds(args)
     model_config = check(args, argv)
 
@@ -65,7 +66,14 @@ def generate(argv: Sequence[str] | None) -> None:
     from mflux.models.flux.variants.txt2img.flux import Flux1
 
     model_path = None if is_builtin(args.model) else args.model
-    flux = Flux1(args.quantize, model_config=model_config, model_path=model_path)
+    flux = Flux1(
+        args.quantize,
+        model_config=model_config,
+        model_path=model_path,
+        lora_paths=args.lora_paths,
+        lora_scales=args.lora_scales,
+        bake_lora=args.bake_lora,
+    )
     if options.was_given(argv, "--guidance") and not flux.model_config.supports_guidance:
         log.warning("--guidance is ignored: %s was made without guidance", args.model)
     ImageUtil.embed_metadata_enabled = not args.no_metadata
@@ -128,18 +136,20 @@ def take_settings(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     take("image_path", text, "--image", "--image-path")
     take("image_strength", options.saved(options.strength), "--image-strength", "--image")
     take("quantize", options.saved(options.bits), "--quantize", "-q")
+    lora_flags = ("--lora", "--lora-paths", "--lora-style")
+    take("lora_paths", options.saved_list(text), *lora_flags)
+    take("lora_scales", options.saved_list(options.saved(options.number(float))), "--lora-scales", *lora_flags)
+    take("bake_lora", options.saved_switch, "--bake-lora", "--no-bake-lora")
     take("scheduler", text, "--scheduler")
     if "." in args.scheduler and not options.was_given(argv, "--scheduler"):
         raise UsageError(f"{source}: its scheduler {args.scheduler} would be imported: say --scheduler yourself")
     if args.auto_seeds <= 0:
         take("seed", lambda value: [options.saved(options.seed)(value)], "--seed")
-    for name, what, flags in (
-        ("lora_paths", "has LoRAs", ("--lora-paths",)),
-        ("pid_decode", "is decoded with PiD", ("--no-pid-decode",)),
-    ):
-        if settings.get(name) and not options.was_given(argv, *flags):
-            without = f": {flags[0]} does without" if flags else ""
-            raise NotBuiltError(f"{source}: the model of that picture {what}, which is not built yet{without}")
+    if settings.get("pid_decode") and not options.was_given(argv, "--no-pid-decode"):
+        raise NotBuiltError(
+            f"{source}: the model of that picture is decoded with PiD, which is not built yet: --no-pid-decode does "
+            "without"
+        )
 
 
 def check(args: argparse.Namespace, argv: Sequence[str] | None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from mflux.backend import mx
@@ -19,11 +20,14 @@ from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig, key_of
 from mflux.models.common.config.saved_model import FILE_NAME, record
+from mflux.models.common.lora.library import find_lora, settle_scales
+from mflux.models.common.lora.reading import Loras
 from mflux.models.common.stages import Part, release, timed
 from mflux.models.common.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.text_encoders.t5 import T5Encoder
 from mflux.models.common.tokenizers import PromptTokenizer, clip_tokenizer, t5_tokenizer
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
+from mflux.models.flux.lora_names import FLUX_LORA_LAYOUTS, FLUX_LORA_NAMES
 from mflux.models.flux.model.transformer import FluxTransformer, latent_image_ids
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
@@ -62,14 +66,17 @@ class Flux1:
     Args:
         quantize: 3, 4, 5, 6 or 8 bits for the weights of linear layers and embeddings, quantized while they load.
         model_path: a folder or Hugging Face repository to take the weights from instead of the model's own.
-        lora_paths, lora_scales, bake_lora: not built in this version.
+        lora_paths: LoRAs to apply one after the other: files, names from LORA_LIBRARY_PATH, or files on Hugging Face,
+            see `find_lora`.
+        lora_scales: how much of each: 0 is nothing, 1 (where none is given) as it was trained.
+        bake_lora: add them to the weights while these load; weights that are stored quantized stay as they are, and
+            LoRAs are computed beside them in each step.
         model_config: which model, `ModelConfig.schnell()` by default.
 
     Raises:
         DownloadError: the weights cannot be had.
-        CheckpointError: the folder is not a FLUX.1 model in the diffusers layout.
-        UsageError: no such number of bits.
-        NotBuiltError: LoRA is asked for.
+        CheckpointError: the folder is not a FLUX.1 model in the diffusers layout, or a LoRA is not for this model.
+        UsageError: no such number of bits, or more scales than LoRAs.
     """
 
     vae = Part(lambda self: self._load(AutoencoderKL, "vae"))
@@ -87,8 +94,9 @@ class Flux1:
         model_config: ModelConfig | None = None,
     ):
         wanted = Quantization.asked(quantize)
-        if lora_paths:
-            raise NotBuiltError("LoRA is not built yet in this version: leave lora_paths (--lora) out")
+        scales = settle_scales(lora_scales, len(lora_paths or ()))
+        # Found before the model is, which may be a long download.
+        self._lora_files = [find_lora(str(path)) for path in lora_paths or ()]
         model_config = model_config or ModelConfig.schnell()
         self.root = resolve_flux_folder(model_path, model_config)
         self.model_path = model_path
@@ -101,8 +109,11 @@ class Flux1:
         # What the pictures say: a folder that is quantized stays as it is, whatever is asked for.
         self.bits = stored.bits if stored else wanted.bits if wanted else None
         self._quantize = quantize
-        self.lora_paths = None
-        self.lora_scales = None
+        # As they were asked for: what a picture says of them means the same on another machine.
+        self.lora_paths = [str(path) for path in lora_paths or ()] or None
+        self.lora_scales = scales or None
+        self.bake_lora = bake_lora
+        self._loras = self._match_loras(self._lora_files, scales) if self._lora_files else None
         self.tiling_config: tiling.TilingConfig | None = None
         self.callbacks = CallbackRegistry()
         self.prompt_cache: dict[str, tuple[mx.array, mx.array]] = {}
@@ -116,7 +127,19 @@ class Flux1:
         }
 
     def _load(self, module_class: type, part: str, *, keep_dtypes: bool = False):
-        return load_component(module_class, self.root / part, quantize=self._quantize, keep_dtypes=keep_dtypes)
+        folder = self.root / part
+        load = partial(load_component, module_class, folder, quantize=self._quantize, keep_dtypes=keep_dtypes)
+        if self._loras is None:
+            return load()
+        return self._loras.apply(part, lambda adjust: load(adjust=adjust), bake=self.bake_lora, to_save=keep_dtypes)
+
+    def _match_loras(self, files: list[Path], scales: list[float]) -> Loras:
+        modules = {}
+        for part, module_class in (("transformer", FluxTransformer), ("text_encoder", CLIPTextEncoder)):
+            # Its arrays are never computed: only the layers' names and shapes are wanted.
+            path = self.root / part / "config.json"
+            modules[part] = module_class(module_class.config_class.from_dict(read_json(path), source=path))
+        return Loras(files, scales, spellings=FLUX_LORA_NAMES, layouts=FLUX_LORA_LAYOUTS, modules=modules)
 
     @staticmethod
     def from_name(model_name: str, quantize: int | None = None) -> Flux1:
@@ -221,11 +244,21 @@ class Flux1:
             generation_time=time.perf_counter() - start,
             image_path=config.image_path,
             image_strength=config.image_strength,
-            # Only what differs from the usual, so that the settings read as mflux 0.24 wrote them.
-            generation_parameters={} if scheduler in ("linear", "LinearScheduler") else {"scheduler": scheduler},
+            generation_parameters=self._unusual_settings(scheduler),
+            lora_paths=self.lora_paths,
+            lora_scales=self.lora_scales,
         )
         image.model_path = self.model_path
         return image
+
+    def _unusual_settings(self, scheduler: str) -> dict[str, str | bool]:
+        """Only what differs from the usual, so that the settings read as mflux 0.24 wrote them."""
+        settings: dict[str, str | bool] = {}
+        if scheduler not in ("linear", "LinearScheduler"):
+            settings["scheduler"] = scheduler
+        if self.lora_paths and not self.bake_lora:
+            settings["bake_lora"] = False
+        return settings
 
     def encode_prompt(self, prompt: str) -> tuple[mx.array, mx.array]:
         """T5's embeddings (1, T, D) and CLIP's pooled embedding (1, P) of a prompt, from the cache if it was seen."""
@@ -268,6 +301,7 @@ class Flux1:
 
         Raises:
             OutputError: it exists, cannot be written, or the disk has too little room.
+            CheckpointError: there are LoRAs, and the weights are stored quantized.
         """
         parts = {
             "text_encoder": CLIPTextEncoder,
@@ -290,7 +324,14 @@ class Flux1:
             copy_beside(self.root, target, ("model_index.json", "scheduler", "tokenizer", "tokenizer_2"))
             key = key_of(self.model_config.model_name, self.model_config.base_model)
             size = size_of(target)
-            content = record(key=key, source=self.model_path, root=self.root, bits=self.bits, size=size)
+            content = record(
+                key=key,
+                source=self.model_path,
+                root=self.root,
+                bits=self.bits,
+                size=size,
+                loras=list(zip(self.lora_paths or (), self.lora_scales or (), self._lora_files, strict=True)),
+            )
             write_json(target / FILE_NAME, content)
 
 
