@@ -25,7 +25,7 @@ endif
 torch_install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) \
 	--extra-index-url $(TORCH_INDEX)
 
-.PHONY: demo test test-core lint format wheel lock clean bench
+.PHONY: demo test test-core test-environments lint format wheel lock clean bench
 
 demo: $(CORE)/.ready
 	$(CORE)/bin/mflux-generate --model demo --prompt "$(PROMPT)" --seed 2 --output demo.png
@@ -38,6 +38,10 @@ test: $(TESTS)/.ready $(CLEAN)/.ready
 
 test-core: $(CLEAN)/.ready
 	MFLUX_REFUSE_TORCH=1 $(CLEAN)/bin/python -m pytest tests/core $(PYTEST_ARGS)
+
+# Every install path of docs/install.md, in environments that are thrown away: minutes, gigabytes and an index.
+test-environments: $(CLEAN)/.ready
+	MFLUX_TEST_ENVIRONMENTS=1 $(CLEAN)/bin/python -m pytest tests/environment $(PYTEST_ARGS)
 
 lint: $(LINT)/.ready
 	$(LINT)/bin/ruff check .
