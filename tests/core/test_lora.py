@@ -147,6 +147,113 @@ def test_how_the_two_parts_may_be_called(match, tiny_schnell, tmp_path, down, up
     assert np.allclose(found["transformer_blocks.0.attn.to_q"], np.array(b @ a), atol=1e-6)
 
 
+# ---- what a file amounts to, multiplied out with numpy
+
+SINGLE = [f"single_transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+IMAGE = [f"transformer_blocks.0.attn.to_{name}" for name in "qkv"]
+TEXT = [f"transformer_blocks.0.attn.add_{name}_proj" for name in "qkv"]
+
+
+def rows_of(change: np.ndarray, layers: list[str], skeletons) -> dict[str, np.ndarray]:
+    """A fused matrix' rows by layer, one below the other."""
+    heights = [linear_layers(skeletons["transformer"])[layer][0] for layer in layers]
+    assert sum(heights) == len(change)
+    return dict(zip(layers, np.split(change, np.cumsum(heights)[:-1]), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stem", "layers", "ends", "alpha"),
+    [
+        ("lora_unet_single_blocks_0_linear1", SINGLE, ("lora_down.weight", "lora_up.weight"), 3.0),
+        ("lora_unet_double_blocks_0_img_attn_qkv", IMAGE, ("lora_down.weight", "lora_up.weight"), 1.0),
+        ("diffusion_model.single_blocks.0.linear1", SINGLE, ("lora_A.weight", "lora_B.weight"), None),
+        ("base_model.model.double_blocks.0.txt_attn.qkv", TEXT, ("lora_A.weight", "lora_B.weight"), None),
+        ("single_blocks.0.processor.qkv_lora", SINGLE[:3], ("down.weight", "up.weight"), None),
+        ("double_blocks.0.processor.qkv_lora1", IMAGE, ("down.weight", "up.weight"), None),
+        ("lora_unet_final_layer_adaLN_modulation_1", ["norm_out.linear"], ("lora_down.weight", "lora_up.weight"), 8.0),
+    ],
+)
+def test_fused_layers(match, skeletons, tiny_schnell, tmp_path, stem, layers, ends, alpha):
+    sizes = linear_layers(skeletons["transformer"])
+    height = sum(sizes[layer][0] for layer in layers)
+    down, up = noise(1, 4, WIDTH), noise(2, height, 4)
+    tensors = {f"{stem}.{ends[0]}": down, f"{stem}.{ends[1]}": up}
+    if alpha is not None:
+        tensors[f"{stem}.alpha"] = mx.array(alpha)
+    found = changed(match(write(tmp_path / "a.safetensors", tensors), 0.7), tiny_schnell)
+    change = 0.7 * (alpha / 4 if alpha else 1) * np.array(up) @ np.array(down)
+    if layers == ["norm_out.linear"]:
+        # Black Forest Labs' files have the shift first, diffusers' the scale.
+        change = np.concatenate([change[WIDTH:], change[:WIDTH]])
+    want = rows_of(change, layers, skeletons)
+    assert found.keys() == want.keys()
+    for layer, part in want.items():
+        assert np.allclose(found[layer], part, atol=2e-6), layer
+
+
+@pytest.mark.parametrize("magnitudes", [None, "rows", "columns"])
+@pytest.mark.parametrize("form", ["whole", "w1", "w2", "both", "t2"])
+@pytest.mark.parametrize(
+    ("stem", "layers"),
+    [("lycoris_transformer_blocks_0_attn_to_q", IMAGE[:1]), ("lora_unet_single_blocks_0_linear1", SINGLE)],
+)
+def test_lokr(match, skeletons, tiny_schnell, tmp_path, stem, layers, form, magnitudes):
+    sizes = linear_layers(skeletons["transformer"])
+    height = sum(sizes[layer][0] for layer in layers)
+    random, rank, alpha, scale = np.random.default_rng(0), 3, 2.0, 0.7
+
+    def draw(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32) / shape[-1] ** 0.5
+
+    tensors, inner, outer = {"alpha": np.float32(alpha)}, height // 4, WIDTH // 2
+    w1, w2 = draw(4, 2), draw(inner, outer)
+    if form in ("w1", "both"):
+        a, b = draw(4, rank), draw(rank, 2)
+        w1 = a @ b
+        tensors |= {"lokr_w1_a": a, "lokr_w1_b": b}
+    else:
+        tensors["lokr_w1"] = w1
+    if form in ("w2", "both"):
+        a, b = draw(inner, rank), draw(rank, outer)
+        w2 = a @ b
+        tensors |= {"lokr_w2_a": a, "lokr_w2_b": b}
+    elif form == "t2":
+        core, a, b = draw(rank, rank, 1, 1), draw(rank, inner), draw(rank, outer)
+        w2 = a.T @ core[:, :, 0, 0] @ b
+        tensors |= {"lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b}
+    else:
+        tensors["lokr_w2"] = w2
+    change = np.kron(w1, w2) * (1 if form == "whole" else alpha / rank)
+
+    stored = mx.load(str(next((tiny_schnell / "transformer").glob("*.safetensors"))))
+    weight = np.concatenate([np.array(stored[f"{layer}.weight"]) for layer in layers])
+    if magnitudes:
+        lengths = np.linalg.norm(weight + change, axis=1 if magnitudes == "rows" else 0, keepdims=True)
+        tensors["dora_scale"] = (lengths * random.uniform(0.7, 1.3, lengths.shape)).astype(np.float32)
+        change = (weight + change) * tensors["dora_scale"] / lengths - weight
+    path = write(tmp_path / "a.safetensors", {f"{stem}.{part}": mx.array(value) for part, value in tensors.items()})
+    if magnitudes == "columns" and len(layers) > 1:
+        with pytest.raises(CheckpointError, match="scales the columns of several layers at once, which is not built"):
+            match(path)
+        return
+    want = rows_of(scale * change, layers, skeletons)
+    found = changed(match(path, scale), tiny_schnell)
+    assert found.keys() == want.keys()
+    for layer, part in want.items():
+        assert np.allclose(found[layer], part, atol=5e-6), layer
+
+    # The same, computed beside the weights.
+    module = match(path, scale).apply(
+        "transformer", lambda adjust: load_component(FluxTransformer, tiny_schnell / "transformer"), bake=False
+    )
+    wrapped = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLinear)}
+    assert wrapped.keys() == want.keys()
+    x = draw(2, 5, WIDTH)
+    for layer, part in want.items():
+        weight, bias = (np.array(stored[f"{layer}.{leaf}"]) for leaf in ("weight", "bias"))
+        assert np.allclose(np.array(wrapped[layer](mx.array(x))), x @ (weight + part).T + bias, atol=2e-5), layer
+
+
 # ---- strength
 
 
