@@ -58,8 +58,8 @@ def test_a_usage_error_loads_nothing_heavy_either():
     code = """
 import sys
 from mflux.cli.main import main
-for words in (["generate", "--width", "0"], ["generate", "--prompt", "x"], ["generate", "--model", "qwen", "--prompt", "x"]):
-    assert main(words) == 2
+for words in (["--width", "0"], ["--prompt", "x"], ["--model", "qwen", "--prompt", "x"]):
+    assert main(["generate", *words]) == 2
 print(*(name for name in sys.argv[1:] if name in sys.modules))
 """
     assert python(code, *HEAVY).split() == []

@@ -196,17 +196,19 @@ def _exact(name: str) -> str | None:
 
 
 def _inferred(name: str) -> str | None:
-    """The model whose alias stands in the last part of a path or repository, the longest alias first."""
-    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
+    """The model whose alias stands in the last part of a path or repository: as a word if possible, the longest first.
+
+    In Hugging Face's cache the last part is a commit; there it is the repository's name that tells.
+    """
+    parts = re.split(r"[/\\]", name.rstrip("/\\").lower())
+    last = next((part for part in parts if part.startswith("models--")), parts[-1])
     found = []
     for order, (key, model) in enumerate(MODELS.items()):
         if key == "demo":
             continue
         for alias in model["aliases"]:
-            place = last.find(alias.lower())
-            if place >= 0:
-                before, after = last[:place][-1:], last[place + len(alias) :][:1]
-                inside_a_word = before.isalpha() or after.isalpha()
+            for place in re.finditer(re.escape(alias.lower()), last):
+                inside_a_word = last[: place.start()][-1:].isalpha() or last[place.end() :][:1].isalpha()
                 found.append((inside_a_word, -len(alias), order, key))
     return min(found)[3] if found else None
 
