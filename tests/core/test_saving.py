@@ -232,7 +232,7 @@ def test_the_estimate_is_near(wide, tmp_path):
         Flux1(bits, model_path=str(wide)).save_model(str(target))
         for part in PARTS:
             weights = sum(path.stat().st_size for path in (target / part).glob("*.safetensors"))
-            estimate = saving.estimated_bytes(wide / part, Quantization.asked(bits))
+            estimate = saving.estimated_bytes(FolderTensors(wide / part), Quantization.asked(bits))
             # The rest is the header.
             assert 0 < weights - estimate < 0.25 * weights + 10_000
 

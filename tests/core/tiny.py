@@ -7,6 +7,7 @@ biases too, so that a tensor that is ignored or swapped shows) and turned to the
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ WORDS = ("a", "red", "blue", "green", "circle", "square", "on", "white", "black"
 
 
 def write_checkpoint(
-    folder: Path, *, seed: int, guidance: bool, dtype: mx.Dtype = mx.float32, wide: bool = False
+    folder: Path,
+    *,
+    seed: int,
+    guidance: bool,
+    dtype: mx.Dtype = mx.float32,
+    wide: bool = False,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    draw: Callable[..., dict[str, mx.array]] | None = None,
 ) -> Path:
     """Write a whole model; the same arguments give the same files.
 
@@ -33,6 +41,8 @@ def write_checkpoint(
         guidance: whether it is guidance-distilled and shifts by resolution like FLUX.1-dev, or like schnell.
         dtype: how the weights are stored.
         wide: in rows of 64 and its multiples, so that nearly every layer can be quantized.
+        changes: to the configurations, by the component's folder.
+        draw: makes the weights instead of `published`.
     """
     width, heads = (48, 3) if guidance else (32, 2)
     clip_width, clip_hidden, t5_width, t5_hidden = 16, 24, 24, 32
@@ -70,9 +80,10 @@ def write_checkpoint(
         }),
     }  # fmt: skip
     for number, (name, (module_class, file, config)) in enumerate(parts.items()):
+        config |= (changes or {}).get(name, {})
         write_json(folder / name / "config.json", config)
         module = module_class(module_class.config_class.from_dict(config))
-        tensors = published(module, seed=10 * seed + number, dtype=dtype)
+        tensors = (draw or published)(module, seed=10 * seed + number, dtype=dtype)
         mx.save_safetensors(str(folder / name / f"{file}.safetensors"), tensors, metadata={"format": "pt"})
     return folder
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,11 @@ class Exceptions:
 
 
 class FolderTensors(Mapping[str, mx.array]):
-    """The tensors of a folder: one safetensors file, or the shards that an index names."""
+    """The tensors of a folder: one safetensors file, the shards that an index names, or the files that are given."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, files: Sequence[Path] | None = None):
         self.folder = Path(folder)
-        self.files = {path: SafetensorsFile(path) for path in _weight_files(self.folder)}
+        self.files = {path: SafetensorsFile(path) for path in files or _weight_files(self.folder)}
         self._where: dict[str, SafetensorsFile] = {}
         for file in self.files.values():
             for name in file:
@@ -116,6 +116,8 @@ def load_component(
     quantize: int | None = None,
     keep_dtypes: bool = False,
     adjust: Adjust | None = None,
+    config: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, mx.array] | None = None,
 ) -> nn.Module:
     """Build a component from its own `config.json` and fill it, tensor by tensor.
 
@@ -127,6 +129,8 @@ def load_component(
             quantized already stays as it is.
         keep_dtypes: leave floats as they are stored, to save them again.
         adjust: changes tensors on the way, see `fill`.
+        config: what `config.json` would say, for a folder without one.
+        tensors: the folder's tensors, where they have other names in it than published ones.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is missing, left over, or of another shape than the config says.
@@ -134,12 +138,11 @@ def load_component(
     """
     folder = Path(folder)
     wanted = Quantization.asked(quantize)
-    values = read_json(folder / "config.json")
-    config = module_class.config_class.from_dict(values, source=folder / "config.json")
-    module = module_class(config)
+    values = read_json(folder / "config.json") if config is None else config
+    module = module_class(module_class.config_class.from_dict(values, source=folder / "config.json"))
     fill(
         module,
-        FolderTensors(folder),
+        FolderTensors(folder) if tensors is None else tensors,
         source=folder,
         dtype=dtype,
         quantization=wanted,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx, nn, tree_flatten
-from mflux.checkpoints.loading import FolderTensors, published_turns
+from mflux.checkpoints.loading import published_turns
 from mflux.checkpoints.quantization import Quantization, divides, packed_specs
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import OutputError
@@ -100,14 +100,10 @@ def _with_quantization(config: Mapping[str, Any], module: nn.Module) -> dict[str
     return noted
 
 
-def estimated_bytes(folder: str | Path, quantization: Quantization | None) -> int:
-    """About how large a component from this folder would be when saved, without reading any weights.
-
-    Raises:
-        CheckpointError: its files are missing or damaged.
-    """
+def estimated_bytes(tensors: Mapping[str, mx.array], quantization: Quantization | None) -> int:
+    """About how large a component of these tensors would be when saved; none of them is read."""
     total = 0
-    for name, value in FolderTensors(folder).items():
+    for name, value in tensors.items():
         specs = {"weight": (value.dtype, value.shape)}
         if (
             quantization is not None
@@ -186,6 +182,7 @@ def copy_beside(source: Path, destination: Path, names: tuple[str, ...]) -> None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

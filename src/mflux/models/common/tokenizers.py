@@ -57,19 +57,19 @@ class PromptTokenizer:
 
 
 def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
-    """CLIP's byte-level BPE from `vocab.json` and `merges.txt`.
+    """CLIP's byte-level BPE from `vocab.json` and `merges.txt`, or where these are missing from `tokenizer.json`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
     folder = Path(folder)
-    vocabulary = _read_vocabulary(folder / "vocab.json")
+    vocabulary, merges = _read_bpe(folder)
     special, added = _special_tokens(folder, _CLIP_SPECIAL)
     try:
         tokenizer = Tokenizer(
             models.BPE(
                 vocab=vocabulary,
-                merges=_read_merges(folder / "merges.txt"),
+                merges=merges,
                 continuing_subword_prefix="",
                 end_of_word_suffix="</w>",
                 unk_token=special["unk_token"],
@@ -128,6 +128,24 @@ def _character_map(normalizer: object) -> dict | None:
         if isinstance(one, dict) and one.get("type") == "Precompiled":
             return one
     return None
+
+
+def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges. transformers 5 saves them inside tokenizer.json only."""
+    if (folder / "vocab.json").is_file() or not (folder / "tokenizer.json").is_file():
+        return _read_vocabulary(folder / "vocab.json"), _read_merges(folder / "merges.txt")
+    path = folder / "tokenizer.json"
+    content = read_json(path)
+    try:
+        vocabulary = {str(token): int(number) for token, number in content["model"]["vocab"].items()}
+        vocabulary |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+        # Older versions wrote a merge as two words, newer ones write a pair.
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in content["model"]["merges"]]
+        if not all(len(pair) == 2 for pair in merges):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"{path} is damaged: it holds no byte-level BPE; fetch it again") from None
+    return vocabulary, merges
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:

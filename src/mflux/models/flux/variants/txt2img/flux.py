@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.callbacks.callback_registry import CallbackRegistry
-from mflux.checkpoints.loading import load_component, read_json
+from mflux.checkpoints.loading import load_component
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
-from mflux.errors import CheckpointError, NotBuiltError
+from mflux.errors import CheckpointError, DownloadError, NotBuiltError
 from mflux.hub import resolve_model
 from mflux.models.common.autoencoders import tiling
 from mflux.models.common.autoencoders.kl import AutoencoderKL
@@ -29,6 +29,7 @@ from mflux.models.common.tokenizers import PromptTokenizer, clip_tokenizer, t5_t
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.lora_names import FLUX_LORA_LAYOUTS, FLUX_LORA_NAMES
 from mflux.models.flux.model.transformer import FluxTransformer, latent_image_ids
+from mflux.models.flux.weights_024 import open_folder
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -54,6 +55,12 @@ _REQUIRED = tuple(
     f"{part}/{file}"
     for part in ("text_encoder", "text_encoder_2", "transformer", "vae")
     for file in ("config.json", "*.safetensors")
+)
+# A repository that holds what mflux 0.24 saved has no configurations.
+_REQUIRED_OF_024 = tuple(
+    f"{part}/{file}"
+    for part in ("text_encoder", "text_encoder_2", "transformer", "vae")
+    for file in ("model.safetensors.index.json", "*.safetensors")
 )
 
 
@@ -99,13 +106,12 @@ class Flux1:
         self._lora_files = [find_lora(str(path)) for path in lora_paths or ()]
         model_config = model_config or ModelConfig.schnell()
         self.root = resolve_flux_folder(model_path, model_config)
+        self.folder = open_folder(self.root)
         self.model_path = model_path
-        self.model_config = model_config.with_scheduler(read_json(self.root / "scheduler" / "scheduler_config.json"))
+        self.model_config = model_config.with_scheduler(self.folder.scheduler())
         # A name may mislead; the transformer itself knows whether it takes guidance.
-        transformer = read_json(self.root / "transformer" / "config.json")
-        self.model_config.supports_guidance = bool(transformer.get("guidance_embeds", True))
-        transformer = self.root / "transformer" / "config.json"
-        stored = Quantization.stored(read_json(transformer), transformer)
+        self.model_config.supports_guidance = bool(self.folder.config("transformer").get("guidance_embeds", True))
+        stored = self.folder.stored("transformer")
         # What the pictures say: a folder that is quantized stays as it is, whatever is asked for.
         self.bits = stored.bits if stored else wanted.bits if wanted else None
         self._quantize = quantize
@@ -127,8 +133,15 @@ class Flux1:
         }
 
     def _load(self, module_class: type, part: str, *, keep_dtypes: bool = False):
-        folder = self.root / part
-        load = partial(load_component, module_class, folder, quantize=self._quantize, keep_dtypes=keep_dtypes)
+        load = partial(
+            load_component,
+            module_class,
+            self.root / part,
+            quantize=self._quantize,
+            keep_dtypes=keep_dtypes,
+            config=self.folder.config(part),
+            tensors=self.folder.tensors(part),
+        )
         if self._loras is None:
             return load()
         return self._loras.apply(part, lambda adjust: load(adjust=adjust), bake=self.bake_lora, to_save=keep_dtypes)
@@ -137,8 +150,8 @@ class Flux1:
         modules = {}
         for part, module_class in (("transformer", FluxTransformer), ("text_encoder", CLIPTextEncoder)):
             # Its arrays are never computed: only the layers' names and shapes are wanted.
-            path = self.root / part / "config.json"
-            modules[part] = module_class(module_class.config_class.from_dict(read_json(path), source=path))
+            config = module_class.config_class.from_dict(self.folder.config(part), source=self.root / part)
+            modules[part] = module_class(config)
         return Loras(files, scales, spellings=FLUX_LORA_NAMES, layouts=FLUX_LORA_LAYOUTS, modules=modules)
 
     @staticmethod
@@ -311,17 +324,19 @@ class Flux1:
         }
         release(self, "clip_text_encoder", "t5_text_encoder", "transformer", "vae")
         wanted = Quantization.asked(self._quantize)
-        needed = sum(estimated_bytes(self.root / part, wanted) for part in parts)
+        needed = sum(estimated_bytes(self.folder.tensors(part), wanted) for part in parts)
         with new_folder(Path(base_path).expanduser(), needed=needed) as target:
             for part, module_class in parts.items():
                 with timed(f"save {part}") as note:
                     component = self._load(module_class, part, keep_dtypes=True)
                     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-                    config = read_json(self.root / part / "config.json")
+                    config = self.folder.config(part)
                     note.append(f"{save_component(component, target / part, config, stem=stem) / 1e9:.2f} GB")
                     del component
                     mx.clear_cache()
             copy_beside(self.root, target, ("model_index.json", "scheduler", "tokenizer", "tokenizer_2"))
+            for path, content in self.folder.lacking().items():
+                write_json(target / path, content)
             key = key_of(self.model_config.model_name, self.model_config.base_model)
             size = size_of(target)
             content = record(
@@ -346,8 +361,17 @@ def resolve_flux_folder(model_path: str | None, model_config: ModelConfig) -> Pa
         from mflux.demo import checkpoint_folder
 
         return checkpoint_folder()
-    folder = resolve_model(model_path or model_config.model_name, _FILES, required=_REQUIRED)
-    kind = read_json(folder / "transformer" / "config.json").get("_class_name", "FluxTransformer2DModel")
+    name = model_path or model_config.model_name
+    try:
+        folder = resolve_model(name, _FILES, required=_REQUIRED)
+    except DownloadError:
+        try:
+            folder = resolve_model(name, _FILES, required=_REQUIRED_OF_024)
+        except DownloadError:
+            folder = None
+        if folder is None:
+            raise
+    kind = open_folder(folder).config("transformer").get("_class_name", "FluxTransformer2DModel")
     if kind != "FluxTransformer2DModel":
         raise CheckpointError(f"{folder} holds a {kind}, not a FLUX.1 transformer: another command draws with it")
     return folder
