@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mflux.backend import mx, nn, tree_flatten
+from mflux.backend import has_gpu, mx, nn, tree_flatten
 from mflux.errors import CheckpointError, ImageError, UsageError
 from mflux.models.depth_pro.cli import save_depth
 from mflux.models.depth_pro.model import depth_pro_model
@@ -318,6 +318,22 @@ def test_convolution_in_bands_is_the_convolution(monkeypatch, bias, rows):
     assert np.allclose(got, nn.Conv2d.__call__(layer, x), atol=1e-5)
 
 
+@pytest.mark.skipif(has_gpu(), reason="it is the CPU that needs the memory")
+def test_convolution_in_bands_saves_memory(monkeypatch):
+    layer = Conv3x3(32, 4)
+    x = mx.random.normal((1, 128, 128, 32))
+    mx.eval(x, layer.parameters())
+    peaks = []
+    for band in (1 << 30, 128 * 32 * 9 * 8):
+        monkeypatch.setattr(Conv3x3, "BAND", band)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(layer(x))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < peaks[0] / 3, peaks
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys\nfrom mflux.models.depth_pro.cli.save_depth import main\n"
@@ -337,8 +353,9 @@ def test_verbose_says_what_was_found(model, photo, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_published_network_fits_together():
-    # Nothing is evaluated: MLX works out the shapes alone, so the 3.8 GB network takes no memory.
+def test_published_network_fits_together(monkeypatch):
+    # As on a GPU, nothing is evaluated: MLX works out the shapes alone, so the 3.8 GB network takes no memory.
+    monkeypatch.setattr(depth_pro_model, "has_gpu", lambda: True)
     network = DepthProForDepthEstimation(DepthProConfig())
     depth, degrees = network(mx.zeros((1, 1536, 1536, 3)))
     assert depth.shape == (1, 1536, 1536) and degrees.shape == (1,)

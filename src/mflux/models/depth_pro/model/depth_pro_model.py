@@ -144,9 +144,11 @@ class Conv3x3(nn.Conv2d):
         if has_gpu() or rows >= height:
             return super().__call__(x)
         padded = mx.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0)])
-        bands = [
-            mx.conv2d(padded[:, top : top + rows + 2], self.weight, padding=(0, 1)) for top in range(0, height, rows)
-        ]
+        bands = []
+        for top in range(0, height, rows):
+            bands.append(mx.conv2d(padded[:, top : top + rows + 2], self.weight, padding=(0, 1)))
+            # MLX makes room for several queued operations at once: one band after the other, or nothing is saved.
+            mx.eval(bands[-1])
         joined = mx.concatenate(bands, axis=1)
         return joined + self.bias if "bias" in self else joined
 
