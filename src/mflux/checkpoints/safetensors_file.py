@@ -24,6 +24,8 @@ _WIDTHS = {
 # What MLX itself does not read, or hands out as raw bytes.
 _DECODED_HERE = ("F64", "F8_E4M3", "F8_E5M2")
 _LARGEST_HEADER = 100_000_000
+# What MLX counts with.
+_LARGEST_SIDE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,15 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         raise CheckpointError(f"{path} is not a safetensors file: its header is not a table; fetch it again")
 
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path} is damaged: its metadata is not a table of texts; fetch it again")
     tensors = {}
     for name, entry in header.items():
         try:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             start, end = entry["data_offsets"]
-            sound = all(type(value) is int and value >= 0 for value in (*shape, start, end))
+            sound = isinstance(dtype, str) and all(type(value) is int and value >= 0 for value in (*shape, start, end))
+            sound = sound and max(shape, default=0) <= _LARGEST_SIDE
         except (TypeError, KeyError, ValueError):
             sound = False
         if not sound:
@@ -108,7 +113,11 @@ class SafetensorsFile(Mapping[str, mx.array]):
             # One such entry makes mx.load refuse the whole file.
             return _read_one(self.path, info)
         if name not in self._lazy:
-            self._lazy = mx.load(str(self.path), format="safetensors")
+            try:
+                self._lazy = mx.load(str(self.path), format="safetensors")
+            except RuntimeError as error:
+                # Its reading of JSON is stricter in small things: a NaN, half of a surrogate pair.
+                raise CheckpointError(f"{self.path} is damaged: {error}; fetch it again") from None
         # Handed out and let go of: an array that is kept here would keep its data once someone evaluates it.
         return self._lazy.pop(name)
 
