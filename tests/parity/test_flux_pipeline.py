@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from reference import LOOP, as_numpy, relative_error
 from safetensors.torch import load_file, save_file
 
+from mflux.errors import CheckpointError
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.variants.txt2img.flux import Flux1
@@ -264,3 +266,35 @@ def test_bfloat16_files_mean_their_rounded_weights(tiny_flux, tmp_path, kind):
     same(got, *rounded)
     exact = text_to_image(reference_pipeline(tiny_flux[kind]), kind, 3, PROMPT, **settings)
     assert relative_error(got[0], exact[0]) > 10 * LOOP, "rounding must show, else nothing was rounded"
+
+
+# ---- what would be another picture is refused
+
+
+def edit(folder: Path, name: str, **changes) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(time_shift_type="linear"),
+        dict(use_karras_sigmas=True),
+        dict(invert_sigmas=True),
+        dict(num_train_timesteps=500),
+        dict(_class_name="FlowMatchHeunDiscreteScheduler"),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_is_not_built(stored, changes):
+    edit(stored, "scheduler/scheduler_config.json", **changes)
+    ((name, value),) = changes.items()
+    with pytest.raises(CheckpointError, match=f"asks for {name} {value!r}"):
+        Flux1(model_path=str(stored))
+
+
+def test_a_transformer_that_draws_from_more_than_a_prompt(stored):
+    edit(stored, "transformer/config.json", in_channels=384)
+    with pytest.raises(CheckpointError, match="takes 384 channels a token, not 64"):
+        Flux1(model_path=str(stored))

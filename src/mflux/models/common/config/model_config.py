@@ -6,7 +6,7 @@ import copy
 import re
 from typing import TYPE_CHECKING, Any
 
-from mflux.errors import InvalidBaseModel, ModelConfigError, UsageError
+from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, UsageError
 from mflux.models.common.config.registry import BUILT, MODELS
 
 if TYPE_CHECKING:
@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = 1024
 DEFAULT_STEPS = 25
+
+
+# What a scheduler_config.json may say beside its numbers; left out means the same.
+_BUILT_SCHEDULES = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "time_shift_type": "exponential",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+}
 
 
 class _Precision(type):
@@ -111,7 +124,17 @@ class ModelConfig(metaclass=_Precision):
         return config
 
     def with_scheduler(self, scheduler: dict[str, Any]) -> ModelConfig:
-        """This model with the sigma shift that a checkpoint's `scheduler_config.json` asks for."""
+        """This model with the sigma shift that a checkpoint's `scheduler_config.json` asks for.
+
+        Raises:
+            CheckpointError: it asks for a schedule that is not built.
+        """
+        for name, built in _BUILT_SCHEDULES.items():
+            if scheduler.get(name) not in (None, built):
+                raise CheckpointError(
+                    f"scheduler_config.json asks for {name} {scheduler[name]!r} and only {built!r} is built: "
+                    "take another copy of this model"
+                )
         config = copy.copy(self)
         names = {
             "use_dynamic_shifting": "requires_sigma_shift",

@@ -371,7 +371,15 @@ def resolve_flux_folder(model_path: str | None, model_config: ModelConfig) -> Pa
             folder = None
         if folder is None:
             raise
-    kind = open_folder(folder).config("transformer").get("_class_name", "FluxTransformer2DModel")
+    transformer = open_folder(folder).config("transformer")
+    kind = transformer.get("_class_name", "FluxTransformer2DModel")
     if kind != "FluxTransformer2DModel":
         raise CheckpointError(f"{folder} holds a {kind}, not a FLUX.1 transformer: another command draws with it")
+    channels = transformer.get("in_channels", 64)
+    if channels != 64:
+        # Fill takes 384, Depth and Canny take 128: what they add to the picture's own would be missing.
+        raise CheckpointError(
+            f"{folder} holds a FLUX.1 transformer that takes {channels} channels a token, not 64: "
+            "it draws from more than a prompt, and another command draws with it"
+        )
     return folder
