@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import QUANTIZE_CHOICES, number, refuse_what_is_not_built, seed
+from mflux.cli.parser import QUANTIZE_CHOICES, number, seed
 from mflux.errors import OutputError, UsageError
 from mflux.models.fibo_vlm.packages import check_installed
 
@@ -55,14 +55,12 @@ def check_before_loading(args: argparse.Namespace) -> None:
 
     Raises:
         MissingExtraError: transformers is not installed.
-        NotBuiltError: --quantize was given.
         UsageError: --output is a folder.
         OutputError: the result could not be written.
     """
     import tempfile
 
     check_installed()
-    refuse_what_is_not_built(args)
     if args.output.is_dir():
         raise UsageError(f"--output {args.output} is a folder: name the file to write in it")
     try:

@@ -9,7 +9,8 @@ from typing import Any
 
 import PIL.Image
 
-from mflux.errors import NotBuiltError, UsageError
+from mflux.checkpoints.quantization import Quantization
+from mflux.errors import UsageError
 from mflux.models.common.stages import Part, timed
 from mflux.models.fibo_vlm.model import json_text, prompts, weights
 from mflux.models.fibo_vlm.model.generation import Answer, Sampling, generate
@@ -32,7 +33,7 @@ class FiboVLM:
     Args:
         model_id: a Hugging Face repository.
         model_path: a folder or repository to take instead.
-        quantize: not built yet; anything but None is refused.
+        quantize: 3, 4, 5, 6 or 8 bits for the weights of linear layers and embeddings, quantized while they load.
 
     Attributes:
         decoder: the network, loaded when it is first needed; assigning None releases it.
@@ -40,12 +41,12 @@ class FiboVLM:
 
     Raises:
         MissingExtraError: transformers is not installed; said before anything is fetched.
-        NotBuiltError: `quantize` is given.
+        UsageError: there is no such number of bits.
         DownloadError: the model cannot be fetched.
         CheckpointError: a file is missing or damaged.
     """
 
-    decoder = Part(lambda self: weights.load(self._folder))
+    decoder = Part(lambda self: weights.load(self._folder, quantize=self._quantize))
 
     def __init__(
         self,
@@ -54,8 +55,8 @@ class FiboVLM:
         quantize: int | None = None,
     ):
         check_installed()
-        if quantize is not None:
-            raise NotBuiltError("quantization is not built yet in this version: leave quantize (-q) out")
+        Quantization.asked(quantize)
+        self._quantize = quantize
         self.model_path = model_path or model_id
         self.on_text: Callable[[str], None] | None = None
         self._folder: Path = weights.locate(self.model_path)

@@ -136,6 +136,7 @@ class _Reader:
                 raise self._broken("a field's name in quotation marks belongs here")
             name = self._string()
             if self._next() == "":
+                self.note(CUT_OFF)
                 break
             if self.text[self.at] != ":":
                 raise self._broken("a colon belongs here")

@@ -46,14 +46,14 @@ def end_ids(folder: Path) -> list[int]:
     return [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
 
 
-def load(folder: Path) -> Qwen3VLForConditionalGeneration:
-    """The model with its weights.
+def load(folder: Path, *, quantize: int | None = None) -> Qwen3VLForConditionalGeneration:
+    """The model with its weights, quantized to so many bits while they are read.
 
     Raises:
         CheckpointError: a file is damaged or does not fit config.json.
     """
     check_head(folder)
-    return load_component(Qwen3VLForConditionalGeneration, folder)
+    return load_component(Qwen3VLForConditionalGeneration, folder, quantize=quantize)
 
 
 def check_head(folder: Path) -> None:
