@@ -169,3 +169,20 @@ def test_a_prompt_in_another_encoding_is_refused(tmp_path, read, write):
     write(tmp_path)
     with pytest.raises(UsageError, match="not UTF-8"):
         read(tmp_path).encode("caf\udce9", max_length=10)
+
+
+@pytest.mark.parametrize("kind", [*CLIP_FILES, *T5_FORMS])
+def test_tokenizers_saved_by_transformers(tmp_path, kind):
+    """transformers 5 writes tokenizer.json alone, for CLIP too, and rewrites the configuration."""
+    published, saved = tmp_path / "published", tmp_path / "saved"
+    if kind in CLIP_FILES:
+        write_clip_tokenizer(published, config=CLIP_FILES[kind])
+        CLIPTokenizer.from_pretrained(published).save_pretrained(saved)
+        ours, theirs = clip_tokenizer(saved), CLIPTokenizer.from_pretrained(saved)
+    else:
+        write_t5_tokenizer(published, form=kind)
+        T5TokenizerFast.from_pretrained(published).save_pretrained(saved)
+        ours, theirs = t5_tokenizer(saved), T5TokenizerFast.from_pretrained(saved)
+    assert (saved / "tokenizer.json").is_file() and not (saved / "vocab.json").exists()
+    for prompt in PROMPTS:
+        same_ids(ours, theirs, prompt, 30)

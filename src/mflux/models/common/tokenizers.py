@@ -174,7 +174,7 @@ def _special_tokens(folder: Path, usual: dict[str, str]) -> tuple[dict[str, str]
     """What the folder's own configuration says of tokens that are matched before a prompt is split.
 
     `tokenizer_config.json` names them by kind, plain or as a table with flags, and may list all of them with their
-    flags; where it lists none, `special_tokens_map.json` has the last word on kinds.
+    flags. Where it lists none, `tokenizer.json` may, and `special_tokens_map.json` has the last word on kinds.
 
     Returns:
         The special tokens by kind, and all tokens with their flags in the order in which to add them.
@@ -185,7 +185,10 @@ def _special_tokens(folder: Path, usual: dict[str, str]) -> tuple[dict[str, str]
     older = folder / "special_tokens_map.json"
     if listed is None and older.is_file():
         settings = settings | read_json(older)
+    whole = folder / "tokenizer.json"
     try:
+        if listed is None and whole.is_file():
+            listed = {str(table["id"]): table for table in read_json(whole).get("added_tokens") or ()}
         known = {table["content"]: _added_token(table) for _, table in sorted((listed or {}).items(), key=_number)}
         kinds = usual | {kind: value for kind in _KINDS if (value := settings.get(kind)) is not None}
         tokens = {kind: _added_token(value) for kind, value in kinds.items()}
