@@ -40,6 +40,8 @@ class MetadataBuilder:
         """Keyword arguments for PIL's `save` that embed `metadata`; empty for a format that has no room for it."""
         exif = PIL.Image.Exif()
         exif[_EXIF_IFD] = {_USER_COMMENT: COMMENT_PREFIX + json.dumps(metadata).encode()}
+        # As bytes, which PIL takes for TIFF as well.
+        exif = exif.tobytes()
         if picture_format == "PNG":
             info = PIL.PngImagePlugin.PngInfo()
             info.add_itxt(XMP_KEY, MetadataBuilder.build_xmp_packet(metadata))
