@@ -66,7 +66,7 @@ def make_files(*, upgrade: bool = False) -> tuple[str, str]:
         tools = Tools(folder / "tools")
         project = (ROOT / "pyproject.toml").read_text()
         if not cpu_index.answers():
-            wheel = cpu_index.find_wheel(tools.python, _torch_pin(project))
+            wheel = cpu_index.find_wheel(tools.python, torch_pin(project))
             stand_in = stack.enter_context(cpu_index.StandIn(wheel))
             print(f"{cpu_index.URL} does not answer: torch {wheel.version} stands in", file=sys.stderr)
             project = replace_index(project, stand_in.url)
@@ -109,7 +109,7 @@ def _markers(field: str, markers: list[str]) -> str:
     return f"{field} = [\n" + "".join(f'    "{marker}",\n' for marker in sorted(markers)) + "]\n" if markers else ""
 
 
-def _torch_pin(project: str) -> str:
+def torch_pin(project: str) -> str:
     """The version that the tests pin torch to, which is the one that a stand-in has to have."""
     for requirement in tomllib.loads(project)["dependency-groups"]["test"]:
         if isinstance(requirement, str) and requirement.startswith("torch=="):
