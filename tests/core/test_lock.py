@@ -1,4 +1,4 @@
-"""uv.lock and requirements-core.txt fit pyproject.toml and name no index; tests/environment lets pip and uv use them."""
+"""uv.lock and requirements-core.txt fit pyproject.toml and name no index; tests/environment has pip and uv use them."""
 
 import re
 import tomllib

@@ -106,12 +106,12 @@ class SafetensorsFile(Mapping[str, mx.array]):
         self.path = Path(path)
         self.infos, self.metadata = read_header(path)
         self._lazy: dict[str, mx.array] = {}
+        # One such entry makes mx.load refuse the whole file.
+        self._decode_here = any(info.dtype in _DECODED_HERE for info in self.infos.values())
 
     def __getitem__(self, name: str) -> mx.array:
-        info = self.infos[name]
-        if any(other.dtype in _DECODED_HERE for other in self.infos.values()):
-            # One such entry makes mx.load refuse the whole file.
-            return _read_one(self.path, info)
+        if self._decode_here:
+            return _read_one(self.path, self.infos[name])
         if name not in self._lazy:
             try:
                 self._lazy = mx.load(str(self.path), format="safetensors")

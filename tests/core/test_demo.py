@@ -1,0 +1,97 @@
+"""The embedded model: complete, small, offline, and drawing what captions say. `tools/score_demo.py` in small."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mflux.demo import checkpoint_folder
+
+TOOLS = Path(__file__).parents[2] / "tools"
+# What it must keep to, in percent of 24 held-out captions. For the shape this is below the goal of 95, which the
+# checkpoint does not reach yet (src/mflux/demo/README.md); the others are the goals themselves.
+FLOOR = {"colour": 95, "background": 95, "size": 90, "place": 90, "shape": 30}
+
+
+@pytest.fixture(scope="module")
+def tools(monkeypatch_module):
+    monkeypatch_module.syspath_prepend(str(TOOLS))
+    found = {}
+    for name in ("demo_scenes", "score_demo"):
+        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch_module.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        found[name] = module
+    return found
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def test_it_is_at_most_six_megabytes():
+    assert sum(file.stat().st_size for file in checkpoint_folder().rglob("*") if file.is_file()) <= 6_000_000
+
+
+def test_widths_are_multiples_of_64():
+    """So that quantization applies to it."""
+    config = json.loads((checkpoint_folder() / "transformer" / "config.json").read_text())
+    widths = [config["attention_head_dim"] * config["num_attention_heads"], config["joint_attention_dim"]]
+    assert all(width % 64 == 0 for width in [*widths, config["in_channels"], config["pooled_projection_dim"]])
+
+
+def test_it_draws_what_held_out_captions_say(tools, monkeypatch):
+    from mflux.models.common.config import ModelConfig
+    from mflux.models.flux.variants.txt2img.flux import Flux1
+
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    config = ModelConfig.demo()
+    figures, _ = tools["score_demo"].score(
+        Flux1(model_config=config), 24, steps=config.default_steps, seed=1, quiet=True
+    )
+    percent = tools["score_demo"].percentages(figures)
+    assert set(percent) == set(FLOOR)
+    below = {claim: value for claim, value in percent.items() if value < FLOOR[claim]}
+    assert not below
+
+
+def test_the_command_draws_offline_from_a_cold_start(tools, tmp_path):
+    prompt = "a small blue square on a white background, at the left"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "nothing")}
+    command = [sys.executable, "-m", "mflux.models.flux.cli.flux_generate", "--model", "demo", "--prompt", prompt]
+    done = subprocess.run(
+        [*command, "--seed", "1", "--output", str(tmp_path / "out.png")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [str(tmp_path / "out.png")]
+    picture = PIL.Image.open(tmp_path / "out.png")
+    verdict = tools["demo_scenes"].judge(np.asarray(picture))
+    assert picture.size == (128, 128)
+    assert (verdict.colour, verdict.background, verdict.size, verdict.place) == ("blue", "white", "small", "left")
+
+
+def test_the_judge_knows_its_own_drawings_and_tells_others_apart(tools):
+    """A judge that always agreed would make the scores worthless."""
+    scenes = tools["demo_scenes"]
+    rng = np.random.default_rng(0)
+    for scene in rng.permutation(np.array(scenes.every_scene(), dtype=object))[:60]:
+        drawn = scenes.render(scene, 128, 128, rng)
+        assert all(scenes.agrees(scene, scenes.judge(drawn)).values())
+    circle = scenes.Scene("circle", "red", "white", "large", "left")
+    square = scenes.Scene("square", "blue", "black", "small", "right")
+    assert not any(scenes.agrees(square, scenes.judge(scenes.render(circle, 128, 128))).values())
+    assert scenes.judge(np.full((128, 128, 3), 250, np.uint8)).shape is None
