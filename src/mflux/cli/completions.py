@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -13,6 +14,8 @@ from mflux.cli.parser import MfluxParser, run
 from mflux.errors import MfluxError, OutputError
 
 _SHELLS = ("bash", "zsh", "tcsh")
+# Options whose value is, or may be, a path without being declared as one.
+_PATHS = ("image", "image_path", "lora", "lora_paths", "model", "output", "path", "paths", "source", "destination")
 
 
 def build_parser() -> MfluxParser:
@@ -58,28 +61,46 @@ def complete(argv: Sequence[str] | None) -> None:
 
 
 def completion_script(shell: str) -> str:
-    """One script for all commands."""
+    """One script for all commands, and for `mflux` in front of them."""
     import shtab
 
-    parts = []
+    umbrella = argparse.ArgumentParser(prog="mflux")
+    umbrella.add_argument("--version", action="store_true", help="say which version this is")
+    names = umbrella.add_subparsers()
+    programs = {"mflux": umbrella}
     for name, command in COMMANDS.items():
         parser = importlib.import_module(command.module).build_parser()
-        program = f"mflux-{name}"
-        text = shtab.complete(parser, shell=shell)
-        if shell == "zsh":
-            # Each part is a script of its own that starts with its "#compdef" line and ends by calling itself.
-            text = _zsh_part(text, program)
-        parts.append(text)
-    if shell == "zsh":
-        programs = " ".join(f"mflux-{name}" for name in COMMANDS)
-        cases = "\n".join(f"  mflux-{name}) _shtab_mflux_{_word(name)} ;;" for name in COMMANDS)
-        return f"#compdef {programs}\n\n" + "\n".join(parts) + f'\ncase "$service" in\n{cases}\nesac\n'
-    return "\n".join(parts) + "\n"
+        _mark_paths(parser)
+        names.add_parser(name, help=command.summary, parents=[parser], add_help=False)
+        programs[f"mflux-{name}"] = parser
+    # shtab would call the functions for `mflux generate` and for `mflux-generate` the same.
+    prefixes = {program: "mflux_umbrella" if program == "mflux" else _word(program) for program in programs}
+    parts = [shtab.complete(parser, shell=shell, root_prefix=prefixes[program]) for program, parser in programs.items()]
+    if shell != "zsh":
+        return "\n".join(parts) + "\n"
+    cases = "\n".join(f"  {program}) _shtab_{prefix} ;;" for program, prefix in prefixes.items())
+    head, tail = f"#compdef {' '.join(programs)}\n\n", f'\ncase "$service" in\n{cases}\nesac\n'
+    return head + "\n".join(map(_zsh_part, parts)) + tail
 
 
-def _zsh_part(text: str, program: str) -> str:
-    kept = [line for line in text.splitlines() if not line.startswith("#compdef")]
-    body = "\n".join(kept)
+def _mark_paths(parser: argparse.ArgumentParser) -> None:
+    """Have the shell complete paths where a command takes one."""
+    import shtab
+
+    for action in parser._actions:
+        if action.nargs == 0 or action.choices is not None:
+            continue
+        if action.dest.endswith("dir"):
+            action.complete = shtab.DIRECTORY
+        elif action.type is Path or action.dest in _PATHS:
+            action.complete = shtab.FILE
+        if isinstance(action.metavar, tuple):
+            action.metavar = action.metavar[0]
+
+
+def _zsh_part(text: str) -> str:
+    """What one command adds: without its `#compdef` line, and without the call at the end of a script of its own."""
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("#compdef"))
     start = body.find("\ntypeset -A opt_args")
     return (body if start < 0 else body[:start]).rstrip() + "\n"
 
