@@ -60,6 +60,7 @@ def no_lasting_settings() -> Iterator[None]:
     logger = logging.getLogger("mflux")
     logger.handlers.clear()
     logger.propagate = True
+    logger.setLevel(logging.NOTSET)
     if "mflux.utils.image_util" in sys.modules:
         sys.modules["mflux.utils.image_util"].ImageUtil.embed_metadata_enabled = True
 
