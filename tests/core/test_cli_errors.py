@@ -625,6 +625,17 @@ def test_a_bug_keeps_its_traceback(cli, in_folder, tiny_schnell, monkeypatch):
         cli("generate", "--model", tiny_schnell, *BASIC)
 
 
+def test_what_a_library_warns_of_is_one_line(cli, in_folder, monkeypatch):
+    from mflux.utils.image_util import ImageUtil
+
+    path = ImageUtil.save_image(Image.new("RGB", (15, 10)), in_folder / "large.png", {"seed": 1})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    result = cli("info", path)
+    assert (result.status, result.out) == (0, "Seed: 1\n")
+    assert len(result.warnings) == len(result.err.splitlines()) > 0
+    assert "Image size (150 pixels) exceeds limit of 100 pixels" in result.warnings[0]
+
+
 def test_a_reader_that_goes_away(tmp_path):
     """`mflux-info picture.png | head -0` ends quietly."""
     from mflux.utils.image_util import ImageUtil

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.lora.library import STYLES, settle_scales, style_path
 from mflux.utils.scale_factor import GRID, LARGEST, ScaleFactor
 
+log = logging.getLogger(__name__)
 QUANTIZE_CHOICES = (3, 4, 5, 6, 8)
 DEFAULT_GUIDANCE = 3.5
 
@@ -48,7 +50,10 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
     """
     _log_to_stderr(argv)
     try:
-        return command(argv) or 0
+        with warnings.catch_warnings():
+            # What a library warns of is one line like our own.
+            warnings.showwarning = lambda message, *_: log.warning(" ".join(str(message).split()))
+            return command(argv) or 0
     except MfluxError as error:
         # One line, whatever a library's own message had in it.
         print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -83,7 +88,7 @@ def advise() -> None:
     from mflux.backend import blas_advice
 
     if advice := blas_advice():
-        logging.getLogger(__name__).info(advice)
+        log.info(advice)
 
 
 # ---- types of values
