@@ -185,6 +185,7 @@ def test_names_without_the_prefix_load_quantized_too(wide, tmp_path):
     shutil.copytree(wide / "text_encoder", renamed)
     tensors = mx.load(str(renamed / "model.safetensors"))
     tensors = {name.removeprefix("text_model."): value for name, value in tensors.items()}
+    mx.eval(tensors)  # they are read from the file that is about to be overwritten
     mx.save_safetensors(str(renamed / "model.safetensors"), tensors)
     stored = store_quantized(renamed, tmp_path / "stored", 8)
     assert_same(
@@ -197,6 +198,7 @@ def test_an_embedding_under_both_its_names_loads_quantized_too(wide, tmp_path):
     shutil.copytree(wide / "text_encoder_2", both)
     tensors = mx.load(str(both / "model.safetensors"))
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    mx.eval(tensors)  # they are read from the file that is about to be overwritten
     mx.save_safetensors(str(both / "model.safetensors"), tensors)
     stored = store_quantized(both, tmp_path / "stored", 8)
     assert_same(load_component(T5Encoder, stored), load_component(T5Encoder, wide / "text_encoder_2", quantize=8))
