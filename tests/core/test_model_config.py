@@ -163,6 +163,11 @@ def test_the_checkpoint_s_schedule_comes_first():
     assert (config.sigma_base_seq_len, config.sigma_max_seq_len) == (128, 2048)
     config = ModelConfig.schnell().with_scheduler({"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 0.9})
     assert (config.requires_sigma_shift, config.sigma_shift, config.sigma_max_shift) == (True, 3.0, 0.9)
+    values = {"base_shift": 0.3, "max_shift": 0.8, "base_image_seq_len": 10, "max_image_seq_len": 20}
+    config = ModelConfig.dev().with_scheduler(values | {"shift": 2.0, "shift_terminal": 0.1})
+    assert (config.sigma_base_shift, config.sigma_max_shift) == (0.3, 0.8)
+    assert (config.sigma_base_seq_len, config.sigma_max_seq_len) == (10, 20)
+    assert (config.sigma_shift, config.sigma_shift_terminal) == (2.0, 0.1)
     # Neither does it touch the built-in one, nor does what is unsaid change anything.
     assert ModelConfig.schnell().requires_sigma_shift is False
     assert vars(ModelConfig.dev().with_scheduler({"shift_terminal": None})) == vars(ModelConfig.dev())
