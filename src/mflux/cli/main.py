@@ -43,7 +43,7 @@ def help_text() -> str:
     lines += ["", "models:"]
     for name, command in BUILT.items():
         source = "comes with mflux" if name == "demo" else MODELS[name]["model_name"]
-        lines.append(f"  {name:{width}}{source}, with {command}")
+        lines.append(f"  {name:{width}}{source} ({command})")
     lines += ["", "extras:"]
     for name, extra in EXTRAS.items():
         state = "installed" if is_installed(name) else f"not installed: {pip_command(name)}"

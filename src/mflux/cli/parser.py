@@ -223,7 +223,10 @@ def add_generation_options(parser: argparse.ArgumentParser, *, default_size: str
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("picture to start from")
     group.add_argument(
-        "--image", nargs="+", metavar=("PATH", "STRENGTH"), help="a picture, and how much of it to keep, 0 to 1 (0.4)"
+        "--image",
+        nargs="+",
+        metavar=("PATH", "STRENGTH"),
+        help="a picture, and how much of it to keep, from 0 to 1 (default: 0.4)",
     )
     group.add_argument("--image-path", type=Path, help="the picture alone; --image says both at once")
     group.add_argument("--image-strength", type=strength, default=0.4, help="the strength alone")
@@ -231,8 +234,12 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def add_pid_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("PiD decoder")
-    group.add_argument("--pid-decode", action=argparse.BooleanOptionalAction, default=False, help="decode with PiD")
-    group.add_argument("--pid-degrade-sigma", type=float, default=0.0, help="noise to add before PiD decodes")
+    group.add_argument(
+        "--pid-decode", action=argparse.BooleanOptionalAction, default=False, help="decode with PiD; not built yet"
+    )
+    group.add_argument(
+        "--pid-degrade-sigma", type=float, default=0.0, help="noise to add before PiD decodes; not built yet"
+    )
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -254,19 +261,25 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "-C",
         type=Path,
         metavar="FILE",
-        help="take all settings from a .metadata.json or a picture; what is given here as well comes first",
+        help="take the settings of a .metadata.json or a picture; options given here come before them",
     )
-    group.add_argument("--stepwise-image-output-dir", metavar="DIR", help="write a picture of each step there")
+    group.add_argument(
+        "--stepwise-image-output-dir",
+        metavar="DIR",
+        help="write a picture of each step, and a strip of them all, to this folder",
+    )
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument("--low-ram", action="store_true", help="use as little memory as possible, at some speed")
+    group.add_argument("--low-ram", action="store_true", help="use as little memory as possible; slower")
     group.add_argument(
-        "--mlx-cache-limit-gb", type=number(float, above=0), help="how much freed memory MLX may keep, in GB"
+        "--mlx-cache-limit-gb", type=number(float, above=0), metavar="GB", help="how much freed memory MLX may keep"
     )
     group.add_argument("--vae-tiling", action="store_true", help="decode in overlapping tiles")
-    group.add_argument("--vae-tile-size", type=tile_size, help="pixels of a tile (default: 512); implies --vae-tiling")
+    group.add_argument(
+        "--vae-tile-size", type=tile_size, metavar="PIXELS", help="of a tile (default: 512); implies --vae-tiling"
+    )
     group.add_argument(
         "--battery-percentage-stop-limit",
         "-B",
