@@ -229,6 +229,13 @@ def test_the_oldest_allowed_versions_run(lowest, tmp_path):
     assert lowest.run("mflux-info", Path(tmp_path, done.out.strip())).out.startswith("Prompt: a red circle\n")
 
 
+def test_the_oldest_allowed_versions_pass_the_core_s_tests(lowest, tools):
+    tools.run_uv("pip", "install", "--quiet", "--python", lowest.python, "pytest", "hypothesis")
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/core")
+    done = lowest.run("python", *words, folder=ROOT, environment={"MFLUX_REFUSE_TORCH": "1"})
+    assert done.status == 0, done.out[-4000:]
+
+
 @needs_demo
 def test_the_oldest_allowed_versions_draw_with_the_embedded_model(lowest, tmp_path):
     done = draw(lowest, tmp_path, "--model", "demo", "--prompt", "a large red circle on a white background")
