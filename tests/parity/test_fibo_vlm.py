@@ -19,9 +19,10 @@ from transformers import Qwen3VLForConditionalGeneration as Reference
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from mflux.backend import mx
+from mflux.backend import has_gpu, mx
 from mflux.checkpoints.loading import layout_turns
 from mflux.errors import CheckpointError
+from mflux.models.common.layers import attention
 from mflux.models.fibo_vlm.model import weights
 from mflux.models.fibo_vlm.model.generation import Sampling, choose, generate_tokens, likely_logits
 from mflux.models.fibo_vlm.model.qwen3_vl import (
@@ -30,6 +31,7 @@ from mflux.models.fibo_vlm.model.qwen3_vl import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLTextConfig,
     Qwen3VLVisionConfig,
+    VisionAttention,
 )
 
 VOCABULARY = 400
@@ -144,13 +146,23 @@ def test_vision_features(pair, grids):
 
 
 def test_vision_in_bands(pair, monkeypatch):
-    # Attention's rows are worked on a few at a time: pictures of the usual size take several rounds.
     model, ours = pair
     _, patches = prompt(values_of(model), ONE)
     whole, _ = ours.see(mx.array(patches), ONE)
-    monkeypatch.setattr("mflux.models.fibo_vlm.model.qwen3_vl._QUERIES", 7)
+    heads, count = ours.config.vision_config.num_heads, len(patches)
+    called = []
+
+    def counted(q, k, v):
+        called.append(q.shape[2])
+        return attention(q, k, v)
+
+    monkeypatch.setattr("mflux.models.fibo_vlm.model.qwen3_vl.attention", counted)
+    # Bands of seven patches, and a last one of what is left.
+    monkeypatch.setattr(VisionAttention, "BAND", 7 * heads * count + 1)
     banded, _ = ours.see(mx.array(patches), ONE)
     assert relative_error(banded, whole) <= COMPONENT
+    if not has_gpu():
+        assert called[:11] == [7] * 10 + [2]
 
 
 @pytest.mark.parametrize("grids", PICTURES.values(), ids=PICTURES)

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Prompt tokens that go through the language model at once. What its layers hold meanwhile grows with it: in 512 tokens
-# of the 4B model about 30 MB, where a picture of the largest size and its text would need twice to three times that.
+# Prompt tokens that go through the language model at once: what its layers need meanwhile grows with them.
 PREFILL = 512
 
 

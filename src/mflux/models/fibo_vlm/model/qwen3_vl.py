@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
 
-from mflux.backend import mx, nn
+from mflux.backend import has_gpu, mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.layers import ACTIVATIONS, attention, merge_heads, split_heads
 
 _VISION_EPS = 1e-6
 _VISION_ROPE_THETA = 10_000.0
-# Rows of the vision tower's attention that are worked on at once: each has a score for every patch of its picture.
-_QUERIES = 1024
 
 # Rows and columns of a picture's patches.
 Grid = tuple[int, int]
@@ -198,6 +196,14 @@ class PatchEmbed(nn.Module):
 
 
 class VisionAttention(nn.Module):
+    """Every patch of a picture sees every other.
+
+    MLX's CPU backend writes all the scores down: 0.6 GB for a picture of the largest size. There it is worked on in
+    bands of patches, each within `BAND` scores.
+    """
+
+    BAND = 1 << 25
+
     def __init__(self, config: Qwen3VLVisionConfig):
         super().__init__()
         self.heads = config.num_heads
@@ -207,8 +213,15 @@ class VisionAttention(nn.Module):
     def __call__(self, x: mx.array, rotary: tuple[mx.array, mx.array]) -> mx.array:
         q, k, v = (split_heads(part, self.heads) for part in mx.split(self.qkv(x), 3, axis=-1))
         q, k = rotate(q, rotary), rotate(k, rotary)
-        seen = [attention(q[:, :, start : start + _QUERIES], k, v) for start in range(0, q.shape[2], _QUERIES)]
-        return self.proj(merge_heads(mx.concatenate(seen, axis=2)))
+        rows = max(1, self.BAND // (self.heads * k.shape[2]))
+        if has_gpu() or rows >= q.shape[2]:
+            return self.proj(merge_heads(attention(q, k, v)))
+        bands = []
+        for start in range(0, q.shape[2], rows):
+            bands.append(attention(q[:, :, start : start + rows], k, v))
+            # MLX makes room for several queued operations at once: one band after the other, or nothing is saved.
+            mx.eval(bands[-1])
+        return self.proj(merge_heads(mx.concatenate(bands, axis=2)))
 
 
 class VisionMLP(nn.Module):
