@@ -22,6 +22,8 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle")
+# How tall each shape is, in radii. Captions know no star: a LoRA draws it.
+HEIGHTS = {"circle": 2.0, "square": 1.8, "triangle": 1.95, "star": 2.26}
 # Radius as a fraction of the shorter side, and the centre as fractions of width and height.
 RADII = {"small": 0.12, None: 0.18, "large": 0.26}
 PLACES = {
@@ -99,6 +101,16 @@ def shape_coverage(shape: str, height: int, width: int, x0: float, y0: float, ra
         distance = np.hypot(x, y) - radius
     elif shape == "square":
         distance = np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
+    elif shape == "star":
+        # Five points, one up; the bounding box centred on (x0, y0). In each tenth of a turn the outline is one line,
+        # from a point at `outer` to a notch at `inner`.
+        outer, inner, tenth = 1.25 * radius, 0.55 * radius, np.pi / 5
+        y = y - 0.0955 * outer
+        angle = np.abs((np.arctan2(x, -y) + tenth) % (2 * tenth) - tenth)
+        reach = np.hypot(x, y)
+        edge = np.array([inner * np.cos(tenth) - outer, inner * np.sin(tenth)])
+        normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+        distance = (reach * np.cos(angle) - outer) * normal[0] + reach * np.sin(angle) * normal[1]
     else:
         # Equilateral, pointing up, its bounding box centred on (x0, y0).
         circumradius = 1.3 * radius
@@ -118,12 +130,12 @@ class Verdict:
     place: str | None
 
 
-def judge(picture: np.ndarray) -> Verdict:
+def judge(picture: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Verdict:
     """Say what a picture shows, from its pixels alone.
 
     A pixel belongs to the nearest colour of the palette if it is nearer than 60 (Euclidean, 0-255 RGB). The
     background is what most of the border is; the object is the most frequent other colour; its shape is the one of
-    the three whose outline, drawn into the object's bounding box, overlaps it best, at 0.8 or more.
+    `shapes` whose outline, drawn into the object's bounding box, overlaps it best, at 0.8 or more.
     """
     pixels = np.asarray(picture)[..., :3].astype(np.float32)
     height, width, _ = pixels.shape
@@ -151,11 +163,11 @@ def judge(picture: np.ndarray) -> Verdict:
 
     mask = labels == colour
     scores = {}
-    for shape, extent in {"circle": 2.0, "square": 1.8, "triangle": 1.95}.items():
-        drawn = shape_coverage(shape, height, width, middle_x, middle_y, tall / extent) > 0.5
+    for shape in shapes:
+        drawn = shape_coverage(shape, height, width, middle_x, middle_y, tall / HEIGHTS[shape]) > 0.5
         scores[shape] = (mask & drawn).sum() / (mask | drawn).sum()
     shape = max(scores, key=scores.get)
-    radius = tall / {"circle": 2.0, "square": 1.8, "triangle": 1.95}[shape] / min(height, width)
+    radius = tall / HEIGHTS[shape] / min(height, width)
     if scores[shape] < 0.8 or not 0.75 < wide / tall < 1.35:
         shape = None
 

@@ -4,6 +4,8 @@ Draws pictures through `Flux1`, the public class, and lets `demo_scenes.judge` s
 those that training never saw, in a seeded random order.
 
     python tools/score_demo.py [--count 200] [--steps 8] [--model FOLDER] [--sheet sheet.png] [--json figures.json]
+    python tools/score_demo.py --quantize 8
+    python tools/score_demo.py --lora tests/data/demo_star_lora.safetensors --lora-scale 1 --expect star
 
 Needs only the core install.
 """
@@ -15,17 +17,23 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from demo_scenes import agrees, every_scene, judge
+from demo_scenes import HEIGHTS, SHAPES, agrees, every_scene, judge
 
 # What issue and README promise, in percent.
 GOALS = {"colour": 95, "shape": 95, "background": 95, "size": 90, "place": 90}
 
 
-def score(flux, count: int, *, steps: int, seed: int = 0, side: int = 128, quiet: bool = False):
+def score(
+    flux, count: int, *, steps: int, seed: int = 0, side: int = 128, expect: str | None = None, quiet: bool = False
+):
     """Draw `count` held-out captions, each with its own seed.
+
+    Args:
+        expect: The shape that every object is to have, whatever its caption says, as with a LoRA.
 
     Returns:
         For each claim how often it was asked and how often it was kept, and (scene, picture, kept) of each picture.
@@ -41,7 +49,8 @@ def score(flux, count: int, *, steps: int, seed: int = 0, side: int = 128, quiet
         picture = flux.generate_image(
             seed=seed * 100_003 + index, prompt=scene.caption, num_inference_steps=steps, width=side, height=side
         ).image
-        kept = agrees(scene, judge(np.asarray(picture)))
+        meant = replace(scene, shape=expect) if expect else scene
+        kept = agrees(meant, judge(np.asarray(picture), tuple(HEIGHTS) if expect else SHAPES))
         for claim, is_kept in kept.items():
             asked[claim].append(is_kept)
         drawn.append((scene, picture, kept))
@@ -75,6 +84,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", type=int, default=128, help="pixels of a side")
     parser.add_argument("--model", help="another checkpoint folder of the same world (default: the embedded one)")
+    parser.add_argument("--quantize", type=int, help="bits of the weights")
+    parser.add_argument("--lora", help="a LoRA to draw with")
+    parser.add_argument("--lora-scale", type=float, default=1.0)
+    parser.add_argument("--expect", choices=HEIGHTS, help="the shape that every object is to have")
     parser.add_argument("--sheet", type=Path, help="write the pictures side by side")
     parser.add_argument("--json", type=Path, help="write the figures")
     arguments = parser.parse_args()
@@ -86,10 +99,22 @@ def main() -> int:
     from mflux.models.flux.variants.txt2img.flux import Flux1
 
     config = ModelConfig.demo()
-    flux = Flux1(model_config=config, model_path=arguments.model)
+    flux = Flux1(
+        model_config=config,
+        model_path=arguments.model,
+        quantize=arguments.quantize,
+        lora_paths=[arguments.lora] if arguments.lora else None,
+        lora_scales=[arguments.lora_scale] if arguments.lora else None,
+    )
     start = time.perf_counter()
-    figures, drawn = score(flux, arguments.count, steps=arguments.steps or config.default_steps, seed=arguments.seed,
-                           side=arguments.side)  # fmt: skip
+    figures, drawn = score(
+        flux,
+        arguments.count,
+        steps=arguments.steps or config.default_steps,
+        seed=arguments.seed,
+        side=arguments.side,
+        expect=arguments.expect,
+    )
     seconds = time.perf_counter() - start
     results = percentages(figures)
     for claim, percent in results.items():

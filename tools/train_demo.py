@@ -6,7 +6,7 @@ Five stages, each resumable, each leaving its result in the work folder:
 2. vae         diffusers' AutoencoderKL, on crops that grow to whole pictures
 3. flow        latents of all training scenes once; then transformer, CLIP and T5 together, on the straight-path
                flow-matching objective (Liu et al. 2022, Esser et al. 2024): predict noise - latents at time sigma
-4. decoder     the autoencoder's decoder alone once more, for clean edges
+4. decoder     the autoencoder's decoder alone once more, on latents as the flow leaves them, for clean outlines
 5. export      moving averages, rounded to bfloat16, in the published folder layout
 
     python tools/train_demo.py --work /tmp/demo-training [--stage vae] [--out src/mflux/demo/checkpoint]
@@ -255,7 +255,7 @@ def train_vae(work: Path, steps: int) -> None:
             for _ in range(2 if side < SIDE else 1):
                 y, x = rng.integers(0, SIDE - side + 1, 2)
                 crops.append(picture[y : y + side, x : x + side])
-        pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = as_pixels(np.stack(crops))
         posterior = vae.encode(pixels).latent_dist
         latents = posterior.mean + LATENT_NOISE * torch.randn_like(posterior.mean)
         decoded = vae.decode(latents).sample
@@ -279,46 +279,6 @@ def train_vae(work: Path, steps: int) -> None:
             save(work / "vae.pt", step + 1, rng, vae=vae, optimizer=optimizer, average=average)
 
 
-def polish_decoder(work: Path, steps: int) -> None:
-    """Sharper edges: the decoder alone, on whole pictures. Latents stay as they are, so the flow need not know."""
-    torch.manual_seed(4)
-    rng = np.random.default_rng(4)
-    scenes = every_scene()
-    vae = AutoencoderKL(**VAE)
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=False)["average"])
-    vae.encoder.requires_grad_(False)
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    average = copy.deepcopy(vae).requires_grad_(False)
-    start, state = resume(work / "decoder.pt", vae=vae, optimizer=optimizer, average=average)
-    if state:
-        rng.bit_generator.state = state
-    clock, errors = time.time(), []
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                6e-4 * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-            )
-        pictures = np.stack([vae_picture(rng, scenes) for _ in range(4)])
-        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.no_grad():
-            latents = vae.encode(pixels).latent_dist.mean
-        # As exact as the flow's latents at best, and as rough as they are now and then.
-        latents = latents + 0.15 * torch.rand(len(pixels), 1, 1, 1) * torch.randn_like(latents)
-        decoded = vae.decode(latents).sample
-        error = (decoded - pixels).abs().mean()
-        loss = error + 2 * ((decoded - pixels) ** 2).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimizer.step()
-        blend(average, vae, min(0.995, (step + 1) / (step + 10)))
-        errors.append(error.item())
-        if step % 100 == 0 or step == steps - 1:
-            print(f"decoder {step}/{steps} error {np.mean(errors[-100:]):.4f} {time.time() - clock:.0f}s", flush=True)
-        if step % 250 == 249 or step == steps - 1:
-            save(work / "decoder.pt", step + 1, rng, vae=vae, optimizer=optimizer, average=average)
-
-
 # ---------------------------------------------------------------------------------------------------------- flow
 
 
@@ -336,8 +296,7 @@ def latent_bank(work: Path, variants: int) -> tuple[torch.Tensor, list]:
     with torch.no_grad():
         for index, scene in enumerate(scenes):
             pictures = np.stack([render(scene, SIDE, SIDE, rng) for _ in range(variants)])
-            pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-            bank[index] = vae.encode(pixels).latent_dist.mean
+            bank[index] = vae.encode(as_pixels(pictures)).latent_dist.mean
             if index % 500 == 0:
                 print(f"latents {index}/{len(scenes)}", flush=True)
     torch.save(bank, path)
@@ -349,6 +308,13 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     batch, channels, height, width = latents.shape
     latents = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return latents.reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(latents: torch.Tensor, side: int) -> torch.Tensor:
+    """The way back from `pack`, for a square of `side` tokens a side."""
+    batch = len(latents)
+    latents = latents.view(batch, side, side, 16, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(batch, 16, 2 * side, 2 * side)
 
 
 def positions(height: int, width: int) -> torch.Tensor:
@@ -440,6 +406,102 @@ def pick(plain: torch.Tensor, with_an: torch.Tensor, chosen: torch.Tensor, wants
     return torch.where(wants_an, with_an[chosen], plain[chosen])
 
 
+# ------------------------------------------------------------------------------------------------------- decoder
+
+
+def drafts(work: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents as the trained flow leaves them, with the pictures that they should have been.
+
+    Each starts from a training picture's latents with some of the noise that sampling starts from, and the flow takes
+    the rest of the way: the noisy latents still show place and size, so those stay, and the outlines carry the
+    flow's own errors.
+
+    Returns:
+        Latents (count, 16, 16, 16) as the decoder takes them, and pictures (count, 128, 128, 3), uint8.
+    """
+    path = work / "drafts.pt"
+    if path.exists():
+        return torch.load(path)
+    torch.manual_seed(5)
+    rng = np.random.default_rng(5)
+    scenes = [scene for scene in every_scene() if not scene.held_out]
+    statistics = json.loads((work / "latent_statistics.json").read_text())
+    shift, scale = statistics["shift_factor"], statistics["scaling_factor"]
+    vae = AutoencoderKL(**VAE)
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=False)["average"])
+    model = build_flow(work)
+    model.load_state_dict(torch.load(work / "flow.pt", weights_only=False)["average"])
+    model.eval()
+    tokens, side, batch = Tokens(work), SIDE // 16, 64
+    all_latents, all_pictures = [], []
+    with torch.no_grad():
+        for start in range(0, count, batch):
+            chosen = [scenes[index] for index in rng.integers(len(scenes), size=batch)]
+            pictures = np.stack([render(scene, SIDE, SIDE, rng) for scene in chosen])
+            latents = pack((vae.encode(as_pixels(pictures)).latent_dist.mean - shift) * scale)
+            clip_ids, t5_ids = tokens([scene.caption for scene in chosen])
+            words = dict(
+                pooled_projections=model["text_encoder"](clip_ids).pooler_output,
+                encoder_hidden_states=model["text_encoder_2"](t5_ids).last_hidden_state,
+                txt_ids=torch.zeros(TEXT_LENGTH, 3),
+                img_ids=positions(side, side),
+            )
+            # The last three to seven of the eight steps that the model is drawn with.
+            left = 3 + start // batch % 5
+            latents = latents + left / 8 * (torch.randn_like(latents) - latents)
+            for step in range(left, 0, -1):
+                sigma = torch.full((batch,), step / 8)
+                latents = latents - model["transformer"](latents, timestep=sigma, **words, return_dict=False)[0] / 8
+            all_latents.append(unpack(latents, side) / scale + shift)
+            all_pictures.append(torch.from_numpy(pictures))
+            if start // batch % 10 == 0:
+                print(f"drafts {start}/{count}", flush=True)
+    result = torch.cat(all_latents), torch.cat(all_pictures)
+    torch.save(result, path)
+    return result
+
+
+def polish_decoder(work: Path, steps: int) -> None:
+    """Clean outlines: the decoder alone, on latents as the flow leaves them, and on any picture's as they are."""
+    torch.manual_seed(4)
+    rng = np.random.default_rng(4)
+    scenes = every_scene()
+    rough, meant = drafts(work, 4096)
+    vae = AutoencoderKL(**VAE)
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=False)["average"])
+    vae.encoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    average = copy.deepcopy(vae).requires_grad_(False)
+    start, state = resume(work / "decoder.pt", vae=vae, optimizer=optimizer, average=average)
+    if state:
+        rng.bit_generator.state = state
+    clock, errors = time.time(), []
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = (
+                6e-4 * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+            )
+        other = torch.from_numpy(vae_picture(rng, scenes))[None]
+        with torch.no_grad():
+            exact = vae.encode(as_pixels(other)).latent_dist.mean
+        exact = exact + 0.15 * rng.random() * torch.randn_like(exact)
+        chosen = torch.from_numpy(rng.integers(len(rough), size=4))
+        pixels = as_pixels(torch.cat([meant[chosen], other]))
+        decoded = vae.decode(torch.cat([rough[chosen], exact])).sample
+        error = (decoded - pixels).abs().mean()
+        loss = error + 2 * ((decoded - pixels) ** 2).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
+        optimizer.step()
+        blend(average, vae, min(0.995, (step + 1) / (step + 10)))
+        errors.append(error.item())
+        if step % 50 == 0 or step == steps - 1:
+            print(f"decoder {step}/{steps} error {np.mean(errors[-50:]):.4f} {time.time() - clock:.0f}s", flush=True)
+        if step % 250 == 249 or step == steps - 1:
+            save(work / "decoder.pt", step + 1, rng, vae=vae, optimizer=optimizer, average=average)
+
+
 # -------------------------------------------------------------------------------------------------------- export
 
 
@@ -489,6 +551,11 @@ def export(work: Path, out: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- shared
+
+
+def as_pixels(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """(B, height, width, 3), 0 to 255, to (B, 3, height, width), -1 to 1."""
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def blend(average: torch.nn.Module, model: torch.nn.Module, keep: float) -> None:
