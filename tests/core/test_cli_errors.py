@@ -202,6 +202,17 @@ def test_a_model_of_another_kind(refused, broken):
     )
 
 
+def test_another_model_s_autoencoder(refused, broken):
+    path = broken / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latent_channels": 4}))
+    refused(
+        model=broken,
+        status=1,
+        message=f"{broken} holds an autoencoder with 4 latent channels for every 8 pixels of a side; "
+        "FLUX.1's has 16 for every 8: put FLUX.1's vae folder there",
+    )
+
+
 def test_an_empty_folder(refused, broken):
     shutil.rmtree(broken)
     broken.mkdir()

@@ -371,7 +371,8 @@ def resolve_flux_folder(model_path: str | None, model_config: ModelConfig) -> Pa
             folder = None
         if folder is None:
             raise
-    transformer = open_folder(folder).config("transformer")
+    opened = open_folder(folder)
+    transformer = opened.config("transformer")
     kind = transformer.get("_class_name", "FluxTransformer2DModel")
     if kind != "FluxTransformer2DModel":
         raise CheckpointError(f"{folder} holds a {kind}, not a FLUX.1 transformer: another command draws with it")
@@ -381,5 +382,12 @@ def resolve_flux_folder(model_path: str | None, model_config: ModelConfig) -> Pa
         raise CheckpointError(
             f"{folder} holds a FLUX.1 transformer that takes {channels} channels a token, not 64: "
             "it draws from more than a prompt, and another command draws with it"
+        )
+    vae = AutoencoderKL.config_class.from_dict(opened.config("vae"), source=folder / "vae" / "config.json")
+    pixels = 2 ** (len(vae.block_out_channels) - 1)
+    if (vae.latent_channels, pixels) != (16, 8):
+        raise CheckpointError(
+            f"{folder} holds an autoencoder with {vae.latent_channels} latent channels for every {pixels} pixels of a "
+            "side; FLUX.1's has 16 for every 8: put FLUX.1's vae folder there"
         )
     return folder
