@@ -302,6 +302,36 @@ def test_what_peft_writes_beside_its_file(match, tiny_schnell, tmp_path):
     assert strength(match, tiny_schnell, other, stem) == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "metadata", "expected"),
+    [
+        (None, None, 1.0),
+        # LyCORIS takes alpha for the rank where both factors are whole; PEFT divides by its rank all the same.
+        (2.0, None, 1.0),
+        (None, {"transformer.alpha": 6, "transformer.r": 4}, 1.5),
+        (None, {"alpha": 6, "r": 4, "rank_pattern": {"to_q": 12}}, 0.5),
+        (None, {"alpha": 6, "r": 4, "alpha_pattern": {"attn.to_q": 10}, "rank_pattern": {"to_k": 12}}, 2.5),
+        (None, {"alpha": 6}, 1.0),
+        (2.0, {"alpha": 6, "r": 4}, 1.0),
+    ],
+)
+def test_strength_of_a_whole_lokr(match, tiny_schnell, tmp_path, alpha, metadata, expected):
+    w1, w2 = noise(1, 4, 2), noise(2, WIDTH // 4, WIDTH // 2)
+    tensors = {f"{TO_Q}.lokr_w1": w1, f"{TO_Q}.lokr_w2": w2}
+    if alpha is not None:
+        tensors[f"{TO_Q}.alpha"] = mx.array(alpha)
+    header = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None
+    found = changed(match(write(tmp_path / "a.safetensors", tensors, header)), tiny_schnell)
+    assert np.allclose(found["transformer_blocks.0.attn.to_q"], expected * np.array(mx.kron(w1, w2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, -4])
+def test_a_rank_of_nothing(match, tmp_path, rank):
+    tensors = {f"{TO_Q}.lokr_w1": noise(1, 4, 2), f"{TO_Q}.lokr_w2": noise(2, WIDTH // 4, WIDTH // 2)}
+    header = {"lora_adapter_metadata": json.dumps({"alpha": 6, "r": rank, "use_rslora": True})}
+    assert refused(match, tmp_path, tensors, header) == f": the strength of {TO_Q} is not a finite number"
+
+
 # ---- what is refused
 
 

@@ -351,15 +351,15 @@ class _Entry:
             )
 
     def _strength(self, rank: int | None, settings: Mapping[str, Mapping[str, Any]]) -> float:
-        if rank is None:
+        if "alpha" not in self.parts:
+            strength = _peft_strength(self, rank, settings)
+        elif rank is None:
             # Both factors of a Kronecker product in full: LyCORIS takes alpha for the rank then.
             return 1.0
-        if "alpha" in self.parts:
+        else:
             if math.prod(self.shapes["alpha"]) != 1:
                 raise CheckpointError(f"{self.path}: {self.parts['alpha']} is not one number")
             strength = self.file[self.parts["alpha"]].astype(mx.float32).item() / rank
-        else:
-            strength = 1.0 if self.kronecker else _peft_strength(self, rank, settings)
         if not math.isfinite(strength):
             raise CheckpointError(f"{self.path}: the strength of {self.stem} is not a finite number")
         return strength
@@ -405,26 +405,39 @@ def _peft_settings(path: Path, file: Checkpoint) -> dict[str, dict[str, Any]]:
             component, _, setting = name.rpartition(".")
             settings.setdefault(component, {})[setting] = value
         for entry in settings.values():
-            if entry.get("lora_alpha") is not None:
-                entry["lora_alpha"] = float(entry["lora_alpha"])
-            entry["alpha_pattern"] = {
-                re.compile(rf"(.*\.)?({pattern})"): float(alpha)
-                for pattern, alpha in (entry.get("alpha_pattern") or {}).items()
-            }
+            for setting in ("lora_alpha", "alpha", "r"):
+                if entry.get(setting) is not None:
+                    entry[setting] = float(entry[setting])
+            for setting in ("alpha_pattern", "rank_pattern"):
+                entry[setting] = {
+                    re.compile(rf"(.*\.)?({pattern})"): float(number)
+                    for pattern, number in (entry.get(setting) or {}).items()
+                }
     except (ValueError, TypeError, AttributeError, RecursionError, re.error):
         raise CheckpointError(f"{source}: the settings that PEFT wrote of this LoRA make no sense") from None
     return settings
 
 
-def _peft_strength(entry: _Entry, rank: int, settings: Mapping[str, Mapping[str, Any]]) -> float:
-    """alpha / rank, or alpha / √rank (rsLoRA, arxiv.org/abs/2312.03732); 1 without settings."""
+def _peft_strength(entry: _Entry, rank: int | None, settings: Mapping[str, Mapping[str, Any]]) -> float:
+    """alpha / rank, or alpha / √rank (rsLoRA, arxiv.org/abs/2312.03732); 1 without settings.
+
+    A Kronecker product's rank is that of the settings: unlike LyCORIS, PEFT divides by it where both factors are whole.
+    """
     component = entry.target.component
-    found = settings.get(component) or settings.get("")
-    if found is None or found.get("lora_alpha") is None:
+    found = settings.get(component) or settings.get("") or {}
+    name = "alpha" if entry.kronecker else "lora_alpha"
+    if found.get(name) is None or (entry.kronecker and found.get("r") is None):
         return 1.0
     layer = entry.stem.removeprefix("base_model.model.").removeprefix(f"{component}.")
-    alphas = (alpha for pattern, alpha in found["alpha_pattern"].items() if pattern.fullmatch(layer))
-    alpha = next(alphas, found["lora_alpha"])
+
+    def of_layer(default: str, patterns: str) -> float:
+        return next((value for pattern, value in found[patterns].items() if pattern.fullmatch(layer)), found[default])
+
+    alpha = of_layer(name, "alpha_pattern")
+    if entry.kronecker:
+        rank = of_layer("r", "rank_pattern")
+    if rank is None or not rank > 0:
+        return math.inf
     return alpha / (math.sqrt(rank) if found.get("use_rslora") else rank)
 
 
