@@ -43,6 +43,13 @@ def vlm(make, wheel) -> Environment:
 
 
 @pytest.fixture(scope="module")
+def full(make, wheel, torch_index) -> Environment:
+    environment = make("full")
+    environment.install(f"{wheel}[full]", *torch_index.constraints, "--extra-index-url", torch_index.url)
+    return environment
+
+
+@pytest.fixture(scope="module")
 def lowest(make, wheel, tools) -> Environment:
     """The oldest versions that pyproject.toml allows, of what it names."""
     environment = make("lowest")
@@ -198,12 +205,44 @@ def test_vlm_brings_transformers_and_no_torch(vlm):
     )
 
 
-def test_an_extra_weighs_what_the_docs_say(core, torch_lite, vlm):
+def test_fibo_vlm_runs_without_torch(vlm, tmp_path):
+    """Commands, class and processor on a small checkpoint; pytest lies beside the environment, not in it."""
+    vlm.pip("install", "--quiet", "--no-compile", "--target", tmp_path / "beside", "pytest")
+    words = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/vlm")
+    done = vlm.run("python", *words, folder=ROOT, environment={"PYTHONPATH": str(tmp_path / "beside")})
+    assert done.status == 0, f"{done.out[-4000:]}\n{done.err}"
+    assert re.search(r"^\d\d+ passed", done.out, re.M), done.out
+    assert "skipped" not in done.out
+    assert "torch" not in vlm.versions()
+
+
+def test_full_is_all_of_it(full, vlm, torch_lite, sparse_file):
+    versions = full.versions()
+    assert set(versions) == set(vlm.versions()) | set(torch_lite.versions())
+    assert cuda_packages(versions) == []
+    full.pip("check")
+    found = full.doctor()
+    assert [name for name, part in found.items() if "error" in part] == []
+    assert {name: extra["installed"] for name, extra in found["extras"].items()} == {
+        "torch-lite": True,
+        "vlm": True,
+        "full": True,
+    }
+    assert full.run("mflux-convert", sparse_file, "out.safetensors", folder=sparse_file.parent).status == 0
+    done = full.run("mflux-inspire-fibo", "--image-path", ROOT / "docs" / "demo.png", folder=sparse_file.parent)
+    # Past what the core says: the extra is there, the model's weights are not.
+    assert done.status == 1
+    (line,) = done.errors
+    assert "mflux[vlm]" not in line
+
+
+def test_an_extra_weighs_what_the_docs_say(core, torch_lite, vlm, full):
     """Within a tenth of the table in docs/install.md, on the machine that it is for."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip("the table is for Linux x86-64")
     text = (ROOT / "docs" / "install.md").read_text()
-    for name, environment in (("mflux", core), ("mflux[torch-lite]", torch_lite), ("mflux[vlm]", vlm)):
+    environments = {"mflux": core, "mflux[torch-lite]": torch_lite, "mflux[vlm]": vlm, "mflux[full]": full}
+    for name, environment in environments.items():
         row = re.search(rf"^\| `{re.escape(name)}` \|.*\| ([\d,]+) MB \| (\d+) \|$", text, re.M)
         assert row, name
         assert environment.megabytes() == pytest.approx(float(row[1].replace(",", "")), rel=0.1)
