@@ -13,7 +13,8 @@ Each of these is installed by pip into an empty environment of its own, measured
 
 The wheels are collected in a folder first, whatever pip's cache holds, and installed from there: seconds to install
 have no network in them. pip compiles bytecode, which is in the seconds and not in the size. `--help` and the picture
-are the median of --repeats processes, after one whose time is dropped. Everything happens in a temporary folder; what
+are the median of --repeats processes, after one whose time is dropped. Beside the seconds on the clock stand those of
+the processor, which a busy machine stretches less. Everything happens in a temporary folder; what
 each part needs of its disk is checked and said first. --results and --wheels let a run that was broken off go on.
 """
 
@@ -25,6 +26,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -33,7 +35,7 @@ import tempfile
 import time
 import venv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from importlib.metadata import distributions
 from pathlib import Path
@@ -88,19 +90,35 @@ def variables(**changes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in dropped} | changes
 
 
-def timed(*words: object, folder: Path, **changes: str) -> tuple[float, subprocess.CompletedProcess]:
+Seconds = tuple[float, float]
+"""On the clock, of the processor."""
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def timed(*words: object, folder: Path, **changes: str) -> tuple[Seconds, subprocess.CompletedProcess]:
     call = [str(word) for word in words]
-    start = time.perf_counter()
+    start, used = time.perf_counter(), processor_seconds()
     done = subprocess.run(call, cwd=folder, env=variables(**changes), capture_output=True, text=True, check=False)
-    return time.perf_counter() - start, done
+    return (time.perf_counter() - start, processor_seconds() - used), done
 
 
-def checked(*words: object, folder: Path, **changes: str) -> tuple[float, str]:
+def checked(*words: object, folder: Path, **changes: str) -> tuple[Seconds, str]:
     """Seconds and standard output of a program that has to succeed."""
     seconds, done = timed(*words, folder=folder, **changes)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, words))} failed:\n{done.stdout}{done.stderr}")
     return seconds, done.stdout
+
+
+def summed(name: str, runs: list[Seconds], add: Callable[[Iterable[float]], float]) -> dict[str, float]:
+    """Both kinds of seconds by name, added up or averaged."""
+    clock, processor = zip(*runs, strict=True)
+    return {name: add(clock), f"{name}_processor": add(processor)}
 
 
 class Bench:
@@ -114,7 +132,7 @@ class Bench:
         self.pip("install", "--quiet", "--upgrade", "pip")
         self.wheel = self._build()
 
-    def pip(self, *words: object, **changes: str) -> float:
+    def pip(self, *words: object, **changes: str) -> Seconds:
         # Temporary files belong where the free space has been looked at.
         pip = (self.tools.python, "-m", "pip", "--disable-pip-version-check", *words)
         return checked(*pip, folder=self.folder, TMPDIR=str(self.folder), **changes)[0]
@@ -171,16 +189,16 @@ def install(bench: Bench, name: str, environment: Path) -> dict[str, float]:
         collect = ("wheel", "--quiet", "--wheel-dir", wheels, "--find-links", wheels)
         for step in steps:
             bench.pip(*collect, *step, **(only_these if name == "old" else {}))
-    seconds, downloaded = 0.0, 0
+    seconds, downloaded = [], 0
     report = bench.folder / "installed.json"
     into = ("--python", environment / "bin" / "python", "install", "--quiet", "--no-index", "--report", report)
     for step in steps:
-        seconds += bench.pip(*into, *step, **only_these)
+        seconds.append(bench.pip(*into, *step, **only_these))
         urls = [part["download_info"]["url"] for part in json.loads(report.read_text())["install"]]
         downloaded += sum(Path(url2pathname(urlsplit(url).path)).stat().st_size for url in urls)
     if bench.kept is None:
         shutil.rmtree(wheels)
-    return {"install": seconds, "download": downloaded / 1e6}
+    return summed("install", seconds, sum) | {"download": downloaded / 1e6}
 
 
 # ---- measuring
@@ -197,7 +215,7 @@ def measure(bench: Bench, name: str) -> dict:
         found["parts"] = {part.name: size_of(part) / 1e6 for part in distributions(path=[str(packages)])}
         found |= measure_help(bench, environment)
         if name in ("core", "full-cpu"):
-            found["picture"] = picture_seconds(bench, environment)
+            found |= measure_picture(bench, environment)
     finally:
         shutil.rmtree(environment)
     return found
@@ -216,10 +234,11 @@ def measure_help(bench: Bench, environment: Path) -> dict:
         return {"help_fails": done.stderr.strip().splitlines()[-1].replace(str(environment), "…")}
     seconds = [checked(script, "--help", folder=bench.folder)[0] for _ in range(bench.repeats)]
     _, counted = timed(python, "-c", COUNT_MODULES, script, "--help", folder=bench.folder)
-    return {"help": statistics.median(seconds), "modules": int(counted.stderr.strip().splitlines()[-1])}
+    modules = int(counted.stderr.strip().splitlines()[-1])
+    return summed("help", seconds, statistics.median) | {"modules": modules}
 
 
-def picture_seconds(bench: Bench, environment: Path) -> float:
+def measure_picture(bench: Bench, environment: Path) -> dict[str, float]:
     """From the start of the command to its end with a picture, offline."""
     seconds = []
     for number in range(bench.repeats + 1):
@@ -237,7 +256,7 @@ def picture_seconds(bench: Bench, environment: Path) -> float:
         )
         seconds.append(checked(*call, folder=bench.folder, HF_HUB_OFFLINE="1")[0])
         path.unlink()
-    return statistics.median(seconds[1:])
+    return summed("picture", seconds[1:], statistics.median)
 
 
 def resolve_macos(bench: Bench) -> dict[str, dict]:
@@ -291,7 +310,11 @@ def machine(load: float) -> str:
 
 
 def cell(found: dict, name: str, form: str) -> str:
-    return format(found[name], form) if name in found else "–"
+    """A measurement, with the processor's seconds if it has any."""
+    if name not in found:
+        return "–"
+    processor = f" ({found[f'{name}_processor']:{form}})" if f"{name}_processor" in found else ""
+    return f"{found[name]:{form}}{processor}"
 
 
 def largest(parts: dict[str, float], count: int = 7) -> str:
@@ -321,9 +344,11 @@ def ratios(measured: dict[str, dict]) -> list[str]:
     compare("size on macOS (resolved), MB", "macos-old", "macos-core", "megabytes", ",.0f", GOALS["macos"])
     working = "old" if "help" in measured.get("old", {}) else "old-cpu"
     compare("`mflux-generate --help`, seconds", working, "core", "help", ".3f", GOALS["help"])
+    compare("the processor's seconds of it", working, "core", "help_processor", ".3f", GOALS["help"])
     compare("modules that it imports", working, "core", "modules", ",d")
     compare("download, MB", "old", "core", "download", ",.0f")
     compare("seconds to install", "old", "core", "install", ".1f")
+    compare("the processor's seconds of it", "old", "core", "install_processor", ".1f")
     compare("size against 0.24.0's with CPU builds, MB", "old-cpu", "core", "megabytes", ",.0f")
     compare("size of everything against it, MB", "old-cpu", "full-cpu", "megabytes", ",.0f")
     return lines
@@ -331,7 +356,7 @@ def ratios(measured: dict[str, dict]) -> list[str]:
 
 def report(results: dict) -> str:
     measured = results["measured"]
-    lines = [f"{results['date']}; {results['machine']}.", ""]
+    lines = [f"{results['date']}; {results['machine']}. Seconds are the clock's, in brackets the processor's.", ""]
     installed = [name for name in ("old", "core", "old-cpu", "full-cpu") if name in measured]
     if installed:
         lines.append(
@@ -341,7 +366,7 @@ def report(results: dict) -> str:
     for name in installed:
         found = measured[name]
         cells = [LABELS[name], str(len(found["parts"])), f"{found['megabytes']:,.0f}", f"{found['download']:,.0f}"]
-        cells += [f"{found['install']:.1f}", "fails" if "help_fails" in found else cell(found, "help", ".3f")]
+        cells += [cell(found, "install", ".1f"), "fails" if "help_fails" in found else cell(found, "help", ".3f")]
         cells += [cell(found, "modules", ",d"), cell(found, "picture", ".1f")]
         lines.append(f"| {' | '.join(cells)} |")
     failures = [(LABELS[name], found["help_fails"]) for name, found in measured.items() if "help_fails" in found]
