@@ -208,7 +208,7 @@ def test_vlm_brings_transformers_and_no_torch(vlm):
 def test_fibo_vlm_runs_without_torch(vlm, tmp_path):
     """Commands, class and processor on a small checkpoint; pytest lies beside the environment, not in it."""
     vlm.pip("install", "--quiet", "--no-compile", "--target", tmp_path / "beside", "pytest")
-    words = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/vlm")
+    words = ("-m", "pytest", "-rs", "-p", "no:cacheprovider", "tests/vlm")
     done = vlm.run("python", *words, folder=ROOT, environment={"PYTHONPATH": str(tmp_path / "beside")})
     assert done.status == 0, f"{done.out[-4000:]}\n{done.err}"
     assert re.search(r"^\d\d+ passed", done.out, re.M), done.out
