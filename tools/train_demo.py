@@ -11,8 +11,8 @@ Five stages, each resumable, each leaving its result in the work folder:
 
     python tools/train_demo.py --work /tmp/demo-training [--stage vae] [--out src/mflux/demo/checkpoint]
 
-Needs torch, diffusers, transformers, tokenizers and safetensors; about 90 minutes on two CPU cores. Seeded: the same
-library versions and thread count give the same model.
+Needs torch, diffusers, transformers, tokenizers and safetensors; under two hours on two CPU cores that do nothing else.
+Seeded: the same library versions and thread count give the same model.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ def build_flow(work: Path) -> torch.nn.ModuleDict:
     )
 
 
-def train_flow(work: Path, steps: int, batch: int, variants: int) -> None:
+def train_flow(work: Path, steps: int, batch: int, variants: int, highest_rate: float) -> None:
     bank, scenes = latent_bank(work, variants)
     shift, scale = bank.mean().item(), 1.0 / bank.std().item()
     write_json(work / "latent_statistics.json", {"shift_factor": shift, "scaling_factor": scale})
@@ -370,7 +370,7 @@ def train_flow(work: Path, steps: int, batch: int, variants: int) -> None:
     clock, losses = time.time(), []
     for step in range(start, steps):
         fraction = step / steps
-        rate = 1.5e-3 * min(1.0, (step + 1) / 300) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * fraction)))
+        rate = highest_rate * min(1.0, (step + 1) / 300) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * fraction)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = torch.from_numpy(rng.integers(len(scenes), size=batch))
@@ -592,7 +592,8 @@ def main() -> None:
     parser.add_argument("--stage", choices=["tokenizers", "vae", "flow", "decoder", "export"], help="only this one")
     parser.add_argument("--vae-steps", type=int, default=6000)
     parser.add_argument("--decoder-steps", type=int, default=2000)
-    parser.add_argument("--flow-steps", type=int, default=4000)
+    parser.add_argument("--flow-steps", type=int, default=7000)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate of the flow")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--variants", type=int, default=4, help="drawings of each training scene")
     arguments = parser.parse_args()
@@ -601,7 +602,9 @@ def main() -> None:
     stages = {
         "tokenizers": lambda: train_tokenizers(arguments.work),
         "vae": lambda: train_vae(arguments.work, arguments.vae_steps),
-        "flow": lambda: train_flow(arguments.work, arguments.flow_steps, arguments.batch, arguments.variants),
+        "flow": lambda: train_flow(
+            arguments.work, arguments.flow_steps, arguments.batch, arguments.variants, arguments.rate
+        ),
         "decoder": lambda: polish_decoder(arguments.work, arguments.decoder_steps),
         "export": lambda: export(arguments.work, arguments.out),
     }
