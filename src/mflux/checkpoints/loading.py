@@ -22,6 +22,8 @@ from mflux.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 _INDEX_SUFFIX = ".safetensors.index.json"
+# Tensors are read together up to so many bytes: MLX reads several at once, and beside the result no more is in memory.
+TOGETHER = 16_000_000
 Adjust = Callable[[str, mx.array], mx.array]
 
 
@@ -166,8 +168,8 @@ def fill(
 ) -> None:
     """Give every parameter of `module` its tensor, and make sure that every tensor found its parameter.
 
-    Each tensor is read, turned to MLX's layout, quantized or cast, and evaluated before the next, so that beside the
-    result only one tensor is in memory.
+    Tensors are read, turned to MLX's layout, quantized or cast, and evaluated before the next ones, so that beside the
+    result only one tensor is in memory, or several small ones.
 
     Args:
         module: filled in place. Layers that the tensors hold quantized, or that are to be quantized, are exchanged in
@@ -211,11 +213,18 @@ def fill(
     def store(name: str, value: mx.array) -> None:
         if not keep_dtypes and mx.issubdtype(value.dtype, mx.floating):
             value = value.astype(dtype or compute_dtype(value.dtype))
-        mx.eval(value)
         _assign(module, name, value)
+        pending.append(value)
 
+    pending: list[mx.array] = []
+    to_read = 0
     for name, key in plan.items():
         value = tensors[key]
+        if to_read + value.nbytes > TOGETHER:
+            mx.eval(pending)
+            pending.clear()
+            to_read = 0
+        to_read += value.nbytes
         expected = parameters[name]
         if (turn := turns.get(name)) and value.ndim == expected.ndim:
             value = turn(value)
@@ -236,6 +245,7 @@ def fill(
         else:
             # Without a copy of its own a transposed kernel would be laid out anew in every convolution.
             store(name, mx.contiguous(value) if turn else value)
+    mx.eval(pending)
     module.eval()
     module.freeze()
 
