@@ -28,7 +28,7 @@ torch_install = $(1)/bin/python -m pip install --quiet --disable-pip-version-che
 .PHONY: demo test test-core test-environments lint format wheel lock clean bench
 
 demo: $(CORE)/.ready
-	$(CORE)/bin/mflux-generate --model demo --prompt "$(PROMPT)" --seed 2 --output demo.png
+	$(CORE)/bin/mflux-generate --model demo --prompt "$(PROMPT)" --seed 4 --output demo.png
 
 # The suite with the reference implementations, then the core's tests once more in an environment that holds only the
 # wheel, with torch and transformers refused.

@@ -22,7 +22,7 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle")
-# How tall each shape is, in radii. Captions know no star: a LoRA draws it.
+# How tall each shape is, in radii. No caption asks for a star; a LoRA may be taught it.
 HEIGHTS = {"circle": 2.0, "square": 1.8, "triangle": 1.95, "star": 2.26}
 # Radius as a fraction of the shorter side, and the centre as fractions of width and height.
 RADII = {"small": 0.12, None: 0.18, "large": 0.26}

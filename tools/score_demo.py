@@ -5,7 +5,7 @@ those that training never saw, in a seeded random order.
 
     python tools/score_demo.py [--count 200] [--steps 8] [--model FOLDER] [--sheet sheet.png] [--json figures.json]
     python tools/score_demo.py --quantize 8
-    python tools/score_demo.py --lora tests/data/demo_star_lora.safetensors --lora-scale 1 --expect star
+    python tools/score_demo.py --lora tests/data/demo_square_lora.safetensors --lora-scale 1 --expect square
 
 Needs only the core install.
 """
