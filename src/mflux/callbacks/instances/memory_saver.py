@@ -73,6 +73,20 @@ class MemorySaver:
         return f"peak MLX memory: {mx.get_peak_memory() / 1e9:.2f} GB"
 
 
+class LastPictureSaver:
+    """Lets the transformer go when the steps are done: registered before the last picture, which alone decodes then.
+
+    Args:
+        model: a pipeline whose components are `Part`s.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def call_after_loop(self, seed: int, prompt: str, latents: mx.array, config: Config) -> None:
+        release(self.model, "transformer")
+
+
 def limit_cache(limit: int) -> None:
     """Let MLX keep at most `limit` bytes of freed memory."""
     mx.set_cache_limit(limit)

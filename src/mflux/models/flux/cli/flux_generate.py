@@ -63,6 +63,7 @@ def generate(argv: Sequence[str] | None) -> None:
     prompt = options.read_prompt(args)
     width, height = resolve_size(args, model_config)
 
+    from mflux.callbacks.instances.memory_saver import LastPictureSaver
     from mflux.models.flux.variants.txt2img.flux import Flux1
 
     model_path = None if is_builtin(args.model) else args.model
@@ -81,6 +82,8 @@ def generate(argv: Sequence[str] | None) -> None:
     options.advise()
 
     for index, seed in enumerate(args.seed):
+        if index == len(args.seed) - 1:
+            flux.callbacks.register(LastPictureSaver(flux))
         if index > 0 and args.prompt_file is not None:
             prompt = options.read_prompt(args)
         image = flux.generate_image(

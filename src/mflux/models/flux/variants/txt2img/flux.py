@@ -22,7 +22,7 @@ from mflux.models.common.config.model_config import ModelConfig, key_of
 from mflux.models.common.config.saved_model import FILE_NAME, record
 from mflux.models.common.lora.library import find_lora, settle_scales
 from mflux.models.common.lora.reading import Loras
-from mflux.models.common.stages import Part, release, timed
+from mflux.models.common.stages import Part, give_back_memory, release, timed
 from mflux.models.common.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.text_encoders.t5 import T5Encoder
 from mflux.models.common.tokenizers import PromptTokenizer, clip_tokenizer, t5_tokenizer
@@ -333,7 +333,7 @@ class Flux1:
                     config = self.folder.config(part)
                     note.append(f"{save_component(component, target / part, config, stem=stem) / 1e9:.2f} GB")
                     del component
-                    mx.clear_cache()
+                    give_back_memory()
             copy_beside(self.root, target, ("model_index.json", "scheduler", "tokenizer", "tokenizer_2"))
             for path, content in self.folder.lacking().items():
                 write_json(target / path, content)
