@@ -186,8 +186,8 @@ def test_a_component_without_weights(refused, broken):
     refused(
         model=broken,
         status=1,
-        message=f"{broken}/text_encoder holds no .safetensors file: "
-        "the folder is not a complete model in the diffusers layout",
+        message=f"{broken}/text_encoder holds no weights, no .safetensors file: "
+        "fetch them, or name a folder that has them",
     )
 
 

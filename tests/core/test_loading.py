@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mflux.backend import compute_dtype, mx, nn, tree_flatten
-from mflux.checkpoints.loading import Exceptions, FolderTensors, load_component, read_json
+from mflux.checkpoints.folders import read_json
+from mflux.checkpoints.loading import Exceptions, FolderTensors, load_component
 from mflux.checkpoints.safetensors_file import SafetensorsFile, float8_values, read_header
 from mflux.errors import CheckpointError
 from mflux.models.common.config.component_config import ComponentConfig
@@ -353,7 +354,7 @@ def test_variants_beside_each_other(folder, halves):
 
 def test_two_files_and_nothing_that_tells(folder):
     write(folder / "other.safetensors", small_tensors())
-    told = f"{folder} holds 2 weight files and no index that says which to take; leave one"
+    told = f"{folder} holds 2 .safetensors files and no index that says which to take: leave one there"
     with pytest.raises(CheckpointError, match=re.escape(told)):
         load_component(Small, folder)
 

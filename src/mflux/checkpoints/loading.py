@@ -7,7 +7,6 @@ them last, and a class may declare exceptions as data (`Exceptions`).
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import compute_dtype, mx, nn, tree_flatten
+from mflux.checkpoints.folders import read_json, weight_files
 from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError
 
 log = logging.getLogger(__name__)
-_INDEX_SUFFIX = ".safetensors.index.json"
 # Tensors are read together up to so many bytes: MLX reads several at once, and beside the result no more is in memory.
 TOGETHER = 16_000_000
 Adjust = Callable[[str, mx.array], mx.array]
@@ -47,7 +46,7 @@ class FolderTensors(Mapping[str, mx.array]):
 
     def __init__(self, folder: str | Path, files: Sequence[Path] | None = None):
         self.folder = Path(folder)
-        self.files = {path: SafetensorsFile(path) for path in files or _weight_files(self.folder)}
+        self.files = {path: SafetensorsFile(path) for path in files or weight_files(self.folder, (".safetensors",))}
         self._where: dict[str, SafetensorsFile] = {}
         for file in self.files.values():
             for name in file:
@@ -63,51 +62,6 @@ class FolderTensors(Mapping[str, mx.array]):
 
     def __len__(self) -> int:
         return len(self._where)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    indexes = sorted(folder.glob("*" + _INDEX_SUFFIX))
-    if len(indexes) > 1:
-        # A repository may hold variants beside each other; the plain name is the one to take.
-        indexes = [path for path in indexes if path.name.count(".") == 3] or indexes[:1]
-    if indexes:
-        names = read_json(indexes[0]).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{indexes[0]} is damaged: it has no table of shards; fetch it again")
-        shards = sorted(set(names.values()))
-        missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder} is incomplete: {len(missing)} of {len(shards)} weight files are missing, "
-                f"such as {missing[0]}: fetch it again"
-            )
-        return [folder / name for name in shards]
-    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    plain = [path for path in files if path.name.count(".") == 1]
-    if len(plain or files) == 1:
-        return plain or files
-    if not files:
-        raise CheckpointError(
-            f"{folder} holds no .safetensors file: the folder is not a complete model in the diffusers layout"
-        )
-    raise CheckpointError(f"{folder} holds {len(files)} weight files and no index that says which to take; leave one")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a `CheckpointError` that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: the folder is not a complete model in the diffusers layout"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError:
-        raise CheckpointError(f"{path} is damaged: it is not JSON; fetch it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it is not a JSON object; fetch it again")
-    return content
 
 
 def load_component(

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mflux.backend import mx
-from mflux.checkpoints.loading import read_json
+from mflux.checkpoints.folders import weight_files
 from mflux.checkpoints.pytorch_file import DTYPES, DeclinedInfo, PytorchFile
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.checkpoints.unpickler import shown
 from mflux.errors import CheckpointError
 
-# In a folder that holds both, safetensors are the ones to take.
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_INDEX_SUFFIX = ".index.json"
 _SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
@@ -147,46 +144,6 @@ def load_checkpoint(path: str | Path, key: str | None = None) -> dict[str, mx.ar
             result[name] = seen[same] = checkpoint[name]
             mx.eval(result[name])
     return result
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files to read for a path: itself, the shards that an index names, or those of a folder."""
-    if path.is_dir():
-        return _files_in(path)
-    if path.name.endswith(_INDEX_SUFFIX):
-        return _shards(path)
-    return [path]
-
-
-def _files_in(folder: Path) -> list[Path]:
-    for suffix in SUFFIXES:
-        indexes = sorted(folder.glob(f"*{suffix}{_INDEX_SUFFIX}"))
-        # Variants may lie beside the plain files ("model.fp16.safetensors"); the plain ones are meant.
-        if indexes:
-            return _shards(min(indexes, key=lambda index: (index.name.count("."), index.name)))
-        files = sorted(file for file in folder.glob(f"*{suffix}") if file.is_file())
-        plain = [file for file in files if file.name.count(".") == 1]
-        if len(plain or files) == 1:
-            return plain or files
-        if files:
-            raise CheckpointError(
-                f"{folder} holds {len(files)} {suffix} files and no index that says which to take: name one of them"
-            )
-    raise CheckpointError(f"{folder} holds no weights: no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-
-
-def _shards(index: Path) -> list[Path]:
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise CheckpointError(f"{index} is damaged: it has no table of shards")
-    names = sorted(set(table.values()))
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index.parent} is incomplete: {len(missing)} of {len(names)} weight files are missing, such as "
-            f"{shown(missing[0])}"
-        )
-    return [index.parent / name for name in names]
 
 
 def _open_file(path: Path) -> SafetensorsFile | PytorchFile:

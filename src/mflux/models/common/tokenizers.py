@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from mflux.backend import mx
-from mflux.checkpoints.loading import read_json
+from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
 
 # Contractions, words, single digits, and runs of anything else that is not space (Radford et al. 2021).

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx
-from mflux.checkpoints.loading import fill, read_json
-from mflux.checkpoints.opening import SUFFIXES, open_checkpoint
+from mflux.checkpoints.folders import SUFFIXES, read_json
+from mflux.checkpoints.loading import fill
+from mflux.checkpoints.opening import open_checkpoint
 from mflux.checkpoints.quantization import Quantization
 from mflux.errors import CheckpointError
 from mflux.hub import resolve_model

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx
-from mflux.checkpoints.loading import FolderTensors, read_json
+from mflux.checkpoints.folders import read_json
+from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.quantization import Quantization, inferred
 from mflux.errors import CheckpointError
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import read_json
+from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.opening import Checkpoint, open_checkpoint
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError

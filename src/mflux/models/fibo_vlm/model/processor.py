@@ -14,7 +14,7 @@ from typing import Any
 import PIL.Image
 
 from mflux.backend import mx
-from mflux.checkpoints.loading import read_json
+from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, ImageError, UsageError
 from mflux.models.fibo_vlm.model.qwen3_vl import Grid, Qwen3VLConfig
 from mflux.models.fibo_vlm.packages import import_transformers

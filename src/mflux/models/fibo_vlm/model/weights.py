@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux.backend import mx
-from mflux.checkpoints.loading import FolderTensors, load_component, read_json
+from mflux.checkpoints.folders import read_json
+from mflux.checkpoints.loading import FolderTensors, load_component
 from mflux.errors import CheckpointError
 from mflux.hub import resolve_model
 from mflux.models.fibo_vlm.model.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration

@@ -1,0 +1,75 @@
+"""Which files of a folder hold its weights, and the JSON that lies beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mflux.checkpoints.unpickler import shown
+from mflux.errors import CheckpointError
+
+# In a folder that holds both, safetensors are the ones to take.
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_INDEX_SUFFIX = ".index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a `CheckpointError` that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: the folder is not a complete model in the diffusers layout"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is damaged: it is not JSON; fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it is not a JSON object; fetch it again")
+    return content
+
+
+def weight_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files to read for a path: itself, the shards that an index names, or those of a folder.
+
+    Args:
+        path: a file, an index (`….index.json`), or a folder with one file or an index. Variants may lie beside the
+            plain files ("model.fp16.safetensors"); the plain ones are taken.
+        suffixes: the kinds of file to look for in a folder, the first that is there.
+
+    Raises:
+        CheckpointError: there are none, some are missing, or there are several and nothing says which to take.
+    """
+    if not path.is_dir():
+        return _shards(path) if path.name.endswith(_INDEX_SUFFIX) else [path]
+    for suffix in suffixes:
+        indexes = path.glob(f"*{suffix}{_INDEX_SUFFIX}")
+        if index := min(indexes, key=lambda index: (index.name.count("."), index.name), default=None):
+            return _shards(index)
+        files = sorted(file for file in path.glob(f"*{suffix}") if file.is_file())
+        plain = [file for file in files if file.name.count(".") == 1]
+        if len(plain or files) == 1:
+            return plain or files
+        if files:
+            raise CheckpointError(
+                f"{path} holds {len(files)} {suffix} files and no index that says which to take: leave one there"
+            )
+    kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if len(suffixes) > 1 else suffixes[0]
+    raise CheckpointError(f"{path} holds no weights, no {kinds} file: fetch them, or name a folder that has them")
+
+
+def _shards(index: Path) -> list[Path]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{index} is damaged: it has no table of shards; fetch it again")
+    names = sorted(set(table.values()))
+    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent} is incomplete: {len(missing)} of {len(names)} weight files are missing, such as "
+            f"{shown(missing[0])}: fetch it again"
+        )
+    return [index.parent / name for name in names]
