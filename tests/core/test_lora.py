@@ -15,7 +15,7 @@ from mflux.checkpoints.loading import load_component
 from mflux.errors import CheckpointError, DownloadError, UsageError
 from mflux.models.common.lora.adapters import Adapter, Kronecker, LoraLinear, LowRank, dense, linear_layers, merged
 from mflux.models.common.lora.library import find_lora, library, settle_scales
-from mflux.models.common.lora.reading import Loras, spelled
+from mflux.models.common.lora.reading import Loras, Spelling, spelled
 from mflux.models.common.text_encoders.clip import CLIPTextEncoder
 from mflux.models.flux.lora_names import FLUX_LORA_LAYOUTS, FLUX_LORA_NAMES
 from mflux.models.flux.model.transformer import FluxTransformer
@@ -254,6 +254,85 @@ def test_lokr(match, skeletons, tiny_schnell, tmp_path, stem, layers, form, magn
         assert np.allclose(np.array(wrapped[layer](mx.array(x))), x @ (weight + part).T + bias, atol=2e-5), layer
 
 
+# ---- biases
+
+
+@pytest.mark.parametrize("adapter", ["", ".default"])
+def test_biases_come_along(match, tiny_schnell, tmp_path, adapter):
+    """PEFT's `lora_bias`: multiplied as the product is; of three layers in one, each has its part. Baked and beside."""
+    fused = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = pair(fused, height=3 * WIDTH) | {f"{fused}.alpha": mx.array(2.0)}
+    bias = noise(7, 3 * WIDTH)
+    tensors[f"{fused}.lora_B{adapter}.bias"] = bias
+    path = write(tmp_path / "a.safetensors", tensors)
+    stored = mx.load(str(next((tiny_schnell / "transformer").glob("*.safetensors"))))
+
+    def load(adjust):
+        return load_component(FluxTransformer, tiny_schnell / "transformer", adjust=adjust)
+
+    for bake in (True, False):
+        module = match(path, 0.6).apply("transformer", load, bake=bake)
+        biases = {path: layer.bias for path, layer in module.named_modules() if "bias" in layer}
+        assert sum(isinstance(layer, LoraLinear) for _, layer in module.named_modules()) == (0 if bake else 3)
+        for number, name in enumerate("qkv"):
+            layer = f"transformer_blocks.0.attn.to_{name}"
+            part = np.array(bias)[number * WIDTH : (number + 1) * WIDTH]
+            want = np.array(stored[f"{layer}.bias"]) + 0.6 * 2 / 4 * part
+            assert np.allclose(np.array(biases.pop(layer)), want, atol=1e-6)
+        assert all(
+            np.array_equal(np.array(value), np.array(stored[f"{layer}.bias"]))
+            for layer, value in biases.items()
+            if f"{layer}.bias" in stored
+        )
+
+
+def test_biases_of_packed_layers_come_along_once(match, tiny_schnell, tmp_path):
+    """Where weights are stored quantized, their biases are in full precision, and baked; the product is beside."""
+    name = "transformer_blocks.0.ff.net.2"
+    width = 4 * WIDTH
+    bias = noise(7, WIDTH)
+    tensors = pair(f"transformer.{name}", width=width) | {f"transformer.{name}.lora_B.bias": bias}
+    path = write(tmp_path / "a.safetensors", tensors)
+    stored = mx.load(str(next((tiny_schnell / "transformer").glob("*.safetensors"))))
+    weight = stored.pop(f"{name}.weight")
+    parts = ("weight", "scales", "biases")
+    stored |= {f"{name}.{part}": value for part, value in zip(parts, mx.quantize(weight, bits=8), strict=True)}
+    (tmp_path / "transformer").mkdir()
+    config = (tiny_schnell / "transformer" / "config.json").read_text()
+    (tmp_path / "transformer" / "config.json").write_text(config)
+    write(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", stored)
+    module = match(path).apply(
+        "transformer",
+        lambda adjust: load_component(FluxTransformer, tmp_path / "transformer", adjust=adjust),
+        bake=True,
+    )
+    layer = module.transformer_blocks[0].ff.net[2]
+    assert isinstance(layer, LoraLinear)
+    x = noise(8, 3, width)
+    down, up = (tensors[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+    packed = mx.dequantize(*mx.quantize(weight, bits=8), bits=8)
+    want = x @ (packed + up @ down).T + stored[f"{name}.bias"] + bias
+    assert np.allclose(np.array(layer(x)), np.array(want), atol=2e-5)
+
+
+def test_a_bias_for_a_layer_without_one(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.only = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    path = write(tmp_path / "a.safetensors", pair("only") | {"only.lora_B.bias": mx.zeros(WIDTH)})
+    told = f"{path} changes the bias of only, which has none in this model"
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        Loras([path], [1.0], spellings=[Spelling("x", ("",))], layouts=FLUX_LORA_LAYOUTS, modules={"x": Plain()})
+
+
+def test_a_bias_alone_is_no_adapter(match, tmp_path, caplog):
+    other = "transformer.transformer_blocks.0.attn.to_k"
+    match(write(tmp_path / "a.safetensors", pair() | {f"{other}.lora_B.bias": mx.zeros(WIDTH)}))
+    assert caplog.messages == [f"a.safetensors: 1 of 3 tensors belong to no layer: {other}.lora_B.bias"]
+
+
 # ---- strength
 
 
@@ -370,6 +449,7 @@ def test_a_file_for_another_model_shows_its_names_and_the_known_layouts(match, t
         ({f"{TO_Q}.alpha": math.inf}, f": the strength of {TO_Q} is not a finite number"),
         ({f"{TO_Q}.lora_down.weight": (4, 32)}, f" holds {TO_Q} twice: as {TO_Q}.lora_A.weight and as "),
         ({"lycoris_transformer_blocks_0_attn_to_k.lokr_w1": (2, 2)}, " is incomplete: lycoris_"),
+        ({f"{TO_Q}.lora_B.bias": (8,)}, f": {TO_Q}.lora_B.bias has the shape [8] for a layer of 32 outputs"),
     ],
 )
 def test_a_damaged_file(match, tmp_path, change, told):

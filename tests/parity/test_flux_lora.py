@@ -486,7 +486,9 @@ def plain_json(config: LoraConfig) -> dict:
     return json.loads(json.dumps(config.to_dict(), default=sorted))
 
 
-@pytest.mark.parametrize("settings", [dict(lora_alpha=6), dict(lora_alpha=3, use_rslora=True)])
+@pytest.mark.parametrize(
+    "settings", [dict(lora_alpha=6), dict(lora_alpha=3, use_rslora=True), dict(lora_alpha=6, lora_bias=True)]
+)
 def test_what_diffusers_saves_itself(model, tmp_path, settings):
     """With PEFT's settings in the header, and a part for CLIP with its own."""
     pipeline = model.pipeline
@@ -518,11 +520,12 @@ def test_what_diffusers_saves_itself(model, tmp_path, settings):
     [
         LoraConfig(r=4, init_lora_weights=False, **patterns(lora_alpha=6)),
         LoraConfig(r=4, init_lora_weights=False, **patterns(lora_alpha=3, use_rslora=True)),
+        LoraConfig(r=4, init_lora_weights=False, lora_bias=True, **patterns(lora_alpha=6)),
         LoKrConfig(r=4, init_weights=False, decompose_both=True, decompose_factor=8, **patterns(alpha=3)),
         # A rank above half of the factors' sizes: PEFT keeps them whole, and divides by the rank nevertheless.
         LoKrConfig(r=64, init_weights=False, **patterns(alpha=40)),
     ],
-    ids=["lora", "rslora", "lokr", "lokr whole"],
+    ids=["lora", "rslora", "biases", "lokr", "lokr whole"],
 )
 def test_what_peft_saves_itself(model, tmp_path, config):
     """A folder with the settings beside the tensors. diffusers' loader takes the names for those of another layout."""

@@ -25,11 +25,13 @@ class Adapter:
         strength: what the file itself multiplies its product by: alpha / rank.
         read: gives the product's factors, and the magnitudes of the changed weights' rows (out, 1) or columns (1, in),
             or None.
+        read_bias: gives what is added to the layer's bias (out,), to be multiplied like the product; None for nothing.
     """
 
     scale: float
     strength: float
     read: Callable[[], tuple[LowRank | Kronecker, mx.array | None]]
+    read_bias: Callable[[], mx.array] | None = None
 
 
 class LowRank(nn.Module):
@@ -89,6 +91,15 @@ def merged(weight: mx.array, adapters: Iterable[Adapter]) -> mx.array:
                 change = (weight + change) * _factors(weight + change, magnitude) - weight
             weight = weight + adapter.scale * change
     return weight
+
+
+def merged_bias(bias: mx.array, adapters: Iterable[Adapter]) -> mx.array:
+    """A layer's bias (out,) with what the adapters add to it, in float32."""
+    bias = bias.astype(mx.float32)
+    for adapter in adapters:
+        if adapter.scale and adapter.read_bias is not None:
+            bias = bias + adapter.scale * adapter.strength * adapter.read_bias()
+    return bias
 
 
 def _factors(weight: mx.array, magnitude: mx.array) -> mx.array:
@@ -175,8 +186,15 @@ def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
     return {path: layer.weight.shape for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
 
 
-def wrap(module: nn.Module, path: str, adapters: Sequence[Adapter]) -> None:
-    """Exchange a linear layer for one with adapters. Where all scales are 0 it stays as it is."""
+def wrap(module: nn.Module, path: str, adapters: Sequence[Adapter], *, bias: bool = True) -> None:
+    """Exchange a linear layer for one with adapters. Where all scales are 0 it stays as it is.
+
+    Args:
+        module: holds the layer.
+        path: where, from the module on.
+        adapters: in their order.
+        bias: whether they change the layer's bias as well; not if that is done already.
+    """
     if not any(adapter.scale for adapter in adapters):
         return
     *steps, leaf = path.split(".")
@@ -184,4 +202,7 @@ def wrap(module: nn.Module, path: str, adapters: Sequence[Adapter]) -> None:
     for step in steps:
         parent = parent[int(step)] if isinstance(parent, list) else parent[step]
     place = int(leaf) if isinstance(parent, list) else leaf
-    parent[place] = LoraLinear(parent[place], adapters)
+    linear = parent[place]
+    if bias and any(adapter.read_bias is not None for adapter in adapters):
+        linear.bias = merged_bias(linear.bias, adapters).astype(linear.bias.dtype)
+    parent[place] = LoraLinear(linear, adapters)

@@ -21,14 +21,24 @@ from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.opening import Checkpoint, open_checkpoint
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError
-from mflux.models.common.lora.adapters import Adapter, Kronecker, LowRank, Rows, linear_layers, merged, wrap
+from mflux.models.common.lora.adapters import (
+    Adapter,
+    Kronecker,
+    LowRank,
+    Rows,
+    linear_layers,
+    merged,
+    merged_bias,
+    wrap,
+)
 
 log = logging.getLogger(__name__)
 
 # Part → how names end that hold it. PEFT may put an adapter's name before ".weight".
 _PARTS = {
-    "down": r"\.(lora_A(?!\.bias$)(\.\w+)*|lora_down(\.weight)?|lora(_linear_layer)?\.down\.weight|down\.weight)",
-    "up": r"\.(lora_B(?!\.bias$)(\.\w+)*|lora_up(\.weight)?|lora(_linear_layer)?\.up\.weight|up\.weight)",
+    "down": r"\.(lora_A((?!\.bias$)\.\w+)*|lora_down(\.weight)?|lora(_linear_layer)?\.down\.weight|down\.weight)",
+    "up": r"\.(lora_B((?!\.bias$)\.\w+)*|lora_up(\.weight)?|lora(_linear_layer)?\.up\.weight|up\.weight)",
+    "bias": r"\.lora_B(\.\w+)*\.bias",
     "alpha": r"\.alpha",
     "magnitude": r"\.dora_scale",
     "w1": r"\.lokr_w1",
@@ -98,10 +108,16 @@ class Loras:
         modules: Mapping[str, nn.Module],
     ):
         layers = {component: linear_layers(module) for component, module in modules.items()}
+        biased = {
+            component: {path for path, layer in module.named_modules() if "bias" in layer}
+            for component, module in modules.items()
+        }
         names = spelled(spellings, layers)
         self._adapters: dict[str, dict[str, list[Adapter]]] = {component: {} for component in modules}
         for path, scale in zip(paths, scales, strict=True):
             for (component, layer), adapter in read_lora(Path(path), scale, names, layouts).items():
+                if adapter.read_bias is not None and layer not in biased[component]:
+                    raise CheckpointError(f"{path} changes the bias of {layer}, which has none in this model")
                 self._adapters[component].setdefault(layer, []).append(adapter)
 
     def apply(self, component: str, load: Callable[..., nn.Module], *, bake: bool, to_save: bool = False) -> nn.Module:
@@ -118,24 +134,24 @@ class Loras:
             CheckpointError: the component is to be saved, and stored quantized.
         """
         adapters = self._adapters.get(component, {})
-        baked = set()
+        baked: set[tuple[str, str]] = set()
 
         def adjust(name: str, value: mx.array) -> mx.array:
-            layer = name.removesuffix(".weight")
-            if layer == name or layer not in adapters:
+            layer, _, leaf = name.rpartition(".")
+            if layer not in adapters or leaf not in ("weight", "bias"):
                 return value
-            baked.add(layer)
-            return merged(value, adapters[layer])
+            baked.add((layer, leaf))
+            return (merged if leaf == "weight" else merged_bias)(value, adapters[layer])
 
         module = load(adjust if (bake or to_save) and adapters else None)
-        rest = [layer for layer in adapters if layer not in baked]
+        rest = [layer for layer in adapters if (layer, "weight") not in baked]
         if rest and to_save:
             raise CheckpointError(
                 f"LoRAs cannot be added to {component}: its weights are stored quantized; save from a model in full "
                 "precision"
             )
         for layer in rest:
-            wrap(module, layer, adapters[layer])
+            wrap(module, layer, adapters[layer], bias=(layer, "bias") not in baked)
         if bake and rest:
             log.info("%s: its weights are stored quantized, so LoRAs are computed in each step", component)
         return module
@@ -200,7 +216,7 @@ def read_lora(
             groups[stem][part] = name
         else:
             left.append(name)
-    for stem in [stem for stem, parts in groups.items() if not parts.keys() - {"alpha", "magnitude"}]:
+    for stem in [stem for stem, parts in groups.items() if not parts.keys() - {"alpha", "magnitude", "bias"}]:
         left += groups.pop(stem).values()
     if not groups:
         examples = "; ".join(f"{layout}: {name}" for layout, name in layouts.items())
@@ -255,6 +271,7 @@ class _Entry:
             rank = self._check_low_rank()
         self.strength = self._strength(rank, settings)
         self._check_magnitude()
+        self._check_bias()
 
     def adapter(self, scale: float, rows: Rows | None) -> Adapter:
         def read() -> tuple[LowRank | Kronecker, mx.array | None]:
@@ -269,7 +286,11 @@ class _Entry:
                     magnitude = mx.concatenate([magnitude[start:stop] for start, stop in rows])
             return product, magnitude
 
-        return Adapter(scale, self.strength, read)
+        def read_bias() -> mx.array:
+            bias = self.file[self.parts["bias"]].astype(mx.float32)
+            return bias if rows is None else mx.concatenate([bias[start:stop] for start, stop in rows])
+
+        return Adapter(scale, self.strength, read, read_bias if "bias" in self.parts else None)
 
     # ---- what is checked before anything is read
 
@@ -348,6 +369,15 @@ class _Entry:
         else:
             raise CheckpointError(
                 f"{self.path}: {self.parts['magnitude']} has the shape {list(shape)} for a matrix of {height} × {width}"
+            )
+
+    def _check_bias(self) -> None:
+        if "bias" not in self.parts:
+            return
+        if self.shapes["bias"] != self.target.shape[:1]:
+            raise CheckpointError(
+                f"{self.path}: {self.parts['bias']} has the shape {list(self.shapes['bias'])} for a layer of "
+                f"{self.target.shape[0]} outputs"
             )
 
     def _strength(self, rank: int | None, settings: Mapping[str, Mapping[str, Any]]) -> float:
