@@ -523,13 +523,24 @@ print(held - before, resident() - before)
 
 
 def test_the_cache_limit(draw, monkeypatch):
+    """What was said holds; `--low-ram` alone never raises MLX's own limit, which on a CPU is below its gigabyte."""
     limits = []
-    monkeypatch.setattr(mx, "set_cache_limit", limits.append)
+    own = 10**10
+
+    def limiting(limit):
+        limits.append(limit)
+        return own
+
+    monkeypatch.setattr(mx, "set_cache_limit", limiting)
     draw("--seed", 1, "--mlx-cache-limit-gb", 1.5, size=(16, 16))
     assert limits == [1_500_000_000]
     draw("--seed", 1, "--low-ram", size=(16, 16))
+    assert limits[1:] == [1_000_000_000]
     draw("--seed", 1, "--low-ram", "--mlx-cache-limit-gb", 2, size=(16, 16))
-    assert limits[1:] == [1_000_000_000, 2_000_000_000]
+    assert limits[-1] == 2_000_000_000
+    own = 32_000_000
+    draw("--seed", 1, "--low-ram", size=(16, 16))
+    assert limits[-1] == own
 
 
 def test_tiles_fit_together(draw, monkeypatch):

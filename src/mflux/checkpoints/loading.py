@@ -21,7 +21,8 @@ from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError
 
 log = logging.getLogger(__name__)
-# Tensors are read together up to so many bytes: MLX reads several at once, and beside the result no more is in memory.
+# Tensors are read together up to so many bytes, and the next batch begins while one is read: MLX reads several at once,
+# and beside the result no more than two batches are in memory.
 TOGETHER = 16_000_000
 Adjust = Callable[[str, mx.array], mx.array]
 
@@ -122,8 +123,8 @@ def fill(
 ) -> None:
     """Give every parameter of `module` its tensor, and make sure that every tensor found its parameter.
 
-    Tensors are read, turned to MLX's layout, quantized or cast, and evaluated before the next ones, so that beside the
-    result only one tensor is in memory, or several small ones.
+    Tensors are read, turned to MLX's layout, and quantized or cast in small batches, so that beside the result no more
+    than two of these are in memory, or one large tensor.
 
     Args:
         module: filled in place. Layers that the tensors hold quantized, or that are to be quantized, are exchanged in
@@ -171,12 +172,17 @@ def fill(
         pending.append(value)
 
     pending: list[mx.array] = []
+    ahead: list[mx.array] = []
     to_read = 0
     for name, key in plan.items():
         value = tensors[key]
         if to_read + value.nbytes > TOGETHER:
-            mx.eval(pending)
-            pending.clear()
+            mx.async_eval(pending)
+            mx.eval(ahead)
+            if to_read > TOGETHER:
+                # A single large tensor: nothing else is read beside it.
+                mx.eval(pending)
+            ahead, pending = pending, []
             to_read = 0
         to_read += value.nbytes
         expected = parameters[name]
@@ -199,7 +205,7 @@ def fill(
         else:
             # Without a copy of its own a transposed kernel would be laid out anew in every convolution.
             store(name, mx.contiguous(value) if turn else value)
-    mx.eval(pending)
+    mx.eval(ahead, pending)
     module.eval()
     module.freeze()
 

@@ -23,7 +23,8 @@ class MemorySaver:
     Args:
         model: a pipeline whose components are `Part`s.
         keep_transformer: keep it between pictures; without, it is gone before the picture is decoded.
-        cache_limit_bytes: how much freed memory MLX may keep for later; None leaves MLX's own limit and no tiling.
+        cache_limit_bytes: how much freed memory MLX may keep for later, where its own limit is not lower, as on a CPU;
+            None leaves that limit and no tiling.
         args: taken for compatibility with mflux 0.24, which passes the parsed command line.
         num_seeds: taken for compatibility; prompts are encoded once each whatever it is.
         keep_text_encoder: keep the text encoders past their stage.
@@ -44,7 +45,9 @@ class MemorySaver:
         if cache_limit_bytes is not None:
             if model.tiling_config is None:
                 model.tiling_config = TilingConfig()
-            limit_cache(cache_limit_bytes)
+            own = limit_cache(cache_limit_bytes)
+            if own < cache_limit_bytes:
+                limit_cache(own)
 
     def call_before_loop(
         self,
@@ -87,8 +90,9 @@ class LastPictureSaver:
         release(self.model, "transformer")
 
 
-def limit_cache(limit: int) -> None:
-    """Let MLX keep at most `limit` bytes of freed memory."""
-    mx.set_cache_limit(limit)
+def limit_cache(limit: int) -> int:
+    """Let MLX keep at most `limit` bytes of freed memory. Returns what it was until now."""
+    before = mx.set_cache_limit(limit)
     mx.clear_cache()
     mx.reset_peak_memory()
+    return before

@@ -227,13 +227,13 @@ def prepare_machine(args: argparse.Namespace, flux):
         flux.callbacks.register(StepwiseHandler(flux, args.stepwise_image_output_dir, FluxLatentCreator))
     # A run that encodes another prompt later makes room for the encoders: its peak is one stage, not two.
     flux.keep_transformer = False
+    memory = None
     if args.low_ram:
-        memory = MemorySaver(flux, keep_transformer=len(args.seed) > 1, cache_limit_bytes=limit or 10**9)
+        memory = MemorySaver(flux, keep_transformer=len(args.seed) > 1)
         flux.callbacks.register(memory)
-        return memory
     if limit is not None:
         limit_cache(limit)
-    return None
+    return memory
 
 
 if __name__ == "__main__":
