@@ -212,16 +212,16 @@ def report(folder: Path, gigabytes: float) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     small = ["--width", 128, "--height", 128]
-    large = ["--width", 768, "--height", 768]
+    large = ["--width", 640, "--height", 640]
     highest = {}
     with tempfile.TemporaryDirectory() as pictures:
         for number, (label, words) in enumerate(
             {
                 "plain": small,
                 "-q 8": [*small, "-q", 8],
-                "768 px": large,
-                "768 px, --vae-tile-size 256": [*large, "--vae-tile-size", 256],
-                "768 px, --low-ram": [*large, "--low-ram"],
+                "640 px": large,
+                "640 px, --vae-tile-size 256": [*large, "--vae-tile-size", 256],
+                "640 px, --low-ram": [*large, "--low-ram"],
             }.items()
         ):
             call = ["--model", folder, "--base-model", "demo", "--prompt", "a red circle", "--seed", 1, "--steps", 1]

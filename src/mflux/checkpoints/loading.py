@@ -23,7 +23,7 @@ from mflux.errors import CheckpointError
 log = logging.getLogger(__name__)
 # Tensors are read together up to so many bytes, and the next batch begins while one is read: MLX reads several at once,
 # and beside the result no more than two batches are in memory.
-TOGETHER = 16_000_000
+TOGETHER = 32_000_000
 Adjust = Callable[[str, mx.array], mx.array]
 
 
@@ -171,15 +171,17 @@ def fill(
         _assign(module, name, value)
         pending.append(value)
 
+    # Quantizing takes longer than reading, and gains nothing from large batches.
+    together = TOGETHER // 4 if to_pack else TOGETHER
     pending: list[mx.array] = []
     ahead: list[mx.array] = []
     to_read = 0
     for name, key in plan.items():
         value = tensors[key]
-        if to_read + value.nbytes > TOGETHER:
+        if to_read + value.nbytes > together:
             mx.async_eval(pending)
             mx.eval(ahead)
-            if to_read > TOGETHER:
+            if to_read > together:
                 # A single large tensor: nothing else is read beside it.
                 mx.eval(pending)
             ahead, pending = pending, []
