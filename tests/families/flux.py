@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from families.cases import Component, Tiny
 
+from families.cases import Component, Tiny
 from mflux.backend import mx
 from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.text_encoders.clip import CLIPTextEncoder
