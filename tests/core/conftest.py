@@ -61,8 +61,6 @@ def no_lasting_settings() -> Iterator[None]:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)
-    if "mflux.utils.image_util" in sys.modules:
-        sys.modules["mflux.utils.image_util"].ImageUtil.embed_metadata_enabled = True
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_a_missing_package_ends_a_command_in_one_line(cli, monkeypatch):
 
 def test_help_lists_commands_models_and_extras(cli, monkeypatch):
     from mflux.cli.commands import COMMANDS
-    from mflux.models.common.config.registry import BUILT
+    from mflux.models.common.family import built
 
     monkeypatch.setattr(extras, "is_installed", lambda name: name == "vlm")
     result = cli("--help")
@@ -128,7 +128,7 @@ def test_help_lists_commands_models_and_extras(cli, monkeypatch):
     sections = {part.partition("\n")[0]: part.splitlines()[1:] for part in result.out.split("\n\n")}
     words = {heading: [line.split()[0] for line in lines] for heading, lines in sections.items()}
     assert words["commands:"] == list(COMMANDS)
-    assert words["models:"] == list(BUILT)
+    assert words["models:"] == list(built())
     assert words["extras:"] == list(EXTRAS)
     assert "comes with mflux" in sections["models:"][0]
     assert sections["extras:"][0].endswith(f"(not installed: {pip_command('torch-lite')})")

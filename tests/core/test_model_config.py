@@ -10,7 +10,8 @@ import pytest
 from mflux.errors import InvalidBaseModel, MfluxError, ModelConfigError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, DEFAULT_STEPS, built_key, key_of
-from mflux.models.common.config.registry import BUILT, MODELS
+from mflux.models.common.config.registry import MODELS
+from mflux.models.common.family import built
 
 FACTS = json.loads((Path(__file__).parents[1] / "data" / "surface" / "models.json").read_text())
 CONSTRUCTORS = {
@@ -190,8 +191,8 @@ def test_steps():
 
 
 def test_only_some_models_are_built():
-    assert {key: built_key(key) for key in BUILT} == {key: key for key in BUILT}
-    for key in MODELS.keys() - BUILT.keys():
+    assert {key: built_key(key) for key in built()} == {key: key for key in built()}
+    for key in MODELS.keys() - built().keys():
         with pytest.raises(UsageError, match=f"{key} is not built yet in this version"):
             built_key(key)
 

@@ -72,6 +72,8 @@ def test_a_class_takes_what_it_took(path):
         ours = inspect.signature(getattr(found(path), name)).parameters
         assert list(ours)[: len(theirs)] == list(theirs), f"{path}.{name}"
         for parameter, default in theirs.items():
+            if (parameter, default, ours[parameter].default) in OWN_SIZE:
+                continue
             assert_same_default(f"{path}.{name}({parameter})", ours[parameter].default, default)
         more = list(ours.values())[len(theirs) :]
         assert all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in more), path
@@ -79,6 +81,8 @@ def test_a_class_takes_what_it_took(path):
     assert checked or not CLASSES[path]
 
 
+# None is the model's own size: 1024 for every model that 0.24 has, 128 for the embedded one.
+OWN_SIZE = {(side, 1024, None) for side in ("height", "width")}
 REQUIRED, SOMETHING = object(), object()
 
 

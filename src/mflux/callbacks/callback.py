@@ -28,7 +28,10 @@ class BeforeLoopCallback(Protocol):
 
 class InLoopCallback(Protocol):
     def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm) -> None:
-        """Called after step `t` with the latents it left."""
+        """Called after step `t` with the latents it left.
+
+        One that declares `denoised` as well gets the clean latents that the model predicts at this step.
+        """
 
 
 class AfterLoopCallback(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ class GenerationContext:
         for callback in self._registry.before_loop:
             callback.call_before_loop(latents=latents, **images, **self._settings)
 
-    def in_loop(self, t: int, latents: mx.array) -> None:
+    def in_loop(self, t: int, latents: mx.array, denoised: mx.array | None = None) -> None:
+        """`denoised` goes to the callbacks that declare it; nothing computes it unless one of them looks at it."""
         for callback in self._registry.in_loop:
-            callback.call_in_loop(t=t, latents=latents, time_steps=self._time_steps, **self._settings)
+            more = {"denoised": denoised} if _takes_denoised(callback) else {}
+            callback.call_in_loop(t=t, latents=latents, time_steps=self._time_steps, **more, **self._settings)
 
     def after_loop(self, latents: mx.array) -> None:
         for callback in self._registry.after_loop:
@@ -60,3 +63,7 @@ class GenerationContext:
     @property
     def _time_steps(self):
         return self._settings["config"].time_steps
+
+
+def _takes_denoised(callback: Any) -> bool:
+    return "denoised" in inspect.signature(callback.call_in_loop).parameters

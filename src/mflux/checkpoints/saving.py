@@ -31,7 +31,7 @@ def save_component(
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write a component as `load_component` reads it: `config.json`, and safetensors with an index if they are several.
+    """Write a component as `load_component` reads it: `config.json`, safetensors, and an index of them.
 
     Tensors are written as the module has them, one at a time; only convolution kernels are turned back to the
     published layout.
@@ -65,11 +65,13 @@ def save_component(
             for tensor in shard:
                 writer.write(tensor, tensors.pop(tensor))
     size = sum(value.nbytes for value in parameters.values())
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        write_json(
-            folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
-        )
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    # As mflux 0.24 has it: for a single file as well, and under one name for all components.
+    write_json(folder / "model.safetensors.index.json", index)
+    if len(shards) > 1 and stem != "model":
+        # diffusers looks for shards under their own name.
+        write_json(folder / f"{stem}.safetensors.index.json", index)
     write_json(folder / "config.json", _with_quantization(config, module))
     return size
 
@@ -142,6 +144,7 @@ def new_folder(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
             )
         yield temporary
         refuse_existing(path)
+        # Takes the place of an empty folder, which a program may have made for it.
         temporary.rename(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -163,10 +166,10 @@ def size_of(folder: Path) -> int:
 def refuse_existing(path: Path) -> None:
     """
     Raises:
-        OutputError: there is something at this path.
+        OutputError: there is something at this path that is not an empty folder.
     """
-    if path.exists() or path.is_symlink():
-        raise OutputError(f"{path} exists already: name a folder that does not, or remove it")
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise OutputError(f"{path} exists already and is not empty: name a folder that does not exist, or remove it")
 
 
 def copy_beside(source: Path, destination: Path, names: tuple[str, ...]) -> None:

@@ -9,8 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import QUANTIZE_CHOICES, MfluxParser, run
+from mflux.cli.parser import MfluxParser, run, say
 from mflux.errors import OutputError, UsageError
+from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
     from mflux.backend import mx
@@ -200,7 +201,7 @@ def list_tensors(source: str | Path, key: str | None = None) -> None:
     for name in checkpoint:
         description = checkpoint.describe(name)
         shape = "?" if description.shape is None else str(list(description.shape))
-        print(f"{shown(name, 4096)}\t{description.stored}\t{shape}")
+        say(f"{shown(name, 4096)}\t{description.stored}\t{shape}")
     _report(checkpoint, [])
 
 
@@ -218,7 +219,7 @@ def _convert(argv: Sequence[str] | None) -> None:
     if args.destination is None:
         raise UsageError("name the file to write: mflux-convert SRC DST.safetensors")
     options = {"dtype": args.dtype, "key": args.key, "force": args.force, "quantize": args.quantize}
-    print(convert(args.source, args.destination, **options))
+    say(str(convert(args.source, args.destination, **options)))
 
 
 if __name__ == "__main__":

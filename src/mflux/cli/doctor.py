@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mflux.cli.parser import MfluxParser, run
+from mflux.cli.parser import MfluxParser, run, say
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, PackagePath
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     found = examine(sizes=args.sizes)
-    print(json.dumps(found, indent=2) if args.json else "\n".join(describe(found)))
+    say(json.dumps(found, indent=2) if args.json else "\n".join(describe(found)))
 
 
 def examine(*, sizes: bool = False) -> dict[str, Part]:

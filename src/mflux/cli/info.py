@@ -6,31 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mflux.cli.parser import MfluxParser, run
+from mflux.cli.parser import MfluxParser, run, say
 from mflux.errors import MfluxError
-
-# What to show, in this order; "original_…" and unknown settings follow.
-_LABELS = {
-    "prompt": "Prompt",
-    "negative_prompt": "Negative prompt",
-    "model": "Model",
-    "model_path": "Weights",
-    "base_model": "Base model",
-    "width": "Width",
-    "height": "Height",
-    "seed": "Seed",
-    "steps": "Steps",
-    "guidance": "Guidance",
-    "quantize": "Quantization (bits)",
-    "precision": "Precision",
-    "lora_paths": "LoRAs",
-    "lora_scales": "LoRA scales",
-    "image_path": "Source picture",
-    "image_strength": "Image strength",
-    "generation_time_seconds": "Generation time (s)",
-    "created_at": "Created",
-    "mflux_version": "mflux version",
-}
+from mflux.utils.settings import SETTINGS
 
 
 def build_parser() -> MfluxParser:
@@ -54,17 +32,19 @@ def show(argv: Sequence[str] | None) -> None:
     settings = MetadataReader.read_exif_metadata(args.image_path)
     if settings is None:
         raise MfluxError(f"{args.image_path} carries no settings: it was not made with mflux, or with --no-metadata")
-    print("\n".join(lines(settings)))
+    for line in lines(settings):
+        say(line)
 
 
 def lines(settings: dict[str, Any]) -> list[str]:
     """One line for each setting that says something."""
     shown = []
-    for name in dict.fromkeys([*_LABELS, *settings]):
+    labels = {setting.name: setting.label for setting in SETTINGS}
+    for name in dict.fromkeys([*labels, *settings]):
         value = settings.get(name)
         if value is None or value == []:
             continue
-        label = _LABELS.get(name) or name.replace("_", " ").capitalize()
+        label = labels.get(name) or name.replace("_", " ").capitalize()
         text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
         shown.append(f"{label}: {text}")
     return shown

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from mflux.cli.commands import COMMANDS, NOT_BUILT
-from mflux.cli.parser import run
+from mflux.cli.parser import run, say
 from mflux.errors import NotBuiltError, UsageError
 
 
@@ -22,26 +23,29 @@ def overview(words: Sequence[str]) -> None:
     """Everything that is not a command: help, the version, and names that are none."""
     name = words[0] if words else "--help"
     if name in ("--help", "-h"):
-        print(help_text())
+        say(help_text())
     elif name == "--version":
         import mflux
 
-        print(f"mflux {mflux.__version__}")
+        say(f"mflux {mflux.__version__}")
     elif name.removeprefix("mflux-") in NOT_BUILT:
         raise NotBuiltError(f"mflux {name} is not built yet in this version (see mflux --help)")
     else:
-        raise UsageError(f"there is no command {name!r} (see mflux --help)")
+        near = difflib.get_close_matches(name.removeprefix("mflux-"), COMMANDS, n=1)
+        meant = f": did you mean {near[0]}?" if near else ""
+        raise UsageError(f"there is no command {name!r}{meant} (see mflux --help)")
 
 
 def help_text() -> str:
     from mflux.extras import EXTRAS, is_installed, pip_command
-    from mflux.models.common.config.registry import BUILT, MODELS
+    from mflux.models.common.config.registry import MODELS
+    from mflux.models.common.family import built
 
     width = max(map(len, COMMANDS)) + 2
     lines = ["usage: mflux COMMAND [options]     (mflux COMMAND --help says more)", "", "commands:"]
     lines += [f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "models:"]
-    for name, command in BUILT.items():
+    for name, command in built().items():
         source = "comes with mflux" if name == "demo" else MODELS[name]["model_name"]
         lines.append(f"  {name:{width}}{source} ({command})")
     lines += ["", "extras:"]

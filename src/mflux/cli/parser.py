@@ -7,21 +7,32 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mflux.errors import MfluxError, NotBuiltError, UsageError
-from mflux.models.common.lora.library import STYLES, settle_scales, style_path
-from mflux.utils.scale_factor import GRID, LARGEST, ScaleFactor
+from mflux.models.common.lora.library import settle_scales
+from mflux.models.flux.lora_styles import STYLES, style_path
+from mflux.text import one_line
+from mflux.utils import values
+from mflux.utils.values import number
 
 log = logging.getLogger(__name__)
-QUANTIZE_CHOICES = (3, 4, 5, 6, 8)
-DEFAULT_GUIDANCE = 3.5
+
+
+class _NotGiven:
+    """Stands where an option was not said, until its default takes the place."""
+
+    def __repr__(self) -> str:
+        return "not given"
+
+
+_NOT_GIVEN = _NotGiven()
 
 
 class MfluxParser(argparse.ArgumentParser):
@@ -31,9 +42,42 @@ class MfluxParser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self.add_argument("--verbose", "-v", action="store_true", help="say more about what is done")
+        self.add_argument("--version", action=_Version, help="show the version and exit")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse has it; the result's `given` are the destinations of the options that were said."""
+        namespace = argparse.Namespace()
+        options = {
+            action.dest: action
+            for action in self._actions
+            # What is said several times is collected in a list of its own, which nothing else begins.
+            if action.option_strings and not isinstance(action, argparse._AppendAction)
+        }
+        for name, action in options.items():
+            if action.default is not argparse.SUPPRESS:
+                setattr(namespace, name, _NOT_GIVEN)
+        parsed = super().parse_args(args, namespace)
+        given = {name for name, value in vars(parsed).items() if value is not _NOT_GIVEN and value is not None}
+        for name in [name for name, value in vars(parsed).items() if value is _NOT_GIVEN]:
+            action = options[name]
+            default = action.default
+            setattr(parsed, name, action.type(default) if isinstance(default, str) and action.type else default)
+        parsed.given = frozenset(given)
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        import mflux
+
+        say(f"mflux {mflux.__version__}")
+        parser.exit()
 
 
 class _LineFormatter(logging.Formatter):
@@ -49,28 +93,60 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
         0, or the failure's status: 1, 2 for usage, 130 for Ctrl-C.
     """
     _log_to_stderr(argv)
+    _Output.failure = None
     try:
         with warnings.catch_warnings():
             # What a library warns of is one line like our own.
-            warnings.showwarning = lambda message, *_: log.warning(" ".join(str(message).split()))
-            return command(argv) or 0
+            warnings.showwarning = lambda message, *_: log.warning(one_line(str(message)))
+            status = command(argv) or 0
+        if _Output.failure is None:
+            return status
+        if not isinstance(_Output.failure, BrokenPipeError):
+            reason = getattr(_Output.failure, "strerror", None) or _Output.failure
+            complain(f"cannot write to standard output ({reason}): the work is done, its results were not told")
+        return 1
     except MfluxError as error:
         # One line, whatever a library's own message had in it.
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: stopped", file=sys.stderr)
+        complain("stopped")
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone; Python would complain again while shutting down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (MemoryError, RuntimeError) as error:
         # MLX has no exception of its own for memory that it cannot have.
         if isinstance(error, RuntimeError) and "alloc" not in str(error):
             raise
-        print("error: not enough memory: try --low-ram, or a smaller --width and --height", file=sys.stderr)
+        complain("not enough memory: try --low-ram, or a smaller --width and --height")
         return 1
+
+
+class _Output:
+    """Why standard output takes nothing more, if it does not."""
+
+    failure: Exception | None = None
+
+
+def say(line: str) -> None:
+    """One line of a command's result on stdout. What the terminal cannot show is escaped; where stdout takes nothing
+    more (its device is full, its reader has gone) work goes on, and the command ends with a failure."""
+    if _Output.failure is not None:
+        return
+    try:
+        try:
+            print(line, flush=True)
+        except UnicodeEncodeError:
+            encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except (OSError, ValueError) as error:
+        _Output.failure = error
+        # What is left in its buffer would fail again while Python shuts down.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(message: str) -> None:
+    """The one line on stderr that says why a command failed."""
+    print("error:", one_line(message), file=sys.stderr)
 
 
 def _log_to_stderr(argv: Sequence[str] | None) -> None:
@@ -91,70 +167,6 @@ def advise() -> None:
         log.info(advice)
 
 
-# ---- types of values
-
-
-def number(kind: type, *, above: float | None = None, least: float | None = None, most: float | None = None):
-    """A type for `add_argument`: an int or float within bounds."""
-
-    def read(text: str):
-        try:
-            value = kind(text)
-            if not math.isfinite(value):
-                raise ValueError
-        except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{text} is not above {above}")
-        if least is not None and value < least:
-            raise argparse.ArgumentTypeError(f"{text} is too small: at least {least}")
-        if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{text} is too large: at most {most}")
-        return value
-
-    return read
-
-
-seed = number(int, least=0, most=2**64 - 1)
-steps = number(int, least=1, most=10_000)
-guidance = number(float, least=0)
-strength = number(float, least=0, most=1)
-pixels = number(int, least=GRID, most=LARGEST)
-
-
-def dimension(text: str) -> int | ScaleFactor:
-    """A side in pixels, "auto", or a scale factor such as "2x"."""
-    if text.lower() == "auto":
-        return ScaleFactor(1)
-    try:
-        return ScaleFactor.parse(text) if text.lower().endswith("x") else pixels(text)
-    except argparse.ArgumentTypeError as error:
-        detail = str(error)
-        if "not a whole number" in detail:
-            detail = f"{text!r} is neither a number of pixels, nor auto, nor a scale factor such as 2x"
-        raise argparse.ArgumentTypeError(detail) from None
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def tile_size(text: str) -> int:
-    value = number(int, least=128)(text)
-    if value % 16:
-        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 16")
-    return value
-
-
-def bits(text: str) -> int:
-    value = number(int)(text)
-    if value not in QUANTIZE_CHOICES:
-        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(map(str, QUANTIZE_CHOICES))}")
-    return value
-
-
-def battery_limit(text: str) -> int:
-    return max(1, min(99, number(int)(text)))
-
-
 # ---- groups of options, in the order --help shows them
 
 
@@ -166,7 +178,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False
     group.add_argument(
         "--base-model", help="the model it derives from, when the repository's or folder's name does not tell"
     )
-    group.add_argument("--quantize", "-q", type=int, choices=QUANTIZE_CHOICES, help="bits per weight to quantize to")
+    group.add_argument(
+        "--quantize", "-q", type=int, choices=values.QUANTIZE_CHOICES, help="bits per weight to quantize to"
+    )
 
 
 def add_lora_options(parser: argparse.ArgumentParser) -> None:
@@ -199,24 +213,31 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--negative-prompt", default="", help="what not to draw, for models that can use it")
 
 
-def add_generation_options(parser: argparse.ArgumentParser, *, default_size: str) -> None:
+def add_generation_options(
+    parser: argparse.ArgumentParser, *, default_size: str, guidance: str, scheduler: str = "linear"
+) -> None:
     group = parser.add_argument_group("picture")
-    group.add_argument("--seed", type=seed, nargs="+", help="one picture for each seed (default: one, from the clock)")
+    group.add_argument(
+        "--seed", type=values.seed, nargs="+", help="one picture for each seed (default: one, from the clock)"
+    )
     group.add_argument(
         "--auto-seeds", type=number(int, most=10**6), default=-1, metavar="N", help="N pictures with random seeds"
     )
     group.add_argument(
-        "--width", type=dimension, default="auto", help=f"pixels, 2x of the source picture, or auto ({default_size})"
+        "--width",
+        type=values.dimension,
+        default="auto",
+        help=f"pixels, 2x of the source picture, or auto ({default_size})",
     )
-    group.add_argument("--height", type=dimension, default="auto", help="likewise")
-    group.add_argument("--steps", type=steps, help="denoising steps (default: the model's)")
+    group.add_argument("--height", type=values.dimension, default="auto", help="likewise")
+    group.add_argument("--steps", type=values.steps, help="denoising steps (default: the model's)")
     group.add_argument(
         "--guidance",
-        type=guidance,
-        help=f"how closely to follow the prompt (default: {DEFAULT_GUIDANCE})",
+        type=values.guidance,
+        help=f"how closely to follow the prompt (default: {guidance})",
     )
     group.add_argument(
-        "--scheduler", default="linear", help="linear, flow_match_euler_discrete, or your own package.module.Class"
+        "--scheduler", default=scheduler, help="linear, flow_match_euler_discrete, or your own package.module.Class"
     )
 
 
@@ -229,7 +250,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         help="a picture, and how much of it to keep, from 0 to 1 (default: 0.4)",
     )
     group.add_argument("--image-path", type=Path, help="the picture alone; --image says both at once")
-    group.add_argument("--image-strength", type=strength, default=0.4, help="the strength alone")
+    group.add_argument("--image-strength", type=values.strength, default=0.4, help="the strength alone")
 
 
 def add_pid_options(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +263,7 @@ def add_pid_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
+def add_output_options(parser: argparse.ArgumentParser, *, settings: bool = True) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
@@ -255,14 +276,15 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-metadata", "--no-exif", action="store_true", help="do not write the settings into the picture"
     )
-    group.add_argument(
-        "--config-from-metadata",
-        "--config-from-conf",
-        "-C",
-        type=Path,
-        metavar="FILE",
-        help="take the settings of a .metadata.json or a picture; options given here come before them",
-    )
+    if settings:
+        group.add_argument(
+            "--config-from-metadata",
+            "--config-from-conf",
+            "-C",
+            type=Path,
+            metavar="FILE",
+            help="take the settings of a .metadata.json or a picture; options given here come before them",
+        )
     group.add_argument(
         "--stepwise-image-output-dir",
         metavar="DIR",
@@ -278,12 +300,15 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--vae-tiling", action="store_true", help="decode in overlapping tiles")
     group.add_argument(
-        "--vae-tile-size", type=tile_size, metavar="PIXELS", help="of a tile (default: 512); implies --vae-tiling"
+        "--vae-tile-size",
+        type=values.tile_size,
+        metavar="PIXELS",
+        help="of a tile (default: 512); implies --vae-tiling",
     )
     group.add_argument(
         "--battery-percentage-stop-limit",
         "-B",
-        type=battery_limit,
+        type=values.battery_limit,
         default=5,
         metavar="PERCENT",
         help="on a Mac's battery, stop at this charge (default: 5)",
@@ -293,14 +318,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 # ---- what options mean together
 
 
-def was_given(argv: Sequence[str] | None, *options: str) -> bool:
-    """Whether one of these options stands on the command line, in any spelling that argparse takes."""
-    for word in sys.argv[1:] if argv is None else argv:
-        name = word.partition("=")[0]
-        for option in options:
-            if name == option or (len(option) == 2 and word.startswith(option) and not word.startswith("--")):
-                return True
-    return False
+def was_given(args: argparse.Namespace, *names: str) -> bool:
+    """Whether one of these options, by their destinations, stands on the command line."""
+    return any(name in args.given for name in names)
 
 
 def refuse_what_is_not_built(args: argparse.Namespace) -> None:
@@ -318,7 +338,7 @@ def refuse_what_is_not_built(args: argparse.Namespace) -> None:
             raise NotBuiltError(sentence)
 
 
-def settle_image(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+def settle_image(args: argparse.Namespace) -> None:
     """Fold `--image PATH [STRENGTH]` into `image_path` and `image_strength`.
 
     Raises:
@@ -326,26 +346,26 @@ def settle_image(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """
     if args.image is None:
         return
-    if was_given(argv, "--image-path", "--image-strength"):
+    if was_given(args, "image_path", "image_strength"):
         raise UsageError("--image says what --image-path and --image-strength say: use --image PATH [STRENGTH] alone")
     if len(args.image) > 2:
         raise UsageError(f"--image takes a path and a strength, not {len(args.image)} values: --image photo.jpg 0.6")
     args.image_path = Path(args.image[0])
     if len(args.image) == 2:
         try:
-            args.image_strength = strength(args.image[1])
+            args.image_strength = values.strength(args.image[1])
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"the strength of --image: {error}") from None
 
 
-def settle_loras(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+def settle_loras(args: argparse.Namespace) -> None:
     """Fold `--lora PATH [SCALE]` and `--lora-style` into `lora_paths` and `lora_scales`, a scale for each path.
 
     Raises:
         UsageError: the same said twice, too many values, or a scale that is not a number.
     """
     if args.lora is not None:
-        if was_given(argv, "--lora-paths", "--lora-scales"):
+        if was_given(args, "lora_paths", "lora_scales"):
             raise UsageError(
                 "--lora says what --lora-paths and --lora-scales say: use --lora PATH [SCALE] alone, once for each LoRA"
             )
@@ -368,12 +388,55 @@ def settle_loras(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         args.lora_scales.append(1.0)
 
 
+def settle_paths(args: argparse.Namespace, sources: Sequence[str]) -> None:
+    """Expand `~` in every option that takes a path, inputs and outputs alike.
+
+    Args:
+        sources: destinations of the command's own options that name pictures.
+
+    Raises:
+        UsageError: there is no such user.
+    """
+    for name in ("image_path", "path", *sources):
+        if value := getattr(args, name, None):
+            paths = [values.path(one, _option(name)) for one in (value if isinstance(value, list) else [value])]
+            setattr(args, name, paths if isinstance(value, list) else paths[0])
+    for name in ("output", "stepwise_image_output_dir", "model"):
+        # A model may be a name or a repository: only what begins like a path is one.
+        if (value := getattr(args, name, None)) and value.startswith("~"):
+            setattr(args, name, str(values.path(value, _option(name))))
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def save_picture(image, args: argparse.Namespace, seed: int) -> Path:
+    """Write a picture where the options say, and tell where it went."""
+    path = image.save(
+        args.output.replace("{seed}", str(seed)),
+        export_json_metadata=args.metadata,
+        embed_metadata=not args.no_metadata,
+    )
+    say(str(path))
+    return path
+
+
 def settle_seeds(args: argparse.Namespace) -> None:
-    """Give every picture its seed, and every seed its file name."""
+    """Give every picture its seed, and every seed its file name.
+
+    Raises:
+        UsageError: `--auto-seeds` asks for no picture, or stands beside `--seed`.
+    """
     import random
     import time
 
-    if args.seed is None and args.auto_seeds > 0:
+    if was_given(args, "auto_seeds"):
+        if was_given(args, "seed"):
+            raise UsageError("--auto-seeds draws its seeds and --seed says them: leave one of them out")
+        if args.auto_seeds <= 0:
+            raise UsageError(f"--auto-seeds {args.auto_seeds} asks for no picture: give 1 or more, or leave it out")
+    if args.auto_seeds > 0:
         args.seed = random.sample(range(10**9), args.auto_seeds)
     if args.seed is None:
         args.seed = [int(time.time())]
@@ -391,12 +454,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     import json
 
+    path = values.path(path, "--config-from-metadata")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the settings in {path}: {error.strerror or error}") from None
     try:
-        settings = json.loads(content)
+        settings = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         from mflux.utils.metadata_reader import MetadataReader
 
@@ -404,39 +468,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UsageError(f"{path} holds no settings: it is neither a .metadata.json nor a picture made with mflux")
     return settings
-
-
-def saved(read: Callable[[str], Any] | None = None) -> Callable[[Any], Any]:
-    """A reader for a setting that a file holds: text, or a number within the bounds of `read`, a type from above."""
-
-    def check(value: Any):
-        if read is None:
-            if not isinstance(value, str):
-                raise argparse.ArgumentTypeError(f"{str(value)[:40]} is not text")
-            return value
-        if type(value) not in (int, float):
-            raise argparse.ArgumentTypeError(f"{str(value)[:40]!r} is not a number")
-        return read(str(value))
-
-    return check
-
-
-def saved_list(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
-    """A reader for a setting that is a list of what `read` reads."""
-
-    def check(value: Any) -> list[Any]:
-        if not isinstance(value, list):
-            raise argparse.ArgumentTypeError(f"{str(value)[:40]} is not a list")
-        return [read(item) for item in value]
-
-    return check
-
-
-def saved_switch(value: Any) -> bool:
-    """A setting that is true or false."""
-    if not isinstance(value, bool):
-        raise argparse.ArgumentTypeError(f"{str(value)[:40]} is neither true nor false")
-    return value
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -451,10 +482,10 @@ def read_prompt(args: argparse.Namespace) -> str:
     try:
         if args.prompt == "-":
             source = "standard input"
-            prompt = sys.stdin.read().strip()
+            prompt = sys.stdin.read().removeprefix("\ufeff").strip()
         elif args.prompt_file is not None:
             source = f"the prompt file {args.prompt_file}"
-            prompt = args.prompt_file.read_text(encoding="utf-8").strip()
+            prompt = values.path(args.prompt_file, "--prompt-file").read_text(encoding="utf-8-sig").strip()
         else:
             prompt = args.prompt or ""
         # What the shell passed on in another encoding comes as surrogates.

@@ -92,13 +92,19 @@ class GeneratedImage:
         half.image = self.image.crop((width // 2, 0, width, height))
         return half
 
-    def save(self, path: str | Path, export_json_metadata: bool = False, overwrite: bool = False) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        export_json_metadata: bool = False,
+        overwrite: bool = False,
+        embed_metadata: bool = True,
+    ) -> Path:
         """Write the picture; see `ImageUtil.save_image` for names, settings and errors.
 
         Returns:
             Where it went.
         """
-        return self.save_with_image(path, self.image, export_json_metadata, overwrite)
+        return self.save_with_image(path, self.image, export_json_metadata, overwrite, embed_metadata)
 
     def save_with_image(
         self,
@@ -106,11 +112,14 @@ class GeneratedImage:
         pixel_image: PIL.Image.Image,
         export_json_metadata: bool = False,
         overwrite: bool = False,
+        embed_metadata: bool = True,
     ) -> Path:
         """Write another picture with this one's settings."""
         from mflux.utils.image_util import ImageUtil
 
-        return ImageUtil.save_image(pixel_image, path, self._get_metadata(), export_json_metadata, overwrite)
+        return ImageUtil.save_image(
+            pixel_image, path, self._get_metadata(), export_json_metadata, overwrite, embed_metadata
+        )
 
     def save_with_heatmap(self, path: str | Path, export_json_metadata: bool = False, overwrite: bool = False) -> Path:
         """Write the picture and, if there is one, its concept heatmap as `name_heatmap.png`."""

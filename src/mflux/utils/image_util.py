@@ -172,9 +172,6 @@ def _numbered(path: Path) -> Iterator[Path]:
 class ImageUtil:
     """mflux's helpers for pictures, at mflux's path."""
 
-    # Whether pictures carry the settings they were made with; --no-metadata clears it.
-    embed_metadata_enabled: bool = True
-
     @staticmethod
     def resolve_output_path(path: str | Path, overwrite: bool = False) -> Path:
         """`path` if it is free or may be overwritten, else the first free of `name_1.png`, `name_2.png`, …"""
@@ -365,8 +362,9 @@ class ImageUtil:
         metadata: dict | None = None,
         export_json_metadata: bool = False,
         overwrite: bool = False,
+        embed_metadata: bool = True,
     ) -> Path:
-        """Write a picture, its settings inside it (unless `embed_metadata_enabled` is false), and if asked the settings
+        """Write a picture, its settings inside it (unless `embed_metadata` is false), and if asked the settings
         beside it as `name.metadata.json`. Complete or absent; existing files are left alone unless `overwrite`.
 
         Returns:
@@ -380,7 +378,7 @@ class ImageUtil:
         check_output(path)
         picture_format = _format_of(path)
         embedded = {}
-        if metadata is not None and ImageUtil.embed_metadata_enabled:
+        if metadata is not None and embed_metadata:
             embedded = MetadataBuilder.save_arguments(metadata, picture_format)
 
         def write(file):

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from mflux.backend import mx
 from mflux.models.common.autoencoders.tiling import TilingConfig
-from mflux.models.common.stages import release
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -14,14 +13,12 @@ if TYPE_CHECKING:
 
     from mflux.models.common.config.config import Config
 
-_TEXT_ENCODERS = ("clip_text_encoder", "t5_text_encoder")
-
 
 class MemorySaver:
     """Registered with a pipeline by `--low-ram`, or by a program.
 
     Args:
-        model: a pipeline whose components are `Part`s.
+        model: a `Pipeline`.
         keep_transformer: keep it between pictures; without, it is gone before the picture is decoded.
         cache_limit_bytes: how much freed memory MLX may keep for later, where its own limit is not lower, as on a CPU;
             None leaves that limit and no tiling.
@@ -60,7 +57,7 @@ class MemorySaver:
         control_images: list[PIL.Image.Image] | None = None,
     ) -> None:
         if not self.keep_text_encoder:
-            release(self.model, *_TEXT_ENCODERS)
+            self.model.release_stages("encode")
 
     def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm) -> None:
         mx.clear_cache()
@@ -68,26 +65,12 @@ class MemorySaver:
     def call_after_loop(self, seed: int, prompt: str, latents: mx.array, config: Config) -> None:
         mx.eval(latents)
         if not self.keep_transformer:
-            release(self.model, "transformer")
+            self.model.release_stages("denoise")
         mx.clear_cache()
 
     def memory_stats(self) -> str:
         """The most memory that MLX has held, as a sentence."""
         return f"peak MLX memory: {mx.get_peak_memory() / 1e9:.2f} GB"
-
-
-class LastPictureSaver:
-    """Lets the transformer go when the steps are done: registered before the last picture, which alone decodes then.
-
-    Args:
-        model: a pipeline whose components are `Part`s.
-    """
-
-    def __init__(self, model):
-        self.model = model
-
-    def call_after_loop(self, seed: int, prompt: str, latents: mx.array, config: Config) -> None:
-        release(self.model, "transformer")
 
 
 def limit_cache(limit: int) -> int:

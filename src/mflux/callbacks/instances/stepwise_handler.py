@@ -20,9 +20,9 @@ class StepwiseHandler:
     """Writes `seed_S_stepNofM.png` after each step and keeps `seed_S_composite.png` up to date, also when stopped.
 
     Args:
-        model: a pipeline with `vae` and `bits`.
+        model: a `Pipeline`; its pictures are decoded as it decodes the last one.
         output_dir: created if need be.
-        latent_creator: has `unpack_latents(latents, height, width)`.
+        latent_creator: taken for compatibility with mflux 0.24; the pipeline knows its own.
     """
 
     def __init__(self, model, output_dir: str | Path, latent_creator):
@@ -58,9 +58,8 @@ class StepwiseHandler:
         self._save_composite(seed)
 
     def _save(self, step: int, seed: int, prompt: str, latents: mx.array, config: Config) -> None:
-        unpacked = self.latent_creator.unpack_latents(latents=latents, height=config.height, width=config.width)
         picture = ImageUtil.to_image(
-            decoded_latents=self.model.vae.decode(unpacked),
+            decoded_latents=self.model.decode(latents, config),
             config=config,
             seed=seed,
             prompt=prompt,

@@ -6,7 +6,7 @@ train on these; there one matrix holds what are several layers here, one below t
 
 from __future__ import annotations
 
-from mflux.models.common.lora.reading import Spelling
+from mflux.models.common.lora.reading import LoraNames, Spelling
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _EMBED = "time_text_embed"
@@ -65,7 +65,7 @@ MFLUX = {
 }
 
 # The text encoder that diffusers lets a LoRA change is CLIP; parts for T5 are reported and left out.
-FLUX_LORA_NAMES = (
+_SPELLINGS = (
     Spelling("transformer", ("transformer.", "", "base_model.model.", "diffusion_model.")),
     Spelling("transformer", ("lora_transformer_", "lycoris_", "lycoris__", "lora_unet_"), joint="_"),
     Spelling("transformer", ("transformer.", "", "base_model.model."), MFLUX),
@@ -88,10 +88,12 @@ FLUX_LORA_NAMES = (
 )
 
 # One name of each layout, for the sentence that says which there are.
-FLUX_LORA_LAYOUTS = {
+_LAYOUTS = {
     "PEFT and diffusers": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
     "kohya": "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
     "Black Forest Labs and ComfyUI": "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
     "XLabs": "double_blocks.0.processor.qkv_lora1.down.weight",
     "LyCORIS LoKr": "lycoris_transformer_blocks_0_attn_to_q.lokr_w1",
 }
+
+LORA = LoraNames(_SPELLINGS, _LAYOUTS)

@@ -1,26 +1,16 @@
-"""Where FLUX.1's components are read from: a folder in the published layout, or one that mflux 0.24 or earlier saved.
+"""What folders look like that mflux 0.24 or earlier saved FLUX.1 to.
 
-The latter has no configuration, tensor names of its own, numbered files, and kernels as MLX lays them out. The names
-are translated by the table below; the configurations follow from the shapes, and where no shape tells, they are the
-published ones.
+The configurations follow from the shapes, and where no shape tells, they are the published ones.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from mflux.backend import mx
-from mflux.checkpoints.folders import read_json
-from mflux.checkpoints.loading import FolderTensors
-from mflux.checkpoints.quantization import Quantization, inferred
-from mflux.errors import CheckpointError
+from mflux.checkpoints.saved_by_024 import Layout024, Renames, Tensors024
 
-# Theirs → ours, as patterns applied in order; a name that none fits is the published one already.
-_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+_NAMES: dict[str, Renames] = {
     "transformer": ((r"\.linear1\.", ".net.0.proj."), (r"\.linear2\.", ".net.2.")),
     "text_encoder": (),
     "text_encoder_2": (
@@ -31,7 +21,13 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "vae": ((r"\.(conv_in|conv_out)\.conv2d\.", r".\1."), (r"\.conv_norm_out\.norm\.", ".conv_norm_out.")),
 }
 # The first block's bias on distances was saved with every block.
-_REPEATED = re.compile(r"^t5_blocks\.(?!0\.)\d+\.attention\.SelfAttention\.relative_attention_bias\.")
+_REPEATED = r"^t5_blocks\.(?!0\.)\d+\.attention\.SelfAttention\.relative_attention_bias\."
+_SQUARE = (
+    ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.bias"),
+    ("text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj.bias"),
+    ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.0.layer_norm.weight"),
+    ("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),
+)
 
 _SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "base_image_seq_len": 256,
@@ -49,133 +45,10 @@ _MODEL_INDEX = {
 }
 
 
-class PublishedFolder:
-    """A model in the diffusers layout: a configuration beside each component's weights."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    def config(self, part: str) -> dict[str, Any]:
-        """What the `config.json` of a component says."""
-        return read_json(self.root / part / "config.json")
-
-    def tensors(self, part: str) -> Mapping[str, mx.array]:
-        """A component's tensors, by their published names and in the published layout."""
-        return FolderTensors(self.root / part)
-
-    def lacking(self) -> dict[str, dict[str, Any]]:
-        """The settings that a published model has and this folder does not, by their paths."""
-        return {}
-
-    def scheduler(self) -> dict[str, Any]:
-        """What `scheduler_config.json` says."""
-        return read_json(self.root / "scheduler" / "scheduler_config.json")
-
-    def stored(self, part: str) -> Quantization | None:
-        """What a component is quantized to, if at all."""
-        return Quantization.stored(self.config(part), self.root / part / "config.json")
-
-
-class FolderOf024(PublishedFolder):
-    """A model that mflux 0.24 or earlier saved, as if it were published."""
-
-    def config(self, part: str) -> dict[str, Any]:
-        tensors = Tensors024(self.root / part, part)
-        try:
-            return _CONFIGS[part](tensors)
-        except (KeyError, IndexError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{self.root / part} holds no {part} of FLUX.1 as mflux 0.24 saves it ({error} is missing or makes no "
-                "sense): fetch it again, or take a model in the diffusers layout"
-            ) from None
-
-    def tensors(self, part: str) -> Mapping[str, mx.array]:
-        return Tensors024(self.root / part, part)
-
-    def lacking(self) -> dict[str, dict[str, Any]]:
-        return {"model_index.json": _MODEL_INDEX, "scheduler/scheduler_config.json": self.scheduler()}
-
-    def scheduler(self) -> dict[str, Any]:
-        guidance = self.config("transformer")["guidance_embeds"]
-        # As published with FLUX.1-dev, which takes guidance, and with schnell.
-        return _SCHEDULER | {"shift": 3.0 if guidance else 1.0, "use_dynamic_shifting": guidance}
-
-    def stored(self, part: str) -> Quantization | None:
-        return Tensors024(self.root / part, part).quantization
-
-
-def open_folder(root: Path) -> PublishedFolder:
-    """A model's folder, of whichever layout it is.
-
-    Raises:
-        CheckpointError: it is of neither.
-    """
-    part = root / "transformer"
-    old = not (part / "config.json").is_file() and (
-        (part / "model.safetensors.index.json").is_file() or (part / "0.safetensors").is_file()
-    )
-    return FolderOf024(root) if old else PublishedFolder(root)
-
-
-class Tensors024(Mapping[str, mx.array]):
-    """Tensors with mflux 0.24's names and layout as a mapping with the published ones, read when they are asked for."""
-
-    def __init__(self, folder: Path, part: str):
-        # Early versions wrote no index; their files are numbered.
-        numbered = sorted(
-            (path for path in folder.glob("*.safetensors") if path.stem.isdecimal()), key=lambda path: int(path.stem)
-        )
-        has_index = (folder / "model.safetensors.index.json").is_file()
-        self._tensors = FolderTensors(folder, None if has_index or not numbered else numbered)
-        self._theirs = {_translated(name, part): name for name in self._tensors if not _REPEATED.match(name)}
-
-    def __getitem__(self, name: str) -> mx.array:
-        value = self._tensors[self._theirs[name]]
-        # Only the autoencoder's kernels have four axes.
-        return mx.moveaxis(value, -1, 1) if value.ndim == 4 else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._theirs)
-
-    def __len__(self) -> int:
-        return len(self._theirs)
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """What the layers are quantized to, as far as the shape of a square one tells."""
-        for weight, rows in _SQUARE:
-            if f"{weight}.scales" in self and f"{weight}.weight" in self and rows in self:
-                width = self[rows].shape[0]
-                return inferred(width, self[f"{weight}.weight"].shape, self[f"{weight}.scales"].shape)
-        return None
-
-    def rows(self, name: str) -> int:
-        return self[name].shape[0]
-
-    def width(self, layer: str) -> int:
-        """How many weights a row of a layer has, quantized or not."""
-        columns = self[f"{layer}.weight"].shape[-1]
-        return columns * 32 // self.quantization.bits if f"{layer}.scales" in self else columns
-
-    def count(self, pattern: str) -> int:
-        """How many numbers occur where `pattern` has a group."""
-        return len({match[1] for name in self if (match := re.match(pattern, name))})
-
-
-# Layers whose input is as wide as a vector, which is never quantized: from these the bits follow.
-_SQUARE = (
-    ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.bias"),
-    ("text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj.bias"),
-    ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.0.layer_norm.weight"),
-    ("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),
-)
-
-
-@cache
-def _translated(name: str, part: str) -> str:
-    for pattern, replacement in _NAMES[part]:
-        name = re.sub(pattern, replacement, name)
-    return name
+def _scheduler(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """As published with FLUX.1-dev, which takes guidance, and with schnell."""
+    guidance = transformer["guidance_embeds"]
+    return _SCHEDULER | {"shift": 3.0 if guidance else 1.0, "use_dynamic_shifting": guidance}
 
 
 def _transformer(tensors: Tensors024) -> dict[str, Any]:
@@ -260,3 +133,14 @@ def _vae(tensors: Tensors024) -> dict[str, Any]:
 
 
 _CONFIGS = {"transformer": _transformer, "text_encoder": _clip, "text_encoder_2": _t5, "vae": _vae}
+
+LAYOUT = Layout024(
+    title="FLUX.1",
+    names=_NAMES,
+    configs=_CONFIGS,
+    scheduler=_scheduler,
+    model_index=_MODEL_INDEX,
+    square=_SQUARE,
+    left_out=_REPEATED,
+)
+open_folder = LAYOUT.open

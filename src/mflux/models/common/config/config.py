@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mflux.errors import UsageError
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.utils import values
 from mflux.utils.scale_factor import GRID, LARGEST
 
 if TYPE_CHECKING:
@@ -47,10 +49,12 @@ class Config:
     ):
         from mflux.utils.dimension_resolver import DimensionResolver
 
-        if num_inference_steps < 1:
-            raise UsageError(f"{num_inference_steps} steps draw nothing: --steps must be at least 1")
-        if image_strength is not None and not 0.0 <= image_strength <= 1.0:
-            raise UsageError(f"an image strength of {image_strength} makes no sense: it goes from 0 to 1")
+        num_inference_steps = values.whole(num_inference_steps, "num_inference_steps (--steps)", least=1, most=10_000)
+        image_strength = values.real(image_strength, "image_strength", least=0, most=1, optional=True)
+        guidance = values.real(guidance, "guidance", least=0, optional=True)
+        height = values.side(height, "height")
+        width = values.side(width, "width")
+        image_path = values.path(image_path, "image_path", optional=True)
         width, height = DimensionResolver.resolve(
             height=height, width=width, reference_image_path=image_path, default=model_config.default_size
         )
@@ -58,14 +62,15 @@ class Config:
         self.num_inference_steps = num_inference_steps
         self.width, self.height = on_grid(width, "width"), on_grid(height, "height")
         self.guidance = 0.0 if guidance is None else float(guidance)
-        self.image_path = _path(image_path)
+        self.image_path = image_path
         self.image_strength = image_strength
         self.depth_image_path = _path(depth_image_path)
         self.redux_image_paths = [Path(path) for path in redux_image_paths] if redux_image_paths else None
         self.redux_image_strengths = redux_image_strengths
         self.masked_image_path = _path(masked_image_path)
         self.controlnet_strength = controlnet_strength
-        self._scheduler_name = scheduler
+        self.scheduler_name = values.text(scheduler, "scheduler")
+        self.started = time.perf_counter()
         self._scheduler: BaseScheduler | None = None
         self._time_steps: tqdm | None = None
 
@@ -99,7 +104,7 @@ class Config:
         if self._scheduler is None:
             from mflux.models.common.schedulers import scheduler_class
 
-            self._scheduler = scheduler_class(self._scheduler_name)(self)
+            self._scheduler = scheduler_class(self.scheduler_name)(self)
         return self._scheduler
 
     @property
@@ -111,6 +116,11 @@ class Config:
             steps = range(self.init_time_step, self.num_inference_steps)
             self._time_steps = tqdm(steps, desc="denoise", unit="step", leave=True)
         return self._time_steps
+
+    def close(self) -> None:
+        """Finish the bar of progress, if it was begun: a run that was stopped leaves its terminal to the next."""
+        if self._time_steps is not None:
+            self._time_steps.close()
 
 
 def _path(path: Path | str | None) -> Path | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from typing import TYPE_CHECKING, Any
 
 from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, UsageError
-from mflux.models.common.config.registry import BUILT, MODELS
+from mflux.models.common.config.registry import MODELS
 
 if TYPE_CHECKING:
     from mflux.backend import mx
@@ -116,11 +117,11 @@ class ModelConfig(metaclass=_Precision):
             InvalidBaseModel: `base_model` is not a built-in model.
         """
         root = AVAILABLE_MODELS[key_of(model_name, base_model)]
-        if model_name is None or model_name == root.model_name or model_name in root.aliases:
-            return root
+        # A copy: what a caller changes is its own.
         config = copy.deepcopy(root)
-        config.model_name = model_name
-        config.base_model = root.model_name
+        if model_name is not None and model_name != root.model_name and _exact(model_name) is None:
+            config.model_name = model_name
+            config.base_model = root.model_name
         return config
 
     def with_scheduler(self, scheduler: dict[str, Any]) -> ModelConfig:
@@ -176,9 +177,16 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
     if (key := _inferred(model_name)) is not None:
         return key
     raise ModelConfigError(
-        f"the model {model_name!r} is not known: {suggestion()}; "
+        f"the model {model_name!r} is not known{_nearest(model_name)}: {suggestion()}; "
         "a repository or folder whose name does not tell needs --base-model (schnell, dev or krea-dev)"
     )
+
+
+def _nearest(name: str) -> str:
+    """What was perhaps meant, as a part of a sentence."""
+    names = [alias for model in MODELS.values() for alias in model["aliases"]]
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def built_key(model_name: str | None, base_model: str | None = None) -> str:
@@ -188,28 +196,34 @@ def built_key(model_name: str | None, base_model: str | None = None) -> str:
         ModelConfigError: as for `ModelConfig.from_name`.
         UsageError: it is known, but not built.
     """
+    from mflux.models.common.family import built
+
     key = key_of(model_name, base_model)
-    if key not in BUILT:
+    if key not in built():
         family = MODELS[key]["family"]
         what = "this variant of FLUX.1" if family == "flux" else f"the family {family}"
-        raise UsageError(f"{key} is not built yet in this version ({what}): there are {', '.join(BUILT)}")
+        raise UsageError(f"{key} is not built yet in this version ({what}): there are {', '.join(built())}")
     return key
 
 
 def is_builtin(model_name: str) -> bool:
     """Whether a name is a built-in model's own, so that its weights are too."""
-    return model_name in MODELS or any(model_name in model["aliases"] for model in MODELS.values())
+    name = model_name.lower()
+    return any(name in (key, *map(str.lower, model["aliases"])) for key, model in MODELS.items())
 
 
 def suggestion() -> str:
     """What to type for a model, for messages."""
+    from mflux.models.common.family import built
+
     return (
-        f"use --model with {', '.join(BUILT)}, a Hugging Face repository or a folder (--model demo needs no download)"
+        f"use --model with {', '.join(built())}, a Hugging Face repository or a folder (--model demo needs no download)"
     )
 
 
 def _exact(name: str) -> str | None:
-    found = [key for key, model in MODELS.items() if name == key or name in model["aliases"]]
+    # Names of models are not case-sensitive; those of repositories are.
+    found = [key for key, model in MODELS.items() if name.lower() in (key, *map(str.lower, model["aliases"]))]
     # Several models share a repository; a ControlNet is always asked for by its own name.
     found += sorted(
         (key for key, model in MODELS.items() if name == model["model_name"]),
@@ -263,4 +277,4 @@ def _constructor_name(key: str) -> str:
 
 # ModelConfig.schnell(), ModelConfig.qwen_image_edit(), …: one for each model, as in mflux.
 for _key in MODELS:
-    setattr(ModelConfig, _constructor_name(_key), staticmethod(lambda key=_key: AVAILABLE_MODELS[key]))
+    setattr(ModelConfig, _constructor_name(_key), staticmethod(lambda key=_key: copy.deepcopy(AVAILABLE_MODELS[key])))

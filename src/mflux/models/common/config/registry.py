@@ -8,14 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-# Families whose pipelines exist in this version. The others are known, so that they can be refused by name.
-BUILT = {
-    "demo": "mflux-generate",
-    "schnell": "mflux-generate",
-    "dev": "mflux-generate",
-    "krea-dev": "mflux-generate",
-}
-
 MODELS: dict[str, dict[str, Any]] = {
     # The embedded model: FLUX.1's architecture, very small. It ships in the wheel (src/mflux/demo).
     "demo": {

@@ -76,6 +76,19 @@ class Spelling:
 
 
 @dataclass(frozen=True)
+class LoraNames:
+    """The names that LoRA files have for a family's layers.
+
+    Attributes:
+        spellings: how files name the layers.
+        layouts: an example of a name for each layout, for the sentence that says what is known.
+    """
+
+    spellings: tuple[Spelling, ...]
+    layouts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Target:
     """What a name in a file stands for: layers of a component, and which of its rows each has; None is all of them."""
 

@@ -23,6 +23,7 @@ class FlowMatchEulerDiscreteScheduler(BaseScheduler):
     """
 
     def __init__(self, config: Config):
+        self.config = config
         steps = config.num_inference_steps
         if config.model_config.requires_sigma_shift:
             sigmas = mx.linspace(1.0, 1.0 / steps, steps, dtype=mx.float32)

@@ -19,20 +19,34 @@ class LinearScheduler(BaseScheduler):
     """
 
     def __init__(self, config: Config):
-        steps = config.num_inference_steps
+        # A subclass may override `_get_sigmas` and `_get_timesteps`, as with mflux 0.24.
+        self.config = config
+        self._sigmas = self._get_sigmas()
+        self._timesteps = self._get_timesteps()
+
+    def _get_sigmas(self) -> mx.array:
+        """The noise levels, (steps + 1,); called once."""
+        model, steps = self.config.model_config, self.config.num_inference_steps
         sigmas = mx.linspace(1.0, 1.0 / steps, steps, dtype=mx.float32)
-        model = config.model_config
         if model.requires_sigma_shift:
-            sigmas = shift_exponentially(sigmas, resolution_mu(model, config.image_seq_len))
+            sigmas = shift_exponentially(sigmas, resolution_mu(model, self.config.image_seq_len))
         elif model.sigma_shift != 1.0:
             sigmas = model.sigma_shift * sigmas / (1 + (model.sigma_shift - 1) * sigmas)
         if (terminal := model.sigma_shift_terminal) is not None:
             sigmas = stretch_to_terminal(sigmas, terminal)
-        self._sigmas = mx.concatenate([sigmas, mx.zeros(1)])
+        return mx.concatenate([sigmas, mx.zeros(1)])
+
+    def _get_timesteps(self) -> mx.array:
+        """What identifies each step to the model, (steps,); called once, after `_get_sigmas`."""
+        return self._sigmas[:-1] * 1000
 
     @property
     def sigmas(self) -> mx.array:
         return self._sigmas
+
+    @property
+    def timesteps(self) -> mx.array:
+        return self._timesteps
 
     def step(self, noise: mx.array, timestep: int, latents: mx.array, **kwargs) -> mx.array:
         return latents + (self._sigmas[timestep + 1] - self._sigmas[timestep]).astype(latents.dtype) * noise

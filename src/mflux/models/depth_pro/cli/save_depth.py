@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import QUANTIZE_CHOICES, MfluxParser, run
+from mflux.cli.parser import MfluxParser, run, say
 from mflux.errors import UsageError
+from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +74,7 @@ def save_depth(argv: Sequence[str] | None) -> None:
     data = encode(result, kind, args.colormap or "gray")
     log.debug("loaded in %.1f s, estimated in %.1f s", loaded - started, time.perf_counter() - loaded)
     log.debug("%s", _describe(result))
-    print(write_atomically(output, lambda file: file.write(data), overwrite=False))
+    say(str(write_atomically(output, lambda file: file.write(data), overwrite=False)))
 
 
 def encode(result: DepthResult, kind: str, colormap: str = "gray") -> bytes:

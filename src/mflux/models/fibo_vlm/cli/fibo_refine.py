@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mflux.cli.parser import MfluxParser, run
+from mflux.cli.parser import MfluxParser, run, say
 from mflux.errors import UsageError
 from mflux.models.fibo_vlm.cli import options
 
@@ -43,7 +43,7 @@ def refine(argv: Sequence[str] | None) -> None:
         max_tokens=args.max_tokens,
         seed=args.seed,
     )
-    print(options.write(args.output, answer))
+    say(str(options.write(args.output, answer)))
 
 
 def read_structured_prompt(path: Path) -> str:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import QUANTIZE_CHOICES, number, seed
 from mflux.errors import OutputError, UsageError
 from mflux.models.fibo_vlm.packages import check_installed
+from mflux.utils.values import QUANTIZE_CHOICES, number, seed
 
 if TYPE_CHECKING:
     from mflux.models.fibo_vlm.model.fibo_vlm import FiboVLM

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mflux.cli import parser as options
 from mflux.errors import NotBuiltError, UsageError
-from mflux.models.common.config.registry import BUILT
+from mflux.models.common.family import built, family_of
 
 
 def build_parser() -> options.MfluxParser:
@@ -16,7 +16,7 @@ def build_parser() -> options.MfluxParser:
     parser = options.MfluxParser(
         prog="mflux-save",
         description="Save a model, quantized or as it is, to a folder in the published layout, which loads without -q.",
-        epilog=f"Models: {', '.join(BUILT)}, and folders and repositories that derive from them.",
+        epilog=f"Models: {', '.join(built())}, and folders and repositories that derive from them.",
     )
     options.add_model_options(parser, required=True)
     parser.add_argument(
@@ -36,7 +36,8 @@ def save(argv: Sequence[str] | None) -> None:
     """Check everything that can be checked without the model, then write it."""
     args = build_parser().parse_args(argv)
     options.refuse_what_is_not_built(args)
-    options.settle_loras(args, argv)
+    options.settle_loras(args)
+    options.settle_paths(args, ())
     if not args.bake_lora:
         raise UsageError("a saved model holds its LoRAs in its weights: leave --no-bake-lora out")
     if args.hf_symlink is not None:
@@ -52,28 +53,30 @@ def save(argv: Sequence[str] | None) -> None:
 
     args.base_model = args.base_model or recorded_base_model(args.model)
     key = built_key(args.model, args.base_model)
+    family = family_of(key)
+    if args.lora_paths and family.lora is None:
+        raise UsageError(f"{family.title} takes no LoRAs: leave --lora out")
+    loras = {"lora_paths": args.lora_paths, "lora_scales": args.lora_scales} if family.lora else {}
     model_path = None if is_builtin(args.model) else args.model
     parent = models_folder() if args.path is None else None
 
     # From here on it takes time.
     from mflux.checkpoints.saving import refuse_existing
-    from mflux.models.flux.variants.txt2img.flux import Flux1
 
     if args.path is not None:
-        refuse_existing(args.path.expanduser())
-    flux = Flux1(
+        refuse_existing(args.path)
+    pipeline = family.pipeline_class(key)(
         args.quantize,
         model_config=ModelConfig.from_name(args.model, args.base_model),
         model_path=model_path,
-        lora_paths=args.lora_paths,
-        lora_scales=args.lora_scales,
+        **loras,
     )
     if parent is None:
-        target = args.path.expanduser()
+        target = args.path
     else:
-        target = with_loras(parent / folder_name(key, model_path, flux.bits), bool(args.lora_paths))
-    flux.save_model(str(target))
-    print(target)
+        target = with_loras(parent / folder_name(key, model_path, pipeline.bits), bool(args.lora_paths))
+    pipeline.save_model(str(target))
+    options.say(str(target))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,47 @@
+"""FLUX.1 as data: its components, commands and models."""
+
+from mflux.models.common.family import Command, Component, Family
+
+_TEXT_ENCODERS = "mflux.models.common.text_encoders"
+_FLUX1 = "mflux.models.flux.variants.txt2img.flux:Flux1"
+
+FAMILY = Family(
+    title="FLUX.1",
+    components=(
+        Component(
+            "clip_text_encoder",
+            f"{_TEXT_ENCODERS}.clip:CLIPTextEncoder",
+            "text_encoder",
+            stage="encode",
+            stem="model",
+            lora=True,
+        ),
+        Component("t5_text_encoder", f"{_TEXT_ENCODERS}.t5:T5Encoder", "text_encoder_2", stage="encode", stem="model"),
+        Component(
+            "transformer",
+            "mflux.models.flux.model.transformer:FluxTransformer",
+            "transformer",
+            published_class="FluxTransformer2DModel",
+            lora=True,
+        ),
+        Component(
+            "vae",
+            "mflux.models.common.autoencoders.kl:AutoencoderKL",
+            "vae",
+            stage="decode",
+            published_class="AutoencoderKL",
+        ),
+    ),
+    commands=(
+        Command(
+            "generate",
+            "mflux.models.flux.cli.flux_generate",
+            "draw with FLUX.1",
+            models=("demo", "schnell", "dev", "krea-dev"),
+        ),
+    ),
+    pipelines=(("*", _FLUX1),),
+    beside=("model_index.json", "scheduler", "tokenizer", "tokenizer_2"),
+    lora="mflux.models.flux.lora_names:LORA",
+    open_folder="mflux.models.flux.weights_024:open_folder",
+)
