@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from reference import COMPONENT, draw, relative_error
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config as ReferenceConfig
@@ -19,6 +20,7 @@ from transformers import Qwen3ForCausalLM, Qwen3Model
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.loading import FolderTensors, load_component, match
 from mflux.errors import CheckpointError
+from mflux.models.common.decoder import DecoderConfig, DecoderTextEncoder
 from mflux.models.common.text_encoders.qwen3 import Qwen3Config, Qwen3TextEncoder
 
 # As published but small: two heads of queries to one of keys and values, a head wider than its share.
@@ -258,6 +260,49 @@ def test_a_layer_that_is_needed_must_be_there(folder, tmp_path):
     load_component(encoder(1), lacking)
     with pytest.raises(CheckpointError, match="3 tensors missing"):
         load_component(encoder(2), lacking)
+
+
+# ---- where other decoders differ
+
+
+class SmolLM3Config(DecoderConfig):
+    qk_norm = False
+
+    def has_positions(self, layer: int) -> bool:
+        return (layer + 1) % 4 != 0
+
+
+class Qwen2Config(DecoderConfig):
+    kind = "qwen2"
+    qk_norm = False
+    output_bias = False
+
+
+# Other decoders' numbers of layers, so that one of SmolLM3's knows no positions.
+OTHERS = {
+    "SmolLM3": (SmolLM3Config, transformers.SmolLM3ForCausalLM, transformers.SmolLM3Config, dict(
+        num_hidden_layers=5, pad_token_id=None, model_type="smollm3",
+    )),
+    "Qwen2": (Qwen2Config, transformers.Qwen2ForCausalLM, transformers.Qwen2Config, dict(attention_bias=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_decoders(name, tmp_path):
+    ours_config, model_class, config_class, changes = OTHERS[name]
+    settings = {key: value for key, value in PLAIN.items() if key != "head_dim"} | changes
+    model = draw(model_class(config_class(**{key: value for key, value in settings.items() if key != "model_type"})), 5)
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | changes | {"head_dim": None, "layer_types": None}
+    encoder_class = type("Encoder", (DecoderTextEncoder,), {"config_class": ours_config, "hidden_states": (0, 1, -1)})
+    module = load_component(encoder_class, tmp_path, config=values)
+    names = names_of(module)
+    assert not any("q_norm" in name or "o_proj.bias" in name for name in names)
+    assert any("k_proj.bias" in name for name in names) is (name == "Qwen2")
+    ids, mask = tokens((9, 4))
+    theirs = expected(model, ids, mask)
+    for one, other in zip(module(mx.array(ids), mx.array(mask)), (theirs[0], theirs[1], theirs[-1]), strict=True):
+        assert relative_error(one, other) <= COMPONENT
 
 
 # ---- full sizes
