@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
 
 from mflux.backend import mx, nn
+
+# Channels of a time or guidance value's sinusoid, in every model here.
+TIME_CHANNELS = 256
+_MAX_PERIOD = 10_000
+# Cosines and sines of rotary positions, (L, D / 2) each, or with batch and head axes before.
+Rotary = tuple[mx.array, mx.array]
 
 
 def quick_gelu(x: mx.array) -> mx.array:
@@ -39,3 +49,124 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = No
     """Scaled dot-product attention over (B, heads, L, D); `scale` defaults to 1/√D."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+# ---- rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864)
+
+
+def rotate_halves(x: mx.array, rotary: Rotary) -> mx.array:
+    """Turn channel i of (…, L, D) together with channel i + D/2, in float32: language models."""
+    cos, sin = rotary
+    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
+    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rotate_pairs(x: mx.array, rotary: Rotary) -> mx.array:
+    """Turn channel 2i of (…, L, D) together with channel 2i + 1, in float32: FLUX and its kin."""
+    cos, sin = rotary
+    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def inverse_frequencies(channels: int, theta: float) -> mx.array:
+    """The angle that each pair of channels turns by per position: (channels / 2,), float32."""
+    # In double precision and rounded once: positions multiply what rounding leaves, and a GPU's power is worse.
+    return mx.array((float(theta) ** (-np.arange(0, channels, 2) / channels)).astype(np.float32))
+
+
+def rotary_embedding(ids: mx.array, axes: Sequence[int], theta: float = 10_000.0) -> Rotary:
+    """Cosines and sines for rotary positions on several axes.
+
+    Args:
+        ids: (L, axes), the positions of each token.
+        axes: how many channels of a head each axis turns.
+        theta: the longest period is 2π times nearly this.
+
+    Returns:
+        Two arrays (L, head_dim / 2), float32.
+    """
+    angles = [
+        ids[:, axis, None].astype(mx.float32) * inverse_frequencies(channels, theta)
+        for axis, channels in enumerate(axes)
+    ]
+    angles = mx.concatenate(angles, axis=-1)
+    return mx.cos(angles), mx.sin(angles)
+
+
+# ---- embeddings and modulation
+
+
+def waves(values: mx.array, channels: int = TIME_CHANNELS, *, sin_first: bool = False) -> mx.array:
+    """Each value's cosines, then sines, at frequencies from 1 down towards 1/10000: (B,) → (B, channels), float32.
+
+    `sin_first` puts the sines before the cosines.
+    """
+    angles = values.astype(mx.float32)[:, None] * mx.array(_time_frequencies(channels))
+    parts = [mx.cos(angles), mx.sin(angles)]
+    return mx.concatenate(parts[::-1] if sin_first else parts, axis=-1)
+
+
+@cache
+def _time_frequencies(channels: int) -> np.ndarray:
+    """Rounded once from the exponents, which the models were trained with as float32: the angles go up to thousands of
+    radians, where one more rounding of a frequency, as MLX's `exp` has it, is visible in their cosines."""
+    half = channels // 2
+    exponents = np.float32(-math.log(_MAX_PERIOD)) * np.arange(half, dtype=np.float32) / half
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
+
+
+class MLPEmbedder(nn.Module):
+    """Two layers with SiLU between; diffusers' `TimestepEmbedding`."""
+
+    def __init__(self, in_features: int, features: int, *, bias: bool = True):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, features, bias=bias)
+        self.linear_2 = nn.Linear(features, features, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear_2(nn.silu(self.linear_1(x)))
+
+
+def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float = 1e-6) -> mx.array:
+    """Layer norm without weights of its own; the condition's scale and shift take their place."""
+    return mx.fast.layer_norm(x, None, None, eps) * (1 + scale) + shift
+
+
+# ---- feed-forward
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), linear; the names leave room for the reference's dropout."""
+
+    class Proj(nn.Module):
+        def __init__(self, features: int, hidden: int):
+            super().__init__()
+            self.proj = nn.Linear(features, hidden)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return nn.gelu_approx(self.proj(x))
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.net = [FeedForward.Proj(features, 4 * features), nn.Identity(), nn.Linear(4 * features, features)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class SwiGLU(nn.Module):
+    """A gated feed-forward (Shazeer 2020, https://arxiv.org/abs/2002.05202) under LLaMA's names."""
+
+    def __init__(self, features: int, hidden: int, *, activation: str = "silu", bias: bool = False):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gate_proj = nn.Linear(features, hidden, bias=bias)
+        self.up_proj = nn.Linear(features, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, features, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

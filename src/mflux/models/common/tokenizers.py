@@ -18,6 +18,8 @@ from mflux.errors import CheckpointError, UsageError
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # In the order in which the reference adds them: of two that are the same text, the later one's flags hold.
 _KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Characters of a prompt; models read a few thousand of them.
+LONGEST = 1_000_000
 _CLIP_SPECIAL = {"bos_token": "<|startoftext|>"} | dict.fromkeys(
     ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
 )
@@ -44,16 +46,34 @@ class PromptTokenizer:
         return len(self._prefix) + len(self._ids(prompt)) + 1 > max_length
 
     def _ids(self, prompt: str) -> list[int]:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            # What a shell hands over when the bytes on its command line are in another encoding.
-            raise UsageError("the prompt holds bytes that are not UTF-8 text: type it anew") from None
-        return self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        return text_ids(self._tokenizer, prompt)
 
     def _fit(self, ids: list[int], length: int) -> list[int]:
         ids = [*self._prefix, *ids][: length - 1] + [self._end]
         return ids + [self._pad] * (length - len(ids))
+
+
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text, however many they are.
+
+    Raises:
+        UsageError: it is not text, or so long that its ids alone would take minutes.
+        CheckpointError: the tokenizer's files were damaged in a way that only shows now.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # What a shell hands over when the bytes on its command line are in another encoding.
+        raise UsageError("the prompt holds bytes that are not UTF-8 text: type it anew") from None
+    if len(text) > LONGEST:
+        raise UsageError(f"the prompt is {len(text):,} characters long: shorten it to less than {LONGEST:,}")
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        # A panic of the Rust library is not an `Exception`; neither is Ctrl-C.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"the tokenizer's files are damaged: {error}; fetch the model again") from None
 
 
 def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
@@ -63,8 +83,8 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
         CheckpointError: a file is missing or damaged.
     """
     folder = Path(folder)
-    vocabulary, merges = _read_bpe(folder)
-    special, added = _special_tokens(folder, _CLIP_SPECIAL)
+    vocabulary, merges = read_bpe(folder)
+    special, added = special_tokens(folder, _CLIP_SPECIAL)
     try:
         tokenizer = Tokenizer(
             models.BPE(
@@ -88,7 +108,7 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
         ]
     )
     tokenizer.add_special_tokens(added)
-    start, end, pad = (_id_of(vocabulary, special[kind], folder) for kind in ("bos_token", "eos_token", "pad_token"))
+    start, end, pad = (id_of(vocabulary, special[kind], folder) for kind in ("bos_token", "eos_token", "pad_token"))
     return PromptTokenizer(tokenizer, prefix=(start,), end=end, pad=pad)
 
 
@@ -113,9 +133,9 @@ def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    special, _ = _special_tokens(folder, _T5_SPECIAL)
+    special, _ = special_tokens(folder, _T5_SPECIAL)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    end, pad = (_id_of(vocabulary, special[kind], folder) for kind in ("eos_token", "pad_token"))
+    end, pad = (id_of(vocabulary, special[kind], folder) for kind in ("eos_token", "pad_token"))
     return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad)
 
 
@@ -130,7 +150,7 @@ def _character_map(normalizer: object) -> dict | None:
     return None
 
 
-def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges. transformers 5 saves them inside tokenizer.json only."""
     if (folder / "vocab.json").is_file() or not (folder / "tokenizer.json").is_file():
         return _read_vocabulary(folder / "vocab.json"), _read_merges(folder / "merges.txt")
@@ -170,7 +190,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _special_tokens(folder: Path, usual: dict[str, str]) -> tuple[dict[str, str], list[AddedToken]]:
+def special_tokens(folder: Path, usual: dict[str, str]) -> tuple[dict[str, str], list[AddedToken]]:
     """What the folder's own configuration says of tokens that are matched before a prompt is split.
 
     `tokenizer_config.json` names them by kind, plain or as a table with flags, and may list all of them with their
@@ -210,7 +230,7 @@ def _number(entry: tuple[str, object]) -> int:
     return int(entry[0])
 
 
-def _id_of(vocabulary: dict[str, int], token: str, folder: Path) -> int:
+def id_of(vocabulary: dict[str, int], token: str, folder: Path) -> int:
     if token not in vocabulary:
         raise CheckpointError(f"{folder}: the special token {token} is not in the vocabulary")
     return vocabulary[token]

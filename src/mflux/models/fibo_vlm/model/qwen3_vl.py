@@ -17,7 +17,16 @@ from typing import Any
 from mflux.backend import has_gpu, mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import ACTIVATIONS, attention, merge_heads, split_heads
+from mflux.models.common.decoder import DecoderConfig, DecoderLayer
+from mflux.models.common.layers import (
+    ACTIVATIONS,
+    Rotary,
+    attention,
+    inverse_frequencies,
+    merge_heads,
+    rotate_halves,
+    split_heads,
+)
 
 _VISION_EPS = 1e-6
 _VISION_ROPE_THETA = 10_000.0
@@ -76,34 +85,14 @@ class Qwen3VLVisionConfig(ComponentConfig):
 
 
 @dataclass(frozen=True)
-class Qwen3VLTextConfig(ComponentConfig):
-    """`text_config` of a config.json; defaults are the published 4B model's.
+class Qwen3VLTextConfig(DecoderConfig):
+    """`text_config` of a config.json; defaults are the published 4B model's."""
 
-    Rotary settings stand in `rope_parameters`, as transformers 5 writes them, or in `rope_scaling` and `rope_theta`.
-    """
-
-    vocab_size: int = 151936
-    hidden_size: int = 2560
-    intermediate_size: int = 9728
-    num_hidden_layers: int = 36
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = 8
-    head_dim: int = 128
-    hidden_act: str = "silu"
+    model_type: str = "qwen3_vl_text"
     max_position_embeddings: int = 262144
-    rms_norm_eps: float = 1e-6
-    attention_bias: bool = False
     rope_theta: float = 5_000_000.0
-    rope_scaling: Mapping[str, Any] | None = None
-    rope_parameters: Mapping[str, Any] | None = None
 
-    @property
-    def rope(self) -> Mapping[str, Any]:
-        return {"rope_theta": self.rope_theta} | dict(self.rope_parameters or self.rope_scaling or {})
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
+    rope_types = ("default", "mrope")
 
     @property
     def mrope_section(self) -> tuple[int, ...]:
@@ -111,18 +100,12 @@ class Qwen3VLTextConfig(ComponentConfig):
         return tuple(self.rope.get("mrope_section", (24, 20, 20)))
 
     def check(self) -> str | None:
-        if self.hidden_act not in ACTIVATIONS:
-            return f"hidden_act {self.hidden_act!r} is not known"
-        if self.num_attention_heads % self.kv_heads:
-            return f"{self.num_attention_heads} heads cannot share {self.kv_heads} keys and values"
-        if self.head_dim % 2:
-            return f"head_dim {self.head_dim} is odd"
-        if (kind := self.rope.get("rope_type", self.rope.get("type", "default"))) not in ("default", "mrope"):
-            return f"rotary positions of type {kind!r} are not built"
+        if problem := super().check():
+            return problem
         if not self.rope.get("mrope_interleaved", True):
             return "only interleaved multimodal positions are built, and mrope_interleaved is false"
-        if len(self.mrope_section) != 3 or sum(self.mrope_section) > self.head_dim // 2:
-            return f"mrope_section {list(self.mrope_section)} does not fit a head_dim of {self.head_dim}"
+        if len(self.mrope_section) != 3 or sum(self.mrope_section) > self.head_size // 2:
+            return f"mrope_section {list(self.mrope_section)} does not fit a head_dim of {self.head_size}"
         return None
 
 
@@ -152,21 +135,6 @@ class Qwen3VLConfig(ComponentConfig):
         if len(self.vision_config.deepstack_visual_indexes) > self.text_config.num_hidden_layers:
             return "deepstack_visual_indexes has more layers than the language model"
         return None
-
-
-# ---- rotary positions
-
-
-def inverse_frequencies(channels: int, theta: float) -> mx.array:
-    """The angle that each pair of channels turns by per position (Su et al. 2021): (channels / 2,), float32."""
-    return 1.0 / (theta ** (mx.arange(0, channels, 2, dtype=mx.float32) / channels))
-
-
-def rotate(x: mx.array, rotary: tuple[mx.array, mx.array]) -> mx.array:
-    """Turn channel i of (…, L, D) together with channel i + D/2, by the L × D/2 angles, in float32."""
-    cos, sin = rotary
-    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
-    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 # ---- vision tower
@@ -210,9 +178,9 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def __call__(self, x: mx.array, rotary: tuple[mx.array, mx.array]) -> mx.array:
+    def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
         q, k, v = (split_heads(part, self.heads) for part in mx.split(self.qkv(x), 3, axis=-1))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
         rows = max(1, self.BAND // (self.heads * k.shape[2]))
         if has_gpu() or rows >= q.shape[2]:
             return self.proj(merge_heads(attention(q, k, v)))
@@ -243,7 +211,7 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = VisionMLP(config)
 
-    def __call__(self, x: mx.array, rotary: tuple[mx.array, mx.array]) -> mx.array:
+    def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
         x = x + self.attn(self.norm1(x), rotary)
         return x + self.mlp(self.norm2(x))
 
@@ -317,7 +285,7 @@ class Qwen3VLVisionModel(nn.Module):
                 result = result + embedding * (row_share[:, :1] * column_share[:, 1:])
         return result
 
-    def rotary(self, places: mx.array) -> tuple[mx.array, mx.array]:
+    def rotary(self, places: mx.array) -> Rotary:
         """Cosines and sines, (N, head_dim / 2) each: the first half turns with the row, the second with the column."""
         frequencies = inverse_frequencies(self.config.head_dim // 2, self.config.rope_theta)
         angles = (places[:, :, None].astype(mx.float32) * frequencies).flatten(1)
@@ -358,59 +326,12 @@ class KeyValueCache:
         return self.keys, self.values
 
 
-class TextAttention(nn.Module):
-    def __init__(self, config: Qwen3VLTextConfig):
-        super().__init__()
-        width, head, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
-        self.q_proj = nn.Linear(width, self.heads * head, bias=bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * head, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * head, bias=bias)
-        self.o_proj = nn.Linear(self.heads * head, width, bias=bias)
-        self.q_norm = nn.RMSNorm(head, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(head, eps=config.rms_norm_eps)
-
-    def __call__(self, x: mx.array, rotary, cache: KeyValueCache | None) -> mx.array:
-        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.heads)), rotary)
-        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.kv_heads)), rotary)
-        v = split_heads(self.v_proj(x), self.kv_heads)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        # A single token may look at everything before it.
-        return self.o_proj(merge_heads(attention(q, k, v, mask="causal" if q.shape[2] > 1 else None)))
-
-
-class TextMLP(nn.Module):
-    def __init__(self, config: Qwen3VLTextConfig):
-        super().__init__()
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-
-
-class TextLayer(nn.Module):
-    def __init__(self, config: Qwen3VLTextConfig):
-        super().__init__()
-        self.self_attn = TextAttention(config)
-        self.mlp = TextMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def __call__(self, x: mx.array, rotary, cache: KeyValueCache | None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
 class Qwen3VLTextModel(nn.Module):
     def __init__(self, config: Qwen3VLTextConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [TextLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
@@ -429,19 +350,21 @@ class Qwen3VLTextModel(nn.Module):
             deepstack: what to add after the first layers, each (1, L, hidden_size).
         """
         rotary = self.rotary(positions)
+        # A single token may look at everything before it.
+        mask = "causal" if embeddings.shape[1] > 1 else None
         x = embeddings
         for number, layer in enumerate(self.layers):
-            x = layer(x, rotary, None if cache is None else cache[number])
+            x = layer(x, rotary, mask, None if cache is None else cache[number])
             if number < len(deepstack):
                 x = x + deepstack[number]
         return self.norm(x)
 
-    def rotary(self, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """Cosines and sines, (L, head_dim / 2) each. Frequencies take turns: time, row, column, time, row, …
+    def rotary(self, positions: mx.array) -> Rotary:
+        """Cosines and sines, (L, head_size / 2) each. Frequencies take turns: time, row, column, time, row, …
 
         When row or column have used up theirs, time takes their turns as well.
         """
-        frequencies = inverse_frequencies(self.config.head_dim, self.config.rope["rope_theta"])
+        frequencies = inverse_frequencies(self.config.head_size, self.config.rope["rope_theta"])
         section = self.config.mrope_section
         axes = [turn % 3 if turn < 3 * section[turn % 3] else 0 for turn in range(len(frequencies))]
         angles = positions.T[:, mx.array(axes)].astype(mx.float32) * frequencies

@@ -6,18 +6,24 @@ each other; single blocks run one stream of both, with attention and feed-forwar
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cache
-
-import numpy as np
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import attention, merge_heads, split_heads
+from mflux.models.common.layers import (
+    TIME_CHANNELS,
+    FeedForward,
+    MLPEmbedder,
+    attention,
+    merge_heads,
+    modulate,
+    rotary_embedding,
+    rotate_pairs,
+    split_heads,
+    waves,
+)
 
 _EPS = 1e-6
-_TIME_CHANNELS = 256
 
 
 @dataclass(frozen=True)
@@ -51,24 +57,14 @@ class FluxTransformerConfig(ComponentConfig):
 # ---- embeddings
 
 
-class MLPEmbedder(nn.Module):
-    def __init__(self, in_features: int, features: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_features, features)
-        self.linear_2 = nn.Linear(features, features)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_2(nn.silu(self.linear_1(x)))
-
-
 class ConditionEmbedder(nn.Module):
     """Time, guidance and the prompt's pooled embedding, added up to the vector that modulates every block."""
 
     def __init__(self, config: FluxTransformerConfig):
         super().__init__()
-        self.timestep_embedder = MLPEmbedder(_TIME_CHANNELS, config.inner_dim)
+        self.timestep_embedder = MLPEmbedder(TIME_CHANNELS, config.inner_dim)
         if config.guidance_embeds:
-            self.guidance_embedder = MLPEmbedder(_TIME_CHANNELS, config.inner_dim)
+            self.guidance_embedder = MLPEmbedder(TIME_CHANNELS, config.inner_dim)
         self.text_embedder = MLPEmbedder(config.pooled_projection_dim, config.inner_dim)
 
     def __call__(self, sigma: mx.array, guidance: mx.array | None, pooled: mx.array) -> mx.array:
@@ -76,49 +72,6 @@ class ConditionEmbedder(nn.Module):
         if "guidance_embedder" in self:
             embedding = embedding + self.guidance_embedder(waves(1000 * guidance).astype(pooled.dtype))
         return embedding + self.text_embedder(pooled)
-
-
-def waves(values: mx.array) -> mx.array:
-    """Cosines, then sines, of each value at frequencies from 1 down towards 1/10000: (B,) → (B, 256), float32."""
-    angles = values.astype(mx.float32)[:, None] * mx.array(_time_frequencies())
-    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
-
-
-@cache
-def _time_frequencies() -> np.ndarray:
-    """Rounded once from the exponents, which the model was trained with as float32: the angles go up to thousands of
-    radians, where one more rounding of a frequency, as MLX's `exp` has it, is visible in their cosines."""
-    half = _TIME_CHANNELS // 2
-    exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / half
-    return np.exp(exponents.astype(np.float64)).astype(np.float32)
-
-
-def rotary_embedding(ids: mx.array, axes: tuple[int, ...]) -> tuple[mx.array, mx.array]:
-    """Cosines and sines for rotary positions on three axes (Su et al. 2021; base 10000).
-
-    Args:
-        ids: (L, 3), the positions of each token: zeros for text; 0, row, column for the picture.
-        axes: how many channels of a head each axis turns.
-
-    Returns:
-        Two arrays (L, head_dim / 2), float32.
-    """
-    angles = []
-    for axis, channels in enumerate(axes):
-        # In double precision, as the reference has it: positions multiply what rounding leaves.
-        frequencies = 10000.0 ** (-np.arange(0, channels, 2) / channels)
-        angles.append(ids[:, axis, None].astype(mx.float32) * mx.array(frequencies.astype(np.float32)))
-    angles = mx.concatenate(angles, axis=-1)
-    return mx.cos(angles), mx.sin(angles)
-
-
-def rotate(x: mx.array, rotary: tuple[mx.array, mx.array]) -> mx.array:
-    """Turn neighbouring channel pairs of (B, heads, L, D) by each token's angles, in float32."""
-    cos, sin = rotary
-    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def latent_image_ids(height: int, width: int) -> mx.array:
@@ -143,32 +96,7 @@ class Modulation(nn.Module):
         return mx.split(self.linear(nn.silu(condition))[:, None], self.parts, axis=-1)
 
 
-def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    return mx.fast.layer_norm(x, None, None, _EPS) * (1 + scale) + shift
-
-
 # ---- blocks
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), linear; the names leave room for the reference's dropout."""
-
-    class Proj(nn.Module):
-        def __init__(self, features: int, hidden: int):
-            super().__init__()
-            self.proj = nn.Linear(features, hidden)
-
-        def __call__(self, x: mx.array) -> mx.array:
-            return nn.gelu_approx(self.proj(x))
-
-    def __init__(self, features: int):
-        super().__init__()
-        self.net = [FeedForward.Proj(features, 4 * features), nn.Identity(), nn.Linear(4 * features, features)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.net:
-            x = layer(x)
-        return x
 
 
 class JointAttention(nn.Module):
@@ -209,7 +137,7 @@ class JointAttention(nn.Module):
         v = mx.concatenate(
             [split_heads(self.add_v_proj(text), self.heads), split_heads(self.to_v(image), self.heads)], 2
         )
-        out = merge_heads(attention(rotate(q, rotary), rotate(k, rotary), v))
+        out = merge_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v))
         length = text.shape[1]
         return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
 
@@ -226,8 +154,8 @@ class SingleAttention(nn.Module):
         self.to_v = nn.Linear(width, width)
 
     def __call__(self, x: mx.array, rotary) -> mx.array:
-        q = rotate(self.norm_q(split_heads(self.to_q(x), self.heads)), rotary)
-        k = rotate(self.norm_k(split_heads(self.to_k(x), self.heads)), rotary)
+        q = rotate_pairs(self.norm_q(split_heads(self.to_q(x), self.heads)), rotary)
+        k = rotate_pairs(self.norm_k(split_heads(self.to_k(x), self.heads)), rotary)
         return merge_heads(attention(q, k, split_heads(self.to_v(x), self.heads)))
 
 
