@@ -35,7 +35,8 @@ else
   pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 endif
 # torch comes from pip even beside uv: pip takes the CPU build wherever one can be had, from the index or from the disk.
-pip_torch = $(1)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) \
+# What torch needs comes with the rest, from where the rest comes.
+pip_torch = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch==$(TORCH) \
 	--extra-index-url $(TORCH_INDEX)
 
 # The lock's versions, as environment variables because those reach what pip and uv install to build a package, too.

@@ -86,7 +86,8 @@ def locked(environment: dict[str, str] | None = None, lock: Path = LOCK) -> dict
             raise ValueError(f"uv.lock is not for {environment['sys_platform']}")
     versions: dict[str, str] = {}
     for package in content["package"]:
-        if _applies(package, "resolution-markers", environment):
+        # A file that `uv sync` has completed has the project itself, too.
+        if "registry" in package["source"] and _applies(package, "resolution-markers", environment):
             if package["name"] in versions:
                 raise ValueError(f"uv.lock has two versions of {package['name']} for this Python")
             versions[package["name"]] = package["version"]

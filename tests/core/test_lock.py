@@ -225,10 +225,16 @@ def test_each_system_gets_one_version_of_everything_or_a_refusal(system):
 
 
 def test_two_versions_for_one_system_are_an_error(tmp_path):
-    package = '[[package]]\nname = "a"\nversion = "{}"\n'
+    package = '[[package]]\nname = "a"\nversion = "{}"\nsource = {{ registry = "." }}\n'
     (tmp_path / "uv.lock").write_text(package.format(1) + package.format(2))
     with pytest.raises(ValueError, match="two versions of a"):
         constraints.locked(lock=tmp_path / "uv.lock")
+
+
+def test_a_lock_that_uv_has_completed_says_the_same(tmp_path):
+    itself = '\n[[package]]\nname = "mflux"\nversion = "0"\nsource = { editable = "." }\n'
+    (tmp_path / "uv.lock").write_text(LOCK_TEXT.replace('registry = "."', 'registry = "https://example"') + itself)
+    assert constraints.locked(lock=tmp_path / "uv.lock") == constraints.locked()
 
 
 def test_the_constraints_are_what_pip_reads():
