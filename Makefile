@@ -1,43 +1,74 @@
 # make demo   a core-only install and a picture          make test   the whole suite
-# Each target does its own set-up. With uv on the PATH, uv makes environments and installs; else venv and pip do.
+# Each target does its own set-up and installs the versions that uv.lock has; only `make lock` moves those. With uv on
+# the PATH, uv makes environments and installs; else venv and pip do.
 
 PYTHON ?= python3
 TORCH := 2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?=
 PROMPT ?= a large red circle on a white background
+# make test FAMILY=flux runs one family's tests; PYTEST_ARGS="-k lora -x" goes to pytest.
+FAMILY ?=
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+# The prompt reaches the command through the environment: neither make nor a shell is to read what is in it.
+export MFLUX_DEMO_PROMPT := $(value PROMPT)
+unexport PROMPT
+export MFLUX_TEST_FAMILY := $(FAMILY)
 
 CORE := .venv
 TESTS := .venv-test
+NEWEST := .venv-newest
 CLEAN := .venv-clean
 LINT := .venv-lint
 SOURCES := $(shell find src -type f -not -name '*.pyc' 2>/dev/null)
+VERSIONS := pyproject.toml uv.lock tools/constraints.py tools/group.py
 
+# The setuptools that venv puts in with Python 3.11 is older than the lock's, and nothing here asks for one.
+venv = $(PYTHON) -m venv --clear $(1) && $(1)/bin/python -m pip uninstall --quiet --quiet --yes setuptools
 ifneq ($(shell command -v uv 2>/dev/null),)
   # uv downloads interpreters if it must; here it is to use the one that is named.
-  make_env = uv venv --quiet --python $(PYTHON) --clear $(1)
-  install = uv pip install --quiet --python $(1)/bin/python
+  uv_or_venv = uv venv --quiet --python $(PYTHON) --clear $(1)
+  pip = uv pip install --quiet --python $(1)/bin/python
 else
-  make_env = $(PYTHON) -m venv --clear $(1)
-  install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+  uv_or_venv = $(venv)
+  pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 endif
 # torch comes from pip even beside uv: pip takes the CPU build wherever one can be had, from the index or from the disk.
-torch_install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) \
+# What torch needs comes with the rest, from where the rest comes.
+pip_torch = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch==$(TORCH) \
 	--extra-index-url $(TORCH_INDEX)
 
-.PHONY: demo test test-core test-environments lint format wheel lock clean bench
+# The lock's versions, as environment variables because those reach what pip and uv install to build a package, too.
+constraints = $(PYTHON) tools/constraints.py >$(1)/constraints.txt
+locked = $(foreach name,PIP_CONSTRAINT PIP_BUILD_CONSTRAINT UV_CONSTRAINT UV_BUILD_CONSTRAINT,$(name)=$(1)/constraints.txt)
+make_env = $(uv_or_venv) && $(constraints)
+install = $(locked) $(pip)
+
+# Each worker has a core, and the references' small models are fastest on one thread.
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-core test-newest test-environments lint format wheel lock clean bench
 
 demo: $(CORE)/.ready
-	$(CORE)/bin/mflux-generate --model demo --prompt "$(PROMPT)" --seed 4 --output demo.png
+	@drawn="$$($(CORE)/bin/mflux-generate --model demo --prompt="$$MFLUX_DEMO_PROMPT" --seed 4 --output demo.png)" && \
+	if [ "$$drawn" = demo.png ]; then echo "wrote demo.png"; else echo "wrote $$drawn; kept demo.png"; fi
 
 # The suite with the reference implementations, then the core's tests once more in an environment that holds only the
 # wheel, with torch and transformers refused.
 test: $(TESTS)/.ready $(CLEAN)/.ready
-	$(TESTS)/bin/python -m pytest $(PYTEST_ARGS)
-	MFLUX_REFUSE_TORCH=1 $(CLEAN)/bin/python -m pytest tests/core $(PYTEST_ARGS)
+	$(call pytest,$(TESTS)) $(PYTEST_ARGS)
+	MFLUX_REFUSE_TORCH=1 $(call pytest,$(CLEAN)) tests/core $(PYTEST_ARGS)
 
 test-core: $(CLEAN)/.ready
-	MFLUX_REFUSE_TORCH=1 $(CLEAN)/bin/python -m pytest tests/core $(PYTEST_ARGS)
+	MFLUX_REFUSE_TORCH=1 $(call pytest,$(CLEAN)) tests/core $(PYTEST_ARGS)
+
+# What today's newest versions that pyproject.toml allows would do, in an environment made anew each time.
+test-newest:
+	$(call venv,$(NEWEST))
+	$(call pip_torch,$(NEWEST))
+	$(call pip,$(NEWEST)) -e . $$($(PYTHON) tools/group.py test)
+	MFLUX_TEST_NEWEST=1 $(call pytest,$(NEWEST)) $(PYTEST_ARGS)
 
 # Every install path of docs/install.md, in environments that are thrown away: minutes, gigabytes and an index.
 test-environments: $(CLEAN)/.ready
@@ -53,7 +84,7 @@ format: $(LINT)/.ready
 
 wheel: $(LINT)/.ready
 	rm -rf dist
-	$(LINT)/bin/python -m build --wheel --outdir dist .
+	$(call locked,$(LINT)) $(LINT)/bin/python -m build --wheel --outdir dist .
 
 # The tables of benchmarks/README.md: half an hour, 13 GB of disk for a while and an index.
 bench: $(CLEAN)/.ready
@@ -65,27 +96,27 @@ lock:
 	$(PYTHON) tools/lock.py $(LOCK_ARGS)
 
 clean:
-	rm -rf $(CORE) $(TESTS) $(CLEAN) $(LINT) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(CORE) $(TESTS) $(NEWEST) $(CLEAN) $(LINT) dist build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(CORE)/.ready: pyproject.toml
+$(CORE)/.ready: $(VERSIONS)
 	$(call make_env,$(CORE))
 	$(call install,$(CORE)) -e .
 	touch $@
 
-$(TESTS)/.ready: pyproject.toml
-	$(PYTHON) -m venv --clear $(TESTS)
-	$(call torch_install,$(TESTS))
+$(TESTS)/.ready: $(VERSIONS)
+	$(call venv,$(TESTS)) && $(call constraints,$(TESTS))
+	$(call locked,$(TESTS)) $(call pip_torch,$(TESTS))
 	$(call install,$(TESTS)) -e . $$($(PYTHON) tools/group.py test)
 	touch $@
 
-$(CLEAN)/.ready: pyproject.toml $(SOURCES) | $(LINT)/.ready
+$(CLEAN)/.ready: $(VERSIONS) $(SOURCES) | $(LINT)/.ready
 	$(MAKE) --no-print-directory wheel
 	$(call make_env,$(CLEAN))
 	$(call install,$(CLEAN)) dist/*.whl $$($(PYTHON) tools/group.py test-core)
 	touch $@
 
-$(LINT)/.ready: pyproject.toml
+$(LINT)/.ready: $(VERSIONS)
 	$(call make_env,$(LINT))
 	$(call install,$(LINT)) $$($(PYTHON) tools/group.py lint)
 	touch $@

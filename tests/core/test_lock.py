@@ -1,8 +1,16 @@
-"""uv.lock and requirements-core.txt fit pyproject.toml and name no index; tests/environment has pip and uv use them."""
+"""uv.lock and requirements-core.txt fit pyproject.toml and name no index, and this environment has what the lock has.
 
+tests/environment has pip and uv use them.
+"""
+
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections import defaultdict
+from importlib.metadata import distributions
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +20,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import constraints  # noqa: E402
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK_TEXT = (ROOT / "uv.lock").read_text()
 LOCK = tomllib.loads(LOCK_TEXT)
@@ -115,3 +126,124 @@ def test_each_environment_gets_one_version_of_each_package(system, wheel, machin
     assert {name for name in chosen if name.startswith("mlx")} == {"mlx", wheel}
     # With mflux itself, at most the 23 that the README promises.
     assert len(chosen) <= 22
+
+
+# ---- the versions that make installs
+
+newest = pytest.mark.skipif(os.environ.get("MFLUX_TEST_NEWEST") == "1", reason="make test-newest has other versions")
+SYSTEMS = [
+    {
+        "python_full_version": python,
+        "python_version": python.rpartition(".")[0],
+        "implementation_name": "cpython",
+        "os_name": "posix",
+        "platform_machine": machine,
+        "platform_python_implementation": "CPython",
+        "platform_system": {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}[system],
+        "sys_platform": system,
+    }
+    for python, system, machine in product(
+        ["3.11.0", "3.12.0", "3.13.10"], ["linux", "darwin", "win32"], ["arm64", "x"]
+    )
+]
+LOCKED_MARKERS = sorted({m for package in LOCK["package"] for m in package.get("resolution-markers", [])})
+
+
+def installed() -> dict[str, str]:
+    """Version by name; of two that go by one name, the one that is imported."""
+    found = {}
+    for distribution in distributions():
+        found.setdefault(canonicalize_name(distribution.name), distribution.version)
+    return found
+
+
+def brought(requirements: list[str]) -> set[str]:
+    """The names of what these requirements install here, as far as it is installed."""
+    metadata = {canonicalize_name(distribution.name): distribution.requires or [] for distribution in distributions()}
+    seen, waiting = set(), [(Requirement(text), "") for text in requirements]
+    while waiting:
+        requirement, extra = waiting.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        for wanted in ("", *requirement.extras):
+            if (name, wanted) not in seen:
+                seen.add((name, wanted))
+                waiting += [(Requirement(text), wanted) for text in metadata.get(name, [])]
+    return {name for name, _ in seen} & metadata.keys()
+
+
+@newest
+def test_this_environment_has_the_versions_of_the_lock():
+    locked, here = constraints.locked(), installed()
+    other = {name: here[name] for name in locked.keys() & here.keys() if here[name] != locked[name]}
+    assert not other, f"not what uv.lock has (`make test` and `make test-core` install that): {other}"
+
+
+@newest
+def test_everything_that_this_environment_was_asked_for_is_in_the_lock():
+    here = installed()
+    texts = [str(requirement) for requirement in direct_requirements() if canonicalize_name(requirement.name) in here]
+    names = brought(texts)
+    assert {"mlx", "numpy", "pytest", "pytest-xdist", "execnet"} <= names
+    assert not names - constraints.locked().keys(), "make lock"
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: "-".join(list(system.values())[::7]))
+@pytest.mark.parametrize(
+    "marker",
+    [
+        *LOCKED_MARKERS,
+        "python_version >= '3.12'",
+        "python_full_version < '3.12.0' or sys_platform == 'darwin' and platform_machine != 'arm64'",
+        "(python_full_version < '3.13' or sys_platform == 'darwin') and platform_machine == 'arm64'",
+        "python_full_version > '3.9' and python_full_version <= '3.13.9'",
+    ],
+)
+def test_a_marker_means_what_it_means_to_pip(marker, system):
+    assert constraints.holds(marker, system) == Marker(marker).evaluate(system)
+
+
+@pytest.mark.parametrize(
+    "marker",
+    ["extra == 'x'", "sys_platform in 'linux'", "sys_platform < 'm'", "not sys_platform", "'linux'", "print()"],
+)
+def test_a_marker_that_is_not_understood_is_not_guessed_at(marker):
+    with pytest.raises(ValueError, match="cannot read the marker"):
+        constraints.holds(marker, SYSTEMS[0])
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: "-".join(list(system.values())[::7]))
+def test_each_system_gets_one_version_of_everything_or_a_refusal(system):
+    if system["sys_platform"] == "win32":
+        with pytest.raises(ValueError, match=r"uv\.lock is not for win32"):
+            constraints.locked(system)
+        return
+    chosen = constraints.locked(system)
+    assert set(chosen) == set(locked_versions())
+    assert chosen["torch"].endswith("+cpu") == (system["sys_platform"] == "linux")
+
+
+def test_two_versions_for_one_system_are_an_error(tmp_path):
+    package = '[[package]]\nname = "a"\nversion = "{}"\nsource = {{ registry = "." }}\n'
+    (tmp_path / "uv.lock").write_text(package.format(1) + package.format(2))
+    with pytest.raises(ValueError, match="two versions of a"):
+        constraints.locked(lock=tmp_path / "uv.lock")
+
+
+def test_a_lock_that_uv_has_completed_says_the_same(tmp_path):
+    itself = '\n[[package]]\nname = "mflux"\nversion = "0"\nsource = { editable = "." }\n'
+    (tmp_path / "uv.lock").write_text(LOCK_TEXT.replace('registry = "."', 'registry = "https://example"') + itself)
+    assert constraints.locked(lock=tmp_path / "uv.lock") == constraints.locked()
+
+
+def test_the_constraints_are_what_pip_reads():
+    tool = ROOT / "tools" / "constraints.py"
+    # Alone, as under a python3 that has nothing installed.
+    done = subprocess.run([sys.executable, "-I", "-S", tool], capture_output=True, text=True, check=True)
+    pins = {name: version for name, version in constraints.locked().items() if name != "torch"}
+    assert dict(line.split("==") for line in done.stdout.splitlines()) == pins
+
+
+def test_the_lock_has_what_building_needs():
+    assert PROJECT["dependency-groups"]["build"] == PROJECT["build-system"]["requires"]
