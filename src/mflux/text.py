@@ -1,0 +1,50 @@
+"""Text as a person is shown it: nothing that moves a terminal's cursor, nothing endless, counts and sizes alike."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sized
+
+# What holds an emoji or a word of some scripts together; the other invisible characters can reorder a line.
+_JOINERS = "\u200c\u200d"
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+def shown(text: object, most: int = 120) -> str:
+    """Text from anywhere, fit for one line: control characters, unpaired surrogates and characters that change a
+    line's direction are written as escapes, and what is longer than `most` is cut."""
+    text = str(text)
+    short = text if len(text) <= most else text[: most - 1] + "…"
+    return short if short.isprintable() else "".join(map(_visible, short))
+
+
+def one_line(text: object, most: int = 2000) -> str:
+    """A whole message as one line of a terminal, its line breaks as spaces."""
+    # Cut first: a megabyte is not worth splitting.
+    return shown(" ".join(str(text)[: 4 * most].split()), most)
+
+
+def some(items: Iterable[object], most: int = 5, each: int = 120) -> str:
+    """The first of several things: "a, b, c, …"."""
+    items = list(items)
+    return ", ".join(shown(item, each) for item in items[:most]) + (", …" if len(items) > most else "")
+
+
+def count(items: Sized | int, noun: str) -> str:
+    """ "1 tensor", "2 tensors"."""
+    number = items if isinstance(items, int) else len(items)
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(number: float) -> str:
+    """Bytes as a person reads them: "12.3 MB"."""
+    for unit, factor in _UNITS:
+        if number >= factor:
+            return f"{number / factor:.1f}".removesuffix(".0") + f" {unit}"
+    return f"{number:.0f} B"
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape").decode("ascii")
