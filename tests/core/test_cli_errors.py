@@ -170,9 +170,16 @@ def test_a_component_without_configuration(refused, broken):
     )
 
 
+CUT = "is truncated: it ends in the middle of its JSON; fetch it again"
+
+
 def test_a_configuration_that_is_no_json(refused, broken):
     (broken / "vae" / "config.json").write_text("{")
-    refused(model=broken, status=1, message=f"{broken}/vae/config.json is damaged: it is not JSON; fetch it again")
+    refused(
+        model=broken,
+        status=1,
+        message=f"{broken}/vae/config.json is truncated: it ends in the middle of its JSON; fetch it again",
+    )
 
 
 def test_a_configuration_that_makes_no_sense(refused, broken):

@@ -262,7 +262,7 @@ def test_python_errors(model, tmp_path):
         ({"patch_model_config": {**vit(16, 4), "use_swiglu_ffn": True}}, "GELU"),
         ({"patch_model_config": {**vit(16, 4), "model_type": "vit"}}, "vit"),
         ({"patch_model_config": {**vit(16, 4), "num_attention_heads": 3}}, "attention heads"),
-        ({"fusion_hidden_size": "wide"}, "makes no sense"),
+        ({"fusion_hidden_size": "wide"}, "not a whole number"),
     ],
 )
 def test_configurations_that_cannot_be_built_are_refused(changes, sentence):

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from mflux.checkpoints.unpickler import shown
+from mflux.checkpoints.plain_files import read_json
 from mflux.errors import CheckpointError
+from mflux.text import shown
+
+__all__ = ["SUFFIXES", "read_json", "weight_files"]
 
 # In a folder that holds both, safetensors are the ones to take.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _INDEX_SUFFIX = ".index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a `CheckpointError` that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: the folder is not a complete model in the diffusers layout"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError:
-        raise CheckpointError(f"{path} is damaged: it is not JSON; fetch it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it is not a JSON object; fetch it again")
-    return content
 
 
 def weight_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mflux.backend import compute_dtype, mx, nn, tree_flatten
+from mflux.backend import compute_dtype, has_gpu, mx, nn, tree_flatten
 from mflux.checkpoints.folders import read_json, weight_files
 from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError
+from mflux.text import count, shown, some
 
 log = logging.getLogger(__name__)
 # Tensors are read together up to so many bytes, and the next batch begins while one is read: MLX reads several at once,
@@ -52,7 +53,7 @@ class FolderTensors(Mapping[str, mx.array]):
         for file in self.files.values():
             for name in file:
                 if name in self._where:
-                    raise CheckpointError(f"{self.folder}: the tensor {name} stands in two files")
+                    raise CheckpointError(f"{self.folder}: the tensor {shown(name)} stands in two files")
                 self._where[name] = file
 
     def __getitem__(self, name: str) -> mx.array:
@@ -96,10 +97,11 @@ def load_component(
     folder = Path(folder)
     wanted = Quantization.asked(quantize)
     values = read_json(folder / "config.json") if config is None else config
-    module = module_class(module_class.config_class.from_dict(values, source=folder / "config.json"))
+    tensors = FolderTensors(folder) if tensors is None else tensors
+    module = build(module_class, values, tensors, source=folder / "config.json")
     fill(
         module,
-        FolderTensors(folder) if tensors is None else tensors,
+        tensors,
         source=folder,
         dtype=dtype,
         quantization=wanted,
@@ -108,6 +110,35 @@ def load_component(
         adjust=adjust,
     )
     return module
+
+
+def build(
+    module_class: type[nn.Module], values: Mapping[str, Any] | object, names: Iterable[str], *, source: object
+) -> nn.Module:
+    """A component with arrays of its own, none of them computed, for weights that are still to be read.
+
+    Args:
+        module_class: an `nn.Module` whose constructor takes a `config_class` instance.
+        values: what its `config.json` says, or the `config_class` instance made from it.
+        names: of its tensors, which bound what is built.
+        source: the `config.json`, for messages.
+
+    Raises:
+        CheckpointError: the configuration makes no sense, or asks for more than there are tensors for.
+    """
+    config = module_class.config_class.from_dict(values, source=source) if isinstance(values, Mapping) else values
+    if problem := config.beyond(names):
+        raise CheckpointError(
+            f"{source} does not fit the weights beside it: {problem}; "
+            "fetch it again, or take the config.json that belongs to these weights"
+        )
+    try:
+        return module_class(config)
+    except (ArithmeticError, ValueError, TypeError, LookupError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(
+            f"{source} makes no sense for {module_class.__name__}: no layer can be built of its sizes "
+            f"({shown(str(error) or type(error).__name__, 200)})"
+        ) from None
 
 
 def fill(
@@ -139,7 +170,8 @@ def fill(
             layout; what it returns takes the tensor's place, and is quantized or cast like it.
 
     Raises:
-        CheckpointError: a tensor is damaged, missing, left over, or of another shape than the module's parameter.
+        CheckpointError: a tensor is damaged, missing, left over, of another shape than the module's parameter, or
+            holds numbers that are not finite.
     """
     packed = _packed_layers(module, tensors, source, stored)
     make_room(module, packed)
@@ -169,21 +201,21 @@ def fill(
         if not keep_dtypes and mx.issubdtype(value.dtype, mx.floating):
             value = value.astype(dtype or compute_dtype(value.dtype))
         _assign(module, name, value)
-        pending.append(value)
+        pending.append(_Read(key, value))
 
     # Quantizing takes longer than reading, and gains nothing from large batches.
     together = TOGETHER // 4 if to_pack else TOGETHER
-    pending: list[mx.array] = []
-    ahead: list[mx.array] = []
+    pending: list[_Read] = []
+    ahead: list[_Read] = []
     to_read = 0
     for name, key in plan.items():
         value = tensors[key]
         if to_read + value.nbytes > together:
-            mx.async_eval(pending)
-            mx.eval(ahead)
+            _begin(pending, source)
+            _finish(ahead, source)
             if to_read > together:
                 # A single large tensor: nothing else is read beside it.
-                mx.eval(pending)
+                _finish(pending, source)
             ahead, pending = pending, []
             to_read = 0
         to_read += value.nbytes
@@ -207,15 +239,91 @@ def fill(
         else:
             # Without a copy of its own a transposed kernel would be laid out anew in every convolution.
             store(name, mx.contiguous(value) if turn else value)
-    mx.eval(ahead, pending)
+    _begin(pending, source)
+    _finish(ahead + pending, source)
     module.eval()
     module.freeze()
 
 
-def _kept(count: int, quantization: Quantization) -> str:
-    if not count:
+class _Read:
+    """A tensor on its way from a file, and whether all its numbers are finite."""
+
+    def __init__(self, name: str, value: mx.array):
+        self.name = name
+        self.value = value
+        self._probe = None
+        if mx.issubdtype(value.dtype, mx.floating) and (has_gpu() or value.dtype != mx.float32):
+            # A sum is finite only if all its terms are. On a CPU it would keep the next batch waiting.
+            self._probe = mx.isfinite(mx.sum(value.astype(mx.float32)))
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.value] if self._probe is None else [self.value, self._probe]
+
+    def is_finite(self) -> bool:
+        if not mx.issubdtype(self.value.dtype, mx.floating):
+            return True
+        if self._probe is not None:
+            found = self._probe.item()
+        else:
+            import numpy as np
+
+            # On this thread, while MLX reads the next batch on its own.
+            flat = np.frombuffer(memoryview(self.value).cast("B"), np.float32) if self.value.size else np.zeros(1)
+            with np.errstate(all="ignore"):
+                found = np.isfinite(np.dot(flat, flat))
+        # Large numbers overflow together.
+        return bool(found) or mx.all(mx.isfinite(self.value)).item()
+
+
+def _begin(batch: list[_Read], source: object) -> None:
+    _evaluate(mx.async_eval, batch, source)
+
+
+def _finish(batch: list[_Read], source: object) -> None:
+    """Wait for a batch, and look at its numbers.
+
+    Raises:
+        CheckpointError: some are not finite, or the file became shorter.
+    """
+    _evaluate(mx.eval, batch, source)
+    for tensor in batch:
+        if not tensor.is_finite():
+            raise CheckpointError(not_finite(source, tensor.name, "these weights"))
+
+
+def finite(value: mx.array, source: object) -> bool:
+    """Whether all numbers of one tensor are finite; it is read for that.
+
+    Raises:
+        CheckpointError: its file ended early.
+    """
+    tensor = _Read("", value)
+    _evaluate(mx.eval, [tensor], source)
+    return tensor.is_finite()
+
+
+def not_finite(source: object, name: str, what: str) -> str:
+    """The sentence about a tensor with numbers that are not finite."""
+    return (
+        f"{source}: {shown(name)} holds numbers that are not finite (NaN or infinity), which would make every picture "
+        f"black: fetch it again, or take another version of {what}"
+    )
+
+
+def _evaluate(evaluate: Callable[..., None], batch: list[_Read], source: object) -> None:
+    try:
+        evaluate([tensor.arrays for tensor in batch])
+    except RuntimeError as error:
+        if "[read]" not in str(error):
+            raise
+        raise CheckpointError(f"{source}: a file ended early while it was read; fetch it again") from None
+
+
+def _kept(number: int, quantization: Quantization) -> str:
+    if not number:
         return ""
-    return f", keep {count} whose width {quantization.group_size} does not divide"
+    return f", keep {number} whose width {quantization.group_size} does not divide"
 
 
 def _packed_layers(
@@ -272,9 +380,9 @@ def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *,
     if missing or left:
         problems = []
         if missing:
-            problems.append(f"{_count(missing, 'tensor')} missing ({_some(missing)})")
+            problems.append(f"{count(missing, 'tensor')} missing ({some(missing)})")
         if left:
-            problems.append(f"{_count(left, 'tensor')} left over ({_some(left)})")
+            problems.append(f"{count(left, 'tensor')} left over ({some(left)})")
         raise _misfit(module, source, " and ".join(problems))
     return plan
 
@@ -341,11 +449,3 @@ def _assign(module: nn.Module, name: str, value: mx.array) -> None:
         target[int(leaf)] = value
     else:
         target[leaf] = value
-
-
-def _count(items: list[str], noun: str) -> str:
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
-
-
-def _some(items: list[str], most: int = 5) -> str:
-    return ", ".join(items[:most]) + (", …" if len(items) > most else "")

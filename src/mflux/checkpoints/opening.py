@@ -11,10 +11,11 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import weight_files
+from mflux.checkpoints.plain_files import open_file
 from mflux.checkpoints.pytorch_file import DTYPES, DeclinedInfo, PytorchFile
 from mflux.checkpoints.safetensors_file import SafetensorsFile
-from mflux.checkpoints.unpickler import shown
 from mflux.errors import CheckpointError
+from mflux.text import shown, some
 
 _SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -76,7 +77,7 @@ class Checkpoint(Mapping[str, mx.array]):
         if not key:
             return f"{self.source} holds no tensors"
         branches = sorted({name.rpartition(".")[0].split(".")[0] for file in self.files for name in file} - {""})
-        beside = f"; it has {', '.join(shown(name) for name in branches[:8])}" if branches else ""
+        beside = f"; it has {some(branches, 8)}" if branches else ""
         return f"{self.source} holds no tensors under {shown(key)}{beside}"
 
     def __getitem__(self, name: str) -> mx.array:
@@ -147,10 +148,7 @@ def load_checkpoint(path: str | Path, key: str | None = None) -> dict[str, mx.ar
 
 
 def _open_file(path: Path) -> SafetensorsFile | PytorchFile:
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    with open_file(path) as file:
+        head = file.read(9)
     # A safetensors header is JSON behind its length.
     return SafetensorsFile(path) if head[8:] == b"{" else PytorchFile(path)

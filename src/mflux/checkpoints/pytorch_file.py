@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx
+from mflux.checkpoints.plain_files import HEAD, Unchanged, open_file, what_else
 from mflux.checkpoints.safetensors_file import float8_values
-from mflux.checkpoints.unpickler import LARGEST_PICKLE, Name, Opaque, Refused, Table, Unpickler, shown
+from mflux.checkpoints.unpickler import LARGEST_PICKLE, Name, Opaque, Refused, Table, Unpickler
 from mflux.checkpoints.zip_records import LOCAL_MAGIC, read_records, require_stored
 from mflux.errors import CheckpointError, UnsafeCheckpointError
+from mflux.text import shown
 
 _log = logging.getLogger(__name__)
 
@@ -153,6 +155,7 @@ class PytorchFile(Mapping[str, mx.array]):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._unchanged = Unchanged(self.path)
         self._data = map_file(self.path)
         self._big_endian = False
         self._storages: dict[str, Storage] = {}
@@ -324,6 +327,8 @@ class PytorchFile(Mapping[str, mx.array]):
 
         if 0 in info.shape:
             return mx.zeros(info.shape, info.dtype.result)
+        # Reading a page that the file no longer has would end the process.
+        self._unchanged.check()
         width = info.dtype.width
         # numpy checks once more that shape and strides stay inside the file.
         values = np.ndarray(
@@ -376,25 +381,21 @@ def map_file(path: str | Path) -> memoryview:
     Raises:
         CheckpointError: it is missing, empty, or cannot be read.
     """
-    try:
-        with Path(path).open("rb") as file:
+    with open_file(path) as file:
+        try:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError:
-        raise CheckpointError(f"{path} is empty: fetch it again") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+        except ValueError:
+            raise CheckpointError(f"{path} {what_else(b'')}") from None
 
 
 def _what_else(data: memoryview) -> str:
     """What a file is that torch.save did not write, as the rest of a sentence."""
-    head = bytes(data[:512])
+    head = bytes(data[:HEAD])
     if head[257:262] == b"ustar":
         return "is a tar archive, which torch wrote before version 0.4: load and save it with a newer torch"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`"
-    if head.lstrip()[:1] == b"<":
-        return "is a web page, not a file of weights: the download went wrong"
-    return "is neither a file of torch.save nor safetensors"
+    return what_else(head) or "is neither a file of torch.save nor safetensors"
 
 
 # What is left of the pickle: the tree of dictionaries, flattened

@@ -7,14 +7,16 @@ read here, and those two are decoded with numpy.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from mflux.backend import mx
+from mflux.checkpoints.plain_files import HEAD, Unchanged, open_file, what_else
+from mflux.checkpoints.strict_json import NotJSON, parse
 from mflux.errors import CheckpointError
+from mflux.text import shown
 
 # Bits per element, by the format's own dtype names.
 _WIDTHS = {
@@ -45,12 +47,16 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         The tensors by name in the file's order, and the file's metadata.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or not safetensors.
+        CheckpointError: the file is missing, truncated, not safetensors, or its tensors share bytes.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            if other := what_else(file.read(HEAD)):
+                raise CheckpointError(f"{path} {other}")
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > _LARGEST_HEADER:
                 raise CheckpointError(f"{path} is not a safetensors file: fetch it again")
@@ -59,11 +65,13 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
                     f"{path} is truncated: its header says {length:,} bytes but the file ends after {size:,}: "
                     "fetch it again"
                 )
-            header = json.loads(file.read(length))
+            header = parse(file.read(length), repeated=False)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON; fetch it again") from None
+    except NotJSON as error:
+        if "not JSON" in str(error) or "truncated" in str(error):
+            raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON; fetch it again") from None
+        raise CheckpointError(f"{path} {error} in its header; fetch it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is not a table; fetch it again")
 
@@ -80,20 +88,34 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         except (TypeError, KeyError, ValueError):
             sound = False
         if not sound:
-            raise CheckpointError(f"{path} is damaged: its entry for {name} makes no sense; fetch it again")
+            raise CheckpointError(f"{path} is damaged: its entry for {shown(name)} makes no sense; fetch it again")
         if dtype not in _WIDTHS:
-            raise CheckpointError(f"{path}: {name} has the dtype {dtype}, which mflux cannot read")
+            raise CheckpointError(f"{path}: {shown(name)} has the dtype {shown(dtype, 40)}, which mflux cannot read")
         if prod(shape) * _WIDTHS[dtype] != (end - start) * 8:
             raise CheckpointError(
-                f"{path} is damaged: {name} has {end - start:,} bytes for the shape {list(shape)}; fetch it again"
+                f"{path} is damaged: {shown(name)} has {end - start:,} bytes for the shape {list(shape)}; "
+                "fetch it again"
             )
         if 8 + length + end > size:
             raise CheckpointError(
-                f"{path} is truncated: {name} should end at byte {8 + length + end:,} but the file ends after "
+                f"{path} is truncated: {shown(name)} should end at byte {8 + length + end:,} but the file ends after "
                 f"{size:,}: fetch it again"
             )
         tensors[name] = TensorInfo(dtype, shape, 8 + length + start, 8 + length + end)
+    _check_apart(tensors, path)
     return tensors, metadata
+
+
+def _check_apart(tensors: Mapping[str, TensorInfo], path: Path) -> None:
+    """No byte belongs to two tensors, so that all of them together are no more than the file."""
+    taken, before = 0, ""
+    for name, info in sorted(tensors.items(), key=lambda entry: (entry[1].start, entry[1].end)):
+        if info.start < taken and info.end > info.start:
+            raise CheckpointError(
+                f"{path} is damaged: {shown(name)} lies on the bytes of {shown(before)}; fetch it again"
+            )
+        if info.end > taken:
+            taken, before = info.end, name
 
 
 class SafetensorsFile(Mapping[str, mx.array]):
@@ -104,20 +126,22 @@ class SafetensorsFile(Mapping[str, mx.array]):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._unchanged = Unchanged(self.path)
         self.infos, self.metadata = read_header(path)
         self._lazy: dict[str, mx.array] = {}
         # One such entry makes mx.load refuse the whole file.
         self._decode_here = any(info.dtype in _DECODED_HERE for info in self.infos.values())
 
     def __getitem__(self, name: str) -> mx.array:
+        self._unchanged.check()
         if self._decode_here:
             return _read_one(self.path, self.infos[name])
         if name not in self._lazy:
             try:
                 self._lazy = mx.load(str(self.path), format="safetensors")
-            except RuntimeError as error:
-                # Its reading of JSON is stricter in small things: a NaN, half of a surrogate pair.
-                raise CheckpointError(f"{self.path} is damaged: {error}; fetch it again") from None
+            except (RuntimeError, ValueError) as error:
+                # Its reading of JSON is stricter in small things: half of a surrogate pair.
+                raise CheckpointError(f"{self.path} is damaged: {shown(error, 300)}; fetch it again") from None
         # Handed out and let go of: an array that is kept here would keep its data once someone evaluates it.
         return self._lazy.pop(name)
 
@@ -131,9 +155,11 @@ class SafetensorsFile(Mapping[str, mx.array]):
 def _read_one(path: Path, info: TensorInfo) -> mx.array:
     import numpy as np
 
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(info.start)
         data = file.read(info.end - info.start)
+    if len(data) != info.end - info.start:
+        raise CheckpointError(f"{path} is truncated: it became shorter while it was read; fetch it again")
     if info.dtype == "F64":
         return mx.array(np.frombuffer(data, "<f8").astype(np.float32)).reshape(info.shape)
     if info.dtype in ("F8_E4M3", "F8_E5M2"):

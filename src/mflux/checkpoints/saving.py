@@ -16,6 +16,7 @@ from mflux.checkpoints.loading import published_turns
 from mflux.checkpoints.quantization import Quantization, divides, packed_specs
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import OutputError
+from mflux.text import size
 
 # A file of weights is cut where it would become larger than this.
 SHARD_BYTES = 5 * 10**9
@@ -139,7 +140,7 @@ def new_folder(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
         free = shutil.disk_usage(temporary).free
         if free < needed + _BESIDE_WEIGHTS:
             raise OutputError(
-                f"cannot write {path}: it needs about {_size(needed + _BESIDE_WEIGHTS)} and the disk has {_size(free)} "
+                f"cannot write {path}: it needs about {size(needed + _BESIDE_WEIGHTS)} and the disk has {size(free)} "
                 "left: make room, or name a folder on another disk"
             )
         yield temporary
@@ -187,7 +188,3 @@ def copy_beside(source: Path, destination: Path, names: tuple[str, ...]) -> None
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mflux.errors import CheckpointError, UnsafeCheckpointError
+from mflux.text import shown
 
 # A model of 100,000 tensors takes about 15 MB of pickle, 5 million instructions and 0.6 million containers.
 LARGEST_PICKLE = 64 << 20
@@ -71,13 +72,6 @@ class Name:
     def __init__(self, call: Callable[..., Any] | None = None, value: Any = None):
         self.call = call
         self.value = value
-
-
-def shown(text: object, most: int = 120) -> str:
-    """Text from a file, fit for one line of a terminal: nothing that moves the cursor, nothing endless."""
-    text = str(text)
-    short = text if len(text) <= most else text[: most - 1] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in short)
 
 
 class Unpickler:

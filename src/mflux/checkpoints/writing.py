@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Self
 
 from mflux.backend import mx
-from mflux.checkpoints.unpickler import shown
 from mflux.errors import MfluxError, OutputError
+from mflux.text import shown
 
 CODES = {
     mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16", mx.float16: "F16",

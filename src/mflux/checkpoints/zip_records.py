@@ -10,8 +10,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from mflux.checkpoints.unpickler import shown
 from mflux.errors import CheckpointError, UnsafeCheckpointError
+from mflux.text import shown
 
 LOCAL_MAGIC = b"PK\x03\x04"
 _ENTRY = struct.Struct("<4s6H3I5H2I")

@@ -7,7 +7,6 @@ checked, before a tensor is read.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -18,8 +17,10 @@ from typing import Any
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.folders import read_json
+from mflux.checkpoints.loading import finite, not_finite
 from mflux.checkpoints.opening import Checkpoint, open_checkpoint
 from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.checkpoints.strict_json import parse
 from mflux.errors import CheckpointError
 from mflux.models.common.lora.adapters import (
     Adapter,
@@ -31,6 +32,8 @@ from mflux.models.common.lora.adapters import (
     merged_bias,
     wrap,
 )
+from mflux.models.common.lora.peft_patterns import Pattern
+from mflux.text import shown, some
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ _PARTS = {
 _PATTERNS = {part: re.compile(rf"(.+?)(?:{ending})") for part, ending in _PARTS.items()}
 _PEFT_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.|$)")
 _PEFT_FACTOR = re.compile(r"\.lora_[AB](\.|$)")
+# One for each layer is usual.
+_MOST_PATTERNS = 4096
 _PEFT_METADATA = "lora_adapter_metadata"
 
 
@@ -225,7 +230,7 @@ def read_lora(
         stem, part = _parse(name)
         if stem in names and part is not None:
             if part in groups.setdefault(stem, {}):
-                raise CheckpointError(f"{path} holds {stem} twice: as {groups[stem][part]} and as {name}")
+                raise CheckpointError(f"{path} holds {stem} twice: as {shown(groups[stem][part])} and as {shown(name)}")
             groups[stem][part] = name
         else:
             left.append(name)
@@ -234,8 +239,8 @@ def read_lora(
     if not groups:
         examples = "; ".join(f"{layout}: {name}" for layout, name in layouts.items())
         raise CheckpointError(
-            f"{path} changes no layer of this model: its names are like {_some(sorted(file))}, and known are those of "
-            f"{examples}: take a LoRA that was made for this model"
+            f"{path} changes no layer of this model: its names are like {some(sorted(file), 3)}, and known are those "
+            f"of {examples}: take a LoRA that was made for this model"
         )
     settings = _peft_settings(path, file)
     adapters: dict[tuple[str, str], Adapter] = {}
@@ -254,7 +259,9 @@ def read_lora(
             sources[place] = stem
             adapters[place] = entry.adapter(scale, rows)
     if left:
-        log.warning("%s: %d of %d tensors belong to no layer: %s", path.name, len(left), len(file), _some(sorted(left)))
+        log.warning(
+            "%s: %d of %d tensors belong to no layer: %s", path.name, len(left), len(file), some(sorted(left), 3)
+        )
     log.info("LoRA %s: %d layers, scale %g", path.name, len(adapters), scale)
     return adapters
 
@@ -294,13 +301,13 @@ class _Entry:
                 product = LowRank(self._matrix("down"), self._matrix("up"), rows)
             magnitude = None
             if "magnitude" in self.parts:
-                magnitude = self.file[self.parts["magnitude"]].astype(mx.float32).reshape(self.magnitude_shape)
+                magnitude = self._tensor("magnitude").astype(mx.float32).reshape(self.magnitude_shape)
                 if rows is not None and magnitude.shape[1] == 1:
                     magnitude = mx.concatenate([magnitude[start:stop] for start, stop in rows])
             return product, magnitude
 
         def read_bias() -> mx.array:
-            bias = self.file[self.parts["bias"]].astype(mx.float32)
+            bias = self._tensor("bias").astype(mx.float32)
             return bias if rows is None else mx.concatenate([bias[start:stop] for start, stop in rows])
 
         return Adapter(scale, self.strength, read, read_bias if "bias" in self.parts else None)
@@ -409,9 +416,20 @@ class _Entry:
 
     # ---- reading
 
+    def _tensor(self, part: str) -> mx.array:
+        """A tensor as the file has it.
+
+        Raises:
+            CheckpointError: some of its numbers are not finite.
+        """
+        name = self.parts[part]
+        value = self.file[name]
+        if not finite(value, self.path):
+            raise CheckpointError(not_finite(self.path, name, "this LoRA"))
+        return value
+
     def _matrix(self, part: str) -> mx.array:
-        value = self.file[self.parts[part]]
-        return value.reshape(self._flat(part))
+        return self._tensor(part).reshape(self._flat(part))
 
     def _factor(self, side: str) -> mx.array:
         """w1 or w2, multiplied out of its own factors if need be, in float32."""
@@ -420,7 +438,7 @@ class _Entry:
         a, b = (self._matrix(f"{side}_{half}").astype(mx.float32) for half in "ab")
         if side == "w1" or "t2" not in self.parts:
             return a @ b
-        core = self.file[self.parts["t2"]].astype(mx.float32)
+        core = self._tensor("t2").astype(mx.float32)
         inner, outer = core.shape[:2]
         # Over both ranks: aᵀ · core · b, with the kernel's places, which a linear layer counts to its inputs, last.
         w2 = mx.einsum("ijk,ip,jr->prk", core.reshape(inner, outer, -1), a, b)
@@ -437,7 +455,7 @@ def _peft_settings(path: Path, file: Checkpoint) -> dict[str, dict[str, Any]]:
     source: object = path
     try:
         if text is not None:
-            values = json.loads(text)
+            values = parse(text)
         else:
             beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
             if not beside.is_file() or not (path.is_dir() or path.name.startswith("adapter_model")):
@@ -452,13 +470,26 @@ def _peft_settings(path: Path, file: Checkpoint) -> dict[str, dict[str, Any]]:
                 if entry.get(setting) is not None:
                     entry[setting] = float(entry[setting])
             for setting in ("alpha_pattern", "rank_pattern"):
-                entry[setting] = {
-                    re.compile(rf"(.*\.)?({pattern})"): float(number)
-                    for pattern, number in (entry.get(setting) or {}).items()
-                }
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error):
+                entry[setting] = _patterns(entry.get(setting) or {}, setting, source)
+    except (ValueError, TypeError, AttributeError, ArithmeticError):
         raise CheckpointError(f"{source}: the settings that PEFT wrote of this LoRA make no sense") from None
     return settings
+
+
+def _patterns(table: Mapping[str, Any], setting: str, source: object) -> dict[Pattern, float]:
+    if len(table) > _MOST_PATTERNS:
+        raise CheckpointError(
+            f"{source}: its {setting} has {len(table):,} entries, and at most {_MOST_PATTERNS:,} can be"
+        )
+    found = {}
+    for text, number in table.items():
+        try:
+            found[Pattern(text)] = float(number)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{source}: its {setting} has {shown(text, 60)}, which {shown(error)}: write the layer's name there"
+            ) from None
+    return found
 
 
 def _peft_strength(entry: _Entry, rank: int | None, settings: Mapping[str, Mapping[str, Any]]) -> float:
@@ -474,7 +505,7 @@ def _peft_strength(entry: _Entry, rank: int | None, settings: Mapping[str, Mappi
     layer = entry.stem.removeprefix("base_model.model.").removeprefix(f"{component}.")
 
     def of_layer(default: str, patterns: str) -> float:
-        return next((value for pattern, value in found[patterns].items() if pattern.fullmatch(layer)), found[default])
+        return next((value for pattern, value in found[patterns].items() if pattern.matches(layer)), found[default])
 
     alpha = of_layer(name, "alpha_pattern")
     if entry.kronecker:
@@ -489,7 +520,3 @@ def _dora(path: Path) -> CheckpointError:
         f"{path} is a DoRA in PEFT's layout, which is not built in this version: take a plain LoRA, or a DoRA in "
         "LyCORIS' layout"
     )
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
