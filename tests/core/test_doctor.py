@@ -369,9 +369,9 @@ def test_an_extra_that_is_not_there_comes_with_its_command(cli, quick, monkeypat
 
 
 def test_an_extra_that_is_there_comes_with_its_versions(cli, quick, monkeypatch):
-    import mflux.extras
+    import mflux.optional
 
-    monkeypatch.setattr(mflux.extras, "is_installed", lambda name: True)
+    monkeypatch.setattr(mflux.optional, "is_installed", lambda name: True)
     monkeypatch.setattr(doctor, "_version", lambda name: {"torch": "2.13.0+cpu"}.get(name))
     assert "torch-lite: installed (torch 2.13.0+cpu)" in cli("doctor").out
     assert "vlm: installed (transformers ?, jinja2 ?)" in cli("doctor").out

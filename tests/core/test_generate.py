@@ -18,7 +18,8 @@ from mflux.errors import NotBuiltError, UsageError
 from mflux.models.common.autoencoders.tiling import TilingConfig, decode
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.stages import is_loaded
-from mflux.models.flux.variants.txt2img import flux as module
+from mflux.models.common import pipeline as module
+from mflux.models.common.text_encoders.t5 import T5Encoder
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.metadata_reader import MetadataReader
 
@@ -59,13 +60,13 @@ def seen(monkeypatch) -> list[str]:
         return load(module_class, folder, **options)
 
     monkeypatch.setattr(module, "load_component", spy)
-    encode = module.T5Encoder.__call__
+    encode = T5Encoder.__call__
 
     def encoding(self, ids):
         events.append("encode")
         return encode(self, ids)
 
-    monkeypatch.setattr(module.T5Encoder, "__call__", encoding)
+    monkeypatch.setattr(T5Encoder, "__call__", encoding)
     return events
 
 
@@ -103,9 +104,18 @@ def test_random_seeds(draw):
     assert result.out != other.out
 
 
-def test_seeds_that_are_named_come_before_random_ones(draw):
-    assert draw("--seed", 4, "--auto-seeds", 3, size=(16, 16)).out == "image.png\n"
-    assert MetadataReader.read_exif_metadata("image.png")["seed"] == 4
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--seed", 4, "--auto-seeds", 3], "--auto-seeds draws its seeds and --seed says them"),
+        (["--auto-seeds", 0], "--auto-seeds 0 asks for no picture"),
+        (["--auto-seeds", -1], "--auto-seeds -1 asks for no picture"),
+    ],
+)
+def test_seeds_that_contradict_each_other(draw, words, told):
+    result = draw(*words, size=(16, 16), status=2)
+    assert told in result.err
+    assert result.out == ""
 
 
 def test_a_seed_from_the_clock(draw, monkeypatch):
@@ -783,10 +793,10 @@ def test_the_class_refuses_what_is_not_built(tiny_schnell):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"num_inference_steps": 0}, "0 steps draw nothing"),
+        ({"num_inference_steps": 0}, "num_inference_steps (--steps) is 0: it must be at least 1"),
         ({"width": 8}, "a width of 8 is too small"),
         ({"height": 20000}, "a height of 20000 is too large"),
-        ({"image_strength": 1.5}, "an image strength of 1.5 makes no sense"),
+        ({"image_strength": 1.5}, "image_strength is 1.5: it must be at most 1"),
         ({"seed": -1}, "-1 is no seed"),
         ({"seed": 2**64}, "is no seed"),
         ({"scheduler": "cosine"}, "the scheduler 'cosine' is not known"),

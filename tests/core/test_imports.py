@@ -134,7 +134,7 @@ try:
     import {package}
 except ModuleNotFoundError as error:
     print(error.name, error)
-from mflux.extras import is_installed
+from mflux.optional import is_installed
 print(is_installed("torch-lite"), is_installed("vlm"))
 """
     out = python(code, PYTHONPATH=str(folder))

@@ -17,7 +17,7 @@ from mflux.models.common.lora.adapters import Adapter, Kronecker, LoraLinear, Lo
 from mflux.models.common.lora.library import find_lora, library, settle_scales
 from mflux.models.common.lora.reading import Loras, Spelling, spelled
 from mflux.models.common.text_encoders.clip import CLIPTextEncoder
-from mflux.models.flux.lora_names import FLUX_LORA_LAYOUTS, FLUX_LORA_NAMES
+from mflux.models.flux.lora_names import LORA
 from mflux.models.flux.model.transformer import FluxTransformer
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.metadata_reader import MetadataReader
@@ -58,7 +58,7 @@ def match(skeletons):
     """Match one file with the tiny model."""
 
     def match(path: Path, scale: float = 1.0) -> Loras:
-        return Loras([path], [scale], spellings=FLUX_LORA_NAMES, layouts=FLUX_LORA_LAYOUTS, modules=skeletons)
+        return Loras([path], [scale], spellings=LORA.spellings, layouts=LORA.layouts, modules=skeletons)
 
     return match
 
@@ -110,12 +110,12 @@ def changed(loras: Loras, folder: Path, part: str = "transformer") -> dict[str, 
     ],
 )
 def test_a_name(skeletons, name, layers):
-    names = spelled(FLUX_LORA_NAMES, {part: linear_layers(module) for part, module in skeletons.items()})
+    names = spelled(LORA.spellings, {part: linear_layers(module) for part, module in skeletons.items()})
     assert [layer for layer, _ in names[name].parts] == layers
 
 
 def test_names_of_what_the_model_does_not_have(skeletons):
-    names = spelled(FLUX_LORA_NAMES, {part: linear_layers(module) for part, module in skeletons.items()})
+    names = spelled(LORA.spellings, {part: linear_layers(module) for part, module in skeletons.items()})
     for name in (
         "transformer.transformer_blocks.1.attn.to_q",
         "lora_unet_guidance_in_in_layer",
@@ -324,7 +324,7 @@ def test_a_bias_for_a_layer_without_one(tmp_path):
     path = write(tmp_path / "a.safetensors", pair("only") | {"only.lora_B.bias": mx.zeros(WIDTH)})
     told = f"{path} changes the bias of only, which has none in this model"
     with pytest.raises(CheckpointError, match=re.escape(told)):
-        Loras([path], [1.0], spellings=[Spelling("x", ("",))], layouts=FLUX_LORA_LAYOUTS, modules={"x": Plain()})
+        Loras([path], [1.0], spellings=[Spelling("x", ("",))], layouts=LORA.layouts, modules={"x": Plain()})
 
 
 def test_a_bias_alone_is_no_adapter(match, tmp_path, caplog):
@@ -427,7 +427,7 @@ def test_a_file_for_another_model_shows_its_names_and_the_known_layouts(match, t
     assert (
         "changes no layer of this model: its names are like lora_unet_down_blocks_0_attentions_0.lora_A.weight" in told
     )
-    for layout, example in FLUX_LORA_LAYOUTS.items():
+    for layout, example in LORA.layouts.items():
         assert f"{layout}: {example}" in told
 
 
@@ -564,7 +564,7 @@ def test_baked_before_it_is_quantized(match, tmp_path):
     tensors = published(module, seed=3)
     write(folder / "model.safetensors", tensors)
     path = write(tmp_path / "a.safetensors", pair(height=64, width=64))
-    loras = Loras([path], [0.7], spellings=FLUX_LORA_NAMES, layouts=FLUX_LORA_LAYOUTS, modules={"transformer": module})
+    loras = Loras([path], [0.7], spellings=LORA.spellings, layouts=LORA.layouts, modules={"transformer": module})
 
     def load(adjust):
         return load_component(FluxTransformer, folder, adjust=adjust, quantize=4)

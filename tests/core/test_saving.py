@@ -20,7 +20,7 @@ from mflux.errors import OutputError
 from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.flux.model.transformer import FluxTransformer
-from mflux.models.flux.variants.txt2img import flux as module
+from mflux.models.common import pipeline as module
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.metadata_reader import MetadataReader
 
@@ -81,7 +81,7 @@ def test_what_is_in_the_folder(cli, in_folder, wide):
     target = Path("mine")
     files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
     source = sorted(str(path.relative_to(wide)) for path in wide.rglob("*") if path.is_file())
-    assert files == sorted([*source, "mflux_model.json"])
+    assert files == sorted([*source, "mflux_model.json", *(f"{part}/model.safetensors.index.json" for part in PARTS)])
     for part in PARTS:
         before = json.loads((wide / part / "config.json").read_text())
         # The autoencoder of this model has no layer that is wide enough.
@@ -155,7 +155,7 @@ def test_the_folder_for_all_models(cli, in_folder, wide, monkeypatch):
     result = cli("save", "--model", "models/wide-schnell-mflux-q8")
     assert (result.status, result.errors) == (
         1,
-        ["error: models/wide-schnell-mflux-q8 exists already: name a folder that does not, or remove it"],
+        ["error: models/wide-schnell-mflux-q8 exists already and is not empty: name a folder that does not exist, or remove it"],
     )
     assert cli("save", "--model", wide).out == "models/wide-schnell-mflux-bf16\n"
     assert left_over(Path("models")) == ["wide-schnell-mflux-bf16", "wide-schnell-mflux-q8"]
@@ -188,12 +188,13 @@ def test_a_folder_in_the_cache_goes_by_its_repository(tmp_path):
 def test_what_is_refused(cli, in_folder, wide, monkeypatch):
     monkeypatch.delenv("MFLUX_MODELS_DIR", raising=False)
     Path("there").mkdir()
+    Path("there", "mine").write_text("mine")
     Path("file").write_text("mine")
     path = ["--path", "new"]
     cases = [
         (["--path", "new"], 2, "the following arguments are required: --model/-m"),
         (["--model", wide], 2, "name the folder to write with --path, or set MFLUX_MODELS_DIR"),
-        (["--model", wide, "--path", "there"], 1, "there exists already: name a folder that does not, or remove it"),
+        (["--model", wide, "--path", "there"], 1, "there exists already and is not empty: name a folder that does not exist, or remove it"),
         (["--model", wide, "--path", "file"], 1, "file exists already"),
         (["--model", wide, "--path", "file/new"], 1, "cannot write file/new"),
         (["--model", wide, *path, "-q", "7"], 2, "invalid choice: 7"),
@@ -210,7 +211,7 @@ def test_what_is_refused(cli, in_folder, wide, monkeypatch):
         assert len(result.errors) == 1, words
     monkeypatch.setenv("MFLUX_MODELS_DIR", "file")
     assert "MFLUX_MODELS_DIR is file, which is not a folder" in cli("save", "--model", wide).err
-    assert left_over(in_folder) == ["file", "there"]
+    assert left_over(in_folder) == ["file", "there", "there/mine"]
     assert Path("file").read_text() == "mine"
 
 
@@ -337,7 +338,12 @@ def test_shards(wide, tmp_path):
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
     assert files == [f"weights-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
-    assert left_over(tmp_path / "new") == ["config.json", *files, "weights.safetensors.index.json"]
+    assert left_over(tmp_path / "new") == [
+        "config.json",
+        "model.safetensors.index.json",
+        *files,
+        "weights.safetensors.index.json",
+    ]
     assert (
         index["metadata"]["total_size"] == written == sum(v.nbytes for _, v in tree_flatten(transformer.parameters()))
     )

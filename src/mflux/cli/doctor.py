@@ -121,7 +121,7 @@ def _lines(path: str) -> list[str]:
 
 
 def extras_part() -> Part:
-    from mflux.extras import EXTRAS, is_installed, pip_command
+    from mflux.optional import EXTRAS, is_installed, pip_command
 
     return {
         name: {

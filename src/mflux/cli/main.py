@@ -37,7 +37,7 @@ def overview(words: Sequence[str]) -> None:
 
 
 def help_text() -> str:
-    from mflux.extras import EXTRAS, is_installed, pip_command
+    from mflux.optional import EXTRAS, is_installed, pip_command
     from mflux.models.common.config.registry import MODELS
     from mflux.models.common.family import built
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mflux.backend import mx
 from mflux.errors import CheckpointError, UnsafeCheckpointError
-from mflux.extras import require
+from mflux.optional import require
 
 # A sparse tensor may be far smaller in the file than dense, but not without end.
 _MOST_GROWTH = 64

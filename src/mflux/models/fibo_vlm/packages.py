@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from mflux.extras import is_installed, require
+from mflux.optional import is_installed, require
 
 _EXTRA, _FEATURE = "vlm", "FIBO-VLM"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mflux import extras
+from mflux import optional
 from mflux.errors import MfluxError, MissingExtraError
-from mflux.extras import EXTRAS, Extra, is_installed, missing_message, pip_command, require
+from mflux.optional import EXTRAS, Extra, is_installed, missing_message, pip_command, require
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
@@ -91,7 +91,7 @@ def test_the_extras_are_those_that_can_be_installed():
 
 
 def test_an_extra_is_installed_if_all_of_it_is(packages, monkeypatch):
-    monkeypatch.setitem(extras.EXTRAS, "fake", Extra(("fake_one", "fake_two"), "a test"))
+    monkeypatch.setitem(optional.EXTRAS, "fake", Extra(("fake_one", "fake_two"), "a test"))
     (packages / "fake_one.py").write_text("raise SystemError('looking does not import')")
     importlib.invalidate_caches()
     assert not is_installed("fake")
@@ -121,7 +121,7 @@ def test_help_lists_commands_models_and_extras(cli, monkeypatch):
     from mflux.cli.commands import COMMANDS
     from mflux.models.common.family import built
 
-    monkeypatch.setattr(extras, "is_installed", lambda name: name == "vlm")
+    monkeypatch.setattr(optional, "is_installed", lambda name: name == "vlm")
     result = cli("--help")
     assert (result.status, result.err) == (0, "")
     assert cli().out == cli("-h").out == result.out
