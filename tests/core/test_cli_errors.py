@@ -404,14 +404,17 @@ def test_a_folder_that_is_a_file(refused, tmp_path):
         ("picture.txt", "'.txt' is no format for that"),
         ("picture.psd", "'.psd' is no format for that"),  # Pillow only reads it
         ("picture.xbm", "'.xbm' is no format for that"),  # has no colours
-        ("", "its name has no ending"),
     ],
 )
 def test_an_ending_that_is_no_picture(refused, name, reason):
-    message = f"cannot write a picture to {name or '.'}: {reason}; use .png, .jpg or .webp"
+    message = f"cannot write a picture to {name}: {reason}; use .png, .jpg or .webp"
     refused("--output", name, status=2, message=message)
-    if not name:
-        refused("--output", name, "--seed", 1, 2, status=2, message=message)
+
+
+def test_an_empty_name_for_a_picture(refused):
+    message = "a path is empty: give the name of a file"
+    refused("--output", "", status=2, message=message)
+    refused("--output", "", "--seed", 1, 2, status=2, message=message)
 
 
 def test_a_name_that_is_too_long(refused):

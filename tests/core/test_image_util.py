@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mflux.backend import mx
 from mflux.errors import ImageError, OutputError, UsageError
-from mflux.utils import image_util
+from mflux.utils import picture_files
 from mflux.utils.box_values import AbsoluteBoxValues, BoxValues
 from mflux.utils.dimension_resolver import DimensionResolver
 from mflux.utils.image_util import ImageUtil, check_output, open_image, oriented_size, write_atomically
@@ -506,10 +506,10 @@ def test_the_module_s_own_check_runs_before_anything_is_written(tmp_path, monkey
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write to the folder .*file: it is a file; choose another folder"):
         check_output(tmp_path / "file" / "x.png")
-    monkeypatch.setattr(image_util.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(picture_files, "Temporary", refuse)
     with pytest.raises(OutputError, match=r"cannot write to the folder .*: Permission denied; choose another folder"):
         check_output(tmp_path / "x.png")
 
 
-def refuse(**kwargs):
+def refuse(*args, **kwargs):
     raise PermissionError(13, "Permission denied")

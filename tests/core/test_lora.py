@@ -722,7 +722,8 @@ def test_pictures_with_loras(draw, in_folder):
     assert "bake_lora" not in MetadataReader.read_exif_metadata("both.png")
 
 
-def test_settings_are_replayed(draw, cli, in_folder):
+def test_settings_are_replayed(draw, cli, in_folder, tiny_schnell):
+    (in_folder / "tiny-schnell").symlink_to(tiny_schnell)
     write(in_folder / "a.safetensors", strong(1))
     draw("--lora", "a.safetensors", 0.5, "--output", "first.png")
     draw("--lora", "a.safetensors", 1, "--output", "full.png")

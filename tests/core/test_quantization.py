@@ -283,6 +283,7 @@ def test_the_command_draws_quantized_and_says_so(cli, in_folder, wide):
 
 
 def test_the_settings_of_a_picture_bring_its_bits(cli, in_folder, wide):
+    (in_folder / wide.name).symlink_to(wide)
     call = ["generate", "--model", wide, "--prompt", PROMPT, "--seed", 3, "--steps", 2, "--width", 48, "--height", 32]
     assert cli(*call, "-q", 4, "--output", "four.png").status == 0
     again = cli("generate", "-C", "four.png", "--output", "again.png")

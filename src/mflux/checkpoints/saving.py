@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +16,8 @@ from mflux.checkpoints.quantization import Quantization, divides, packed_specs
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import OutputError
 from mflux.text import size
+from mflux.utils.atomic_files import Temporary
+from mflux.utils.paths import user_path
 
 # A file of weights is cut where it would become larger than this.
 SHARD_BYTES = 5 * 10**9
@@ -131,24 +132,27 @@ def new_folder(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     Raises:
         OutputError: there is such a file or folder, it cannot be written, or the disk has too little room.
     """
-    path = Path(path)
+    path = user_path(path)
     refuse_existing(path)
     made = [folder for folder in path.parents if not folder.exists()]
-    temporary = path.with_name(f".mflux-{secrets.token_hex(8)}.part")
+    temporary: Temporary | None = None
     try:
-        temporary.mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Temporary(path.parent, is_folder=True)
+        free = shutil.disk_usage(temporary.path).free
         if free < needed + _BESIDE_WEIGHTS:
             raise OutputError(
                 f"cannot write {path}: it needs about {size(needed + _BESIDE_WEIGHTS)} and the disk has {size(free)} "
                 "left: make room, or name a folder on another disk"
             )
-        yield temporary
+        yield temporary.path
         refuse_existing(path)
         # Takes the place of an empty folder, which a program may have made for it.
-        temporary.rename(path)
+        temporary.path.rename(path)
+        temporary.close()
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            temporary.discard()
         for folder in made:
             # From the innermost; one in which someone else has put something stays.
             with suppress(OSError):
@@ -167,9 +171,16 @@ def size_of(folder: Path) -> int:
 def refuse_existing(path: Path) -> None:
     """
     Raises:
-        OutputError: there is something at this path that is not an empty folder.
+        OutputError: there is something at this path that is not an empty folder, or nothing can be.
     """
-    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+    try:
+        path.lstat()
+        empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name") from None
+    if not empty:
         raise OutputError(f"{path} exists already and is not empty: name a folder that does not exist, or remove it")
 
 

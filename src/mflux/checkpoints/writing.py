@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +18,8 @@ from typing import Self
 from mflux.backend import mx
 from mflux.errors import MfluxError, OutputError
 from mflux.text import shown
+from mflux.utils.atomic_files import Temporary
+from mflux.utils.paths import user_path
 
 CODES = {
     mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16", mx.float16: "F16",
@@ -61,22 +61,20 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
     ):
-        self.path = Path(path)
+        self.path = user_path(path)
         self.specs = dict(specs)
         self._overwrite = overwrite
         self._header, self._places, self.size = _layout(self.path, self.specs, metadata)
         self._left = set(self.specs)
-        self._temporary = self.path.with_name(f".mflux-{secrets.token_hex(8)}.part")
-        self._file = -1
+        self._temporary: Temporary | None = None
 
     def __enter__(self) -> Self:
-        self._refuse_existing()
         try:
-            # 0o666 less the umask, as for any new file; O_EXCL so that nobody's file or link is written through.
-            self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._refuse_existing()
+            self._temporary = Temporary(self.path.parent)
             self._require_room()
             self._write_at(0, self._header)
-            os.truncate(self._file, self.size)
+            os.truncate(self._temporary.descriptor, self.size)
         except OSError as error:
             self._discard()
             raise self._cannot_write(error) from None
@@ -116,11 +114,10 @@ class SafetensorsWriter:
         try:
             if self._left:
                 raise ValueError(f"{len(self._left)} tensors were announced and not written, such as {min(self._left)}")
-            os.fsync(self._file)
-            os.close(self._file)
-            self._file = -1
+            os.fsync(self._temporary.descriptor)
             self._refuse_existing()
-            self._temporary.replace(self.path)
+            self._temporary.path.replace(self.path)
+            self._temporary.close()
         except OSError as problem:
             self._discard()
             raise self._cannot_write(problem) from None
@@ -132,7 +129,7 @@ class SafetensorsWriter:
         view = memoryview(data)
         while view:
             # The system takes at most 2 GB at once.
-            written = os.pwrite(self._file, view[: 1 << 30], place)
+            written = os.pwrite(self._temporary.descriptor, view[: 1 << 30], place)
             place += written
             view = view[written:]
 
@@ -150,11 +147,8 @@ class SafetensorsWriter:
             raise OutputError(f"{self.path} exists already: choose another name, or allow replacing it (--force)")
 
     def _discard(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        with suppress(OSError):
-            self._temporary.unlink()
+        if self._temporary is not None:
+            self._temporary.discard()
 
     def _cannot_write(self, error: OSError) -> MfluxError:
         if isinstance(error, FileNotFoundError):

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from mflux.cli.parser import MfluxParser, run, say
-from mflux.errors import MfluxError
+from mflux.text import shown
 from mflux.utils.settings import SETTINGS
+
+# Long prompts are shown whole; what a hostile file holds is not.
+_MOST = 20_000
+_MOST_LINES = 200
 
 
 def build_parser() -> MfluxParser:
     parser = MfluxParser(prog="mflux-info", description="Show the settings that a picture made with mflux carries.")
-    parser.add_argument("image_path", help="the picture")
+    parser.add_argument("image_path", help="the picture, or a .metadata.json")
     return parser
 
 
@@ -24,30 +28,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def show(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
 
-    from mflux.utils.image_util import oriented_size
-    from mflux.utils.metadata_reader import MetadataReader
+    from mflux.utils.metadata_reader import read_settings
 
-    # What is no picture at all is told as such.
-    oriented_size(args.image_path)
-    settings = MetadataReader.read_exif_metadata(args.image_path)
-    if settings is None:
-        raise MfluxError(f"{args.image_path} carries no settings: it was not made with mflux, or with --no-metadata")
-    for line in lines(settings):
+    for line in lines(read_settings(args.image_path)):
         say(line)
 
 
 def lines(settings: dict[str, Any]) -> list[str]:
-    """One line for each setting that says something."""
-    shown = []
+    """One line for each setting that says something, fit for a terminal whatever the file holds."""
+    text = []
     labels = {setting.name: setting.label for setting in SETTINGS}
     for name in dict.fromkeys([*labels, *settings]):
         value = settings.get(name)
         if value is None or value == []:
             continue
-        label = labels.get(name) or name.replace("_", " ").capitalize()
-        text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
-        shown.append(f"{label}: {text}")
-    return shown
+        if len(text) == _MOST_LINES:
+            text.append(f"… and more: {len(settings)} settings in all")
+            break
+        label = labels.get(name) or shown(name.replace("_", " ").capitalize(), 80)
+        # What is far too long need not be put together first.
+        items = [str(item) for item in value[:_MOST]] if isinstance(value, list) else [str(value)]
+        text.append(f"{label}: {shown(', '.join(items), _MOST)}")
+    return text
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mflux.utils.picture_files import oriented_size
 from mflux.utils.scale_factor import ScaleFactor
 
 
@@ -27,8 +28,6 @@ class DimensionResolver:
             return width, height
         source = (default, default)
         if reference_image_path is not None:
-            from mflux.utils.image_util import oriented_size
-
             source = oriented_size(reference_image_path)
 
         def side(wanted: int | ScaleFactor | None, original: int) -> int:

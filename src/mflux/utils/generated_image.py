@@ -6,6 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mflux.utils.paths import recorded_file, recorded_source, user_path
+from mflux.utils.picture_files import save_picture
 from mflux.utils.version_util import VersionUtil
 
 if TYPE_CHECKING:
@@ -115,41 +117,61 @@ class GeneratedImage:
         embed_metadata: bool = True,
     ) -> Path:
         """Write another picture with this one's settings."""
-        from mflux.utils.image_util import ImageUtil
-
-        return ImageUtil.save_image(
-            pixel_image, path, self._get_metadata(), export_json_metadata, overwrite, embed_metadata
+        return save_picture(
+            pixel_image,
+            path,
+            self._get_metadata(),
+            export_json_metadata=export_json_metadata,
+            overwrite=overwrite,
+            embed_metadata=embed_metadata,
         )
 
-    def save_with_heatmap(self, path: str | Path, export_json_metadata: bool = False, overwrite: bool = False) -> Path:
+    def save_with_heatmap(
+        self,
+        path: str | Path,
+        export_json_metadata: bool = False,
+        overwrite: bool = False,
+        embed_metadata: bool = True,
+    ) -> Path:
         """Write the picture and, if there is one, its concept heatmap as `name_heatmap.png`."""
-        saved = self.save(path, export_json_metadata, overwrite)
+        path = user_path(path)
+        saved = self.save(path, export_json_metadata, overwrite, embed_metadata)
         if self.concept_heatmap:
-            beside = Path(path).with_stem(Path(path).stem + "_heatmap")
-            self.save_concept_heatmap(beside, export_json_metadata, overwrite)
+            beside = path.with_stem(path.stem + "_heatmap")
+            self.save_concept_heatmap(beside, export_json_metadata, overwrite, embed_metadata)
         return saved
 
     def save_concept_heatmap(
-        self, path: str | Path, export_json_metadata: bool = False, overwrite: bool = False
+        self,
+        path: str | Path,
+        export_json_metadata: bool = False,
+        overwrite: bool = False,
+        embed_metadata: bool = True,
     ) -> Path:
         """Write the concept heatmap.
 
         Raises:
             ValueError: the picture has none.
         """
-        from mflux.utils.image_util import ImageUtil
-
         if not self.concept_heatmap:
             raise ValueError("this picture has no concept heatmap")
-        heatmap = self.concept_heatmap
-        return ImageUtil.save_image(heatmap.image, path, heatmap.get_metadata(), export_json_metadata, overwrite)
+        return save_picture(
+            self.concept_heatmap.image,
+            path,
+            self.concept_heatmap.get_metadata(),
+            export_json_metadata=export_json_metadata,
+            overwrite=overwrite,
+            embed_metadata=embed_metadata,
+        )
 
     def _get_metadata(self) -> dict[str, Any]:
+        """Everything, with models, LoRAs and pictures named as `mflux.utils.paths` does: a picture goes out to others,
+        and the folders that it was made in do not."""
         settings = {
             "mflux_version": VersionUtil.get_mflux_version(),
-            "model": self.model_config.model_name,
-            "model_path": self.model_path,
-            "base_model": self.model_config.base_model,
+            "model": _source(self.model_config.model_name),
+            "model_path": _source(self.model_path),
+            "base_model": _source(self.model_config.base_model),
             "seed": self.seed,
             "steps": self.steps,
             "guidance": self.guidance if self.model_config.supports_guidance else None,
@@ -159,16 +181,16 @@ class GeneratedImage:
             "quantize": self.quantization,
             "generation_time_seconds": round(self.generation_time, 2),
             "created_at": datetime.now().isoformat(),
-            "lora_paths": _texts(self.lora_paths),
+            "lora_paths": _sources(self.lora_paths),
             "lora_scales": [float(scale) for scale in self.lora_scales] if self.lora_scales else None,
-            "image_path": _text(self.image_path),
-            "image_paths": _texts(self.image_paths),
+            "image_path": _file(self.image_path),
+            "image_paths": _files(self.image_paths),
             "image_strength": self.image_strength if self.image_path or self.image_paths else None,
-            "controlnet_image_path": _text(self.controlnet_image_path),
+            "controlnet_image_path": _file(self.controlnet_image_path),
             "controlnet_strength": float(self.controlnet_strength) if self.controlnet_strength else None,
-            "masked_image_path": _text(self.masked_image_path),
-            "depth_image_path": _text(self.depth_image_path),
-            "redux_image_paths": _texts(self.redux_image_paths),
+            "masked_image_path": _file(self.masked_image_path),
+            "depth_image_path": _file(self.depth_image_path),
+            "redux_image_paths": _files(self.redux_image_paths),
             "redux_image_strengths": self.redux_image_strengths or None,
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt or None,
@@ -186,12 +208,27 @@ class GeneratedImage:
         for side, value in (("width", self.width), ("height", self.height)):
             if source.get(side) and source[side] != value:
                 kept[f"original_{side}"] = source[side]
-        return kept | {f"original_{name}": source[name] for name in _CARRIED if source.get(name)}
+        return kept | {f"original_{name}": _carried(source[name]) for name in _CARRIED if source.get(name)}
 
 
-def _text(value: object | None) -> str | None:
-    return str(value) if value else None
+def _carried(value: Any) -> Any:
+    """A setting of an earlier picture; mflux 0.24 wrote whole paths."""
+    if isinstance(value, list):
+        return [_carried(item) for item in value]
+    return recorded_source(value) if isinstance(value, str) else value
 
 
-def _texts(values: list | None) -> list[str] | None:
-    return [str(value) for value in values] if values else None
+def _source(name: str | Path | None) -> str | None:
+    return recorded_source(name) if name else None
+
+
+def _sources(names: list[str] | None) -> list[str] | None:
+    return [recorded_source(name) for name in names] if names else None
+
+
+def _file(path: str | Path | None) -> str | None:
+    return recorded_file(path) if path else None
+
+
+def _files(paths: list[str] | list[Path] | None) -> list[str] | None:
+    return [recorded_file(path) for path in paths] if paths else None

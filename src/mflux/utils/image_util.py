@@ -2,171 +2,29 @@
 
 from __future__ import annotations
 
-import io
-import itertools
-import json
-import logging
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageOps
 
 from mflux.backend import mx
-from mflux.errors import ImageError, OutputError, UsageError
+from mflux.errors import MfluxError
+from mflux.utils.atomic_files import free_name, write_atomically
 from mflux.utils.box_values import AbsoluteBoxValues, BoxValues
-from mflux.utils.metadata_builder import MetadataBuilder
+from mflux.utils.generated_image import GeneratedImage
+from mflux.utils.paths import user_path
+from mflux.utils.picture_files import as_rgb, check_output, open_image, oriented_size, save_picture
 
 if TYPE_CHECKING:
     from mflux.models.common.config.config import Config
-    from mflux.utils.generated_image import GeneratedImage
 
-log = logging.getLogger(__name__)
-_SIDECAR = ".metadata.json"
+# What commands and programs take from here.
+__all__ = ["ImageUtil", "check_output", "open_image", "oriented_size", "write_atomically"]
+
 _LANCZOS = PIL.Image.Resampling.LANCZOS
-
-
-def open_image(source: PIL.Image.Image | str | bytes | os.PathLike) -> PIL.Image.Image:
-    """A picture turned the way its EXIF orientation says it is to be seen.
-
-    Raises:
-        ImageError: it does not exist, or is not a picture that can be decoded.
-    """
-    if isinstance(source, PIL.Image.Image):
-        return PIL.ImageOps.exif_transpose(source)
-    try:
-        with PIL.Image.open(source) as image:
-            image.load()
-            return PIL.ImageOps.exif_transpose(image)
-    except Exception as error:
-        raise _unreadable(source, error) from None
-
-
-def oriented_size(source: str | bytes | os.PathLike) -> tuple[int, int]:
-    """Width and height as displayed, from the file's header alone.
-
-    Raises:
-        ImageError: as `open_image`.
-    """
-    try:
-        with PIL.Image.open(source) as image:
-            width, height = image.size
-            sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception as error:
-        raise _unreadable(source, error) from None
-    return (height, width) if sideways else (width, height)
-
-
-def _unreadable(source: object, error: Exception) -> ImageError:
-    name = os.fsdecode(source) if isinstance(source, (str, bytes, os.PathLike)) else source
-    if isinstance(error, FileNotFoundError):
-        return ImageError(f"the image {name} does not exist: check its path")
-    if isinstance(error, PIL.UnidentifiedImageError):
-        return ImageError(f"the image {name} is not a picture that can be read: give a PNG, JPEG or WebP")
-    reason = getattr(error, "strerror", None) or error
-    return ImageError(f"the image {name} cannot be read ({reason}): check the file, or give another")
-
-
-def check_output(path: str | Path) -> None:
-    """Make sure that a picture can be written to `path`, before any work is done for it; creates its folder.
-
-    Raises:
-        UsageError: the name has no ending that stands for a format that pictures can be written in.
-        OutputError: the folder cannot be created or written to.
-    """
-    path = Path(path)
-    if not path.suffix:
-        raise UsageError(f"cannot write a picture to {path}: its name has no ending; use .png, .jpg or .webp")
-    try:
-        # Some formats can only be read, or hold no colours.
-        PIL.Image.new("RGB", (16, 16)).save(io.BytesIO(), format=_format_of(path))
-    except (KeyError, ValueError, OSError, NotImplementedError):
-        raise UsageError(
-            f"cannot write a picture to {path}: {path.suffix!r} is no format for that; use .png, .jpg or .webp"
-        ) from None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except FileExistsError:
-        raise OutputError(f"cannot write to the folder {path.parent}: it is a file; choose another folder") from None
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to the folder {path.parent}: {error.strerror or error}; choose another folder"
-        ) from None
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name") from None
-
-
-def _format_of(path: Path) -> str:
-    """PIL's name for the format that an ending stands for, a `KeyError` if for none."""
-    return PIL.Image.registered_extensions()[path.suffix.lower()]
-
-
-def write_atomically(path: Path, write, *, overwrite: bool, beside: str | None = None) -> Path:
-    """Let `write(file)` fill a file that appears under its name only when complete.
-
-    Args:
-        path: the name.
-        write: called with a binary file.
-        overwrite: replace what has that name.
-        beside: an ending that must be free as well, for what goes with the file.
-
-    Returns:
-        Where it went: `path`, or the next free name beside it (`name_1.png`) unless `overwrite`.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".mflux-", suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
-            if overwrite:
-                Path(temporary).replace(path)
-                return path
-            return _move_to_free_name(Path(temporary), path, beside)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _move_to_free_name(temporary: Path, wanted: Path, beside: str | None) -> Path:
-    names = _numbered(wanted)
-    while True:
-        path = next(names)
-        if os.path.lexists(path) or (beside and os.path.lexists(path.with_suffix(beside))):
-            continue
-        try:
-            # A link fails where a rename would replace what another process has put there meanwhile.
-            os.link(temporary, path)
-        except FileExistsError:
-            continue
-        except OSError:  # a file system without links
-            temporary.replace(path)
-        return path
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    """name.png, name_1.png, name_2.png, …"""
-    yield path
-    for number in itertools.count(1):
-        yield path.with_name(f"{path.stem}_{number}{path.suffix}")
 
 
 class ImageUtil:
@@ -175,9 +33,8 @@ class ImageUtil:
     @staticmethod
     def resolve_output_path(path: str | Path, overwrite: bool = False) -> Path:
         """`path` if it is free or may be overwritten, else the first free of `name_1.png`, `name_2.png`, …"""
-        if overwrite:
-            return Path(path)
-        return next(name for name in _numbered(Path(path)) if not os.path.lexists(name))
+        path = user_path(path)
+        return path if overwrite else free_name(path)
 
     @staticmethod
     def to_image(
@@ -204,9 +61,11 @@ class ImageUtil:
         pid_degrade_sigma: float = 0.0,
         generation_parameters: dict | None = None,
     ) -> GeneratedImage:
-        """A decoder's output (1, 3, H, W) in [-1, 1] as a picture that knows how it was made."""
-        from mflux.utils.generated_image import GeneratedImage
+        """A decoder's output (1, 3, H, W) in [-1, 1] as a picture that knows how it was made.
 
+        Raises:
+            MfluxError: it holds numbers that are not finite.
+        """
         return GeneratedImage(
             image=ImageUtil.to_pil(decoded_latents),
             model_config=config.model_config,
@@ -246,8 +105,17 @@ class ImageUtil:
 
     @staticmethod
     def to_pil(decoded_latents: mx.array) -> PIL.Image.Image:
-        """(1, 3, H, W), or (1, 3, 1, H, W), in [-1, 1] to an 8-bit picture; what lies outside is clipped."""
+        """(1, 3, H, W), or (1, 3, 1, H, W), in [-1, 1] to an 8-bit picture; what lies outside is clipped.
+
+        Raises:
+            MfluxError: it holds numbers that are not finite, which would come out as black.
+        """
         array = decoded_latents.astype(mx.float32)
+        if broken := array.size - mx.isfinite(array).sum().item():
+            raise MfluxError(
+                f"the decoded picture holds {broken:,} numbers of {array.size:,} that are not finite, so there is no "
+                "picture: the model's weights or a LoRA are damaged, or a LoRA's scale is too large"
+            )
         if array.ndim == 5:
             array = array.squeeze(2)
         pixels = mx.clip(array[0].transpose(1, 2, 0) / 2 + 0.5, 0, 1)
@@ -272,13 +140,7 @@ class ImageUtil:
         Raises:
             ImageError: it cannot be read.
         """
-        image = open_image(image_or_path)
-        if composite_alpha and image.has_transparency_data:
-            # Pillow has no way from premultiplied grey straight to RGBA.
-            image = image.convert("LA") if image.mode == "La" else image
-            image = image.convert("RGBA")
-            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return as_rgb(open_image(image_or_path), on_white=composite_alpha)
 
     @staticmethod
     def scale_to_dimensions(image: PIL.Image.Image, target_width: int, target_height: int) -> PIL.Image.Image:
@@ -364,8 +226,9 @@ class ImageUtil:
         overwrite: bool = False,
         embed_metadata: bool = True,
     ) -> Path:
-        """Write a picture, its settings inside it (unless `embed_metadata` is false), and if asked the settings
-        beside it as `name.metadata.json`. Complete or absent; existing files are left alone unless `overwrite`.
+        """Write a picture, its settings inside it (if `embed_metadata`), and if asked beside it as
+        `name.metadata.json`. Complete or absent; existing files are left alone unless `overwrite`. Settings never cost
+        the picture.
 
         Returns:
             Where the picture went.
@@ -374,31 +237,14 @@ class ImageUtil:
             OutputError: it cannot be written.
             UsageError: the name's ending stands for no picture format.
         """
-        path = Path(path)
-        check_output(path)
-        picture_format = _format_of(path)
-        embedded = {}
-        if metadata is not None and embed_metadata:
-            embedded = MetadataBuilder.save_arguments(metadata, picture_format)
-
-        def write(file):
-            try:
-                image.save(file, format=picture_format, **embedded)
-            except ValueError as error:
-                if not embedded:
-                    raise OutputError(f"cannot write {path}: {error}") from None
-                # A JPEG holds 64 KB of settings; the picture is worth more than they are.
-                log.warning("the settings do not fit into %s (%s): it is written without them", path, error)
-                file.seek(0)
-                file.truncate()
-                image.save(file, format=picture_format)
-
-        with_sidecar = export_json_metadata and metadata is not None
-        path = write_atomically(path, write, overwrite=overwrite, beside=_SIDECAR if with_sidecar else None)
-        if with_sidecar:
-            text = json.dumps(metadata, indent=4, ensure_ascii=False)
-            write_atomically(path.with_suffix(_SIDECAR), lambda file: file.write(text.encode()), overwrite=overwrite)
-        return path
+        return save_picture(
+            image,
+            path,
+            metadata,
+            export_json_metadata=export_json_metadata,
+            overwrite=overwrite,
+            embed_metadata=embed_metadata,
+        )
 
 
 def _side_by_side(images: list[PIL.Image.Image]) -> PIL.Image.Image:

@@ -8,7 +8,10 @@ from xml.etree import ElementTree
 
 import PIL.Image
 
+from mflux.errors import ImageError, MfluxError
 from mflux.utils.metadata_builder import COMMENT_PREFIX, XMP_KEY
+from mflux.utils.paths import user_path
+from mflux.utils.picture_files import opened
 
 _EXIF_IFD = 0x8769
 _USER_COMMENT = 0x9286
@@ -30,17 +33,58 @@ _XMP_NAMES = {
 }
 
 
+# No settings are longer than this by far; a file that is has something else in it.
+_LARGEST_SIDECAR = 16 << 20
+
+
+def read_settings(path: str | Path) -> dict:
+    """The settings that a picture carries, or that a `.metadata.json` holds.
+
+    Raises:
+        ImageError: it is neither, or cannot be read.
+        MfluxError: it is a picture without settings.
+    """
+    path = user_path(path)
+    settings = _read_sidecar(path) if path.suffix.lower() == ".json" else None
+    if settings is None:
+        with opened(path):  # what is no picture at all is told as such
+            settings = MetadataReader.read_exif_metadata(path)
+    if settings is None:
+        raise MfluxError(f"{path} carries no settings: it was not made with mflux, or with --no-metadata")
+    return settings
+
+
+def _read_sidecar(path: Path) -> dict | None:
+    """None for what may be a picture, whatever its name."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_SIDECAR + 1)
+    except OSError as error:
+        raise ImageError(f"the settings in {path} cannot be read ({error.strerror or error})") from None
+    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        return None
+    if len(content) > _LARGEST_SIDECAR:
+        raise ImageError(f"the settings in {path} cannot be read: it is larger than any .metadata.json")
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"the settings in {path} cannot be read ({error}): it is damaged") from None
+
+
 class MetadataReader:
     @staticmethod
     def read_exif_metadata(image_path: str | Path) -> dict | None:
-        """All settings, from EXIF's UserComment; None where there are none. mflux 0.24's pictures read as well."""
-        try:
-            with PIL.Image.open(image_path) as image:
-                comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
-        except (OSError, ValueError, SyntaxError):
-            return None
+        """All settings, from EXIF's UserComment; None where there are none, or no such picture. mflux 0.24's pictures
+        read as well.
+
+        Raises:
+            ImageError: the picture is too large to be decoded.
+        """
+        comment = _of_picture(image_path, lambda image: image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b""))
         if isinstance(comment, str):
-            comment = comment.encode()
+            comment = comment.encode(errors="surrogatepass")
         try:
             settings = json.loads(bytes(comment).removeprefix(COMMENT_PREFIX).decode())
         except (ValueError, TypeError, RecursionError):
@@ -49,17 +93,20 @@ class MetadataReader:
 
     @staticmethod
     def read_xmp_metadata(image_path: str | Path) -> dict | None:
-        """What stands in the XMP packet, as text; None where there is none."""
+        """What stands in the XMP packet, as text; None where there is none.
+
+        Raises:
+            ImageError: the picture is too large to be decoded.
+        """
+        packet = _of_picture(image_path, lambda image: image.info.get(XMP_KEY) or image.info.get("xmp"))
         try:
-            with PIL.Image.open(image_path) as image:
-                packet = image.info.get(XMP_KEY) or image.info.get("xmp")
             if isinstance(packet, bytes):
                 packet = packet.decode()
             # A document type could make a small file expand without end.
             if not packet or "<!DOCTYPE" in packet:
                 return None
             tree = ElementTree.fromstring(packet[packet.index("<x:xmpmeta") : packet.rindex("<?xpacket")])
-        except (OSError, ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError):
             return None
         found = {}
         for element in tree.iter():
@@ -75,3 +122,16 @@ class MetadataReader:
             "exif": MetadataReader.read_exif_metadata(image_path),
             "xmp": MetadataReader.read_xmp_metadata(image_path),
         }
+
+
+def _of_picture(path: str | Path, take):
+    """What `take(image)` finds in a picture file, None in anything else."""
+    try:
+        with opened(path) as image:
+            return take(image)
+    except ImageError as error:
+        if isinstance(error.__context__, PIL.Image.DecompressionBombError):
+            raise
+        return None
+    except Exception:  # damaged settings, of which Pillow has many ways to complain
+        return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mflux.utils.image_util import ImageUtil
+from mflux.utils.paths import user_path
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -27,7 +28,7 @@ class StepwiseHandler:
 
     def __init__(self, model, output_dir: str | Path, latent_creator):
         self.model = model
-        self.output_dir = Path(output_dir)
+        self.output_dir = user_path(output_dir)
         self.latent_creator = latent_creator
         self.step_wise_images: list = []
         self._composite: Path | None = None

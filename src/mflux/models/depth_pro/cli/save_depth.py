@@ -63,7 +63,7 @@ def save_depth(argv: Sequence[str] | None) -> None:
     kind, output = _plan(args)
 
     from mflux.models.depth_pro.model.depth_pro import DepthPro, open_photo
-    from mflux.utils.image_util import write_atomically
+    from mflux.utils.atomic_files import write_atomically
 
     # A picture that cannot be read is told before gigabytes are loaded.
     open_photo(args.image_path)
@@ -118,16 +118,19 @@ def colour(values: np.ndarray, colormap: str) -> np.ndarray:
 
 def _plan(args: argparse.Namespace) -> tuple[str, Path]:
     """The format and the path, from what was said and what follows from it."""
-    output = args.output
+    from mflux.utils.paths import user_path
+
+    photo = user_path(args.image_path)
+    output = None if args.output is None else user_path(args.output)
     suffix = "" if output is None or output.is_dir() else output.suffix.lower()
     kind = args.format or ("npy" if suffix == ".npy" else "png")
     if suffix and suffix != _SUFFIXES[kind]:
-        raise UsageError(f"--output {output} does not fit --format {kind}: end it in {_SUFFIXES[kind]}")
+        raise UsageError(f"--output {args.output} does not fit --format {kind}: end it in {_SUFFIXES[kind]}")
     if args.colormap and kind != "png":
         raise UsageError(f"--colormap works with --format png only, not with {kind}")
     if output is None or output.is_dir():
-        folder = args.image_path.parent if output is None else output
-        output = folder / f"{args.image_path.stem}_depth"
+        folder = photo.parent if output is None else output
+        output = folder / f"{photo.stem}_depth"
         # Not with_suffix: a dot in the photo's own name is part of it.
         output = output.with_name(output.name + _SUFFIXES[kind])
     elif not suffix:

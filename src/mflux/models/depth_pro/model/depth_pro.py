@@ -13,7 +13,7 @@ from mflux.backend import mx
 from mflux.checkpoints.quantization import Quantization
 from mflux.models.depth_pro import weights
 from mflux.models.depth_pro.model.depth_pro_model import resize_bilinear
-from mflux.utils.image_util import open_image
+from mflux.utils.picture_files import as_rgb, open_image
 
 # The nearest and farthest inverse distances, in 1/m, that metric depth tells apart.
 _INVERSE_RANGE = (1e-4, 1e4)
@@ -103,11 +103,7 @@ def open_photo(path: str | Path) -> Image.Image:
     Raises:
         ImageError: there is no such file, or it is not a picture that can be read.
     """
-    photo = open_image(path)
-    if photo.mode.startswith("I"):
-        # Sixteen bits of gray; Pillow's own conversion would cut them off at 255.
-        photo = Image.fromarray((np.asarray(photo).clip(0, 65535) // 257).astype(np.uint8))
-    return photo.convert("RGB")
+    return as_rgb(open_image(path), on_white=False)
 
 
 def _relative(depth: mx.array, low: float, high: float, size: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,74 @@
+"""Paths as people give them, and names that tell nothing of this machine's folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from mflux.errors import UsageError
+from mflux.text import shown
+
+# What an entry of Hugging Face's cache lies in: `…/models--org--name/snapshots/REVISION/…`.
+_IN_CACHE = re.compile(r"(?:^|[\\/])models--([^\\/]+?)--([^\\/]+)[\\/]snapshots[\\/][^\\/]+(?:[\\/](.+))?$")
+
+
+def user_path(path: str | bytes | os.PathLike) -> Path:
+    """The path that someone means: `~` and `~name` stand for a home folder, as in a shell.
+
+    A name such as `~tmp.png`, with no user called so and no folder behind it, is a file's own.
+
+    Raises:
+        UsageError: it is empty, holds a NUL or what no file name can, or there is no such user.
+    """
+    try:
+        path = os.fsdecode(path)
+        os.fsencode(path)
+    except UnicodeError:
+        raise UsageError(f"{shown(path)} is no name that a file can have: it holds half a character") from None
+    except TypeError:
+        raise UsageError(f"{shown(path)} is no path: give text or a Path") from None
+    if not path.strip():
+        raise UsageError("a path is empty: give the name of a file")
+    if "\0" in path:
+        raise UsageError(f"{shown(path)} is no name that a file can have: it holds a NUL character")
+    if not path.startswith("~"):
+        return Path(path)
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = path[1:].partition("/")[0]
+    if "/" not in path and user:
+        return Path(path)
+    reason = f"there is no user {shown(user)} here" if user else "this user has no home folder"
+    raise UsageError(f"cannot tell what {shown(path)} is: {reason}; write ./{shown(path)} for a file called so")
+
+
+def recorded_file(path: str | bytes | os.PathLike) -> str:
+    """How a picture's settings name a file: without the folders that it lies in, which are nobody's business."""
+    return _last_part(os.fsdecode(path))
+
+
+def recorded_source(name: str | os.PathLike) -> str:
+    """How a picture's settings name what a model or LoRA was taken from, as `mflux-save` records it.
+
+    A file or folder of this machine is named by its last part, or, in Hugging Face's cache, by the repository; the
+    name of a repository, or of a LoRA in a library, stays as it is.
+    """
+    text = os.fsdecode(name)
+    if found := _IN_CACHE.search(text):
+        org, repository, file = found.groups()
+        return f"{org}/{repository}:{file}" if file else f"{org}/{repository}"
+    if isinstance(name, os.PathLike) or text[:1] in ("/", "\\", "~", ".") or re.match(r"[A-Za-z]:[\\/]", text):
+        return _last_part(text)
+    try:
+        local = os.path.lexists(text)
+    except (OSError, ValueError):
+        local = False
+    return _last_part(text) if local else text
+
+
+def _last_part(path: str) -> str:
+    """`a/b.png`, `a\\b.png` and `a/b.png/` → `b.png`; what has no name of its own, such as `..`, → the folder's."""
+    name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return name if name not in ("", ".", "..", "~") else Path(path).expanduser().resolve().name
