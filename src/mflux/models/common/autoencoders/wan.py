@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 from mflux.backend import mx, nn
@@ -189,7 +190,7 @@ class Encoder(nn.Module):
         widths = [config.base_dim * factor for factor in (1, *config.dim_mult)]
         self.conv_in = FrameConv(config.in_channels, widths[0], 3)
         self.down_blocks = []
-        for in_channels, out_channels in zip(widths[:-1], widths[1:], strict=True):
+        for in_channels, out_channels in pairwise(widths):
             if self.down_blocks:
                 self.down_blocks.append(Downsample(in_channels))
             self.down_blocks += resnets(config.num_res_blocks, in_channels, out_channels)
