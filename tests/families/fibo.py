@@ -6,9 +6,11 @@ import numpy as np
 
 from families.cases import Component
 from families.flux import normal, token_ids
+from families.qwen import run_vae, run_vae_reference, same_sum_in_a_resnet
 from mflux.backend import mx
 from mflux.models.common.mmdit import latent_image_ids
 from mflux.models.common.text_encoders.smollm3 import SmolLM3TextEncoder
+from mflux.models.fibo.model.autoencoder import FiboAutoencoder
 from mflux.models.fibo.model.transformer import FiboTransformer
 
 # ---- text encoder
@@ -135,7 +137,61 @@ def transformer_full_size(config):
     return BriaFiboTransformer2DModel.from_config(config)
 
 
+# ---- autoencoder
+
+
+def vae_reference(**settings):
+    from diffusers import AutoencoderKLWan
+
+    small = dict(
+        base_dim=4, decoder_base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+        is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8,
+    ) | settings  # fmt: skip
+    depth = small["z_dim"]
+    return AutoencoderKLWan(
+        **small, latents_mean=normal(5, depth).tolist(), latents_std=(1 + np.arange(depth) / 3).tolist()
+    )
+
+
+def vae_inputs(model, number: int) -> dict:
+    batch, rows, columns = ((1, 3, 5), (3, 4, 2))[number]
+    patch = model.config.patch_size
+    pixels = patch * 2 ** (len(model.config.dim_mult) - 1)
+    channels = model.config.in_channels // patch**2
+    return {
+        "image": np.tanh(normal(1, batch, channels, pixels * rows, pixels * columns)),
+        "latents": normal(2, batch, model.config.z_dim, rows, columns),
+    }
+
+
+def vae_full_size(config):
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan.from_config(config)
+
+
 COMPONENTS = (
+    Component(
+        name="vae",
+        module=FiboAutoencoder,
+        reference=vae_reference,
+        settings={
+            "one level over time": dict(),
+            "as published, narrow": dict(dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True]),
+            "first level over time": dict(temperal_downsample=[True, False], num_res_blocks=2, decoder_base_dim=None),
+            "patches of three, grey": dict(patch_size=3, in_channels=9, out_channels=9, dim_mult=[2, 1, 1]),
+        },
+        inputs=vae_inputs,
+        ours=run_vae,
+        theirs=run_vae_reference,
+        gains={"decoder.conv_out.weight": 0.2},
+        published={"FIBO/vae (Wan 2.2)": 704_688_668},
+        full_size=vae_full_size,
+        ignored=(".time_conv.weight", ".time_conv.bias"),
+        swap=dict(dim_mult=[2, 1], temperal_downsample=[True], decoder_base_dim=4),
+        neutral=(same_sum_in_a_resnet,),
+        neutral_pairs=3,
+    ),
     Component(
         name="text_encoder",
         module=SmolLM3TextEncoder,

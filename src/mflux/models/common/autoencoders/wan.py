@@ -23,7 +23,10 @@ _EPS = 1e-24
 
 @dataclass(frozen=True)
 class AutoencoderWanConfig(ComponentConfig):
-    """`config.json` of an AutoencoderKLQwenImage or AutoencoderKLWan of Wan 2.1's shape; defaults are Qwen-Image's."""
+    """`config.json` of an AutoencoderKLQwenImage or AutoencoderKLWan; defaults are Qwen-Image's, which is Wan 2.1's.
+
+    Wan 2.2's has `is_residual` and a `patch_size`, and counts channels after patches were made of the picture.
+    """
 
     base_dim: int = 96
     decoder_base_dim: int | None = None
@@ -53,12 +56,15 @@ class AutoencoderWanConfig(ComponentConfig):
         return super().from_dict(values, source=source)
 
     def check(self) -> str | None:
-        if self.is_residual or (self.patch_size or 1) != 1:
-            return "is_residual and patch_size (Wan 2.2) are not built"
         if self.attn_scales:
             return "attn_scales is not built: attention stands in the middle block only"
+        if self.in_channels % self.patch**2 or self.out_channels % self.patch**2:
+            return f"{self.in_channels} and {self.out_channels} channels are not patches of {self.patch} x {self.patch}"
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             return f"{len(self.dim_mult)} levels need {len(self.dim_mult) - 1} entries in temperal_downsample"
+        if self.is_residual and self.dim_mult[-2:-1] and self.dim_mult[-2] % self.dim_mult[-1]:
+            # Nothing is moved into the channels of the last level, so it can only average what there is.
+            return f"the last level of dim_mult {list(self.dim_mult)} does not divide the one before it"
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
             return f"latents_mean and latents_std do not have z_dim = {self.z_dim} entries"
         if 0 in self.latents_std:
@@ -68,7 +74,11 @@ class AutoencoderWanConfig(ComponentConfig):
     @property
     def spatial_factor(self) -> int:
         """Pixels per latent along each side: 8 for Qwen-Image."""
-        return 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
+        return 2 ** (len(self.dim_mult) - 1) * self.patch
+
+    @property
+    def patch(self) -> int:
+        return self.patch_size or 1
 
 
 # ---- what a convolution over time is for one frame
@@ -184,14 +194,89 @@ class UpBlock(nn.Module):
         return self.upsamplers[0](x) if "upsamplers" in self else x
 
 
+# ---- Wan 2.2's blocks: beside the convolutions, pixels are moved to channels and back
+
+
+class ResidualDownBlock(nn.Module):
+    def __init__(self, config: AutoencoderWanConfig, level: int, in_channels: int, out_channels: int):
+        super().__init__()
+        self.out_channels = out_channels
+        self.is_last = level == len(config.dim_mult) - 1
+        self.frames = 2 if not self.is_last and config.temperal_downsample[level] else 1
+        self.resnets = resnets(config.num_res_blocks, in_channels, out_channels)
+        if not self.is_last:
+            self.downsampler = Downsample(out_channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        skip = self.gather(x)
+        for resnet in self.resnets:
+            x = resnet(x)
+        return skip + (x if self.is_last else self.downsampler(x))
+
+    def gather(self, x: mx.array) -> mx.array:
+        """Squares of pixels as channels, of which neighbours are averaged. Where the number of frames is halved, the
+        frame before the first counts as well, and is zero."""
+        side = 1 if self.is_last else 2
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // side, side, width // side, side, channels).transpose(0, 1, 3, 5, 2, 4)
+        if self.frames == 2:
+            x = mx.stack([mx.zeros_like(x), x], axis=4)
+        return x.reshape(*x.shape[:3], self.out_channels, -1).mean(axis=-1)
+
+
+class ResidualUpBlock(nn.Module):
+    def __init__(self, config: AutoencoderWanConfig, level: int, in_channels: int, out_channels: int):
+        super().__init__()
+        self.out_channels = out_channels
+        self.is_last = level == len(config.dim_mult) - 1
+        self.frames = 2 if not self.is_last and config.temperal_downsample[::-1][level] else 1
+        self.resnets = resnets(config.num_res_blocks + 1, in_channels, out_channels)
+        if not self.is_last:
+            self.upsampler = Upsample(out_channels, out_channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        skip = None if self.is_last else self.spread(x)
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.is_last else skip + self.upsampler(x)
+
+    def spread(self, x: mx.array) -> mx.array:
+        """Channels, repeated, as squares of pixels. Where the number of frames is doubled, the second one is the
+        picture."""
+        batch, height, width, channels = x.shape
+        x = mx.repeat(x, self.out_channels * self.frames * 4 // channels, axis=-1)
+        x = x.reshape(batch, height, width, self.out_channels, self.frames, 2, 2)[..., -1, :, :]
+        return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, self.out_channels)
+
+
+def patchify(x: mx.array, patch: int) -> mx.array:
+    """Squares of pixels as channels, column by column: (B, H, W, C) → (B, H / patch, W / patch, C · patch²)."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels).transpose(0, 1, 3, 5, 4, 2)
+    return x.reshape(*x.shape[:3], -1)
+
+
+def unpatchify(x: mx.array, patch: int) -> mx.array:
+    """The way back from `patchify`."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, channels // patch**2, patch, patch).transpose(0, 1, 5, 2, 4, 3)
+    return x.reshape(batch, height * patch, width * patch, -1)
+
+
+# ---- the model
+
+
 class Encoder(nn.Module):
     def __init__(self, config: AutoencoderWanConfig):
         super().__init__()
         widths = [config.base_dim * factor for factor in (1, *config.dim_mult)]
         self.conv_in = FrameConv(config.in_channels, widths[0], 3)
         self.down_blocks = []
-        for in_channels, out_channels in pairwise(widths):
-            if self.down_blocks:
+        for level, (in_channels, out_channels) in enumerate(pairwise(widths)):
+            if config.is_residual:
+                self.down_blocks.append(ResidualDownBlock(config, level, in_channels, out_channels))
+                continue
+            if level:
                 self.down_blocks.append(Downsample(in_channels))
             self.down_blocks += resnets(config.num_res_blocks, in_channels, out_channels)
         self.mid_block = MidBlock(widths[-1])
@@ -209,13 +294,16 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderWanConfig):
         super().__init__()
         widths = [(config.decoder_base_dim or config.base_dim) * factor for factor in config.dim_mult[::-1]]
-        last = len(widths) - 1
         self.conv_in = FrameConv(config.z_dim, widths[0], 3)
         self.mid_block = MidBlock(widths[0])
-        self.up_blocks = [
-            UpBlock(config, widths[max(index - 1, 0)] // (2 if index else 1), width, is_last=index == last)
-            for index, width in enumerate(widths)
-        ]
+        self.up_blocks = []
+        for level, (in_channels, out_channels) in enumerate(pairwise([widths[0], *widths])):
+            if config.is_residual:
+                block = ResidualUpBlock(config, level, in_channels, out_channels)
+            else:
+                halved = in_channels // 2 if level else in_channels
+                block = UpBlock(config, halved, out_channels, is_last=level == len(widths) - 1)
+            self.up_blocks.append(block)
         self.norm_out = ChannelNorm(widths[-1], 3)
         self.conv_out = FrameConv(widths[-1], config.out_channels, 3)
 
@@ -252,19 +340,21 @@ class AutoencoderWan(nn.Module):
         """The mean of the posterior, as latents.
 
         Args:
-            image: (B, in_channels, H, W) in [-1, 1]; H and W multiples of `spatial_scale`.
+            image: (B, in_channels / patch_size², H, W) in [-1, 1]; H and W multiples of `spatial_scale`.
 
         Returns:
             (B, z_dim, H / spatial_scale, W / spatial_scale).
         """
-        moments = self.quant_conv(self.encoder(image.transpose(0, 2, 3, 1)))
+        pixels = patchify(image.transpose(0, 2, 3, 1), self.config.patch)
+        moments = self.quant_conv(self.encoder(pixels))
         mean = moments[..., : self.config.z_dim]
         return ((mean - self._mean) / self._std).transpose(0, 3, 1, 2).astype(image.dtype)
 
     def decode(self, latents: mx.array) -> mx.array:
-        """Latents (B, z_dim, h, w) to pictures (B, out_channels, h · scale, w · scale) in [-1, 1]."""
+        """Latents (B, z_dim, h, w) to pictures (B, out_channels / patch_size², h · scale, w · scale) in [-1, 1]."""
         x = (latents.transpose(0, 2, 3, 1) * self._std + self._mean).astype(latents.dtype)
-        return mx.clip(self.decoder(self.post_quant_conv(x)), -1, 1).transpose(0, 3, 1, 2)
+        pixels = unpatchify(self.decoder(self.post_quant_conv(x)), self.config.patch)
+        return mx.clip(pixels, -1, 1).transpose(0, 3, 1, 2)
 
     @property
     def _mean(self) -> mx.array:
