@@ -7,6 +7,7 @@ import numpy as np
 from families.cases import Component
 from mflux.backend import mx
 from mflux.models.common.autoencoders.wan import AutoencoderWan
+from mflux.models.qwen.model.transformer import QwenTransformer
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -66,11 +67,81 @@ def vae_full_size(config):
     return AutoencoderKLQwenImage.from_config(config)
 
 
+# ---- transformer
+
+
+def transformer_reference(**settings):
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        **dict(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=[4, 6, 6],
+        )
+        | settings
+    )
+
+
+def transformer_inputs(model, number: int) -> dict:
+    batch, length, grids = ((1, 7, [(3, 5), (4, 2)]), (3, 11, [(6, 2), (1, 3), (5, 9)]))[number]
+    config = model.config
+    return {
+        "latents": normal(1, batch, sum(rows * columns for rows, columns in grids), config.in_channels),
+        "text": normal(2, batch, length, config.joint_attention_dim),
+        # One noise level for each sample, so that none can stand for all.
+        "sigma": np.linspace(0.9, 0.3, batch, dtype=np.float32),
+        "grids": np.array(grids),
+    }
+
+
+def run_transformer(module, inputs):
+    arrays = {name: mx.array(inputs[name]) for name in ("latents", "sigma", "text")}
+    grids = [tuple(grid) for grid in inputs["grids"].tolist()]
+    yield module(arrays["latents"], sigma=arrays["sigma"], prompt_embeds=arrays["text"], grids=grids)
+    first = grids[0][0] * grids[0][1]
+    yield module(arrays["latents"][:, :first], sigma=arrays["sigma"], prompt_embeds=arrays["text"], grids=grids[:1])
+
+
+def run_transformer_reference(model, inputs):
+    import torch
+
+    shapes = [(1, *grid) for grid in inputs["grids"].tolist()]
+    for count in (len(shapes), 1):
+        length = sum(rows * columns for _, rows, columns in shapes[:count])
+        yield model(
+            hidden_states=torch.tensor(inputs["latents"][:, :length]),
+            encoder_hidden_states=torch.tensor(inputs["text"]),
+            timestep=torch.tensor(inputs["sigma"]),
+            img_shapes=[shapes[:count]] * len(inputs["latents"]),
+        ).sample
+
+
+def transformer_full_size(config):
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel.from_config(config)
+
+
+# ---- pairs that cannot change the output
+
+
 def same_sum_in_a_resnet(first: str, second: str) -> bool:
     """A residual block adds its last convolution to its shortcut, and with them their biases."""
     blocks = {name.removesuffix(".conv2.bias").removesuffix(".conv_shortcut.bias") for name in (first, second)}
     ends = {name.rpartition(".")[0].rpartition(".")[2] for name in (first, second)}
     return len(blocks) == 1 and ends == {"conv2", "conv_shortcut"} and first.endswith("bias")
+
+
+def last_text(first: str, second: str) -> bool:
+    """What the last block does with the text's queries and after its attention is read by nobody."""
+    unread = ("attn.add_q_proj.", "attn.norm_added_q.", "attn.to_add_out.", "txt_mlp.")
+    block = f"transformer_blocks.{_NARROW['num_layers'] - 1}."
+    return all(name.startswith(tuple(block + part for part in unread)) for name in (first, second))
 
 
 _VAE = dict(
@@ -81,6 +152,19 @@ _VAE = dict(
     gains={"decoder.conv_out.weight": 0.3},
     ignored=(".time_conv.weight", ".time_conv.bias"),
     neutral=(same_sum_in_a_resnet,),
+)
+# All widths equal where the architecture allows it, so that as many tensors as can be are of the same shape.
+_NARROW = dict(
+    in_channels=16, attention_head_dim=8, num_attention_heads=2, axes_dims_rope=[2, 2, 4], joint_attention_dim=16,
+    num_layers=2,
+)  # fmt: skip
+_TRANSFORMER = dict(
+    module=QwenTransformer,
+    reference=transformer_reference,
+    inputs=transformer_inputs,
+    ours=run_transformer,
+    theirs=run_transformer_reference,
+    neutral=(last_text,),
 )
 
 COMPONENTS = (
@@ -108,5 +192,30 @@ COMPONENTS = (
             "other channels at the ends": dict(in_channels=2, out_channels=4),
         },
         **_VAE,
+    ),
+    Component(
+        name="transformer",
+        settings={
+            "two layers": {},
+            "other axes": dict(
+                attention_head_dim=20, num_attention_heads=3, axes_dims_rope=[2, 8, 10], num_layers=1, patch_size=1
+            ),
+            "as many channels out as in": dict(out_channels=None, num_layers=3, joint_attention_dim=40),
+        },
+        published={"Qwen-Image/transformer": 20_430_401_088},
+        full_size=transformer_full_size,
+        swap=_NARROW,
+        neutral_pairs=4,
+        **_TRANSFORMER,
+    ),
+    Component(
+        name="transformer of Edit-2511",
+        settings={
+            "pictures without noise": dict(zero_cond_t=True),
+            "one layer": dict(zero_cond_t=True, num_layers=1, num_attention_heads=1),
+        },
+        swap=_NARROW | dict(zero_cond_t=True),
+        neutral_pairs=4,
+        **_TRANSFORMER,
     ),
 )
