@@ -7,6 +7,7 @@ import numpy as np
 from families.cases import Component
 from mflux.backend import mx
 from mflux.models.common.autoencoders.wan import AutoencoderWan
+from mflux.models.qwen.model.text_encoder import Qwen25VLEncoder, Qwen25VLTextEncoder
 from mflux.models.qwen.model.transformer import QwenTransformer
 
 
@@ -127,6 +128,94 @@ def transformer_full_size(config):
     return QwenImageTransformer2DModel.from_config(config)
 
 
+# ---- text encoder, with and without eyes
+
+_PICTURE, _START, _END, _VIDEO = 60, 61, 62, 63
+
+
+def encoder_reference(**settings):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-6, max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 2, 1]},
+    )  # fmt: skip
+    text |= settings.get("text", {})
+    vision = dict(
+        depth=3, hidden_size=32, intermediate_size=40, num_heads=2, patch_size=2, window_size=8,
+        fullatt_block_indexes=[1], out_hidden_size=text["hidden_size"],
+    )  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision | settings.get("vision", {}),
+        image_token_id=_PICTURE,
+        vision_start_token_id=_START,
+        vision_end_token_id=_END,
+        video_token_id=_VIDEO,
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = "eager"
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def text_inputs(model, number: int) -> dict:
+    return {"ids": np.random.default_rng(number).integers(0, 59, (9, 170)[number])}
+
+
+def encoder_inputs(model, number: int) -> dict:
+    """Pictures of whole windows and of parts of some; their tokens stand between words."""
+    grids = [(4, 10)] if number == 0 else [(6, 14), (8, 2)]
+    vision = model.config.vision_config
+    ids = []
+    for rows, columns in grids:
+        ids += [7, 3, _START, *[_PICTURE] * (rows * columns // 4), _END, 5]
+    count = sum(rows * columns for rows, columns in grids)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {"ids": np.array([*ids, 11, 12]), "patches": normal(1, count, width), "grids": np.array(grids)}
+
+
+def run_text(module, inputs):
+    return [module(inputs["ids"].tolist())]
+
+
+def run_encoder(module, inputs):
+    grids = [tuple(grid) for grid in inputs["grids"].tolist()]
+    yield module(inputs["ids"].tolist(), mx.array(inputs["patches"]), grids)
+    yield module([3, 5, 4])
+
+
+def run_text_reference(model, inputs):
+    import torch
+
+    return [model.model(torch.tensor(inputs["ids"])[None]).last_hidden_state]
+
+
+def run_encoder_reference(model, inputs):
+    import torch
+
+    ids = torch.tensor(inputs["ids"])[None]
+    seeing = model.model(
+        ids,
+        pixel_values=torch.tensor(inputs["patches"]),
+        image_grid_thw=torch.tensor([(1, *grid) for grid in inputs["grids"].tolist()]),
+        # Without it, the reference would give a picture's tokens the positions of text.
+        mm_token_type_ids=(ids == _PICTURE).int(),
+    )
+    return [seeing.last_hidden_state, model.model(torch.tensor([[3, 5, 4]])).last_hidden_state]
+
+
+def encoder_full_size(config):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+
+
+def encoder_name(name: str) -> str:
+    """transformers 5 puts language model and vision tower below `model` on loading."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
 # ---- pairs that cannot change the output
 
 
@@ -166,8 +255,51 @@ _TRANSFORMER = dict(
     theirs=run_transformer_reference,
     neutral=(last_text,),
 )
+_ENCODER = dict(
+    reference=encoder_reference,
+    settings={
+        "two heads to a key": {},
+        "other widths": dict(
+            text=dict(
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                hidden_size=48,
+                num_hidden_layers=3,
+                rope_parameters={"rope_type": "default", "rope_theta": 5e5, "mrope_section": [4, 3, 5]},
+            ),
+            vision=dict(num_heads=4, depth=2, fullatt_block_indexes=[0], window_size=16, out_hidden_size=48),
+        ),
+    },
+    published_name=encoder_name,
+)
+_SQUARE = dict(
+    text=dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, rope_parameters={
+        "rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 2, 1]}),
+    vision=dict(hidden_size=16, intermediate_size=16, depth=2, num_heads=2, out_hidden_size=16),
+)  # fmt: skip
 
 COMPONENTS = (
+    Component(
+        name="text_encoder",
+        module=Qwen25VLTextEncoder,
+        inputs=text_inputs,
+        ours=run_text,
+        theirs=run_text_reference,
+        swap=_SQUARE,
+        **_ENCODER,
+    ),
+    Component(
+        name="text_encoder with pictures",
+        module=Qwen25VLEncoder,
+        inputs=encoder_inputs,
+        ours=run_encoder,
+        theirs=run_encoder_reference,
+        published={"Qwen-Image/text_encoder (Qwen2.5-VL-7B)": 8_292_166_656},
+        full_size=encoder_full_size,
+        ignored=("lm_head.weight",),
+        swap=_SQUARE,
+        **_ENCODER,
+    ),
     Component(
         name="vae",
         reference=vae_reference,
