@@ -95,7 +95,11 @@ def test_half_precision_files(tmp_path, name, stored):
     ours = load_component(component.module, tmp_path, dtype=mx.float32, **component.options)
     inputs = component.inputs(model, 0)
     exact = outputs(component, model, inputs)
-    rounded = model.to(stored).float()
+    # What is in the file, not what the class works out for itself, such as rotary frequencies.
+    rounded = model.requires_grad_(False)
+    for value in rounded.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(value.to(stored))
     expected = outputs(component, rounded, inputs)
     assert within(COMPONENT, component.ours(ours, inputs), expected)
     assert not within(COMPONENT, expected, exact), "rounding must show, else nothing was rounded"

@@ -152,11 +152,11 @@ def test_vision_in_bands(pair, monkeypatch):
     heads, count = ours.config.vision_config.num_heads, len(patches)
     called = []
 
-    def counted(q, k, v):
+    def counted(q, k, v, mask):
         called.append(q.shape[2])
-        return attention(q, k, v)
+        return attention(q, k, v, mask=mask)
 
-    monkeypatch.setattr("mflux.models.fibo_vlm.model.qwen3_vl.attention", counted)
+    monkeypatch.setattr("mflux.models.common.vision.attention", counted)
     # Bands of seven patches, and a last one of what is left.
     monkeypatch.setattr(VisionAttention, "BAND", 7 * heads * count + 1)
     banded, _ = ours.see(mx.array(patches), ONE)

@@ -2,7 +2,8 @@
 
 A module's attributes carry the published names, so no mapping stands between file and module. Two things follow from
 a module's type instead, here and nowhere else: convolution kernels are stored with their channels first and MLX wants
-them last, and a class may declare exceptions as data (`Exceptions`).
+them last (a convolution that takes less than its kernel in the file says so itself, with `from_published`), and a
+class may declare exceptions as data (`Exceptions`).
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ def fill(
             to_read = 0
         to_read += value.nbytes
         expected = parameters[name]
-        if (turn := turns.get(name)) and value.ndim == expected.ndim:
+        if (turn := turns.get(name)) and (value.ndim == expected.ndim or turn is not _channels_last):
             value = turn(value)
         if value.shape != expected.shape:
             turned = " (as MLX lays them out)" if turn else ""
@@ -407,7 +408,7 @@ def layout_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]
         if isinstance(child, nn.ConvTranspose2d):
             turn = _io_to_o_i
         elif isinstance(child, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            turn = _channels_last
+            turn = getattr(child, "from_published", _channels_last)
         else:
             continue
         turns[f"{path}.weight" if path else "weight"] = turn
@@ -417,7 +418,7 @@ def layout_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]
 def published_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]:
     """For each convolution kernel of `module`, the way back from MLX's layout to the published one."""
     back = {_channels_last: _channels_second, _io_to_o_i: _o_i_to_io}
-    return {name: back[turn] for name, turn in layout_turns(module).items()}
+    return {name: back.get(turn, _channels_second) for name, turn in layout_turns(module).items()}
 
 
 def _channels_last(kernel: mx.array) -> mx.array:

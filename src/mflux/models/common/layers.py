@@ -98,12 +98,13 @@ def rotary_embedding(ids: mx.array, axes: Sequence[int], theta: float = 10_000.0
 # ---- embeddings and modulation
 
 
-def waves(values: mx.array, channels: int = TIME_CHANNELS, *, sin_first: bool = False) -> mx.array:
+def waves(values: mx.array, channels: int = TIME_CHANNELS, *, scale: float = 1.0, sin_first: bool = False) -> mx.array:
     """Each value's cosines, then sines, at frequencies from 1 down towards 1/10000: (B,) → (B, channels), float32.
 
-    `sin_first` puts the sines before the cosines.
+    `scale` multiplies the angles: where a model was trained with it in this place, rounding is as there. `sin_first`
+    puts the sines before the cosines.
     """
-    angles = values.astype(mx.float32)[:, None] * mx.array(_time_frequencies(channels))
+    angles = scale * (values.astype(mx.float32)[:, None] * mx.array(_time_frequencies(channels)))
     parts = [mx.cos(angles), mx.sin(angles)]
     return mx.concatenate(parts[::-1] if sin_first else parts, axis=-1)
 

@@ -16,7 +16,8 @@ import PIL.Image
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, ImageError, UsageError
-from mflux.models.fibo_vlm.model.qwen3_vl import Grid, Qwen3VLConfig
+from mflux.models.common.vision import Grid
+from mflux.models.fibo_vlm.model.qwen3_vl import Qwen3VLConfig
 from mflux.models.fibo_vlm.packages import import_transformers
 from mflux.utils.image_util import ImageUtil
 

@@ -14,26 +14,23 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
 
-from mflux.backend import has_gpu, mx, nn
+from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.decoder import DecoderConfig, DecoderLayer
-from mflux.models.common.layers import (
-    ACTIVATIONS,
-    Rotary,
-    attention,
-    inverse_frequencies,
-    merge_heads,
-    rotate_halves,
-    split_heads,
+from mflux.models.common.layers import ACTIVATIONS, Rotary, inverse_frequencies
+from mflux.models.common.vision import (
+    Grid,
+    PatchEmbed,
+    VisionAttention,
+    patch_places,
+    prompt_positions,
+    see,
+    vision_rotary,
 )
 
 _VISION_EPS = 1e-6
 _VISION_ROPE_THETA = 10_000.0
-
-# Rows and columns of a picture's patches.
-Grid = tuple[int, int]
-
 
 # ---- configuration
 
@@ -140,58 +137,6 @@ class Qwen3VLConfig(ComponentConfig):
 # ---- vision tower
 
 
-def patch_places(grid: Grid, merge: int) -> mx.array:
-    """Row and column of each patch, (rows · columns, 2): patches that are merged into one token follow each other."""
-    rows, columns = grid
-    shape = (rows // merge, columns // merge, merge, merge)
-    row = mx.arange(rows).reshape(-1, 1, merge, 1)
-    column = mx.arange(columns).reshape(1, -1, 1, merge)
-    return mx.stack([mx.broadcast_to(row, shape), mx.broadcast_to(column, shape)], axis=-1).reshape(-1, 2)
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, config: Qwen3VLVisionConfig):
-        super().__init__()
-        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=size, stride=size)
-
-    def __call__(self, patches: mx.array) -> mx.array:
-        """Patches (N, channels · time · height · width) to (N, hidden_size)."""
-        weight = self.proj.weight
-        # The kernel covers a patch exactly, so the convolution is one product.
-        patches = patches.astype(weight.dtype).reshape(-1, weight.shape[-1], *weight.shape[1:-1])
-        return mx.moveaxis(patches, 1, -1).flatten(1) @ weight.flatten(1).T + self.proj.bias
-
-
-class VisionAttention(nn.Module):
-    """Every patch of a picture sees every other.
-
-    MLX's CPU backend writes all the scores down: 0.6 GB for a picture of the largest size. There it is worked on in
-    bands of patches, each within `BAND` scores.
-    """
-
-    BAND = 1 << 25
-
-    def __init__(self, config: Qwen3VLVisionConfig):
-        super().__init__()
-        self.heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
-        q, k, v = (split_heads(part, self.heads) for part in mx.split(self.qkv(x), 3, axis=-1))
-        q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
-        rows = max(1, self.BAND // (self.heads * k.shape[2]))
-        if has_gpu() or rows >= q.shape[2]:
-            return self.proj(merge_heads(attention(q, k, v)))
-        bands = []
-        for start in range(0, q.shape[2], rows):
-            bands.append(attention(q[:, :, start : start + rows], k, v))
-            # MLX makes room for several queued operations at once: one band after the other, or nothing is saved.
-            mx.eval(bands[-1])
-        return self.proj(merge_heads(mx.concatenate(bands, axis=2)))
-
-
 class VisionMLP(nn.Module):
     def __init__(self, config: Qwen3VLVisionConfig):
         super().__init__()
@@ -208,7 +153,7 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=_VISION_EPS)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=_VISION_EPS)
-        self.attn = VisionAttention(config)
+        self.attn = VisionAttention(config.hidden_size, config.num_heads)
         self.mlp = VisionMLP(config)
 
     def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
@@ -240,7 +185,7 @@ class Qwen3VLVisionModel(nn.Module):
     def __init__(self, config: Qwen3VLVisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config, bias=True)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         self.blocks = [VisionBlock(config) for _ in range(config.depth)]
         self.merger = PatchMerger(config, norm_after_merging=False)
@@ -261,7 +206,7 @@ class Qwen3VLVisionModel(nn.Module):
         places = patch_places(grid, self.config.spatial_merge_size)
         x = self.patch_embed(patches)
         x = (x + self.positions(places, grid).astype(x.dtype))[None]
-        rotary = self.rotary(places)
+        rotary = vision_rotary(places, self.config.head_dim, self.config.rope_theta)
         deepstack, indexes = [], self.config.deepstack_visual_indexes
         for number, block in enumerate(self.blocks):
             x = block(x, rotary)
@@ -284,12 +229,6 @@ class Qwen3VLVisionModel(nn.Module):
                 embedding = self.pos_embed(row[:, 0] * (last + 1) + column[:, 1])
                 result = result + embedding * (row_share[:, :1] * column_share[:, 1:])
         return result
-
-    def rotary(self, places: mx.array) -> Rotary:
-        """Cosines and sines, (N, head_dim / 2) each: the first half turns with the row, the second with the column."""
-        frequencies = inverse_frequencies(self.config.head_dim // 2, self.config.rope_theta)
-        angles = (places[:, :, None].astype(mx.float32) * frequencies).flatten(1)
-        return mx.cos(angles), mx.sin(angles)
 
 
 # ---- language model
@@ -400,40 +339,6 @@ class Prompt:
             yield self.embeddings[:, these], self.positions[:, these], [add[:, these] for add in self.deepstack]
 
 
-def prompt_positions(ids: Sequence[int], image_token: int, grids: Sequence[Grid]) -> tuple[list[list[int]], int]:
-    """Time, row and column of each token, and the position after the last.
-
-    Text advances all three together. The tokens of a picture share the time at which it begins, and spread over rows
-    and columns from there; what follows continues after the longer side.
-
-    Args:
-        ids: the prompt's tokens; a picture stands in it as one `image_token` for each of its own.
-        grids: rows and columns of each picture in tokens, in order.
-
-    Raises:
-        ValueError: tokens and pictures do not match.
-    """
-    axes: list[list[int]] = [[], [], []]
-    position, index, pictures = 0, 0, iter(grids)
-    while index < len(ids):
-        if ids[index] != image_token:
-            for axis in axes:
-                axis.append(position)
-            position, index = position + 1, index + 1
-            continue
-        rows, columns = next(pictures, (0, 0))
-        count = rows * columns
-        if not count or any(token != image_token for token in ids[index : index + count]) or index + count > len(ids):
-            raise ValueError("the prompt's picture tokens do not match its pictures")
-        axes[0] += [position] * count
-        axes[1] += [position + row for row in range(rows) for _ in range(columns)]
-        axes[2] += [position + column for _ in range(rows) for column in range(columns)]
-        position, index = position + max(rows, columns), index + count
-    if next(pictures, None) is not None:
-        raise ValueError("the prompt has fewer places than pictures")
-    return axes, position
-
-
 class Qwen3VLModel(nn.Module):
     def __init__(self, config: Qwen3VLConfig):
         super().__init__()
@@ -468,14 +373,8 @@ class Qwen3VLForConditionalGeneration(nn.Module):
             patches: of all pictures, (N, channels · time · height · width).
             grids: rows and columns of patches of each picture.
         """
-        seen, start = [], 0
-        for grid in grids:
-            stop = start + grid[0] * grid[1]
-            tokens, deepstack = self.model.visual(patches[start:stop], grid)
-            seen.append((tokens, *deepstack))
-            # Its activations are gone before the next picture's come.
-            mx.eval(seen[-1])
-            start = stop
+        pictures = see(self.model.visual, patches, grids)
+        seen = [(tokens, *deepstack) for tokens, deepstack in pictures]
         tokens, *deepstack = (mx.concatenate(features) for features in zip(*seen, strict=True))
         return tokens, deepstack
 

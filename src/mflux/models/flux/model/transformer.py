@@ -10,20 +10,10 @@ from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import (
-    TIME_CHANNELS,
-    FeedForward,
-    MLPEmbedder,
-    attention,
-    merge_heads,
-    modulate,
-    rotary_embedding,
-    rotate_pairs,
-    split_heads,
-    waves,
-)
+from mflux.models.common.layers import TIME_CHANNELS, MLPEmbedder, modulate, rotary_embedding, waves
+from mflux.models.common.mmdit import Modulation, SingleTransformerBlock, TransformerBlock, latent_image_ids
 
-_EPS = 1e-6
+__all__ = ["FluxTransformer", "FluxTransformerConfig", "latent_image_ids"]
 
 
 @dataclass(frozen=True)
@@ -74,128 +64,6 @@ class ConditionEmbedder(nn.Module):
         return embedding + self.text_embedder(pooled)
 
 
-def latent_image_ids(height: int, width: int) -> mx.array:
-    """Positions of a grid of picture tokens, row by row: (height · width, 3)."""
-    rows = mx.broadcast_to(mx.arange(height)[:, None], (height, width))
-    columns = mx.broadcast_to(mx.arange(width)[None, :], (height, width))
-    return mx.stack([mx.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3)
-
-
-# ---- modulation
-
-
-class Modulation(nn.Module):
-    """`parts` vectors per sample from the condition: shifts, scales and gates, each (B, 1, inner_dim)."""
-
-    def __init__(self, features: int, parts: int):
-        super().__init__()
-        self.parts = parts
-        self.linear = nn.Linear(features, parts * features)
-
-    def __call__(self, condition: mx.array) -> list[mx.array]:
-        return mx.split(self.linear(nn.silu(condition))[:, None], self.parts, axis=-1)
-
-
-# ---- blocks
-
-
-class JointAttention(nn.Module):
-    """Text and picture project on their own and attend as one sequence, text first."""
-
-    def __init__(self, config: FluxTransformerConfig):
-        super().__init__()
-        width, head = config.inner_dim, config.attention_head_dim
-        self.heads = config.num_attention_heads
-        self.norm_q = nn.RMSNorm(head, eps=_EPS)
-        self.norm_k = nn.RMSNorm(head, eps=_EPS)
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = [nn.Linear(width, width)]
-        self.norm_added_q = nn.RMSNorm(head, eps=_EPS)
-        self.norm_added_k = nn.RMSNorm(head, eps=_EPS)
-        self.add_q_proj = nn.Linear(width, width)
-        self.add_k_proj = nn.Linear(width, width)
-        self.add_v_proj = nn.Linear(width, width)
-        self.to_add_out = nn.Linear(width, width)
-
-    def __call__(self, image: mx.array, text: mx.array, rotary) -> tuple[mx.array, mx.array]:
-        q = mx.concatenate(
-            [
-                self.norm_added_q(split_heads(self.add_q_proj(text), self.heads)),
-                self.norm_q(split_heads(self.to_q(image), self.heads)),
-            ],
-            axis=2,
-        )
-        k = mx.concatenate(
-            [
-                self.norm_added_k(split_heads(self.add_k_proj(text), self.heads)),
-                self.norm_k(split_heads(self.to_k(image), self.heads)),
-            ],
-            axis=2,
-        )
-        v = mx.concatenate(
-            [split_heads(self.add_v_proj(text), self.heads), split_heads(self.to_v(image), self.heads)], 2
-        )
-        out = merge_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v))
-        length = text.shape[1]
-        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
-
-
-class SingleAttention(nn.Module):
-    def __init__(self, config: FluxTransformerConfig):
-        super().__init__()
-        width, head = config.inner_dim, config.attention_head_dim
-        self.heads = config.num_attention_heads
-        self.norm_q = nn.RMSNorm(head, eps=_EPS)
-        self.norm_k = nn.RMSNorm(head, eps=_EPS)
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-
-    def __call__(self, x: mx.array, rotary) -> mx.array:
-        q = rotate_pairs(self.norm_q(split_heads(self.to_q(x), self.heads)), rotary)
-        k = rotate_pairs(self.norm_k(split_heads(self.to_k(x), self.heads)), rotary)
-        return merge_heads(attention(q, k, split_heads(self.to_v(x), self.heads)))
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, config: FluxTransformerConfig):
-        super().__init__()
-        width = config.inner_dim
-        self.norm1 = Modulation(width, 6)
-        self.norm1_context = Modulation(width, 6)
-        self.attn = JointAttention(config)
-        self.ff = FeedForward(width)
-        self.ff_context = FeedForward(width)
-
-    def __call__(self, image: mx.array, text: mx.array, condition: mx.array, rotary) -> tuple[mx.array, mx.array]:
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(condition)
-        shift_t, scale_t, gate_t, shift_ff_t, scale_ff_t, gate_ff_t = self.norm1_context(condition)
-        image_out, text_out = self.attn(modulate(image, shift, scale), modulate(text, shift_t, scale_t), rotary)
-        image = image + gate * image_out
-        image = image + gate_ff * self.ff(modulate(image, shift_ff, scale_ff))
-        text = text + gate_t * text_out
-        text = text + gate_ff_t * self.ff_context(modulate(text, shift_ff_t, scale_ff_t))
-        return image, text
-
-
-class SingleTransformerBlock(nn.Module):
-    def __init__(self, config: FluxTransformerConfig):
-        super().__init__()
-        width = config.inner_dim
-        self.norm = Modulation(width, 3)
-        self.proj_mlp = nn.Linear(width, 4 * width)
-        self.proj_out = nn.Linear(5 * width, width)
-        self.attn = SingleAttention(config)
-
-    def __call__(self, x: mx.array, condition: mx.array, rotary) -> mx.array:
-        shift, scale, gate = self.norm(condition)
-        y = modulate(x, shift, scale)
-        y = mx.concatenate([self.attn(y, rotary), nn.gelu_approx(self.proj_mlp(y))], axis=-1)
-        return x + gate * self.proj_out(y)
-
-
 # ---- the model
 
 
@@ -211,8 +79,11 @@ class FluxTransformer(nn.Module):
         self.time_text_embed = ConditionEmbedder(config)
         self.context_embedder = nn.Linear(config.joint_attention_dim, width)
         self.x_embedder = nn.Linear(config.in_channels, width)
-        self.transformer_blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
-        self.single_transformer_blocks = [SingleTransformerBlock(config) for _ in range(config.num_single_layers)]
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        self.transformer_blocks = [TransformerBlock(heads, head_dim) for _ in range(config.num_layers)]
+        self.single_transformer_blocks = [
+            SingleTransformerBlock(heads, head_dim) for _ in range(config.num_single_layers)
+        ]
         self.norm_out = Modulation(width, 2)
         self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
 

@@ -1,0 +1,166 @@
+"""Qwen-Image's transformer (Qwen team 2025, arxiv.org/abs/2508.02324): text and pictures in two streams, to the end.
+
+Reference class: diffusers' `QwenImageTransformer2DModel`. Several pictures may stand in the picture stream: the one
+that is drawn, and after it those that an edit starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mflux.backend import mx, nn
+from mflux.models.common.config.component_config import ComponentConfig
+from mflux.models.common.layers import TIME_CHANNELS, FeedForward, MLPEmbedder, modulate, rotary_embedding, waves
+from mflux.models.common.mmdit import JointAttention, Modulation
+
+_EPS = 1e-6
+
+# Rows and columns of a picture's tokens.
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class QwenTransformerConfig(ComponentConfig):
+    """`config.json` of a Qwen-Image transformer; defaults are Qwen-Image's.
+
+    `zero_cond_t` is Qwen-Image-Edit-2511's: the pictures that an edit starts from count as free of noise.
+    """
+
+    patch_size: int = 2
+    in_channels: int = 64
+    out_channels: int | None = 16
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    zero_cond_t: bool = False
+    use_additional_t_cond: bool = False
+    use_layer3d_rope: bool = False
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def check(self) -> str | None:
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            return f"axes_dims_rope {list(self.axes_dims_rope)} does not add up to {self.attention_head_dim} per head"
+        if len(self.axes_dims_rope) != 3 or any(size % 2 for size in self.axes_dims_rope):
+            return f"axes_dims_rope {list(self.axes_dims_rope)} is not three even numbers"
+        if self.guidance_embeds:
+            return "guidance_embeds is not built: no Qwen-Image has them"
+        if self.use_additional_t_cond or self.use_layer3d_rope:
+            return "this is Qwen-Image-Layered (use_additional_t_cond, use_layer3d_rope), which is not built"
+        return None
+
+
+def positions(text_length: int, grids: Sequence[Grid]) -> mx.array:
+    """Positions of text and picture tokens, text first: (text_length + all tokens, 3), each frame, row, column.
+
+    A picture's rows and columns count from its middle, its frame is its number. Text continues on all three axes where
+    the largest picture ends.
+    """
+    start = max(max(rows // 2, columns // 2) for rows, columns in grids)
+    parts = [np.repeat(np.arange(start, start + text_length)[:, None], 3, axis=1)]
+    for frame, (rows, columns) in enumerate(grids):
+        row, column = np.arange(rows) - (rows - rows // 2), np.arange(columns) - (columns - columns // 2)
+        grid = np.meshgrid([frame], row, column, indexing="ij")
+        parts.append(np.stack(grid, axis=-1).reshape(-1, 3))
+    return mx.array(np.concatenate(parts).astype(np.int32))
+
+
+class TimeEmbedder(nn.Module):
+    def __init__(self, config: QwenTransformerConfig):
+        super().__init__()
+        self.timestep_embedder = MLPEmbedder(TIME_CHANNELS, config.inner_dim)
+
+    def __call__(self, sigma: mx.array, dtype: mx.Dtype) -> mx.array:
+        return self.timestep_embedder(waves(sigma, scale=1000).astype(dtype))
+
+
+class TransformerBlock(nn.Module):
+    """Each stream is modulated and fed forward on its own; attention joins them."""
+
+    def __init__(self, config: QwenTransformerConfig):
+        super().__init__()
+        width = config.inner_dim
+        # SiLU stands at 0 in the reference, and has no weights.
+        self.img_mod = [nn.SiLU(), nn.Linear(width, 6 * width)]
+        self.txt_mod = [nn.SiLU(), nn.Linear(width, 6 * width)]
+        self.attn = JointAttention(config.num_attention_heads, config.attention_head_dim)
+        self.img_mlp = FeedForward(width)
+        self.txt_mlp = FeedForward(width)
+
+    def __call__(
+        self, image: mx.array, text: mx.array, condition: mx.array, clean: mx.array | None, drawn: mx.array, rotary
+    ) -> tuple[mx.array, mx.array]:
+        """One block on picture tokens (B, L, width) and text tokens (B, T, width).
+
+        Args:
+            condition: (B, width).
+            clean: (B, width), the condition of tokens without noise, or None if all have the same.
+            drawn: (L, 1), which picture tokens `condition` is for.
+        """
+        mods = self._parts(self.img_mod, condition)
+        if clean is not None:
+            mods = [mx.where(drawn, *pair) for pair in zip(mods, self._parts(self.img_mod, clean), strict=True)]
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = mods
+        shift_t, scale_t, gate_t, shift_ff_t, scale_ff_t, gate_ff_t = self._parts(self.txt_mod, condition)
+        image_out, text_out = self.attn(modulate(image, shift, scale), modulate(text, shift_t, scale_t), rotary)
+        image = image + gate * image_out
+        image = image + gate_ff * self.img_mlp(modulate(image, shift_ff, scale_ff))
+        text = text + gate_t * text_out
+        text = text + gate_ff_t * self.txt_mlp(modulate(text, shift_ff_t, scale_ff_t))
+        return image, text
+
+    @staticmethod
+    def _parts(layers: list[nn.Module], condition: mx.array) -> list[mx.array]:
+        activation, linear = layers
+        return mx.split(linear(activation(condition))[:, None], 6, axis=-1)
+
+
+class QwenTransformer(nn.Module):
+    """Predicts the velocity noise - picture of packed latents."""
+
+    config_class = QwenTransformerConfig
+
+    def __init__(self, config: QwenTransformerConfig):
+        super().__init__()
+        self.config = config
+        width = config.inner_dim
+        self.time_text_embed = TimeEmbedder(config)
+        self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=_EPS)
+        self.img_in = nn.Linear(config.in_channels, width)
+        self.txt_in = nn.Linear(config.joint_attention_dim, width)
+        self.transformer_blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
+
+    def __call__(
+        self, hidden_states: mx.array, *, sigma: mx.array, prompt_embeds: mx.array, grids: Sequence[Grid]
+    ) -> mx.array:
+        """Predict the velocity of all picture tokens; only that of the first picture's means something.
+
+        Args:
+            hidden_states: packed latents (B, L, in_channels), picture after picture.
+            sigma: (B,), how noisy the first picture is: 1 is pure noise, 0 is a picture.
+            prompt_embeds: (B, T, joint_attention_dim), without padding.
+            grids: rows and columns of each picture's tokens, the one that is drawn first.
+
+        Returns:
+            (B, L, patch_size² · out_channels).
+        """
+        image = self.img_in(hidden_states)
+        text = self.txt_in(self.txt_norm(prompt_embeds))
+        condition = self.time_text_embed(sigma, image.dtype)
+        clean = self.time_text_embed(mx.zeros_like(sigma), image.dtype) if self.config.zero_cond_t else None
+        drawn = (mx.arange(image.shape[1]) < grids[0][0] * grids[0][1])[:, None]
+        rotary = rotary_embedding(positions(text.shape[1], grids), self.config.axes_dims_rope)
+        for block in self.transformer_blocks:
+            image, text = block(image, text, condition, clean, drawn, rotary)
+        scale, shift = self.norm_out(condition)
+        return self.proj_out(modulate(image, shift, scale))

@@ -1,0 +1,353 @@
+"""Qwen-Image and Qwen-Image-Edit: what the tests of all families need to know of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from families.cases import Component
+from mflux.backend import mx
+from mflux.models.common.autoencoders.wan import AutoencoderWan
+from mflux.models.qwen.model.text_encoder import Qwen25VLEncoder, Qwen25VLTextEncoder
+from mflux.models.qwen.model.transformer import QwenTransformer
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# ---- autoencoder
+
+
+def small_vae(**settings) -> dict:
+    small = dict(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]) | settings
+    depth = small["z_dim"]
+    return small | {"latents_mean": normal(5, depth).tolist(), "latents_std": (1 + np.arange(depth) / 3).tolist()}
+
+
+def vae_reference(**settings):
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(**small_vae(**settings))
+
+
+def wan_reference(**settings):
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(**small_vae(**settings))
+
+
+def vae_inputs(model, number: int) -> dict:
+    batch, height, width = ((1, 24, 40), (3, 32, 16))[number]
+    shrink = 2 ** (len(model.config.dim_mult) - 1)
+    channels = model.config.get("input_channels") or model.config.in_channels
+    return {
+        "image": np.tanh(normal(1, batch, channels, height, width)),
+        "latents": normal(2, batch, model.config.z_dim, height // shrink, width // shrink),
+    }
+
+
+def run_vae(module, inputs):
+    yield module.encode(mx.array(inputs["image"]))
+    yield module.decode(mx.array(inputs["latents"]))
+
+
+def run_vae_reference(model, inputs):
+    import torch
+
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (model.config.latents_mean, model.config.latents_std)
+    )
+    encoded = model.encode(torch.tensor(inputs["image"])[:, :, None]).latent_dist.mode()[:, :, 0]
+    latents = torch.tensor(inputs["latents"]) * std + mean
+    return [(encoded - mean) / std, model.decode(latents[:, :, None]).sample[:, :, 0]]
+
+
+def vae_full_size(config):
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage.from_config(config)
+
+
+# ---- transformer
+
+
+def transformer_reference(**settings):
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        **dict(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=[4, 6, 6],
+        )
+        | settings
+    )
+
+
+def transformer_inputs(model, number: int) -> dict:
+    batch, length, grids = ((1, 7, [(3, 5), (4, 2)]), (3, 11, [(6, 2), (1, 3), (5, 9)]))[number]
+    config = model.config
+    return {
+        "latents": normal(1, batch, sum(rows * columns for rows, columns in grids), config.in_channels),
+        "text": normal(2, batch, length, config.joint_attention_dim),
+        # One noise level for each sample, so that none can stand for all.
+        "sigma": np.linspace(0.9, 0.3, batch, dtype=np.float32),
+        "grids": np.array(grids),
+    }
+
+
+def run_transformer(module, inputs):
+    arrays = {name: mx.array(inputs[name]) for name in ("latents", "sigma", "text")}
+    grids = [tuple(grid) for grid in inputs["grids"].tolist()]
+    yield module(arrays["latents"], sigma=arrays["sigma"], prompt_embeds=arrays["text"], grids=grids)
+    first = grids[0][0] * grids[0][1]
+    yield module(arrays["latents"][:, :first], sigma=arrays["sigma"], prompt_embeds=arrays["text"], grids=grids[:1])
+
+
+def run_transformer_reference(model, inputs):
+    import torch
+
+    shapes = [(1, *grid) for grid in inputs["grids"].tolist()]
+    for count in (len(shapes), 1):
+        length = sum(rows * columns for _, rows, columns in shapes[:count])
+        yield model(
+            hidden_states=torch.tensor(inputs["latents"][:, :length]),
+            encoder_hidden_states=torch.tensor(inputs["text"]),
+            timestep=torch.tensor(inputs["sigma"]),
+            img_shapes=[shapes[:count]] * len(inputs["latents"]),
+        ).sample
+
+
+def transformer_full_size(config):
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel.from_config(config)
+
+
+# ---- text encoder, with and without eyes
+
+_PICTURE, _START, _END, _VIDEO = 60, 61, 62, 63
+
+
+def encoder_reference(**settings):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-6, max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 2, 1]},
+    )  # fmt: skip
+    text |= settings.get("text", {})
+    vision = dict(
+        depth=3, hidden_size=32, intermediate_size=40, num_heads=2, patch_size=2, window_size=8,
+        fullatt_block_indexes=[1], out_hidden_size=text["hidden_size"],
+    )  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision | settings.get("vision", {}),
+        image_token_id=_PICTURE,
+        vision_start_token_id=_START,
+        vision_end_token_id=_END,
+        video_token_id=_VIDEO,
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = "eager"
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def text_inputs(model, number: int) -> dict:
+    return {"ids": np.random.default_rng(number).integers(0, 59, (9, 170)[number])}
+
+
+def encoder_inputs(model, number: int) -> dict:
+    """Pictures of whole windows and of parts of some; their tokens stand between words."""
+    grids = [(4, 10)] if number == 0 else [(6, 14), (8, 2)]
+    vision = model.config.vision_config
+    ids = []
+    for rows, columns in grids:
+        ids += [7, 3, _START, *[_PICTURE] * (rows * columns // 4), _END, 5]
+    count = sum(rows * columns for rows, columns in grids)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {"ids": np.array([*ids, 11, 12]), "patches": normal(1, count, width), "grids": np.array(grids)}
+
+
+def run_text(module, inputs):
+    return [module(inputs["ids"].tolist())]
+
+
+def run_encoder(module, inputs):
+    grids = [tuple(grid) for grid in inputs["grids"].tolist()]
+    yield module(inputs["ids"].tolist(), mx.array(inputs["patches"]), grids)
+    yield module([3, 5, 4])
+
+
+def run_text_reference(model, inputs):
+    import torch
+
+    return [model.model(torch.tensor(inputs["ids"])[None]).last_hidden_state]
+
+
+def run_encoder_reference(model, inputs):
+    import torch
+
+    ids = torch.tensor(inputs["ids"])[None]
+    seeing = model.model(
+        ids,
+        pixel_values=torch.tensor(inputs["patches"]),
+        image_grid_thw=torch.tensor([(1, *grid) for grid in inputs["grids"].tolist()]),
+        # Without it, the reference would give a picture's tokens the positions of text.
+        mm_token_type_ids=(ids == _PICTURE).int(),
+    )
+    return [seeing.last_hidden_state, model.model(torch.tensor([[3, 5, 4]])).last_hidden_state]
+
+
+def encoder_full_size(config):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+
+
+def encoder_name(name: str) -> str:
+    """transformers 5 puts language model and vision tower below `model` on loading."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+# ---- pairs that cannot change the output
+
+
+def same_sum_in_a_resnet(first: str, second: str) -> bool:
+    """A residual block adds its last convolution to its shortcut, and with them their biases."""
+    blocks = {name.removesuffix(".conv2.bias").removesuffix(".conv_shortcut.bias") for name in (first, second)}
+    ends = {name.rpartition(".")[0].rpartition(".")[2] for name in (first, second)}
+    return len(blocks) == 1 and ends == {"conv2", "conv_shortcut"} and first.endswith("bias")
+
+
+def last_text(first: str, second: str) -> bool:
+    """What the last block does with the text's queries and after its attention is read by nobody."""
+    unread = ("attn.add_q_proj.", "attn.norm_added_q.", "attn.to_add_out.", "txt_mlp.")
+    block = f"transformer_blocks.{_NARROW['num_layers'] - 1}."
+    return all(name.startswith(tuple(block + part for part in unread)) for name in (first, second))
+
+
+_VAE = dict(
+    module=AutoencoderWan,
+    inputs=vae_inputs,
+    ours=run_vae,
+    theirs=run_vae_reference,
+    gains={"decoder.conv_out.weight": 0.3},
+    ignored=(".time_conv.weight", ".time_conv.bias"),
+    neutral=(same_sum_in_a_resnet,),
+)
+# All widths equal where the architecture allows it, so that as many tensors as can be are of the same shape.
+_NARROW = dict(
+    in_channels=16, attention_head_dim=8, num_attention_heads=2, axes_dims_rope=[2, 2, 4], joint_attention_dim=16,
+    num_layers=2,
+)  # fmt: skip
+_TRANSFORMER = dict(
+    module=QwenTransformer,
+    reference=transformer_reference,
+    inputs=transformer_inputs,
+    ours=run_transformer,
+    theirs=run_transformer_reference,
+    neutral=(last_text,),
+)
+_ENCODER = dict(
+    reference=encoder_reference,
+    settings={
+        "two heads to a key": {},
+        "other widths": dict(
+            text=dict(
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                hidden_size=48,
+                num_hidden_layers=3,
+                rope_parameters={"rope_type": "default", "rope_theta": 5e5, "mrope_section": [4, 3, 5]},
+            ),
+            vision=dict(num_heads=4, depth=2, fullatt_block_indexes=[0], window_size=16, out_hidden_size=48),
+        ),
+    },
+    published_name=encoder_name,
+)
+_SQUARE = dict(
+    text=dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, rope_parameters={
+        "rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 2, 1]}),
+    vision=dict(hidden_size=16, intermediate_size=16, depth=2, num_heads=2, out_hidden_size=16),
+)  # fmt: skip
+
+COMPONENTS = (
+    Component(
+        name="text_encoder",
+        module=Qwen25VLTextEncoder,
+        inputs=text_inputs,
+        ours=run_text,
+        theirs=run_text_reference,
+        swap=_SQUARE,
+        **_ENCODER,
+    ),
+    Component(
+        name="text_encoder with pictures",
+        module=Qwen25VLEncoder,
+        inputs=encoder_inputs,
+        ours=run_encoder,
+        theirs=run_encoder_reference,
+        published={"Qwen-Image/text_encoder (Qwen2.5-VL-7B)": 8_292_166_656},
+        full_size=encoder_full_size,
+        ignored=("lm_head.weight",),
+        swap=_SQUARE,
+        **_ENCODER,
+    ),
+    Component(
+        name="vae",
+        reference=vae_reference,
+        settings={
+            "as Qwen-Image's": dict(
+                dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True], z_dim=16
+            ),
+            "three levels": dict(dim_mult=[2, 1, 3], temperal_downsample=[True, False], z_dim=3),
+            "one level, grey": dict(dim_mult=[3], temperal_downsample=[], input_channels=1, num_res_blocks=3),
+        },
+        published={"Qwen-Image/vae": 126_892_531},
+        full_size=vae_full_size,
+        swap=dict(base_dim=4, dim_mult=[1, 2], z_dim=4),
+        neutral_pairs=1,
+        **_VAE,
+    ),
+    Component(
+        name="vae of Wan 2.1",
+        reference=wan_reference,
+        settings={
+            "another decoder width": dict(decoder_base_dim=12),
+            "other channels at the ends": dict(in_channels=2, out_channels=4),
+        },
+        **_VAE,
+    ),
+    Component(
+        name="transformer",
+        settings={
+            "two layers": {},
+            "other axes": dict(
+                attention_head_dim=20, num_attention_heads=3, axes_dims_rope=[2, 8, 10], num_layers=1, patch_size=1
+            ),
+            "as many channels out as in": dict(out_channels=None, num_layers=3, joint_attention_dim=40),
+        },
+        published={"Qwen-Image/transformer": 20_430_401_088},
+        full_size=transformer_full_size,
+        swap=_NARROW,
+        neutral_pairs=4,
+        **_TRANSFORMER,
+    ),
+    Component(
+        name="transformer of Edit-2511",
+        settings={
+            "pictures without noise": dict(zero_cond_t=True),
+            "one layer": dict(zero_cond_t=True, num_layers=1, num_attention_heads=1),
+        },
+        swap=_NARROW | dict(zero_cond_t=True),
+        neutral_pairs=4,
+        **_TRANSFORMER,
+    ),
+)
