@@ -116,6 +116,8 @@ def test_full_size(name, entry):
     # Parameters, not the state dict: that one would list a tied tensor twice.
     expected = {component.published_name(key): tuple(value.shape) for key, value in model.named_parameters()}
     assert sum(prod(shape) for shape in expected.values()) == component.published[entry]
+    stored = {key: tuple(value.shape) for key, value in model.named_buffers() if key.endswith(component.buffers)}
+    expected |= {component.published_name(key): shape for key, shape in stored.items()}
 
     before = mx.get_active_memory()
     module = component.module(component.module.config_class.from_dict(config, source=entry))
