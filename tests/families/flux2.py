@@ -2,15 +2,169 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from families.cases import Component
-from families.flux import key_biases, normal, same_sum_in_a_resnet
+from families.flux import key_biases, normal, same_sum_in_a_resnet, token_ids
 from mflux.backend import mx
 from mflux.models.flux2.model.autoencoder import AutoencoderKLFlux2
+from mflux.models.flux2.model.text_encoder import KleinTextEncoder, SmallQwen3, SmallTextAdapter
 from mflux.models.flux2.model.transformer import Flux2Transformer, grid_ids, text_ids
+
+# ---- text encoder
+
+QWEN3 = dict(
+    vocab_size=64,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=28,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    tie_word_embeddings=True,
+)
+# What the published files hold above the highest hidden state that is asked for.
+_ABOVE = tuple(
+    f".layers.{layer}.{leaf}.weight"
+    for layer in range(27, 36)
+    for leaf in (
+        "input_layernorm", "post_attention_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj",
+        "self_attn.k_norm", "self_attn.q_norm", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj",
+        "self_attn.v_proj",
+    )
+)  # fmt: skip
+
+
+def qwen3_reference(**settings):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**QWEN3 | settings))
+
+
+def qwen3_inputs(model, number: int) -> dict:
+    """Prompts of different lengths, padded."""
+    batch, length = ((1, 9), (3, 12))[number]
+    mask = (np.arange(length) < (length - 2 - np.arange(batch))[:, None]).astype(np.int32)
+    return {"ids": token_ids(batch, length, model.config.vocab_size), "mask": mask}
+
+
+def run_qwen3(module, inputs):
+    return [module(mx.array(inputs["ids"]), mx.array(inputs["mask"]))]
+
+
+def run_qwen3_reference(states):
+    def run(model, inputs):
+        import torch
+
+        ids, mask = torch.tensor(inputs["ids"]), torch.tensor(inputs["mask"])
+        found = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return [torch.cat([found[state] for state in states], dim=-1)]
+
+    return run
+
+
+def qwen3_full_size(config):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**config))
+
+
+# ---- the small text encoder's adapter
+
+ADAPTER = dict(
+    hidden_size=8, hidden_states=6, out_features=20, mlp_features=24, attention_features=16, attention_heads=2,
+    attention_blocks=2, max_length=14,
+)  # fmt: skip
+
+
+def adapter_reference(**settings):
+    """Its authors publish weights only; this is what they are for, written with torch's own layers."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    sizes = SimpleNamespace(**ADAPTER | settings)
+    width = sizes.hidden_size * sizes.hidden_states
+
+    class PerStateNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all = nn.LayerNorm(width)
+
+        def forward(self, x):
+            parts = [functional.layer_norm(part, part.shape[-1:]) for part in x.chunk(sizes.hidden_states, dim=-1)]
+            return self.all(torch.cat(parts, dim=-1))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            features = sizes.attention_features
+            self.n1, self.n2 = nn.LayerNorm(features), nn.LayerNorm(features)
+            self.attn = nn.MultiheadAttention(features, sizes.attention_heads, batch_first=True)
+            self.ffn = nn.Sequential(
+                nn.Linear(features, 4 * features), nn.GELU("tanh"), nn.Linear(4 * features, features)
+            )
+
+        def forward(self, x):
+            y = self.n1(x)
+            x = x + self.attn(y, y, y)[0]
+            return x + self.ffn(self.n2(x))
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            features = sizes.attention_features
+            self.norm, self.inp = nn.LayerNorm(width), nn.Linear(width, features)
+            self.pos = nn.Parameter(torch.empty(1, sizes.max_length, features))
+            self.blocks = nn.Sequential(*(Block() for _ in range(sizes.attention_blocks)))
+            self.out = nn.Linear(features, sizes.out_features)
+
+        def forward(self, x):
+            return self.out(self.blocks(self.inp(self.norm(x)) + self.pos[:, : x.shape[1]]))
+
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            hidden = sizes.mlp_features
+            self.config = sizes
+            self.mlp = nn.Sequential(
+                PerStateNorm(), nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, hidden), nn.GELU("tanh"),
+                nn.Linear(hidden, sizes.out_features),
+            )  # fmt: skip
+            self.attn = Mixer()
+
+        def forward(self, x):
+            return self.mlp(x) + self.attn(x)
+
+    return Adapter()
+
+
+def save_adapter(model, folder: Path) -> Path:
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(vars(model.config)))
+    return folder
+
+
+def adapter_inputs(model, number: int) -> dict:
+    batch, length = ((1, 9), (3, model.config.max_length))[number]
+    return {"states": normal(1, batch, length, model.config.hidden_size * model.config.hidden_states)}
+
+
+def run_adapter(module, inputs):
+    return [module(mx.array(inputs["states"]))]
+
+
+def run_adapter_reference(model, inputs):
+    import torch
+
+    return [model(torch.tensor(inputs["states"]))]
+
 
 # ---- autoencoder
 
@@ -175,6 +329,14 @@ def transformer_full_size(config):
     return Flux2Transformer2DModel.from_config(config)
 
 
+# ---- pairs that cannot change the output
+
+
+def same_sum_in_the_adapter(first: str, second: str) -> bool:
+    """The two halves of the adapter are added up, and with them the biases of their last layers."""
+    return {first, second} == {"mlp.5.bias", "attn.out.bias"}
+
+
 _VAE = dict(
     module=AutoencoderKLFlux2,
     reference=vae_reference,
@@ -188,7 +350,46 @@ _VAE = dict(
     ignored=("bn.num_batches_tracked",),
 )
 
+_QWEN3 = dict(reference=qwen3_reference, inputs=qwen3_inputs, ours=run_qwen3)
+
 COMPONENTS = (
+    Component(
+        name="text_encoder",
+        module=KleinTextEncoder,
+        settings={
+            "as published": {},
+            "its own head, more layers": dict(tie_word_embeddings=False, num_hidden_layers=31, hidden_size=16),
+            "27 layers, the last of them normed": dict(num_hidden_layers=27, num_attention_heads=6, rope_theta=100),
+        },
+        theirs=run_qwen3_reference((9, 18, 27)),
+        published={"FLUX.2-klein-4B/text_encoder": 4_022_468_096, "FLUX.2-klein-9B/text_encoder": 8_190_735_360},
+        full_size=qwen3_full_size,
+        ignored=(*_ABOVE, "model.norm.weight", "lm_head.weight"),
+        **_QWEN3,
+    ),
+    Component(
+        name="small text encoder",
+        module=SmallQwen3,
+        settings={"as published": {}, "one head of keys": dict(num_key_value_heads=1, hidden_size=40)},
+        theirs=run_qwen3_reference((2, 9, 14, 18, 23, 27)),
+        **_QWEN3,
+    ),
+    Component(
+        name="small text encoder's adapter",
+        module=SmallTextAdapter,
+        reference=adapter_reference,
+        settings={
+            "as published": {},
+            "other sizes": dict(hidden_states=3, attention_heads=4, attention_blocks=1, mlp_features=40),
+        },
+        inputs=adapter_inputs,
+        ours=run_adapter,
+        theirs=run_adapter_reference,
+        save=save_adapter,
+        swap=dict(hidden_size=2, hidden_states=8, out_features=16, mlp_features=16),
+        neutral=(same_sum_in_the_adapter,),
+        neutral_pairs=1,
+    ),
     Component(
         name="transformer",
         module=Flux2Transformer,
