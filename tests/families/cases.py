@@ -39,6 +39,7 @@ class Component:
         published: the entries of tests/data/surface/configs.json that describe it, and their parameter counts.
         full_size: builds the reference from such an entry; called on torch's meta device.
         published_name: a parameter's name in the published file, from its name in the reference class.
+        buffers: ends of names that the published file has beside the parameters that are counted.
         ignored: ends of names that the published file has and our module does not take.
         swap: settings under which as many tensors as possible have the same shape; None leaves the swapping test out.
         neutral: which pairs of tensors may be swapped without effect, each with its reason in its docstring.
@@ -58,6 +59,7 @@ class Component:
     published: Mapping[str, int] = field(default_factory=dict)
     full_size: Callable[[dict[str, Any]], Any] | None = None
     published_name: Callable[[str], str] = unchanged
+    buffers: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     swap: Settings | None = None
     neutral: tuple[Neutral, ...] = ()

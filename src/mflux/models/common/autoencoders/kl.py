@@ -44,10 +44,18 @@ class AutoencoderKLConfig(ComponentConfig):
             return f"act_fn {self.act_fn!r} is not built, only silu"
         if self.latents_mean is not None or self.latents_std is not None:
             return "latents_mean and latents_std are not built, only shift_factor and scaling_factor"
-        uneven = [channels for channels in self.block_out_channels if channels % self.norm_num_groups]
+        if len(self.decoder_channels) != len(self.block_out_channels):
+            return "encoder and decoder differ in their number of blocks"
+        widths = self.block_out_channels + self.decoder_channels
+        uneven = [channels for channels in widths if channels % self.norm_num_groups]
         if uneven:
             return f"{uneven[0]} channels do not divide into {self.norm_num_groups} groups"
         return None
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        """The widths of the decoder's levels, in the encoder's order."""
+        return self.block_out_channels
 
     @property
     def spatial_factor(self) -> int:
@@ -186,7 +194,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
-        channels = config.block_out_channels[::-1]
+        channels = config.decoder_channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(config, channels[0])
         self.up_blocks = [

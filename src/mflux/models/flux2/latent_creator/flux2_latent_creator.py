@@ -1,0 +1,32 @@
+"""FLUX.2's latents as tokens: (1, h · w, 128) for a picture of 16 h × 16 w pixels."""
+
+from __future__ import annotations
+
+from mflux.backend import mx
+
+CHANNELS = 128
+# Pixels of a token along each side.
+SIDE = 16
+
+
+class Flux2LatentCreator:
+    @staticmethod
+    def create_noise(seed: int, height: int, width: int) -> mx.array:
+        """Noise (1, h · w, 128), float32; `height` and `width` in pixels.
+
+        The values are those of mflux 0.24, which drew them channel by channel and rounded them to bfloat16.
+        """
+        shape = 1, CHANNELS, height // SIDE, width // SIDE
+        noise = mx.random.normal(shape, key=mx.random.key(seed)).astype(mx.bfloat16).astype(mx.float32)
+        return Flux2LatentCreator.pack_latents(noise, height, width)
+
+    @staticmethod
+    def pack_latents(latents: mx.array, height: int | None = None, width: int | None = None) -> mx.array:
+        """(B, C, h, w) → (B, h · w, C), row by row. The size in pixels follows from the shape."""
+        return latents.flatten(2).transpose(0, 2, 1)
+
+    @staticmethod
+    def unpack_latents(latents: mx.array, height: int, width: int) -> mx.array:
+        """(B, h · w, C) → (B, C, h, w); `height` and `width` in pixels."""
+        batch, _, channels = latents.shape
+        return latents.transpose(0, 2, 1).reshape(batch, channels, height // SIDE, width // SIDE)

@@ -1,0 +1,340 @@
+"""FLUX.2's transformer (Black Forest Labs 2025), a rectified-flow model over text, picture and reference tokens.
+
+Reference class: diffusers' `Flux2Transformer2DModel`. As in FLUX.1, double blocks keep text and picture in two streams
+that attend to each other, and single blocks run one stream of both, with attention and feed-forward side by side. What
+is new: no biases, feed-forwards with a gate, one modulation for all blocks of a kind, and positions on four axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mflux.backend import mx, nn
+from mflux.models.common.config.component_config import ComponentConfig
+from mflux.models.common.layers import (
+    MLPEmbedder,
+    Rotary,
+    attention,
+    merge_heads,
+    modulate,
+    rotary_embedding,
+    rotate_pairs,
+    split_heads,
+    waves,
+)
+
+# Keys and values, (B, heads, L, head_dim) each.
+KeysValues = tuple[mx.array, mx.array]
+
+
+@dataclass(frozen=True)
+class Flux2TransformerConfig(ComponentConfig):
+    """`config.json` of a FLUX.2 transformer; defaults are FLUX.2 klein 4B's."""
+
+    patch_size: int = 1
+    in_channels: int = 128
+    out_channels: int | None = None
+    num_layers: int = 5
+    num_single_layers: int = 20
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 7680
+    timestep_guidance_channels: int = 256
+    mlp_ratio: float = 3.0
+    axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
+    rope_theta: float = 2000
+    eps: float = 1e-6
+    guidance_embeds: bool = False
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        """Between a feed-forward's two layers."""
+        return int(self.inner_dim * self.mlp_ratio)
+
+    def check(self) -> str | None:
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            return f"axes_dims_rope {list(self.axes_dims_rope)} does not add up to {self.attention_head_dim} per head"
+        if len(self.axes_dims_rope) != 4 or any(size % 2 for size in self.axes_dims_rope):
+            return f"axes_dims_rope {list(self.axes_dims_rope)} is not four even numbers"
+        if self.guidance_embeds:
+            return "guidance_embeds is true as in FLUX.2-dev, which is not built, only FLUX.2 klein"
+        return None
+
+
+# ---- positions: (L, 4) each, by time, row, column and place in the text
+
+
+def text_ids(length: int, start: int = 0) -> mx.array:
+    """Positions of the prompt's tokens: 0, 0, 0 and the token's number, counted from `start`."""
+    numbers = mx.arange(start, start + length)
+    nothing = mx.zeros_like(numbers)
+    return mx.stack([nothing, nothing, nothing, numbers], axis=-1)
+
+
+def grid_ids(height: int, width: int, *, time: int = 0) -> mx.array:
+    """Positions of a picture's tokens, row by row; its time tells a picture from the others."""
+    rows = mx.broadcast_to(mx.arange(height)[:, None], (height, width))
+    columns = mx.broadcast_to(mx.arange(width)[None, :], (height, width))
+    times = mx.full((height, width), time, dtype=rows.dtype)
+    return mx.stack([times, rows, columns, mx.zeros_like(rows)], axis=-1).reshape(-1, 4)
+
+
+# ---- blocks
+
+
+class TimeEmbedder(nn.Module):
+    """The noise level as the vector that modulates every block."""
+
+    def __init__(self, config: Flux2TransformerConfig):
+        super().__init__()
+        self.channels = config.timestep_guidance_channels
+        self.timestep_embedder = MLPEmbedder(self.channels, config.inner_dim, bias=False)
+
+    def __call__(self, sigma: mx.array, dtype: mx.Dtype) -> mx.array:
+        return self.timestep_embedder(waves(1000 * sigma, self.channels).astype(dtype))
+
+
+class Modulation(nn.Module):
+    """`parts` vectors per sample from the condition, each (B, 1, inner_dim): shift, scale, gate, shift, …"""
+
+    def __init__(self, features: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(features, parts * features, bias=False)
+
+    def __call__(self, condition: mx.array) -> list[mx.array]:
+        return mx.split(self.linear(nn.silu(condition))[:, None], self.parts, axis=-1)
+
+
+def gated(x: mx.array) -> mx.array:
+    """SiLU of the first half of the channels times the second (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    gate, up = mx.split(x, 2, axis=-1)
+    return nn.silu(gate) * up
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: Flux2TransformerConfig):
+        super().__init__()
+        self.linear_in = nn.Linear(config.inner_dim, 2 * config.hidden_dim, bias=False)
+        self.linear_out = nn.Linear(config.hidden_dim, config.inner_dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear_out(gated(self.linear_in(x)))
+
+
+def attend(q: mx.array, own: KeysValues, cached: KeysValues | None) -> mx.array:
+    """Attention over a stream's own keys and values and those that are kept of the references; (B, L, width)."""
+    k, v = own
+    if cached is not None:
+        k, v = (mx.concatenate([ours, mx.broadcast_to(kept, (ours.shape[0], *kept.shape[1:]))], axis=2)
+                for ours, kept in zip(own, cached, strict=True))  # fmt: skip
+    return merge_heads(attention(q, k, v))
+
+
+class JointAttention(nn.Module):
+    """Text and picture project on their own and attend as one sequence, text first."""
+
+    def __init__(self, config: Flux2TransformerConfig):
+        super().__init__()
+        width, head, eps = config.inner_dim, config.attention_head_dim, config.eps
+        self.heads = config.num_attention_heads
+        self.norm_q = nn.RMSNorm(head, eps=eps)
+        self.norm_k = nn.RMSNorm(head, eps=eps)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        self.to_out = [nn.Linear(width, width, bias=False)]
+        self.norm_added_q = nn.RMSNorm(head, eps=eps)
+        self.norm_added_k = nn.RMSNorm(head, eps=eps)
+        self.add_q_proj = nn.Linear(width, width, bias=False)
+        self.add_k_proj = nn.Linear(width, width, bias=False)
+        self.add_v_proj = nn.Linear(width, width, bias=False)
+        self.to_add_out = nn.Linear(width, width, bias=False)
+
+    def __call__(
+        self, image: mx.array, text: mx.array, rotary: Rotary, cached: KeysValues | None
+    ) -> tuple[mx.array, mx.array]:
+        parts = zip(self.of_text(text), self.of_image(image), strict=True)
+        q, k, v = (mx.concatenate(pair, axis=2) for pair in parts)
+        out = attend(rotate_pairs(q, rotary), (rotate_pairs(k, rotary), v), cached)
+        length = text.shape[1]
+        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
+
+    def alone(self, image: mx.array, rotary: Rotary) -> tuple[mx.array, KeysValues]:
+        """Reference tokens among themselves, and the keys and values to keep of them."""
+        q, k, v = self.of_image(image)
+        own = rotate_pairs(k, rotary), v
+        return self.to_out[0](attend(rotate_pairs(q, rotary), own, None)), own
+
+    def of_image(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        q, k, v = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def of_text(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        projections = self.add_q_proj, self.add_k_proj, self.add_v_proj
+        q, k, v = (split_heads(project(x), self.heads) for project in projections)
+        return self.norm_added_q(q), self.norm_added_k(k), v
+
+
+class DoubleBlock(nn.Module):
+    def __init__(self, config: Flux2TransformerConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.attn = JointAttention(config)
+        self.ff = FeedForward(config)
+        self.ff_context = FeedForward(config)
+
+    def __call__(
+        self, image: mx.array, text: mx.array, of_image, of_text, rotary: Rotary, cached: KeysValues | None
+    ) -> tuple[mx.array, mx.array]:
+        shift, scale, gate, *image_ff = of_image
+        shift_t, scale_t, gate_t, *text_ff = of_text
+        image_out, text_out = self.attn(
+            modulate(image, shift, scale, self.eps), modulate(text, shift_t, scale_t, self.eps), rotary, cached
+        )
+        return (
+            self.feed(self.ff, image + gate * image_out, image_ff),
+            self.feed(self.ff_context, text + gate_t * text_out, text_ff),
+        )
+
+    def alone(self, image: mx.array, modulation, rotary: Rotary) -> tuple[mx.array, KeysValues]:
+        shift, scale, gate, *image_ff = modulation
+        out, kept = self.attn.alone(modulate(image, shift, scale, self.eps), rotary)
+        return self.feed(self.ff, image + gate * out, image_ff), kept
+
+    def feed(self, layer: FeedForward, x: mx.array, modulation) -> mx.array:
+        shift, scale, gate = modulation
+        return x + gate * layer(modulate(x, shift, scale, self.eps))
+
+
+class ParallelAttention(nn.Module):
+    """Attention and feed-forward at once: one layer before both, one after."""
+
+    def __init__(self, config: Flux2TransformerConfig):
+        super().__init__()
+        width = config.inner_dim
+        self.heads = config.num_attention_heads
+        self.norm_q = nn.RMSNorm(config.attention_head_dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.attention_head_dim, eps=config.eps)
+        self.to_qkv_mlp_proj = nn.Linear(width, 3 * width + 2 * config.hidden_dim, bias=False)
+        self.to_out = nn.Linear(width + config.hidden_dim, width, bias=False)
+
+    def __call__(self, x: mx.array, rotary: Rotary, cached: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
+        width = x.shape[-1]
+        q, k, v, hidden = mx.split(self.to_qkv_mlp_proj(x), [width, 2 * width, 3 * width], axis=-1)
+        q = rotate_pairs(self.norm_q(split_heads(q, self.heads)), rotary)
+        k = rotate_pairs(self.norm_k(split_heads(k, self.heads)), rotary)
+        own = k, split_heads(v, self.heads)
+        return self.to_out(mx.concatenate([attend(q, own, cached), gated(hidden)], axis=-1)), own
+
+
+class SingleBlock(nn.Module):
+    def __init__(self, config: Flux2TransformerConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.attn = ParallelAttention(config)
+
+    def __call__(
+        self, x: mx.array, modulation, rotary: Rotary, cached: KeysValues | None = None
+    ) -> tuple[mx.array, KeysValues]:
+        shift, scale, gate = modulation
+        out, own = self.attn(modulate(x, shift, scale, self.eps), rotary, cached)
+        return x + gate * out, own
+
+
+# ---- the model
+
+
+class Flux2Transformer(nn.Module):
+    """Predicts the velocity noise - picture of latents."""
+
+    config_class = Flux2TransformerConfig
+
+    def __init__(self, config: Flux2TransformerConfig):
+        super().__init__()
+        self.config = config
+        width = config.inner_dim
+        self.time_guidance_embed = TimeEmbedder(config)
+        self.double_stream_modulation_img = Modulation(width, 6)
+        self.double_stream_modulation_txt = Modulation(width, 6)
+        self.single_stream_modulation = Modulation(width, 3)
+        self.x_embedder = nn.Linear(config.in_channels, width, bias=False)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, width, bias=False)
+        self.transformer_blocks = [DoubleBlock(config) for _ in range(config.num_layers)]
+        self.single_transformer_blocks = [SingleBlock(config) for _ in range(config.num_single_layers)]
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels), bias=False)
+
+    def __call__(
+        self,
+        hidden_states: mx.array,
+        *,
+        sigma: mx.array,
+        prompt_embeds: mx.array,
+        image_ids: mx.array,
+        text_ids: mx.array,
+        references: list[KeysValues] | None = None,
+    ) -> mx.array:
+        """Predict the velocity.
+
+        Args:
+            hidden_states: latents, one token each (B, L, in_channels); tokens of references may follow.
+            sigma: (B,), how noisy they are: 1 is pure noise, 0 is a picture.
+            prompt_embeds: (B, T, joint_attention_dim).
+            image_ids: (L, 4), see `grid_ids`.
+            text_ids: (T, 4), see `text_ids`.
+            references: what `keep` returned, for a model that was trained to find its references there.
+
+        Returns:
+            (B, L, out_channels).
+        """
+        condition = self.time_guidance_embed(sigma, prompt_embeds.dtype)
+        of_image = self.double_stream_modulation_img(condition)
+        of_text = self.double_stream_modulation_txt(condition)
+        image = self.x_embedder(hidden_states)
+        text = self.context_embedder(prompt_embeds)
+        rotary = self.rotary(mx.concatenate([text_ids, image_ids]))
+        kept = iter(references or [])
+
+        for block in self.transformer_blocks:
+            image, text = block(image, text, of_image, of_text, rotary, next(kept, None))
+        length = text.shape[1]
+        x = mx.concatenate([text, image], axis=1)
+        modulation = self.single_stream_modulation(condition)
+        for block in self.single_transformer_blocks:
+            x, _ = block(x, modulation, rotary, next(kept, None))
+
+        scale, shift = self.norm_out(condition)
+        return self.proj_out(modulate(x[:, length:], shift, scale, self.config.eps))
+
+    def keep(self, hidden_states: mx.array, image_ids: mx.array, dtype: mx.Dtype = mx.float32) -> list[KeysValues]:
+        """What the blocks need of references that never change: the keys and values of each.
+
+        Such references attend to themselves alone, and are pictures without noise at every step: neither the prompt nor
+        the step reaches them, so one pass is enough for all steps.
+
+        Args:
+            hidden_states: the references' latents (B, R, in_channels).
+            image_ids: (R, 4).
+            dtype: to compute in.
+        """
+        condition = self.time_guidance_embed(mx.zeros(1), dtype)
+        rotary = self.rotary(image_ids)
+        kept = []
+        x = self.x_embedder(hidden_states)
+        modulation = self.double_stream_modulation_img(condition)
+        for block in self.transformer_blocks:
+            x, own = block.alone(x, modulation, rotary)
+            kept.append(own)
+        modulation = self.single_stream_modulation(condition)
+        for block in self.single_transformer_blocks:
+            x, own = block(x, modulation, rotary)
+            kept.append(own)
+        return kept
+
+    def rotary(self, ids: mx.array) -> Rotary:
+        return rotary_embedding(ids, self.config.axes_dims_rope, self.config.rope_theta)
