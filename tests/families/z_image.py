@@ -1,0 +1,213 @@
+"""Z-Image: what the tests of all families need to know of it."""
+
+from __future__ import annotations
+
+from functools import cache
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from families.cases import Component
+from families.flux import normal
+from mflux.backend import mx
+from mflux.checkpoints.loading import load_component
+from mflux.models.z_image.model.controlnet import ZImageControlNet
+from mflux.models.z_image.model.transformer import ZImageTransformer
+
+# ---- transformer
+
+_SMALL = dict(
+    dim=48, n_heads=3, n_kv_heads=3, axes_dims=[4, 6, 6], axes_lens=[256, 64, 64], n_layers=3, n_refiner_layers=2,
+    in_channels=4, cap_feat_dim=20,
+)  # fmt: skip
+
+
+def transformer_reference(**settings):
+    from diffusers import ZImageTransformer2DModel
+
+    return ZImageTransformer2DModel(**_SMALL | settings)
+
+
+def transformer_inputs(model, number: int) -> dict:
+    # A caption and a picture that have to be filled up to 32 tokens, and others that have not.
+    batch, rows, columns, length = ((1, 3, 5, 7), (3, 8, 4, 32))[number]
+    config = model.config
+    patch = config.all_patch_size[0]
+    return {
+        "latents": normal(1, batch, config.in_channels, patch * rows, patch * columns),
+        "prompt_embeds": normal(2, batch, length, config.cap_feat_dim),
+        "timestep": np.linspace(0.1, 0.7, batch, dtype=np.float32),
+    }
+
+
+def run_transformer(module, inputs):
+    arrays = {name: mx.array(value) for name, value in inputs.items()}
+    return [module(arrays.pop("latents"), **arrays)]
+
+
+def run_transformer_reference(model, inputs):
+    import torch
+
+    samples = model(
+        [torch.tensor(latents)[:, None] for latents in inputs["latents"]],
+        torch.tensor(inputs["timestep"]),
+        [torch.tensor(embeds) for embeds in inputs["prompt_embeds"]],
+        patch_size=model.config.all_patch_size[0],
+    )
+    return [torch.stack(samples.sample)[:, :, 0]]
+
+
+def transformer_full_size(config):
+    from diffusers import ZImageTransformer2DModel
+
+    return ZImageTransformer2DModel.from_config(config)
+
+
+# ---- ControlNet: embedders and refiners are those of a transformer, the same for the reference and for us
+
+_BORROWED = ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")
+
+
+@cache
+def transformers(dim: int, heads: int, refiners: int):
+    """The reference transformer and ours, with the same random weights."""
+    from reference import draw
+
+    head = dim // heads
+    model = transformer_reference(
+        dim=dim, n_heads=heads, n_kv_heads=heads, n_refiner_layers=refiners, axes_dims=[head // 2, head // 4, head // 4]
+    )
+    draw(model, seed=5)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return model, load_component(ZImageTransformer, folder)
+
+
+def of_controlnet(model):
+    config = model.config
+    return transformers(config.dim, config.n_heads, config.n_refiner_layers)
+
+
+def controlnet_reference(**settings):
+    from diffusers import ZImageControlNetModel
+
+    defaults = dict(
+        dim=48,
+        n_heads=3,
+        n_kv_heads=3,
+        control_layers_places=[0, 2],
+        control_refiner_layers_places=[0, 1],
+        control_in_dim=9,
+        add_control_noise_refiner="control_noise_refiner",
+    )
+    return ZImageControlNetModel(**defaults | settings)
+
+
+def controlnet_inputs(model, number: int) -> dict:
+    base, _ = of_controlnet(model)
+    inputs = transformer_inputs(base, number)
+    return inputs | {
+        "control": normal(3, *inputs["latents"].shape),
+        "sizes": (model.config.dim, model.config.n_heads, model.config.n_refiner_layers),
+    }
+
+
+def run_controlnet(module, inputs):
+    base = transformers(*inputs["sizes"])[1]
+    arrays = {name: mx.array(value) for name, value in inputs.items() if name != "sizes"}
+    control, latents = arrays.pop("control"), arrays.pop("latents")
+    hints = module(base, latents, control=control, **arrays)
+    yield from hints.values()
+    yield base(latents, hints={place: 0.7 * hint for place, hint in hints.items()}, **arrays)
+
+
+def run_controlnet_reference(model, inputs):
+    import torch
+
+    base = transformers(*inputs["sizes"])[0]
+    own = vars(model)["_modules"].copy(), vars(model)["_parameters"].copy()
+    control = torch.tensor(inputs["control"])
+    rest = torch.zeros(len(control), model.config.control_in_dim - control.shape[1], *control.shape[2:])
+    arguments = (
+        [torch.tensor(latents)[:, None] for latents in inputs["latents"]],
+        torch.tensor(inputs["timestep"]),
+        [torch.tensor(embeds) for embeds in inputs["prompt_embeds"]],
+    )
+    hints = type(model).from_transformer(model, base)(*arguments, list(torch.cat([control, rest], dim=1)[:, :, None]))
+    scaled = {place: 0.7 * hint for place, hint in hints.items()}
+    prediction = base(*arguments, controlnet_block_samples=scaled).sample
+    # What it borrowed is given back: the tests count and round its own parameters.
+    vars(model)["_modules"], vars(model)["_parameters"] = own
+    return [*hints.values(), torch.stack(prediction)[:, :, 0]]
+
+
+def controlnet_full_size(config):
+    from diffusers import ZImageControlNetModel
+
+    return ZImageControlNetModel.from_config(config)
+
+
+_NARROW = dict(
+    dim=16, n_heads=2, n_kv_heads=2, axes_dims=[4, 2, 2], in_channels=4, cap_feat_dim=16, n_layers=2,
+    n_refiner_layers=1,
+)  # fmt: skip
+_CONTROLNET = dict(
+    module=ZImageControlNet,
+    reference=controlnet_reference,
+    inputs=controlnet_inputs,
+    ours=run_controlnet,
+    theirs=run_controlnet_reference,
+)
+
+COMPONENTS = (
+    Component(
+        name="transformer",
+        module=ZImageTransformer,
+        reference=transformer_reference,
+        settings={
+            "as published": dict(),
+            "other sizes": dict(
+                dim=40, n_heads=2, n_kv_heads=2, axes_dims=[8, 4, 8], in_channels=16, n_layers=1, n_refiner_layers=1
+            ),
+            "one refiner, other constants": dict(
+                n_refiner_layers=1, norm_eps=1e-2, t_scale=300.0, rope_theta=20.0, cap_feat_dim=48
+            ),
+            "no norm of heads": dict(qk_norm=False, n_layers=2),
+            "patches of one": dict(all_patch_size=[1], in_channels=12),
+        },
+        inputs=transformer_inputs,
+        ours=run_transformer,
+        theirs=run_transformer_reference,
+        published={"Z-Image/transformer": 6_154_908_736},
+        full_size=transformer_full_size,
+        swap=_NARROW,
+    ),
+    Component(
+        name="controlnet",
+        settings={
+            "Union 2.1": dict(),
+            "lite": dict(control_layers_places=[0, 1, 2], n_heads=2, n_kv_heads=2, dim=32, control_in_dim=11),
+            "hints after the second refiner only": dict(control_refiner_layers_places=[1], norm_eps=1e-2),
+        },
+        published={"Z-Image-Turbo-Fun-Controlnet-Union-2.1": 3_356_225_792},
+        full_size=controlnet_full_size,
+        swap=dict(dim=16, n_heads=2, n_kv_heads=2, control_in_dim=4),
+        **_CONTROLNET,
+    ),
+    Component(
+        name="controlnet 1.0 and 2.0",
+        settings={
+            "Union 1.0": dict(add_control_noise_refiner=None, control_refiner_layers_places=None, control_in_dim=4),
+            "Union 2.0": dict(add_control_noise_refiner="control_layers"),
+            "Union 2.0, wider": dict(
+                add_control_noise_refiner="control_layers",
+                dim=40,
+                n_heads=5,
+                n_kv_heads=5,
+                control_layers_places=[0, 1],
+            ),
+        },
+        swap=dict(add_control_noise_refiner="control_layers", dim=16, n_heads=2, n_kv_heads=2, control_in_dim=4),
+        **_CONTROLNET,
+    ),
+)
