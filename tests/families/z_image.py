@@ -8,11 +8,53 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from families.cases import Component
-from families.flux import normal
+from families.flux import normal, token_ids
 from mflux.backend import mx
 from mflux.checkpoints.loading import load_component
 from mflux.models.z_image.model.controlnet import ZImageControlNet
+from mflux.models.z_image.model.text_encoder import ZImageTextEncoder
 from mflux.models.z_image.model.transformer import ZImageTransformer
+
+# ---- text encoder
+
+
+def text_encoder_reference(**settings):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    defaults = dict(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(Qwen3Config(**defaults | settings))
+
+
+def text_encoder_inputs(model, number: int) -> dict:
+    batch, length = ((1, 9), (3, 14))[number]
+    mask = np.ones((batch, length), np.int32)
+    for row in range(batch):
+        mask[row, length - 2 * row - number :] = 0
+    return {"ids": token_ids(batch, length, model.config.vocab_size), "mask": mask}
+
+
+def run_text_encoder(module, inputs):
+    states = module(mx.array(inputs["ids"]), mx.array(inputs["mask"]))
+    # What stands at padding reaches nothing.
+    return [state * mx.array(inputs["mask"])[..., None] for state in states]
+
+
+def run_text_encoder_reference(model, inputs):
+    import torch
+
+    ids, mask = torch.tensor(inputs["ids"]), torch.tensor(inputs["mask"])
+    states = model(ids, attention_mask=mask.bool(), output_hidden_states=True).hidden_states
+    return [states[-2] * mask[..., None]]
+
+
+def text_encoder_full_size(config):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**config))
+
 
 # ---- transformer
 
@@ -147,6 +189,13 @@ def controlnet_full_size(config):
     return ZImageControlNetModel.from_config(config)
 
 
+# What a layer of the text encoder holds.
+_LAYER = (
+    *(f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    *(f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")),
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+)
 _NARROW = dict(
     dim=16, n_heads=2, n_kv_heads=2, axes_dims=[4, 2, 2], in_channels=4, cap_feat_dim=16, n_layers=2,
     n_refiner_layers=1,
@@ -160,6 +209,25 @@ _CONTROLNET = dict(
 )
 
 COMPONENTS = (
+    Component(
+        name="text_encoder",
+        module=ZImageTextEncoder,
+        reference=text_encoder_reference,
+        settings={
+            "as published": dict(),
+            "own head": dict(tie_word_embeddings=False, num_hidden_layers=4, num_key_value_heads=4, head_dim=10),
+            "other constants": dict(rms_norm_eps=1e-2, rope_parameters={"rope_type": "default", "rope_theta": 300.0}),
+        },
+        inputs=text_encoder_inputs,
+        ours=run_text_encoder,
+        theirs=run_text_encoder_reference,
+        published={"Z-Image/text_encoder": 4_022_468_096},
+        full_size=text_encoder_full_size,
+        ignored=(*(f"layers.35.{part}" for part in _LAYER), "model.norm.weight", "lm_head.weight"),
+        swap=dict(
+            hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        ),  # fmt: skip
+    ),
     Component(
         name="transformer",
         module=ZImageTransformer,
