@@ -1,0 +1,9 @@
+"""Z-Image's text encoder: Qwen3-4B up to its last layer but one."""
+
+from __future__ import annotations
+
+from mflux.models.common.text_encoders.qwen3 import Qwen3TextEncoder
+
+
+class ZImageTextEncoder(Qwen3TextEncoder):
+    hidden_states = (-2,)

@@ -1,0 +1,306 @@
+"""Z-Image's transformer (Alibaba Tongyi 2025, https://arxiv.org/abs/2511.22699): one stream of picture and caption.
+
+Reference class: diffusers' `ZImageTransformer2DModel`. Picture and caption are first refined apart from each other;
+then all layers run over both, one behind the other. Each is filled up to a multiple of 32 tokens with a learned token,
+which is attended to like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mflux.backend import mx, nn
+from mflux.models.common.config.component_config import ComponentConfig
+from mflux.models.common.layers import (
+    TIME_CHANNELS,
+    Rotary,
+    attention,
+    merge_heads,
+    rotary_embedding,
+    rotate_pairs,
+    split_heads,
+    waves,
+)
+
+_CONDITION = 256
+_TIME_HIDDEN = 1024
+_TOKENS_MULTIPLE = 32
+# Of queries and keys, whatever norm_eps says.
+_HEAD_EPS = 1e-5
+_FINAL_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class BlockConfig(ComponentConfig):
+    """What the transformer and its ControlNets share; defaults are the published models'."""
+
+    all_patch_size: tuple[int, ...] = (2,)
+    all_f_patch_size: tuple[int, ...] = (1,)
+    dim: int = 3840
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    n_kv_heads: int = 30
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+
+    @property
+    def patch(self) -> int:
+        return self.all_patch_size[0]
+
+    @property
+    def patch_name(self) -> str:
+        """How the layers for this patch size are called in the file: "2-1"."""
+        return f"{self.patch}-{self.all_f_patch_size[0]}"
+
+    @property
+    def condition_dim(self) -> int:
+        return min(self.dim, _CONDITION)
+
+    def check(self) -> str | None:
+        if len(self.all_patch_size) != 1 or self.all_f_patch_size != (1,):
+            return f"patches of {list(self.all_patch_size)} in {list(self.all_f_patch_size)} frames are not built"
+        if self.n_kv_heads != self.n_heads:
+            return f"{self.n_kv_heads} heads of keys for {self.n_heads} of queries are not built"
+        if self.dim % self.n_heads:
+            return f"{self.n_heads} heads do not divide {self.dim} channels"
+        return None
+
+
+@dataclass(frozen=True)
+class ZImageTransformerConfig(BlockConfig):
+    """`config.json` of a Z-Image transformer; defaults are those of Z-Image and Z-Image-Turbo."""
+
+    in_channels: int = 16
+    n_layers: int = 30
+    cap_feat_dim: int = 2560
+    siglip_feat_dim: int | None = None
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+
+    def check(self) -> str | None:
+        if problem := super().check():
+            return problem
+        if len(self.axes_dims) != 3 or any(size % 2 for size in self.axes_dims):
+            return f"axes_dims {list(self.axes_dims)} is not three even numbers"
+        if sum(self.axes_dims) != self.dim // self.n_heads:
+            return f"axes_dims {list(self.axes_dims)} does not add up to {self.dim // self.n_heads} per head"
+        if self.siglip_feat_dim is not None:
+            return "a transformer that reads SigLIP's features (Z-Image-Omni) is not built"
+        return None
+
+
+# ---- blocks
+
+
+class Attention(nn.Module):
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        width = config.dim
+        self.heads = config.n_heads
+        if config.qk_norm:
+            self.norm_q = nn.RMSNorm(width // config.n_heads, eps=_HEAD_EPS)
+            self.norm_k = nn.RMSNorm(width // config.n_heads, eps=_HEAD_EPS)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        self.to_out = [nn.Linear(width, width, bias=False)]
+
+    def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
+        q, k, v = (split_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+        if "norm_q" in self:
+            q, k = self.norm_q(q), self.norm_k(k)
+        return self.to_out[0](merge_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w1 is the gate, w3 what it lets through."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        hidden = int(features / 3 * 8)
+        self.w1 = nn.Linear(features, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, features, bias=False)
+        self.w3 = nn.Linear(features, hidden, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.w2(nn.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Norms before and after attention and feed-forward; scales and gates from the time where it is `modulated`."""
+
+    def __init__(self, config: BlockConfig, *, modulated: bool = True):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config.dim)
+        self.attention_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        if modulated:
+            self.adaLN_modulation = [nn.Linear(config.condition_dim, 4 * config.dim)]
+
+    def __call__(self, x: mx.array, rotary: Rotary, condition: mx.array | None = None) -> mx.array:
+        scale = gate = scale_ff = gate_ff = 1
+        if "adaLN_modulation" in self:
+            scale, gate, scale_ff, gate_ff = mx.split(self.adaLN_modulation[0](condition)[:, None], 4, axis=-1)
+            scale, gate, scale_ff, gate_ff = 1 + scale, mx.tanh(gate), 1 + scale_ff, mx.tanh(gate_ff)
+        x = x + gate * self.attention_norm2(self.attention(self.attention_norm1(x) * scale, rotary))
+        return x + gate_ff * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_ff))
+
+
+class TimeEmbedder(nn.Module):
+    def __init__(self, features: int):
+        super().__init__()
+        self.mlp = [nn.Linear(TIME_CHANNELS, _TIME_HIDDEN), nn.SiLU(), nn.Linear(_TIME_HIDDEN, features)]
+
+    def __call__(self, values: mx.array, dtype: mx.Dtype) -> mx.array:
+        x = waves(values).astype(dtype)
+        for layer in self.mlp:
+            x = layer(x)
+        return x
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: ZImageTransformerConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.patch**2 * config.in_channels)
+        self.adaLN_modulation = [nn.SiLU(), nn.Linear(config.condition_dim, config.dim)]
+
+    def __call__(self, x: mx.array, condition: mx.array) -> mx.array:
+        silu, scale = self.adaLN_modulation
+        return self.linear(mx.fast.layer_norm(x, None, None, _FINAL_EPS) * (1 + scale(silu(condition))[:, None]))
+
+
+# ---- from pictures to tokens and back
+
+
+def patchify(latents: mx.array, patch: int) -> mx.array:
+    """(B, C, H, W) → (B, H/p · W/p, p · p · C): a token's values are ordered row, column, channel."""
+    batch, channels, height, width = latents.shape
+    x = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.transpose(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+
+
+def unpatchify(tokens: mx.array, height: int, width: int, patch: int) -> mx.array:
+    """The way back: (B, L, p · p · C) → (B, C, height, width)."""
+    batch, _, features = tokens.shape
+    x = tokens.reshape(batch, height // patch, width // patch, patch, patch, features // patch**2)
+    return x.transpose(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
+
+
+def fill_up(tokens: mx.array, pad: mx.array) -> mx.array:
+    """Append the token `pad` (1, D) to (B, L, D) until L is a multiple of 32."""
+    batch, length, width = tokens.shape
+    missing = -length % _TOKENS_MULTIPLE
+    return mx.concatenate([tokens, mx.broadcast_to(pad.astype(tokens.dtype), (batch, missing, width))], axis=1)
+
+
+def caption_ids(length: int) -> mx.array:
+    """Positions of caption tokens, the filling included: (length, 3), counted from 1 on the first axis."""
+    counted = mx.arange(1, length + 1)
+    return mx.stack([counted, mx.zeros_like(counted), mx.zeros_like(counted)], axis=-1)
+
+
+def picture_ids(start: int, rows: int, columns: int, length: int) -> mx.array:
+    """Positions of picture tokens: `start`, row, column; what fills up to `length` stands at 0, 0, 0."""
+    row = mx.broadcast_to(mx.arange(rows)[:, None], (rows, columns))
+    column = mx.broadcast_to(mx.arange(columns)[None], (rows, columns))
+    ids = mx.stack([mx.full((rows, columns), start, dtype=row.dtype), row, column], axis=-1).reshape(-1, 3)
+    return mx.concatenate([ids, mx.zeros((length - rows * columns, 3), dtype=ids.dtype)])
+
+
+# ---- the model
+
+
+class ZImageTransformer(nn.Module):
+    """Predicts picture - noise, the velocity backwards: a pipeline steps along its negative."""
+
+    config_class = ZImageTransformerConfig
+
+    def __init__(self, config: ZImageTransformerConfig):
+        super().__init__()
+        self.config = config
+        width = config.dim
+        self.all_x_embedder = {config.patch_name: nn.Linear(config.patch**2 * config.in_channels, width)}
+        self.all_final_layer = {config.patch_name: FinalLayer(config)}
+        self.noise_refiner = [TransformerBlock(config) for _ in range(config.n_refiner_layers)]
+        self.context_refiner = [TransformerBlock(config, modulated=False) for _ in range(config.n_refiner_layers)]
+        self.t_embedder = TimeEmbedder(config.condition_dim)
+        self.cap_embedder = [
+            nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps),
+            nn.Linear(config.cap_feat_dim, width),
+        ]
+        self.x_pad_token = mx.zeros((1, width))
+        self.cap_pad_token = mx.zeros((1, width))
+        self.layers = [TransformerBlock(config) for _ in range(config.n_layers)]
+
+    def __call__(
+        self,
+        latents: mx.array,
+        *,
+        timestep: mx.array,
+        prompt_embeds: mx.array,
+        hints: Mapping[int, mx.array] | None = None,
+    ) -> mx.array:
+        """Predict picture - noise.
+
+        Args:
+            latents: (B, in_channels, H, W), H and W multiples of the patch size. Their dtype is that of all that is
+                computed between the weights.
+            timestep: (B,), from 0 for noise to 1 for a picture: 1 - sigma.
+            prompt_embeds: (B, T, cap_feat_dim).
+            hints: what a ControlNet adds after layers, by their numbers.
+
+        Returns:
+            (B, in_channels, H, W).
+        """
+        condition = self.embed_time(timestep, latents.dtype)
+        caption, caption_rotary = self.embed_caption(prompt_embeds.astype(latents.dtype))
+        picture, picture_rotary = self.embed_picture(latents, caption.shape[1])
+        for layer in self.noise_refiner:
+            picture = layer(picture, picture_rotary, condition)
+
+        x, rotary = joined((picture, picture_rotary), (caption, caption_rotary))
+        for number, layer in enumerate(self.layers):
+            x = layer(x, rotary, condition)
+            if hints and number in hints:
+                x = x + hints[number]
+        height, width = latents.shape[2:]
+        tokens = height * width // self.config.patch**2
+        x = self.all_final_layer[self.config.patch_name](x[:, :tokens], condition)
+        return unpatchify(x, height, width, self.config.patch)
+
+    # Also for ControlNets, which have none of these layers of their own.
+
+    def embed_time(self, timestep: mx.array, dtype: mx.Dtype) -> mx.array:
+        """(B,) → (B, condition_dim)."""
+        return self.t_embedder(self.config.t_scale * timestep, dtype)
+
+    def embed_caption(self, prompt_embeds: mx.array) -> tuple[mx.array, Rotary]:
+        """The refined caption, filled up: (B, T, dim) with T a multiple of 32, and its positions."""
+        norm, project = self.cap_embedder
+        x = fill_up(project(norm(prompt_embeds)), self.cap_pad_token)
+        rotary = self.rotary(caption_ids(x.shape[1]))
+        for layer in self.context_refiner:
+            x = layer(x, rotary)
+        return x, rotary
+
+    def embed_picture(self, latents: mx.array, caption_length: int) -> tuple[mx.array, Rotary]:
+        """The picture's tokens, filled up, before refinement: (B, L, dim), and their positions."""
+        patch = self.config.patch
+        x = self.all_x_embedder[self.config.patch_name](patchify(latents, patch))
+        x = fill_up(x, self.x_pad_token)
+        rows, columns = (size // patch for size in latents.shape[2:])
+        return x, self.rotary(picture_ids(caption_length + 1, rows, columns, x.shape[1]))
+
+    def rotary(self, ids: mx.array) -> Rotary:
+        return rotary_embedding(ids, self.config.axes_dims, self.config.rope_theta)
+
+
+def joined(first: tuple[mx.array, Rotary], second: tuple[mx.array, Rotary]) -> tuple[mx.array, Rotary]:
+    """Two runs of tokens with their positions, one behind the other."""
+    (x, (cos, sin)), (other, (other_cos, other_sin)) = first, second
+    return mx.concatenate([x, other], axis=1), (mx.concatenate([cos, other_cos]), mx.concatenate([sin, other_sin]))
