@@ -12,7 +12,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
-from mflux.errors import CheckpointError, UsageError
+from mflux.checkpoints.plain_files import read_text
+from mflux.errors import CheckpointError
+from mflux.models.common.tokenizer_checks import (
+    check_pieces,
+    check_prompt,
+    check_tokenizer,
+    check_vocabulary,
+    library_call,
+)
+from mflux.text import shown
 
 # Contractions, words, single digits, and runs of anything else that is not space (Radford et al. 2021).
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -27,8 +36,17 @@ _T5_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 class PromptTokenizer:
     """Token ids of a fixed length: cut to fit with the end token kept, filled up with padding."""
 
-    def __init__(self, tokenizer: Tokenizer, *, prefix: tuple[int, ...], end: int, pad: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prefix: tuple[int, ...],
+        end: int,
+        pad: int,
+        source: object = "the tokenizer",
+    ):
         self._tokenizer = tokenizer
+        self._source = source
         self._prefix, self._end, self._pad = prefix, end, pad
 
     def encode(self, prompt: str, *, max_length: int) -> list[int]:
@@ -44,12 +62,9 @@ class PromptTokenizer:
         return len(self._prefix) + len(self._ids(prompt)) + 1 > max_length
 
     def _ids(self, prompt: str) -> list[int]:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            # What a shell hands over when the bytes on its command line are in another encoding.
-            raise UsageError("the prompt holds bytes that are not UTF-8 text: type it anew") from None
-        return self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        check_prompt(prompt)
+        with library_call(self._source, "cannot read this prompt"):
+            return self._tokenizer.encode(prompt, add_special_tokens=False).ids
 
     def _fit(self, ids: list[int], length: int) -> list[int]:
         ids = [*self._prefix, *ids][: length - 1] + [self._end]
@@ -65,7 +80,7 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
     folder = Path(folder)
     vocabulary, merges = _read_bpe(folder)
     special, added = _special_tokens(folder, _CLIP_SPECIAL)
-    try:
+    with library_call(folder):
         tokenizer = Tokenizer(
             models.BPE(
                 vocab=vocabulary,
@@ -76,8 +91,6 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
                 fuse_unk=False,
             )
         )
-    except Exception as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from None
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -87,9 +100,10 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.add_special_tokens(added)
+    with library_call(folder):
+        tokenizer.add_special_tokens(added)
     start, end, pad = (_id_of(vocabulary, special[kind], folder) for kind in ("bos_token", "eos_token", "pad_token"))
-    return PromptTokenizer(tokenizer, prefix=(start,), end=end, pad=pad)
+    return PromptTokenizer(tokenizer, prefix=(start,), end=end, pad=pad, source=folder)
 
 
 def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
@@ -101,22 +115,21 @@ def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
     folder = Path(folder)
     path = folder / "tokenizer.json"
     content = read_json(path)
+    check_tokenizer(content, path)
     if characters := _character_map(content.get("normalizer")):
         # Made from sentencepiece. The converter's generations wrote different rules for the space before a word; the
         # reference applies these to all of them.
         metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
         content["normalizer"] = characters
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]}
-    try:
+    with library_call(path):
         tokenizer = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     special, _ = _special_tokens(folder, _T5_SPECIAL)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     end, pad = (_id_of(vocabulary, special[kind], folder) for kind in ("eos_token", "pad_token"))
-    return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad)
+    return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad, source=folder)
 
 
 def _character_map(normalizer: object) -> dict | None:
@@ -136,6 +149,7 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         return _read_vocabulary(folder / "vocab.json"), _read_merges(folder / "merges.txt")
     path = folder / "tokenizer.json"
     content = read_json(path)
+    check_tokenizer(content, path)
     try:
         vocabulary = {str(token): int(number) for token, number in content["model"]["vocab"].items()}
         vocabulary |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
@@ -143,6 +157,7 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in content["model"]["merges"]]
         if not all(len(pair) == 2 for pair in merges):
             raise ValueError
+        check_pieces((half for pair in merges for half in pair), path)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{path} is damaged: it holds no byte-level BPE; fetch it again") from None
     return vocabulary, merges
@@ -150,23 +165,16 @@ def _read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     vocabulary = read_json(path)
-    if not all(type(number) is int for number in vocabulary.values()):
-        raise CheckpointError(f"{path} is damaged: it is not a table of token ids")
+    check_vocabulary(vocabulary, path)
     return vocabulary
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: the folder is not a complete model in the diffusers layout"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    lines = read_text(path).split("\n")
     pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     if any(len(pair) != 2 for pair in pairs):
         raise CheckpointError(f"{path} is damaged: a line is not a pair of tokens")
+    check_pieces((half for pair in pairs for half in pair), path)
     return pairs
 
 
@@ -194,6 +202,7 @@ def _special_tokens(folder: Path, usual: dict[str, str]) -> tuple[dict[str, str]
         tokens = {kind: _added_token(value) for kind, value in kinds.items()}
     except (TypeError, KeyError, ValueError, AttributeError):
         raise CheckpointError(f"{folder} is damaged: its special tokens are not what they should be") from None
+    check_pieces([*known, *(token.content for token in tokens.values())], folder)
     special = {kind: token.content for kind, token in tokens.items()}
     order = [known.get(tokens[kind].content, tokens[kind]) for kind in _KINDS if kind in tokens]
     return special, [*known.values(), *order]
@@ -212,5 +221,5 @@ def _number(entry: tuple[str, object]) -> int:
 
 def _id_of(vocabulary: dict[str, int], token: str, folder: Path) -> int:
     if token not in vocabulary:
-        raise CheckpointError(f"{folder}: the special token {token} is not in the vocabulary")
+        raise CheckpointError(f"{folder}: the special token {shown(token)} is not in the vocabulary")
     return vocabulary[token]
