@@ -15,10 +15,10 @@ from PIL import Image
 from mflux.backend import mx
 from mflux.callbacks.instances.memory_saver import MemorySaver
 from mflux.errors import NotBuiltError, UsageError
+from mflux.models.common import pipeline as module
 from mflux.models.common.autoencoders.tiling import TilingConfig, decode
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.stages import is_loaded
-from mflux.models.common import pipeline as module
 from mflux.models.common.text_encoders.t5 import T5Encoder
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.metadata_reader import MetadataReader

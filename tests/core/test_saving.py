@@ -17,10 +17,10 @@ from mflux.checkpoints import saving
 from mflux.checkpoints.loading import FolderTensors, load_component
 from mflux.checkpoints.saving import new_folder, save_component
 from mflux.errors import OutputError
+from mflux.models.common import pipeline as module
 from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.flux.model.transformer import FluxTransformer
-from mflux.models.common import pipeline as module
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.metadata_reader import MetadataReader
 
@@ -155,7 +155,9 @@ def test_the_folder_for_all_models(cli, in_folder, wide, monkeypatch):
     result = cli("save", "--model", "models/wide-schnell-mflux-q8")
     assert (result.status, result.errors) == (
         1,
-        ["error: models/wide-schnell-mflux-q8 exists already and is not empty: name a folder that does not exist, or remove it"],
+        [
+            "error: models/wide-schnell-mflux-q8 exists already and is not empty: name a folder that does not exist, or remove it"
+        ],
     )
     assert cli("save", "--model", wide).out == "models/wide-schnell-mflux-bf16\n"
     assert left_over(Path("models")) == ["wide-schnell-mflux-bf16", "wide-schnell-mflux-q8"]
@@ -194,7 +196,11 @@ def test_what_is_refused(cli, in_folder, wide, monkeypatch):
     cases = [
         (["--path", "new"], 2, "the following arguments are required: --model/-m"),
         (["--model", wide], 2, "name the folder to write with --path, or set MFLUX_MODELS_DIR"),
-        (["--model", wide, "--path", "there"], 1, "there exists already and is not empty: name a folder that does not exist, or remove it"),
+        (
+            ["--model", wide, "--path", "there"],
+            1,
+            "there exists already and is not empty: name a folder that does not exist, or remove it",
+        ),
         (["--model", wide, "--path", "file"], 1, "file exists already"),
         (["--model", wide, "--path", "file/new"], 1, "cannot write file/new"),
         (["--model", wide, *path, "-q", "7"], 2, "invalid choice: 7"),

@@ -225,7 +225,11 @@ COMPONENTS = (
         full_size=text_encoder_full_size,
         ignored=(*(f"layers.35.{part}" for part in _LAYER), "model.norm.weight", "lm_head.weight"),
         swap=dict(
-            hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+            hidden_size=16,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
         ),  # fmt: skip
     ),
     Component(

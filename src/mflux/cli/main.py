@@ -37,9 +37,9 @@ def overview(words: Sequence[str]) -> None:
 
 
 def help_text() -> str:
-    from mflux.optional import EXTRAS, is_installed, pip_command
     from mflux.models.common.config.registry import MODELS
     from mflux.models.common.family import built
+    from mflux.optional import EXTRAS, is_installed, pip_command
 
     width = max(map(len, COMMANDS)) + 2
     lines = ["usage: mflux COMMAND [options]     (mflux COMMAND --help says more)", "", "commands:"]

@@ -12,14 +12,21 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
-from mflux.errors import CheckpointError, UsageError
+from mflux.checkpoints.plain_files import read_text
+from mflux.errors import CheckpointError
+from mflux.models.common.tokenizer_checks import (
+    check_pieces,
+    check_prompt,
+    check_tokenizer,
+    check_vocabulary,
+    library_call,
+)
+from mflux.text import shown
 
 # Contractions, words, single digits, and runs of anything else that is not space (Radford et al. 2021).
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # In the order in which the reference adds them: of two that are the same text, the later one's flags hold.
 _KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Characters of a prompt; models read a few thousand of them.
-LONGEST = 1_000_000
 _CLIP_SPECIAL = {"bos_token": "<|startoftext|>"} | dict.fromkeys(
     ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
 )
@@ -29,8 +36,17 @@ _T5_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 class PromptTokenizer:
     """Token ids of a fixed length: cut to fit with the end token kept, filled up with padding."""
 
-    def __init__(self, tokenizer: Tokenizer, *, prefix: tuple[int, ...], end: int, pad: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prefix: tuple[int, ...],
+        end: int,
+        pad: int,
+        source: object = "the tokenizer",
+    ):
         self._tokenizer = tokenizer
+        self._source = source
         self._prefix, self._end, self._pad = prefix, end, pad
 
     def encode(self, prompt: str, *, max_length: int) -> list[int]:
@@ -46,34 +62,23 @@ class PromptTokenizer:
         return len(self._prefix) + len(self._ids(prompt)) + 1 > max_length
 
     def _ids(self, prompt: str) -> list[int]:
-        return text_ids(self._tokenizer, prompt)
+        return text_ids(self._tokenizer, prompt, self._source)
 
     def _fit(self, ids: list[int], length: int) -> list[int]:
         ids = [*self._prefix, *ids][: length - 1] + [self._end]
         return ids + [self._pad] * (length - len(ids))
 
 
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def text_ids(tokenizer: Tokenizer, text: str, source: object = "the tokenizer") -> list[int]:
     """Ids of a text, however many they are.
 
     Raises:
-        UsageError: it is not text, or so long that its ids alone would take minutes.
+        UsageError: it is not text, or longer than anyone needs.
         CheckpointError: the tokenizer's files were damaged in a way that only shows now.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # What a shell hands over when the bytes on its command line are in another encoding.
-        raise UsageError("the prompt holds bytes that are not UTF-8 text: type it anew") from None
-    if len(text) > LONGEST:
-        raise UsageError(f"the prompt is {len(text):,} characters long: shorten it to less than {LONGEST:,}")
-    try:
+    check_prompt(text)
+    with library_call(source, "cannot read this prompt"):
         return tokenizer.encode(text, add_special_tokens=False).ids
-    except BaseException as error:
-        # A panic of the Rust library is not an `Exception`; neither is Ctrl-C.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"the tokenizer's files are damaged: {error}; fetch the model again") from None
 
 
 def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
@@ -85,7 +90,7 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
     folder = Path(folder)
     vocabulary, merges = read_bpe(folder)
     special, added = special_tokens(folder, _CLIP_SPECIAL)
-    try:
+    with library_call(folder):
         tokenizer = Tokenizer(
             models.BPE(
                 vocab=vocabulary,
@@ -96,8 +101,6 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
                 fuse_unk=False,
             )
         )
-    except Exception as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from None
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -107,9 +110,10 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.add_special_tokens(added)
+    with library_call(folder):
+        tokenizer.add_special_tokens(added)
     start, end, pad = (id_of(vocabulary, special[kind], folder) for kind in ("bos_token", "eos_token", "pad_token"))
-    return PromptTokenizer(tokenizer, prefix=(start,), end=end, pad=pad)
+    return PromptTokenizer(tokenizer, prefix=(start,), end=end, pad=pad, source=folder)
 
 
 def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
@@ -121,22 +125,21 @@ def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
     folder = Path(folder)
     path = folder / "tokenizer.json"
     content = read_json(path)
+    check_tokenizer(content, path)
     if characters := _character_map(content.get("normalizer")):
         # Made from sentencepiece. The converter's generations wrote different rules for the space before a word; the
         # reference applies these to all of them.
         metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
         content["normalizer"] = characters
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]}
-    try:
+    with library_call(path):
         tokenizer = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     special, _ = special_tokens(folder, _T5_SPECIAL)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     end, pad = (id_of(vocabulary, special[kind], folder) for kind in ("eos_token", "pad_token"))
-    return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad)
+    return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad, source=folder)
 
 
 def _character_map(normalizer: object) -> dict | None:
@@ -156,6 +159,7 @@ def read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         return _read_vocabulary(folder / "vocab.json"), _read_merges(folder / "merges.txt")
     path = folder / "tokenizer.json"
     content = read_json(path)
+    check_tokenizer(content, path)
     try:
         vocabulary = {str(token): int(number) for token, number in content["model"]["vocab"].items()}
         vocabulary |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
@@ -163,6 +167,7 @@ def read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in content["model"]["merges"]]
         if not all(len(pair) == 2 for pair in merges):
             raise ValueError
+        check_pieces((half for pair in merges for half in pair), path)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{path} is damaged: it holds no byte-level BPE; fetch it again") from None
     return vocabulary, merges
@@ -170,23 +175,16 @@ def read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     vocabulary = read_json(path)
-    if not all(type(number) is int for number in vocabulary.values()):
-        raise CheckpointError(f"{path} is damaged: it is not a table of token ids")
+    check_vocabulary(vocabulary, path)
     return vocabulary
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: the folder is not a complete model in the diffusers layout"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    lines = read_text(path).split("\n")
     pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     if any(len(pair) != 2 for pair in pairs):
         raise CheckpointError(f"{path} is damaged: a line is not a pair of tokens")
+    check_pieces((half for pair in pairs for half in pair), path)
     return pairs
 
 
@@ -214,6 +212,7 @@ def special_tokens(folder: Path, usual: dict[str, str]) -> tuple[dict[str, str],
         tokens = {kind: _added_token(value) for kind, value in kinds.items()}
     except (TypeError, KeyError, ValueError, AttributeError):
         raise CheckpointError(f"{folder} is damaged: its special tokens are not what they should be") from None
+    check_pieces([*known, *(token.content for token in tokens.values())], folder)
     special = {kind: token.content for kind, token in tokens.items()}
     order = [known.get(tokens[kind].content, tokens[kind]) for kind in _KINDS if kind in tokens]
     return special, [*known.values(), *order]
@@ -232,5 +231,5 @@ def _number(entry: tuple[str, object]) -> int:
 
 def id_of(vocabulary: dict[str, int], token: str, folder: Path) -> int:
     if token not in vocabulary:
-        raise CheckpointError(f"{folder}: the special token {token} is not in the vocabulary")
+        raise CheckpointError(f"{folder}: the special token {shown(token)} is not in the vocabulary")
     return vocabulary[token]

@@ -6,7 +6,6 @@ or widen its range with `field(metadata={"least": 1, "most": 64})`.
 
 from __future__ import annotations
 
-import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -168,7 +167,7 @@ def _integer(value: Any, field: Field) -> int:
     most = field.metadata.get("most", _MOST_LAYERS if _COUNTS.search(field.name) else _LARGEST_INTEGER)
     number = _number(value)
     # Some programs write whole numbers as 24.0.
-    if number is None or not math.isfinite(number) or number != int(number) or not least <= number <= most:
+    if number is None or not least <= number <= most or number != int(number):
         raise _Wrong(f"a whole number from {least:,} to {most:,}")
     return int(number)
 

@@ -1,0 +1,174 @@
+"""What a tokenizer's files are checked for before the `tokenizers` library sees them.
+
+The library is written in Rust. What it does not expect ends in a panic, which is no `Exception` in Python, or in the
+end of the process; so its calls go through `library_call`, and what is known to kill it is refused first.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from mflux.errors import CheckpointError, UsageError
+from mflux.text import shown
+
+# Published vocabularies have pieces of up to some 250 characters; from megabytes on the library's recursion ends the
+# process.
+LONGEST_PIECE = 1000
+# Patterns from a file run over the whole prompt. The longest that any model takes are some thousands of characters.
+LONGEST_PROMPT = 100_000
+# A normalizer's; one that matches nothing at all can double a text.
+_MOST_REPLACEMENTS = 8
+# Bytes of a text that stands for one character; Unicode's longest has 33.
+_LONGEST_REPLACEMENT = 256
+_LARGEST_ID = 2**31 - 1
+
+
+@contextmanager
+def library_call(source: object, what: str = "is damaged") -> Iterator[None]:
+    """Turn whatever the library throws into one sentence.
+
+    Raises:
+        CheckpointError: says of `source` what `what` says, and the library's reason.
+    """
+    try:
+        yield
+    except (MemoryError, Exception) as error:
+        raise CheckpointError(f"{source} {what}: {shown(error, 300)}") from None
+    except BaseException as error:
+        # PyO3's, which derives from BaseException so that nobody catches it by accident.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{source} {what}: {shown(error, 300)}; fetch it again") from None
+
+
+def check_prompt(prompt: str) -> None:
+    """
+    Raises:
+        UsageError: the prompt is no text, or longer than anyone needs.
+    """
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt is a text, not {shown(repr(prompt), 60)}")
+    if len(prompt) > LONGEST_PROMPT:
+        raise UsageError(
+            f"the prompt has {len(prompt):,} characters and at most {LONGEST_PROMPT:,} can be read: cut it"
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        # What a shell hands over when the bytes on its command line are in another encoding.
+        raise UsageError("the prompt holds bytes that are not UTF-8 text: type it anew") from None
+
+
+def check_pieces(pieces: Iterable[object], source: object) -> None:
+    """
+    Raises:
+        CheckpointError: a piece of the vocabulary is no text, or longer than any published one.
+    """
+    for piece in pieces:
+        if not isinstance(piece, str):
+            raise CheckpointError(f"{source} is damaged: a piece of its vocabulary is no text; fetch it again")
+        if len(piece) > LONGEST_PIECE:
+            raise CheckpointError(
+                f"{source} was refused: a piece of its vocabulary has {len(piece):,} characters, and {LONGEST_PIECE:,} "
+                "is the most; fetch it again"
+            )
+
+
+def check_vocabulary(vocabulary: Mapping[str, Any], source: object) -> None:
+    """
+    Raises:
+        CheckpointError: it is not a table of token ids.
+    """
+    check_pieces(vocabulary, source)
+    if not all(type(number) is int and 0 <= number <= _LARGEST_ID for number in vocabulary.values()):
+        raise CheckpointError(f"{source} is damaged: it is not a table of token ids")
+
+
+def check_tokenizer(content: Mapping[str, Any], source: object) -> None:
+    """A parsed `tokenizer.json`: its vocabulary, its added tokens, its tables of characters.
+
+    Raises:
+        CheckpointError: they are not what they should be.
+    """
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, Mapping):
+        check_vocabulary(vocabulary, source)
+    elif isinstance(vocabulary, list):
+        if not all(isinstance(entry, list) and len(entry) == 2 for entry in vocabulary):
+            raise CheckpointError(
+                f"{source} is damaged: its vocabulary is not one of pieces and scores; fetch it again"
+            )
+        check_pieces((entry[0] for entry in vocabulary), source)
+    added = content.get("added_tokens") or ()
+    if not isinstance(added, (list, tuple)) or not all(isinstance(token, Mapping) for token in added):
+        raise CheckpointError(f"{source} is damaged: its added tokens are not what they should be; fetch it again")
+    check_vocabulary({token.get("content"): token.get("id", 0) for token in added if _is_hashable(token)}, source)
+    replacements = 0
+    for step in _steps(content):
+        check_character_map(step.get("precompiled_charsmap"), source)
+        if "content" in step and "pattern" in step:
+            replacements += 1
+            pattern = step["pattern"].get("String") if isinstance(step["pattern"], Mapping) else step["pattern"]
+            room = max(len(pattern) if isinstance(pattern, str) else 1, 1)
+            if not isinstance(step["content"], str) or len(step["content"]) > room or replacements > _MOST_REPLACEMENTS:
+                raise CheckpointError(f"{source} was refused: its replacements would make a prompt grow without end")
+
+
+def check_character_map(text: object, source: object) -> None:
+    """A `precompiled_charsmap` of sentencepiece: the length of a double-array trie in bytes, the trie, and the texts
+    that its values point into, each with a zero behind it. The library follows it without looking where it leads.
+
+    Layout: darts-clone's units of 32 bits (label in the lowest 8, "has a value" in bit 8, offset from bit 10 on).
+
+    Raises:
+        CheckpointError: a step of the trie leads outside it, or a value to no text.
+    """
+    import numpy as np
+
+    damaged = CheckpointError(f"{source} is damaged: its table of characters makes no sense; fetch it again")
+    if text is None or text == "":
+        return
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError):
+        raise damaged from None
+    length = int.from_bytes(data[:4], "little")
+    texts = data[4 + length :]
+    if len(data) < 8 or length % 4 or not length or 4 + length > len(data) or texts[-1:] != b"\0":
+        raise damaged
+    if max(map(len, texts.split(b"\0"))) > _LONGEST_REPLACEMENT:
+        raise CheckpointError(f"{source} was refused: its table of characters would make a prompt grow without end")
+    try:
+        texts.decode("utf-8")
+    except UnicodeDecodeError:
+        raise damaged from None
+    units = np.frombuffer(data, "<u4", length // 4, 4).astype(np.int64)
+    inner = np.flatnonzero(units >> 31 == 0)
+    target = inner ^ (units[inner] >> 10 << ((units[inner] & 0x200) >> 6))
+    if (target | 0xFF).max(initial=0) >= len(units):
+        raise damaged
+    values = units[target[(units[inner] & 0x100) != 0]] & 0x7FFFFFFF
+    if values.max(initial=0) >= len(texts) or ((np.frombuffer(texts, np.uint8)[values] & 0xC0) == 0x80).any():
+        raise damaged
+
+
+def _steps(value: object) -> Iterator[Mapping[str, Any]]:
+    """All tables of a `tokenizer.json` but those of its vocabulary: normalizers and pre-tokenizers are among them."""
+    open_values = [value]
+    while open_values:
+        value = open_values.pop()
+        if isinstance(value, Mapping):
+            yield value
+            items = [item for name, item in value.items() if name not in ("vocab", "merges")]
+        else:
+            items = value
+        open_values += [item for item in items if isinstance(item, (dict, list))]
+
+
+def _is_hashable(token: Mapping[str, Any]) -> bool:
+    return isinstance(token.get("content"), (str, int, float, type(None)))

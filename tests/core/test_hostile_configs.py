@@ -1,0 +1,230 @@
+"""Configurations from strangers: each value exchanged for hostile ones ends in a sentence or a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import pytest
+
+from mflux.backend import mx, nn, tree_flatten
+from mflux.checkpoints.loading import build, fill, published_turns
+from mflux.errors import CheckpointError, MfluxError
+from mflux.models.common.autoencoders.kl import AutoencoderKL
+from mflux.models.common.config.component_config import ComponentConfig
+from mflux.models.common.text_encoders.clip import CLIPTextEncoder
+from mflux.models.common.text_encoders.t5 import T5Encoder
+from mflux.models.depth_pro.model.depth_pro_model import DepthProForDepthEstimation
+from mflux.models.depth_pro.model.dinov2 import Dinov2Model
+from mflux.models.fibo_vlm.model.qwen3_vl import Qwen3VLForConditionalGeneration
+from mflux.models.flux.model.transformer import FluxTransformer
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+# Small enough that a published default in place of a value changes a shape, and costs nothing.
+COMPONENTS: dict[type[nn.Module], dict[str, Any]] = {
+    CLIPTextEncoder: {
+        "vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 2,
+    },
+    T5Encoder: {
+        "vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "gated-gelu",
+    },
+    AutoencoderKL: {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1, "norm_num_groups": 4, "act_fn": "silu", "mid_block_add_attention": True,
+        "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.5, "shift_factor": 0.1,
+        "latents_mean": None, "latents_std": None,
+    },
+    FluxTransformer: {
+        "patch_size": 1, "in_channels": 16, "out_channels": None, "num_layers": 1, "num_single_layers": 2,
+        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 16,
+        "guidance_embeds": True, "axes_dims_rope": [4, 6, 6],
+    },
+    Dinov2Model: VIT | {"mlp_ratio": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_channels": 3,
+                        "qkv_bias": True, "use_swiglu_ffn": False, "model_type": "dinov2"},
+    DepthProForDepthEstimation: {
+        "patch_size": 16, "scaled_images_ratios": [0.5, 1], "scaled_images_overlap_ratios": [0.0, 0.5],
+        "scaled_images_feature_dims": [16, 16], "intermediate_hook_ids": [1], "intermediate_feature_dims": [8],
+        "merge_padding_value": 1, "fusion_hidden_size": 8, "use_batch_norm_in_fusion_residual": False,
+        "use_bias_in_fusion_residual": True, "use_fov_model": True, "num_fov_head_layers": 2,
+        "patch_model_config": VIT, "image_model_config": VIT, "fov_model_config": VIT,
+    },
+    Qwen3VLForConditionalGeneration: {
+        "model_type": "qwen3_vl", "image_token_id": 5, "tie_word_embeddings": True,
+        "text_config": {
+            "vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "hidden_act": "silu",
+            "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "attention_bias": False, "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+            "rope_parameters": None,
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 16, "hidden_act": "gelu_pytorch_tanh", "intermediate_size": 24, "num_heads": 2,
+            "in_channels": 3, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2,
+            "out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+            "rope_parameters": None,
+        },
+    },
+}  # fmt: skip
+HOSTILE = [
+    None, True, 0, 1, -1, 3, 999, 2**31 - 1, 2**31, 2**40, 10**12, 10**400, 0.0, 1.5, -1e300, 1e-300, float("nan"),
+    float("inf"), "24", "", "x" * 10**6, "\x1b[2J", "\ud800", [], [0], [1, 2, 3], [2**31 - 1] * 2, [float("nan")],
+    [[1]], ["x"], [1] * 2000, {}, {"a": 1}, {"rope_type": 5}, {"mrope_section": "abc"},
+]  # fmt: skip
+
+
+def tensors_of(module_class, values):
+    module = module_class(module_class.config_class.from_dict(values))
+    turns = published_turns(module)
+    return {
+        name: turns.get(name, lambda value: value)(mx.zeros(value.shape))
+        for name, value in tree_flatten(module.parameters())
+    }
+
+
+def places(values, path=()):
+    for name, value in values.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from places(value, (*path, name))
+
+
+def exchanged(values, path, hostile):
+    values = json.loads(json.dumps(values))
+    inner = values
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = hostile
+    return values
+
+
+@pytest.mark.parametrize("module_class", COMPONENTS, ids=lambda module_class: module_class.__name__)
+def test_every_value_exchanged_for_hostile_ones(module_class):
+    values = COMPONENTS[module_class]
+    tensors = tensors_of(module_class, values)
+    fill(build(module_class, values, tensors, source="config.json"), tensors, source="x")
+    refused = 0
+    for path in places(values):
+        for hostile in HOSTILE:
+            try:
+                module = build(module_class, exchanged(values, path, hostile), tensors, source="config.json")
+                fill(module, tensors, source="x")
+            except MfluxError as error:
+                refused += 1
+                assert str(error).isprintable()
+                assert len(str(error)) < 3000
+    assert refused > 10 * len(values)
+
+
+@pytest.mark.parametrize("module_class", COMPONENTS, ids=lambda module_class: module_class.__name__)
+@pytest.mark.parametrize("number", [20, 999])
+def test_more_layers_than_the_weights_have_are_refused_before_anything_is_built(module_class, number):
+    values = COMPONENTS[module_class]
+    tensors = tensors_of(module_class, values)
+
+    class Never:
+        config_class = module_class.config_class
+
+        def __init__(self, config):
+            raise AssertionError("it was built")
+
+    counts = [path for path in places(values) if "layers" in path[-1] or path[-1] == "depth"]
+    assert counts
+    for path in counts:
+        with pytest.raises(CheckpointError, match=rf"config\.json.*{path[-1]}|too small|image_size"):
+            build(Never, exchanged(values, path, number), tensors, source="config.json")
+
+
+def test_many_layers_need_as_many_tensors():
+    config = FluxTransformer.config_class(num_layers=900)
+    assert config.beyond(["transformer_blocks.999999999.weight"])
+    assert config.beyond(["transformer_blocks.99999999999999999999999999.weight"])
+    assert config.beyond([f"transformer_blocks.{number}.weight" for number in range(899)])
+    assert not config.beyond([f"transformer_blocks.{number}.weight" for number in range(900)])
+
+
+# ---- the rule itself
+
+
+@dataclass(frozen=True)
+class Inner(ComponentConfig):
+    width: int = 2
+
+
+@dataclass(frozen=True)
+class Example(ComponentConfig):
+    whole: int = 1
+    real: float = 1.0
+    flag: bool = False
+    word: str = "a"
+    maybe: int | None = None
+    sides: tuple[int, ...] = (1,)
+    pair: tuple[int, float] = (1, 1.0)
+    grid: tuple[tuple[int, ...], ...] = ()
+    either: int | tuple[int, ...] = 1
+    kind: Literal["a", "b"] = "a"
+    table: dict[str, Any] | None = None
+    inner: Inner = field(default_factory=Inner)
+    below: int = field(default=-1, metadata={"least": -9, "most": 9})
+    anything: Any = None
+
+
+class Scalar:
+    """What numpy's scalars offer."""
+
+    ndim = 0
+
+    def __init__(self, value):
+        self.value = value
+
+    def item(self):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("whole", 5, 5), ("whole", 5.0, 5), ("whole", Scalar(5), 5), ("real", 5, 5), ("real", Scalar(0.5), 0.5),
+        ("flag", True, True), ("maybe", None, None), ("sides", [1, 2], (1, 2)), ("pair", [1, 2], (1, 2)),
+        ("grid", [[1], []], ((1,), ())), ("either", [1], (1,)), ("kind", "b", "b"), ("below", -9, -9),
+        ("table", {"a": [1, "x", None]}, {"a": (1, "x", None)}), ("anything", [{"a": 1.5}], ({"a": 1.5},)),
+    ],
+)  # fmt: skip
+def test_values_that_fit(name, value, read):
+    found = getattr(Example.from_dict({name: value}), name)
+    assert found == read
+    assert type(found) is type(read)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("whole", "5", "'5', not a whole number from 0 to 2,147,483,647"),
+        ("whole", 5.5, "not a whole number"), ("whole", True, "not a whole number"), ("whole", None, "not a whole"),
+        ("whole", -1, "not a whole number"), ("whole", 2**31, "not a whole number"), ("whole", [5], "not a whole"),
+        ("real", float("nan"), "not a finite number"), ("real", 10**400, "not a finite"), ("real", "1", "finite"),
+        ("flag", 1, "not true or false"), ("word", 5, "not a text"), ("word", None, "not a text"),
+        ("maybe", "x", "not a whole number from 0 to 2,147,483,647 or null"), ("sides", 5, "not a list"),
+        ("sides", [1, "x"], "not a list of which each is a whole number"), ("pair", [1], "not a list of 2"),
+        ("sides", [1] * 1001, "not a list of at most 1,000"), ("kind", "c", "not one of 'a', 'b'"),
+        ("table", 5, "not a table or null"), ("table", {"a": float("inf")}, "not a finite number or null"),
+        ("inner", 5, "not a table"), ("below", -10, "not a whole number from -9 to 9"),
+        ("anything", float("nan"), "not a finite number"), ("anything", object(), "not a finite number"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not(name, value, told):
+    with pytest.raises(CheckpointError) as caught:
+        Example.from_dict({name: value, "unknown": object()}, source="x/config.json")
+    assert str(caught.value).startswith(f"x/config.json: {name} is ")
+    assert told in str(caught.value)
+
+
+def test_the_defaults_of_every_component_pass_its_own_check():
+    for module_class in COMPONENTS:
+        config = module_class.config_class()
+        again = module_class.config_class.from_dict({f.name: getattr(config, f.name) for f in fields(config)})
+        assert again == config
