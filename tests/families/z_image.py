@@ -230,7 +230,7 @@ COMPONENTS = (
             num_attention_heads=2,
             num_key_value_heads=2,
             head_dim=8,
-        ),  # fmt: skip
+        ),
     ),
     Component(
         name="transformer",

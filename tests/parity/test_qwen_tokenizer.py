@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 from mflux.backend import mx
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.qwen_tokenizer import chat, qwen_tokenizer
-from mflux.models.common.tokenizers import LONGEST, t5_tokenizer
+from mflux.models.common.tokenizer_checks import LONGEST_PROMPT
+from mflux.models.common.tokenizers import t5_tokenizer
 
 # What Qwen3's published template does with one user's turn, one of the system's before it, and `enable_thinking`,
 # written anew: no published file is at hand, and neither transformers nor diffusers carries the template. A copy that
@@ -213,7 +214,7 @@ def test_texts_that_are_none(pair):
     with pytest.raises(UsageError, match="not UTF-8"):
         ours.encode("caf\udce9")
     with pytest.raises(UsageError, match="1,000,001 characters"):
-        ours(["x" * (LONGEST + 1)], max_length=5)
+        ours(["x" * (LONGEST_PROMPT + 1)], max_length=5)
 
 
 @pytest.mark.parametrize(
