@@ -60,8 +60,8 @@ def test_a_model_is_as_in_mflux(key):
 @pytest.mark.parametrize("key", list(MODELS))
 def test_every_name_leads_to_it(key):
     for alias in MODELS[key]["aliases"]:
-        assert ModelConfig.from_name(alias) is AVAILABLE_MODELS[key]
-        assert ModelConfig.from_name(None, base_model=alias) is AVAILABLE_MODELS[key]
+        assert ModelConfig.from_name(alias) == AVAILABLE_MODELS[key]
+        assert ModelConfig.from_name(None, base_model=alias) == AVAILABLE_MODELS[key]
 
 
 @pytest.mark.parametrize(
@@ -75,19 +75,27 @@ def test_every_name_leads_to_it(key):
     ],
 )
 def test_a_repository_is_the_model_itself(repository, key):
-    assert ModelConfig.from_name(repository) is AVAILABLE_MODELS[key]
+    assert ModelConfig.from_name(repository) == AVAILABLE_MODELS[key]
 
 
 @pytest.mark.parametrize(("key", "name"), list(CONSTRUCTORS.items()))
 def test_a_constructor_for_each_model(key, name):
-    assert getattr(ModelConfig, name)() is AVAILABLE_MODELS[key]
+    assert getattr(ModelConfig, name)() == AVAILABLE_MODELS[key]
 
 
 def test_the_constructors_are_mflux_s():
     ours = {name for name, value in vars(ModelConfig).items() if isinstance(value, staticmethod)} - {"from_name"}
     assert ours == {"demo", *NAMES.split()}
-    made = {id(getattr(ModelConfig, name)()) for name in ours}
-    assert made == {id(config) for config in AVAILABLE_MODELS.values()}
+    made = [getattr(ModelConfig, name)() for name in sorted(ours)]
+    assert len(made) == len(AVAILABLE_MODELS)
+    assert all(config in made for config in AVAILABLE_MODELS.values())
+
+
+def test_what_a_caller_changes_is_its_own():
+    ModelConfig.schnell().aliases.append("mine")
+    ModelConfig.from_name("schnell").requires_sigma_shift = True
+    assert "mine" not in ModelConfig.from_name("schnell").aliases
+    assert ModelConfig.schnell().requires_sigma_shift is False
 
 
 @pytest.mark.parametrize(

@@ -246,16 +246,12 @@ class Generate:
 def check_strength(args: argparse.Namespace) -> None:
     """
     Raises:
-        UsageError: a strength without a picture, or one that leaves no step to take.
+        UsageError: a strength without a picture.
     """
-    if args.image_path is None:
-        if was_given(args, "image_strength"):
-            raise UsageError(
-                "--image-strength says how much of a picture to keep, and there is none: use --image PATH STRENGTH"
-            )
-        return
-    if args.image_strength == 0:
-        log.warning("a strength of 0 keeps nothing of %s: only its size is taken", args.image_path)
+    if args.image_path is None and was_given(args, "image_strength"):
+        raise UsageError(
+            "--image-strength says how much of a picture to keep, and there is none: use --image PATH STRENGTH"
+        )
 
 
 def take_settings(args: argparse.Namespace) -> None:

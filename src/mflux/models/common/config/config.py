@@ -64,6 +64,7 @@ class Config:
         self.guidance = 0.0 if guidance is None else float(guidance)
         self.image_path = image_path
         self.image_strength = image_strength
+        self._tell_strength()
         self.depth_image_path = _path(depth_image_path)
         self.redux_image_paths = [Path(path) for path in redux_image_paths] if redux_image_paths else None
         self.redux_image_strengths = redux_image_strengths
@@ -73,6 +74,20 @@ class Config:
         self.started = time.perf_counter()
         self._scheduler: BaseScheduler | None = None
         self._time_steps: tqdm | None = None
+
+    def _tell_strength(self) -> None:
+        """A strength that cancels the picture, or the drawing, does what it says, and says so."""
+        if self.image_path is None or self.image_strength is None:
+            return
+        if self.image_strength == 0:
+            log.warning("a strength of 0 keeps nothing of %s but its size", self.image_path)
+        elif self.init_time_step >= self.num_inference_steps:
+            log.warning(
+                "a strength of %g leaves none of %d steps to take: the picture is %s as the autoencoder gives it back",
+                self.image_strength,
+                self.num_inference_steps,
+                self.image_path,
+            )
 
     @property
     def image_seq_len(self) -> int:

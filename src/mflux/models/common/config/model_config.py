@@ -99,6 +99,12 @@ class ModelConfig(metaclass=_Precision):
         self.default_size = default_size
         self.family = family
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelConfig) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(self.model_name)
+
     @property
     def precision(self) -> mx.Dtype:
         """The dtype that this machine computes in."""
