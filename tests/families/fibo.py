@@ -145,8 +145,7 @@ def vae_reference(**settings):
 
     small = dict(
         base_dim=4, decoder_base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1,
-        temperal_downsample=[False, True],
-        is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8,
+        temperal_downsample=[False, True], is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8,
     ) | settings  # fmt: skip
     depth = small["z_dim"]
     return AutoencoderKLWan(

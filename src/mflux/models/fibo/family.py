@@ -30,9 +30,7 @@ FAMILY = Family(
         ),
     ),
     commands=(
-        Command(
-            "generate-fibo", "mflux.models.fibo.cli.fibo_generate", "draw with FIBO", models=("fibo", "fibo-lite")
-        ),
+        Command("generate-fibo", "mflux.models.fibo.cli.fibo_generate", "draw with FIBO", models=("fibo", "fibo-lite")),
         Command(
             "generate-fibo-edit",
             "mflux.models.fibo.cli.fibo_edit",

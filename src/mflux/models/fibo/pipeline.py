@@ -94,13 +94,12 @@ class FiboPipeline(Pipeline):
         own length: what is masked in a batch of both is not there in the first place."""
         prompts = [prompt] if guidance <= 1 else [prompt, negative_prompt or ""]
         states = self.encode_prompts(*prompts)
-        transformer = self.transformer
-        texts = [transformer.project_text(layers) for layers in states]
+        texts = [self.transformer.project_text(layers) for layers in states]
         mx.eval(texts)
         dtype = states[0][0].dtype
 
         def predict(latents: mx.array, sigma: mx.array, text: Sequence[mx.array], ids: mx.array) -> mx.array:
-            return transformer(latents.astype(dtype), sigma=sigma[None], text=text, image_ids=ids)
+            return self.transformer(latents.astype(dtype), sigma=sigma[None], text=text, image_ids=ids)
 
         def velocity(latents: mx.array, sigma: mx.array, ids: mx.array) -> mx.array:
             towards = predict(latents, sigma, texts[0], ids)

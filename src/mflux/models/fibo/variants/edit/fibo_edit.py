@@ -42,7 +42,7 @@ class FIBOEdit(FiboPipeline):
             height, width: in pixels, rounded down to multiples of 16; None for the size at which the model sees it.
             guidance: how closely to follow the prompt; up to 1 the negative prompt says nothing, and each step takes
                 half the time.
-            scheduler: both "linear" and "flow_match_euler_discrete" are the checkpoint's own; or "package.module.Class".
+            scheduler: "linear" and "flow_match_euler_discrete" are both the checkpoint's own; or "package.module.Class".
             negative_prompt: what to stay away from, in JSON or in words.
 
         Raises:
@@ -80,7 +80,6 @@ class FIBOEdit(FiboPipeline):
             return model(mx.concatenate([latents, reference], axis=1), sigma, ids)[:, : latents.shape[1]]
 
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
-        del model, velocity
 
         # 4. Decode
         image = self.picture(
