@@ -9,7 +9,7 @@ from mflux.models.common.mmdit import latent_image_ids
 from mflux.models.fibo.latent_creator.fibo_latent_creator import FiboLatentCreator
 from mflux.models.fibo.pipeline import FiboPipeline
 from mflux.models.fibo.prompts import check_edit
-from mflux.models.fibo.variants.edit.sources import file_name, own_size, source_picture
+from mflux.models.fibo.variants.edit.sources import own_size, source_picture
 from mflux.utils.generated_image import GeneratedImage
 
 
@@ -42,7 +42,7 @@ class FIBOEdit(FiboPipeline):
             height, width: in pixels, rounded down to multiples of 16; None for the size at which the model sees it.
             guidance: how closely to follow the prompt; up to 1 the negative prompt says nothing, and each step takes
                 half the time.
-            scheduler: "linear" and "flow_match_euler_discrete" are both the checkpoint's own; or "package.module.Class".
+            scheduler: "linear" or "flow_match_euler_discrete", both the checkpoint's own; or "package.module.Class".
             negative_prompt: what to stay away from, in JSON or in words.
 
         Raises:
@@ -88,8 +88,8 @@ class FIBOEdit(FiboPipeline):
             seed=seed,
             prompt=prompt,
             negative_prompt=negative_prompt,
-            image_path=file_name(image_path),
-            masked_image_path=file_name(mask_path),
+            image_path=image_path,
+            masked_image_path=mask_path,
         )
         image.prompt_beside = "fibo-edit-rmbg" not in self.model_config.aliases
         return image

@@ -14,10 +14,8 @@ _GREY = (128, 128, 128)
 _MOST_PIXELS = 1024 * 1024
 _GRID = 16
 
-Source = PIL.Image.Image | Path | str
 
-
-def source_picture(image: Source, mask: Source | None = None) -> PIL.Image.Image:
+def source_picture(image: Path | str, mask: Path | str | None = None) -> PIL.Image.Image:
     """A picture in RGB, grey where a mask is white.
 
     Raises:
@@ -44,13 +42,8 @@ def own_size(picture: PIL.Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def cut_out(image: Source, matte: PIL.Image.Image) -> PIL.Image.Image:
+def cut_out(image: Path | str, matte: PIL.Image.Image) -> PIL.Image.Image:
     """The picture at its full size, as transparent as its matte is dark."""
     picture = open_image(image).convert("RGB")
     picture.putalpha(matte.convert("L").resize(picture.size, PIL.Image.Resampling.LANCZOS))
     return picture
-
-
-def file_name(source: Source | None) -> Source | None:
-    """What a picture's settings say of a source: where it lies, and nothing of one that is only in memory."""
-    return None if isinstance(source, PIL.Image.Image) else source

@@ -41,7 +41,7 @@ class FIBO(FiboPipeline):
                 half the time. Fibo-lite was made without: it always takes 1.
             image_path: a picture to start from.
             image_strength: how much of it to keep: the share of steps that are left out, from 0 (nothing is kept) to 1.
-            scheduler: "linear" and "flow_match_euler_discrete" are both the checkpoint's own; or "package.module.Class".
+            scheduler: "linear" or "flow_match_euler_discrete", both the checkpoint's own; or "package.module.Class".
             negative_prompt: what to stay away from, in JSON or in words.
 
         Raises:
