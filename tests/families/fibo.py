@@ -195,7 +195,7 @@ COMPONENTS = (
         published={"FIBO/vae (Wan 2.2)": 704_688_668},
         full_size=vae_full_size,
         ignored=(".time_conv.weight", ".time_conv.bias"),
-        swap=dict(dim_mult=[2, 1], temperal_downsample=[True], decoder_base_dim=4),
+        swap=dict(dim_mult=[2, 1], temperal_downsample=[True], base_dim=6, decoder_base_dim=6),
         neutral=(same_sum_in_a_resnet,),
         neutral_pairs=3,
     ),
