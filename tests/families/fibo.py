@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from families.cases import Component, Pipeline
+from families.cases import Component, Pipeline, Tiny
 from families.flux import normal, token_ids
 from families.qwen import run_vae, run_vae_reference, same_sum_in_a_resnet
 from mflux.backend import mx
@@ -480,5 +480,54 @@ PIPELINES = (
         },
         ours=draw_edit,
         theirs=draw_edit_reference,
+    ),
+)
+
+
+# ---- a model that needs no reference
+
+
+def write_tiny(folder: Path, *, wide: bool = False) -> Path:
+    """A whole model of random weights, in the published layout."""
+    from tiny import published, write_json
+
+    width = 64 if wide else 32
+    write_tokenizer(folder / "tokenizer")
+    write_json(folder / "model_index.json", {"_class_name": "BriaFiboPipeline"})
+    write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+    )
+    parts = {
+        "text_encoder": (SmolLM3TextEncoder, "model", {
+            "model_type": "smollm3", "vocab_size": 320, "hidden_size": width, "intermediate_size": 2 * width,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 300,
+        }),
+        "transformer": (FiboTransformer, "diffusion_pytorch_model", {
+            "_class_name": "BriaFiboTransformer2DModel", "num_layers": 1, "num_single_layers": 2,
+            "attention_head_dim": width, "num_attention_heads": 2,
+            "axes_dims_rope": [width // 8, width * 7 // 16, width * 7 // 16],
+            "text_encoder_dim": width, "joint_attention_dim": 2 * width,
+        }),
+        "vae": (FiboAutoencoder, "diffusion_pytorch_model", {
+            "_class_name": "AutoencoderKLWan", "base_dim": 4, "decoder_base_dim": 8, "dim_mult": [1, 2, 2, 2],
+            "num_res_blocks": 1,
+        }),
+    }  # fmt: skip
+    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
+        write_json(folder / name / "config.json", config)
+        module = module_class(module_class.config_class.from_dict(config))
+        tensors = published(module, seed=number)
+        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
+    return folder
+
+
+TINY = (
+    Tiny(
+        write=write_tiny,
+        command="generate-fibo",
+        base_model="fibo",
+        pipeline="mflux.models.fibo.variants.txt2img.fibo:FIBO",
+        prompt=PROMPT,
     ),
 )
