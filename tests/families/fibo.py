@@ -502,6 +502,8 @@ def write_tiny(folder: Path, *, wide: bool = False) -> Path:
         "text_encoder": (SmolLM3TextEncoder, "model", {
             "model_type": "smollm3", "vocab_size": 320, "hidden_size": width, "intermediate_size": 2 * width,
             "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 300,
+            # As published: no shape of a folder that mflux 0.24 saved tells it.
+            "head_dim": 128,
         }),
         "transformer": (FiboTransformer, "diffusion_pytorch_model", {
             "_class_name": "BriaFiboTransformer2DModel", "num_layers": 1, "num_single_layers": 2,
