@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 
-from families.cases import Component
+from families.cases import Component, Pipeline, Tiny
 from families.flux import normal, token_ids
 from families.qwen import run_vae, run_vae_reference, same_sum_in_a_resnet
 from mflux.backend import mx
+from mflux.models.common.config import ModelConfig
 from mflux.models.common.mmdit import latent_image_ids
 from mflux.models.common.text_encoders.smollm3 import SmolLM3TextEncoder
+from mflux.models.fibo.latent_creator.fibo_latent_creator import FiboLatentCreator
 from mflux.models.fibo.model.autoencoder import FiboAutoencoder
 from mflux.models.fibo.model.transformer import FiboTransformer
 
@@ -145,8 +151,8 @@ def vae_reference(**settings):
 
     small = dict(
         base_dim=4, decoder_base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1,
-        temperal_downsample=[False, True],
-        is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8,
+        temperal_downsample=[False, True], is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_spatial=8,
     ) | settings  # fmt: skip
     depth = small["z_dim"]
     return AutoencoderKLWan(
@@ -189,7 +195,7 @@ COMPONENTS = (
         published={"FIBO/vae (Wan 2.2)": 704_688_668},
         full_size=vae_full_size,
         ignored=(".time_conv.weight", ".time_conv.bias"),
-        swap=dict(dim_mult=[2, 1], temperal_downsample=[True], decoder_base_dim=4),
+        swap=dict(dim_mult=[2, 1], temperal_downsample=[True], base_dim=6, decoder_base_dim=6),
         neutral=(same_sum_in_a_resnet,),
         neutral_pairs=3,
     ),
@@ -231,3 +237,299 @@ COMPONENTS = (
         ),
     ),
 )  # fmt: skip
+
+
+# ---- whole pictures
+
+PROMPT = json.dumps({"short_description": "a Café in Zürich, at night", "objects": []}, ensure_ascii=False)
+EDIT_PROMPT = json.dumps({"short_description": "a red wall", "edit_instruction": "Paint the wall red."})
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A byte-level tokenizer that begins every text with a token of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([PROMPT, EDIT_PROMPT], trainer)
+    tokenizer.add_special_tokens(["<|begin|>", "<|pad|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "pad_token": "<|pad|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_fibo(folder: Path, *, layers: int, blocks: tuple[int, int], edit: bool = False, **scheduler) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from reference import draw
+
+    write_tokenizer(folder / "tokenizer")
+    # The reference's empty prompt is the id 128000, whatever the tokenizer.
+    text = smollm3_reference(vocab_size=128256, hidden_size=32, num_hidden_layers=layers, bos_token_id=128000)
+    draw(text, 1).save_pretrained(folder / "text_encoder")
+    transformer = transformer_reference(
+        in_channels=48, num_layers=blocks[0], num_single_layers=blocks[1], text_encoder_dim=32
+    )
+    draw(transformer, 2).save_pretrained(folder / "transformer")
+    vae = vae_reference(
+        z_dim=48, dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True], scale_factor_spatial=16
+    )
+    draw(vae, 3, {"decoder.conv_out.weight": 0.2}).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **scheduler).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "BriaFiboEditPipeline" if edit else "BriaFiboPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "SmolLM3ForCausalLM"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "BriaFiboTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def photo(width: int, height: int):
+    """A smooth picture."""
+    import PIL.Image
+
+    pixels = np.random.default_rng(width).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
+
+
+def mask(width: int, height: int):
+    import PIL.Image
+
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[: height // 2, width // 3 :] = 255
+    return PIL.Image.fromarray(pixels)
+
+
+class Last:
+    """What the denoising loop ended with."""
+
+    def call_after_loop(self, latents, **_) -> None:
+        self.latents = latents
+
+
+def drawn(pipeline, **settings):
+    for name in settings.keys() & {"image_path", "mask_path"}:
+        path = pipeline.root / f"{name}.png"
+        settings[name].save(path)
+        settings[name] = path
+    last = Last()
+    pipeline.callbacks.register(last)
+    image = pipeline.generate_image(**settings).image
+    return np.array(last.latents), np.asarray(image)
+
+
+def draw_fibo(folder: Path, settings):
+    from mflux.models.fibo.variants.txt2img.fibo import FIBO
+
+    return drawn(FIBO(model_path=str(folder), model_config=ModelConfig.fibo()), **settings)
+
+
+def draw_edit(folder: Path, settings):
+    from mflux.models.fibo.variants.edit import FIBOEdit
+
+    return drawn(FIBOEdit(model_path=str(folder), model_config=ModelConfig.fibo_edit()), **settings)
+
+
+@cache
+def fibo_reference(folder: Path, name: str):
+    import diffusers
+
+    pipeline = getattr(diffusers, name).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(settings):
+    import torch
+
+    return torch.tensor(
+        np.array(FiboLatentCreator.create_noise(settings["seed"], settings["height"], settings["width"]))
+    )
+
+
+def draw_fibo_reference(folder: Path, settings):
+    import torch
+
+    pipeline = fibo_reference(folder, "BriaFiboPipeline")
+    latents = noise(settings)
+    steps, height, width = settings["num_inference_steps"], settings["height"], settings["width"]
+    if "image_path" in settings:
+        return from_picture_reference(pipeline, settings, latents)
+    common = dict(
+        prompt=settings["prompt"],
+        negative_prompt=settings.get("negative_prompt"),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=settings["guidance"],
+    )
+    result = pipeline(**common, latents=latents, output_type="latent").images
+    with torch.no_grad():
+        picture = pipeline(**common, latents=latents, output_type="pil").images[0]
+    return result, np.asarray(picture)
+
+
+def from_picture_reference(pipeline, settings, latents):
+    """The reference has no image to image: its own parts, begun at a later step."""
+    import torch
+    from diffusers.pipelines.bria_fibo.pipeline_bria_fibo import calculate_shift
+
+    vae, scheduler, steps = pipeline.vae, pipeline.scheduler, settings["num_inference_steps"]
+    height, width = settings["height"], settings["width"]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
+    pixels = pipeline.image_processor.preprocess(settings["image_path"], height=height, width=width)
+    with torch.no_grad():
+        encoded = (vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+        picture = encoded.flatten(2).transpose(1, 2)
+        mu = calculate_shift(latents.shape[1], 256, 4096, 0.5, 1.15)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+        begin = max(1, int(steps * settings["image_strength"]))
+        sigmas = scheduler.sigmas
+        latents = (1 - sigmas[begin]) * picture + sigmas[begin] * latents
+        embeds, _, text_ids, _, _, layers, _ = pipeline.encode_prompt(settings["prompt"], guidance_scale=1)
+        blocks = pipeline.transformer.config.num_layers + pipeline.transformer.config.num_single_layers
+        for step in range(begin, steps):
+            velocity = pipeline.transformer(
+                hidden_states=latents,
+                encoder_hidden_states=embeds,
+                text_encoder_layers=layers[-blocks:],
+                timestep=1000 * sigmas[step][None],
+                img_ids=pipeline._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32),
+                txt_ids=text_ids[0],
+            ).sample
+            latents = latents + (sigmas[step + 1] - sigmas[step]) * velocity
+        unpacked = latents.transpose(1, 2).unflatten(2, (height // 16, width // 16))
+        decoded = vae.decode((unpacked * std + mean)[:, :, None]).sample[:, :, 0]
+    return latents, np.asarray(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])
+
+
+def draw_edit_reference(folder: Path, settings):
+    pipeline = fibo_reference(folder, "BriaFiboEditPipeline")
+    common = dict(
+        prompt=settings["prompt"],
+        negative_prompt=settings.get("negative_prompt"),
+        mask=settings.get("mask_path"),
+        height=settings["height"],
+        width=settings["width"],
+        num_inference_steps=settings["num_inference_steps"],
+        guidance_scale=settings["guidance"],
+        latents=noise(settings),
+    )
+    # A mask is pasted into the list of pictures that is given.
+    result = pipeline(**common, image=settings["image_path"].copy(), output_type="latent").images
+    picture = pipeline(**common, image=settings["image_path"].copy(), output_type="pil").images[0]
+    return result, np.asarray(picture)
+
+
+def _picture(**settings):
+    return dict(seed=3, prompt=PROMPT, num_inference_steps=3, height=64, width=96, guidance=5.0) | settings
+
+
+def _edit(**settings):
+    return _picture(**dict(prompt=EDIT_PROMPT, image_path=photo(96, 64)) | settings)
+
+
+PIPELINES = (
+    Pipeline(
+        name="pictures",
+        folders={
+            "fewer states than blocks": lambda folder: write_fibo(folder, layers=4, blocks=(3, 5)),
+            "more states than blocks, to a terminal": lambda folder: write_fibo(
+                folder, layers=6, blocks=(1, 3), shift_terminal=0.02
+            ),
+        },
+        pictures={
+            "guided away from nothing": ("fewer states than blocks", _picture()),
+            "guided away from words": (
+                "fewer states than blocks",
+                _picture(negative_prompt="blurry, ugly " * 12, num_inference_steps=5, height=80, width=32),
+            ),
+            "not guided": ("fewer states than blocks", _picture(guidance=1.0, num_inference_steps=1)),
+            "to a terminal": ("more states than blocks, to a terminal", _picture(seed=9, num_inference_steps=7)),
+            "from a picture": (
+                "more states than blocks, to a terminal",
+                _picture(guidance=1.0, image_path=photo(64, 64), image_strength=0.5, num_inference_steps=5),
+            ),
+        },
+        ours=draw_fibo,
+        theirs=draw_fibo_reference,
+    ),
+    Pipeline(
+        name="edits",
+        folders={"edit": lambda folder: write_fibo(folder, layers=4, blocks=(2, 4), edit=True)},
+        pictures={
+            "guided": ("edit", _edit()),
+            "masked, with words to stay away from": (
+                "edit",
+                _edit(mask_path=mask(96, 64), negative_prompt="a blue wall", guidance=2.5, num_inference_steps=4),
+            ),
+            "another size than the picture's, not guided": (
+                "edit",
+                _edit(image_path=photo(70, 121), height=48, width=80, guidance=1.0),
+            ),
+        },
+        ours=draw_edit,
+        theirs=draw_edit_reference,
+    ),
+)
+
+
+# ---- a model that needs no reference
+
+
+def write_tiny(folder: Path, *, wide: bool = False) -> Path:
+    """A whole model of random weights, in the published layout."""
+    from tiny import published, write_json
+
+    width = 64 if wide else 32
+    write_tokenizer(folder / "tokenizer")
+    write_json(folder / "model_index.json", {"_class_name": "BriaFiboPipeline"})
+    write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+    )
+    parts = {
+        "text_encoder": (SmolLM3TextEncoder, "model", {
+            "model_type": "smollm3", "vocab_size": 320, "hidden_size": width, "intermediate_size": 2 * width,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 300,
+            # As published: no shape of a folder that mflux 0.24 saved tells it.
+            "head_dim": 128,
+        }),
+        "transformer": (FiboTransformer, "diffusion_pytorch_model", {
+            "_class_name": "BriaFiboTransformer2DModel", "num_layers": 1, "num_single_layers": 2,
+            "attention_head_dim": width, "num_attention_heads": 2,
+            "axes_dims_rope": [width // 8, width * 7 // 16, width * 7 // 16],
+            "text_encoder_dim": width, "joint_attention_dim": 2 * width,
+        }),
+        "vae": (FiboAutoencoder, "diffusion_pytorch_model", {
+            "_class_name": "AutoencoderKLWan", "base_dim": 4, "decoder_base_dim": 8, "dim_mult": [1, 2, 2, 2],
+            "num_res_blocks": 1,
+        }),
+    }  # fmt: skip
+    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
+        write_json(folder / name / "config.json", config)
+        module = module_class(module_class.config_class.from_dict(config))
+        tensors = published(module, seed=number)
+        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
+    return folder
+
+
+TINY = (
+    Tiny(
+        write=write_tiny,
+        command="generate-fibo",
+        base_model="fibo",
+        pipeline="mflux.models.fibo.variants.txt2img.fibo:FIBO",
+        prompt=PROMPT,
+    ),
+)

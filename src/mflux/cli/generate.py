@@ -15,7 +15,7 @@ from typing import Any
 from mflux.cli import parser as options
 from mflux.cli.parser import was_given
 from mflux.errors import NotBuiltError, UsageError
-from mflux.models.common.family import built, found
+from mflux.models.common.family import STAGES, built, found
 from mflux.utils import values
 from mflux.utils.scale_factor import ScaleFactor
 from mflux.utils.settings import SETTINGS
@@ -42,11 +42,16 @@ class Generate:
         add_options: adds the command's own options to the parser.
         sources: destinations of options, beside `image_path`, that name pictures: one path, or a list of them.
         size_source: the destination whose picture (the first, if several) gives the size for `auto` and `2x`.
+        own_size: whether the class chooses the size where none is said, although there is a source picture.
         ignored: destination → why the option is ignored; said as a warning where it is given.
         check: the command's own checks of its options, before anything heavy: called with the options and the model's
-            configuration; raises `UsageError`.
+            configuration; may fill in what is not said, and raises `UsageError`.
         build: further arguments for the class.
         draw: further arguments for `generate_image`.
+        rewrite: how words become the prompt that the class takes. Called with the options and the words before anything
+            is loaded, and raises what there is to be refused; what it returns makes the prompt, and is called when the
+            model's folder is known to be sound and none of its components is in memory.
+        pixels: called with the picture and the options, gives what is written in its place, with its settings.
         after: called with the picture, the path it went to, and the options, for what a command writes beside it.
     """
 
@@ -61,10 +66,13 @@ class Generate:
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
     sources: tuple[str, ...] = ()
     size_source: str = "image_path"
+    own_size: bool = False
     ignored: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[argparse.Namespace, Any], None] | None = None
     build: Callable[[argparse.Namespace], dict[str, Any]] | None = None
     draw: Callable[[argparse.Namespace], dict[str, Any]] | None = None
+    rewrite: Callable[[argparse.Namespace, str], Callable[[], str]] | None = None
+    pixels: Callable[[Any, argparse.Namespace], Any] | None = None
     after: Callable[[Any, Any, argparse.Namespace], None] | None = None
 
     def build_parser(self) -> options.MfluxParser:
@@ -125,6 +133,7 @@ class Generate:
             scheduler_class(args.scheduler)
         prompt = None if "prompt" in self.leave_out else options.read_prompt(args)
         width, height = self._size(args, model_config)
+        make_prompt = self._prompt_maker(args, prompt)
 
         pipeline = found(self.pipeline)(**self._constructor(args, model_config, is_builtin(args.model)))
         if (
@@ -136,16 +145,27 @@ class Generate:
         memory = prepare_machine(args, pipeline)
         options.advise()
 
+        if make_prompt is not None:
+            said, prompt = prompt, make_prompt()
         for index, seed in enumerate(args.seed):
             pipeline.is_last_picture = index == len(args.seed) - 1
             if index > 0 and getattr(args, "prompt_file", None) is not None:
-                prompt = options.read_prompt(args)
+                words = options.read_prompt(args)
+                if self.rewrite is None:
+                    prompt = words
+                elif words != said:
+                    said, make_prompt = words, self._prompt_maker(args, words)
+                    pipeline.release_stages(*STAGES)
+                    prompt = make_prompt()
             image = pipeline.generate_image(**self._picture(args, seed, prompt, width, height))
-            path = options.save_picture(image, args, seed)
+            path = options.save_picture(image, args, seed, self.pixels(image, args) if self.pixels else None)
             if self.after is not None:
                 self.after(image, path, args)
         if memory is not None:
             log.info(memory.memory_stats())
+
+    def _prompt_maker(self, args: argparse.Namespace, words: str | None) -> Callable[[], str] | None:
+        return None if self.rewrite is None or words is None else self.rewrite(args, words)
 
     def _constructor(self, args: argparse.Namespace, model_config, builtin: bool) -> dict[str, Any]:
         arguments = {
@@ -190,8 +210,6 @@ class Generate:
 
         if args.model is None and args.base_model is None:
             raise UsageError(f"no model was named: {suggestion()}")
-        if "prompt" not in self.leave_out and args.prompt is None and args.prompt_file is None:
-            raise UsageError('no prompt was given: use --prompt "…", --prompt - or --prompt-file FILE')
         args.model = args.model or args.base_model
         args.base_model = args.base_model or recorded_base_model(args.model)
         key = built_key(args.model, args.base_model)
@@ -207,6 +225,8 @@ class Generate:
             args.steps = config.default_steps or DEFAULT_STEPS
         if self.check is not None:
             self.check(args, config)
+        if "prompt" not in self.leave_out and args.prompt is None and args.prompt_file is None:
+            raise UsageError('no prompt was given: use --prompt "…", --prompt - or --prompt-file FILE')
         return config
 
     def _size(self, args: argparse.Namespace, model_config) -> tuple[int | None, int | None]:
@@ -226,6 +246,10 @@ class Generate:
             sources = getattr(args, name)
             for source in sources if isinstance(sources, list) else [sources]:
                 open_image(source)
+        if self.own_size and all(
+            isinstance(side, ScaleFactor) and side.value == 1 for side in (args.width, args.height)
+        ):
+            return None, None
         reference = getattr(args, self.size_source, None) or None
         if isinstance(reference, list):
             reference = reference[0]

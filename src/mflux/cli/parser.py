@@ -411,10 +411,11 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def save_picture(image, args: argparse.Namespace, seed: int) -> Path:
-    """Write a picture where the options say, and tell where it went."""
-    path = image.save(
+def save_picture(image, args: argparse.Namespace, seed: int, pixels=None) -> Path:
+    """Write a picture, or other pixels with its settings, where the options say, and tell where it went."""
+    path = image.save_with_image(
         args.output.replace("{seed}", str(seed)),
+        image.image if pixels is None else pixels,
         export_json_metadata=args.metadata,
         embed_metadata=not args.no_metadata,
     )

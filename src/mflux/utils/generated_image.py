@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mflux.utils.atomic_files import write_atomically
 from mflux.utils.paths import recorded_file, recorded_source, user_path
 from mflux.utils.picture_files import save_picture
 from mflux.utils.version_util import VersionUtil
@@ -25,6 +27,8 @@ class GeneratedImage:
 
     # The folder or repository that the weights were taken from, None for a built-in model's own; set by the pipeline.
     model_path: str | None = None
+    # Whether the prompt, a JSON object, goes beside the picture as `name.json`; set by the pipeline.
+    prompt_beside: bool = False
 
     def __init__(
         self,
@@ -117,7 +121,7 @@ class GeneratedImage:
         embed_metadata: bool = True,
     ) -> Path:
         """Write another picture with this one's settings."""
-        return save_picture(
+        saved = save_picture(
             pixel_image,
             path,
             self._get_metadata(),
@@ -125,6 +129,21 @@ class GeneratedImage:
             overwrite=overwrite,
             embed_metadata=embed_metadata,
         )
+        if self.prompt_beside:
+            self._save_prompt(saved.with_suffix(".json"), overwrite)
+        return saved
+
+    def _save_prompt(self, path: Path, overwrite: bool) -> None:
+        """Write the prompt for a person to change, unless it was taken from this very file."""
+        prompt = json.loads(self.prompt)
+        try:
+            if json.loads(path.read_bytes()) == prompt:
+                return
+        except (OSError, ValueError, RecursionError):
+            pass
+        text = json.dumps(prompt, indent=2, ensure_ascii=False)
+        # Half a character, which JSON may escape, is no UTF-8.
+        write_atomically(path, lambda file: file.write(text.encode(errors="replace")), overwrite=overwrite)
 
     def save_with_heatmap(
         self,

@@ -69,8 +69,33 @@ class PromptTokenizer:
         return ids + [self._pad] * (length - len(ids))
 
 
-def text_ids(tokenizer: Tokenizer, text: str, source: object = "the tokenizer") -> list[int]:
-    """Ids of a text, however many they are.
+class WholeTokenizer:
+    """What `tokenizer.json` says, special tokens included, and nothing else."""
+
+    def __init__(self, tokenizer: Tokenizer, source: object = "the tokenizer"):
+        self._tokenizer, self._source = tokenizer, source
+
+    def encode(self, text: str, *, max_length: int) -> list[int]:
+        """Ids of one text; what is too long is cut at its end, with the special tokens kept."""
+        ids = self._ids(text)
+        if len(ids) > max_length:
+            self._tokenizer.enable_truncation(max_length)
+            ids = self._ids(text)
+            self._tokenizer.no_truncation()
+        return ids
+
+    def is_cut(self, text: str, *, max_length: int) -> bool:
+        """Whether `encode` has to leave something of the text out."""
+        return len(self._ids(text)) > max_length
+
+    def _ids(self, text: str) -> list[int]:
+        return text_ids(self._tokenizer, text, self._source, special=True)
+
+
+def text_ids(
+    tokenizer: Tokenizer, text: str, source: object = "the tokenizer", *, special: bool = False
+) -> list[int]:
+    """Ids of a text, however many they are; `special` adds the tokens that the tokenizer's own template has.
 
     Raises:
         UsageError: it is not text, or longer than anyone needs.
@@ -78,7 +103,7 @@ def text_ids(tokenizer: Tokenizer, text: str, source: object = "the tokenizer") 
     """
     check_prompt(text)
     with library_call(source, "cannot read this prompt"):
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(text, add_special_tokens=special).ids
 
 
 def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
@@ -140,6 +165,22 @@ def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
     special, _ = special_tokens(folder, _T5_SPECIAL)
     end, pad = (id_of(vocabulary, special[kind], folder) for kind in ("eos_token", "pad_token"))
     return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad, source=folder)
+
+
+def whole_tokenizer(folder: str | Path) -> WholeTokenizer:
+    """A tokenizer that stands in `tokenizer.json` as it is; transformers' `PreTrainedTokenizerFast`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    path = Path(folder) / "tokenizer.json"
+    content = read_json(path)
+    check_tokenizer(content, path)
+    with library_call(path):
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return WholeTokenizer(tokenizer, source=folder)
 
 
 def _character_map(normalizer: object) -> dict | None:

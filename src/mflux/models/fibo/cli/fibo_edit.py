@@ -1,0 +1,115 @@
+"""`mflux-generate-fibo-edit`: pictures edited with FIBO-Edit, and cut out with FIBO-Edit-RMBG."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mflux.cli.generate import Generate
+from mflux.errors import UsageError
+from mflux.models.fibo.cli.words import add_vlm_option, with_vlm
+from mflux.models.fibo.family import FAMILY
+from mflux.models.fibo.prompts import MATTE_PROMPT, VLM_SEED, as_object, check_edit
+
+_REMOVER = "fibo-edit-rmbg"
+# Formats that hold transparency.
+_TRANSPARENT = (".png", ".webp", ".tif", ".tiff")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("picture to edit")
+    group.add_argument("--image-path", type=Path, help="the picture")
+    group.add_argument(
+        "--mask-path",
+        dest="masked_image_path",
+        type=Path,
+        help="a picture of the same size, white where the picture is to be edited",
+    )
+    group.add_argument(
+        "--matte-output",
+        help=f"with {_REMOVER}: also write its matte, white where the cut-out is opaque; {{seed}} stands for the seed",
+    )
+    add_vlm_option(parser)
+
+
+def check(args: argparse.Namespace, config) -> None:
+    args.removes = _REMOVER in config.aliases
+    if args.image_path is None:
+        raise UsageError("no picture to edit was given: use --image-path PATH")
+    if args.guidance is None:
+        args.guidance = 1.0 if args.removes else 3.5
+    if not args.removes:
+        if args.matte_output is not None:
+            raise UsageError(f"--matte-output goes with --model {_REMOVER}: only that one makes a matte")
+        return
+    if args.prompt is None and args.prompt_file is None:
+        args.prompt = MATTE_PROMPT
+    if Path(args.output).suffix.lower() not in _TRANSPARENT:
+        raise UsageError(f"{args.output} cannot hold transparency, and a cut-out has some: use .png, .webp or .tiff")
+    if args.matte_output is not None:
+        from mflux.utils.picture_files import check_output
+
+        for seed in args.seed:
+            check_output(matte_path(args, seed))
+
+
+def rewrite(args: argparse.Namespace, words: str) -> Callable[[], str]:
+    from mflux.models.fibo.variants.edit.sources import source_picture
+
+    # Also where there is nothing to rewrite: a mask that does not fit is told before anything is loaded.
+    picture = source_picture(args.image_path, args.masked_image_path)
+    if as_object(words) is not None:
+        check_edit(words)
+        return lambda: words
+    has_mask = args.masked_image_path is not None
+    return with_vlm(args, lambda vlm: vlm.edit(picture, words, use_mask=has_mask, seed=VLM_SEED))
+
+
+def draw(args: argparse.Namespace) -> dict[str, Any]:
+    return {"image_path": args.image_path, "mask_path": args.masked_image_path}
+
+
+def pixels(image, args: argparse.Namespace):
+    if not args.removes:
+        return image.image
+    from mflux.models.fibo.variants.edit.sources import cut_out
+
+    return cut_out(args.image_path, image.image)
+
+
+def write_matte(image, path: Path, args: argparse.Namespace) -> None:
+    if args.removes and args.matte_output is not None:
+        from mflux.cli.parser import say
+
+        say(str(image.save(matte_path(args, image.seed), embed_metadata=not args.no_metadata)))
+
+
+def matte_path(args: argparse.Namespace, seed: int) -> str:
+    return args.matte_output.replace("{seed}", str(seed))
+
+
+COMMAND = Generate(
+    prog="mflux-generate-fibo-edit",
+    description="Edit a picture with FIBO-Edit, or cut out what is in it with FIBO-Edit-RMBG.",
+    pipeline="mflux.models.fibo.variants.edit.fibo_edit:FIBOEdit",
+    models=FAMILY.commands[1].models,
+    default_size="the picture's own, up to about a megapixel",
+    leave_out=("image", "pid"),
+    defaults={"model": "fibo-edit"},
+    guidance=None,
+    add_options=add_options,
+    sources=("image_path", "masked_image_path"),
+    own_size=True,
+    check=check,
+    rewrite=rewrite,
+    draw=draw,
+    pixels=pixels,
+    after=write_matte,
+)
+build_parser, main = COMMAND.build_parser, COMMAND.main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""FIBO as data: its components, commands and models."""
+
+from mflux.models.common.family import Command, Component, Family
+
+_EDIT = "mflux.models.fibo.variants.edit.fibo_edit:FIBOEdit"
+
+FAMILY = Family(
+    title="FIBO",
+    components=(
+        Component(
+            "text_encoder",
+            "mflux.models.common.text_encoders.smollm3:SmolLM3TextEncoder",
+            "text_encoder",
+            stage="encode",
+            stem="model",
+        ),
+        Component(
+            "transformer",
+            "mflux.models.fibo.model.transformer:FiboTransformer",
+            "transformer",
+            published_class="BriaFiboTransformer2DModel",
+            lora=True,
+        ),
+        Component(
+            "vae",
+            "mflux.models.fibo.model.autoencoder:FiboAutoencoder",
+            "vae",
+            stage="decode",
+            published_class="AutoencoderKLWan",
+        ),
+    ),
+    commands=(
+        Command("generate-fibo", "mflux.models.fibo.cli.fibo_generate", "draw with FIBO", models=("fibo", "fibo-lite")),
+        Command(
+            "generate-fibo-edit",
+            "mflux.models.fibo.cli.fibo_edit",
+            "edit a picture, or cut out what is in it, with FIBO-Edit",
+            models=("fibo-edit", "fibo-edit-rmbg"),
+        ),
+    ),
+    pipelines=(
+        ("fibo-edit", _EDIT),
+        ("fibo-edit-rmbg", _EDIT),
+        ("*", "mflux.models.fibo.variants.txt2img.fibo:FIBO"),
+    ),
+    lora="mflux.models.fibo.lora_names:LORA",
+    open_folder="mflux.models.fibo.weights_024:open_folder",
+)

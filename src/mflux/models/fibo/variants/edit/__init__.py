@@ -1,0 +1,3 @@
+from mflux.models.fibo.variants.edit.fibo_edit import FIBOEdit
+
+__all__ = ["FIBOEdit"]

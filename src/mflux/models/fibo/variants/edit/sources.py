@@ -1,0 +1,49 @@
+"""The picture that FIBO-Edit works on, as the model sees it, and what becomes of its matte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import PIL.Image
+
+from mflux.errors import UsageError
+from mflux.utils.image_util import ImageUtil, open_image
+
+_GREY = (128, 128, 128)
+# The model was made for pictures of about this many pixels.
+_MOST_PIXELS = 1024 * 1024
+_GRID = 16
+
+
+def source_picture(image: Path | str, mask: Path | str | None = None) -> PIL.Image.Image:
+    """A picture in RGB, grey where a mask is white.
+
+    Raises:
+        ImageError: one of them cannot be read.
+        UsageError: their sizes differ.
+    """
+    picture = ImageUtil.load_image(image)
+    if mask is None:
+        return picture
+    white = open_image(mask).convert("L")
+    if white.size != picture.size:
+        raise UsageError(
+            f"the mask has {white.width} x {white.height} pixels and the picture {picture.width} x {picture.height}: "
+            "--mask-path wants one of the picture's size"
+        )
+    return PIL.Image.composite(PIL.Image.new("RGB", picture.size, _GREY), picture, white)
+
+
+def own_size(picture: PIL.Image.Image) -> tuple[int, int]:
+    """Width and height at which the model sees a picture: its own to the nearest multiple of 16, shrunk to about a
+    megapixel if it is larger."""
+    shrunk = min(1.0, (_MOST_PIXELS / float(picture.width * picture.height)) ** 0.5)
+    width, height = (max(_GRID, round(side * shrunk / _GRID) * _GRID) for side in picture.size)
+    return width, height
+
+
+def cut_out(image: Path | str, matte: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture at its full size, as transparent as its matte is dark."""
+    picture = open_image(image).convert("RGB")
+    picture.putalpha(matte.convert("L").resize(picture.size, PIL.Image.Resampling.LANCZOS))
+    return picture
