@@ -36,6 +36,8 @@ class Generate:
         models: what it draws with, keys of the registry.
         default_size: what is taken where no size is said, for the help.
         leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`).
+        published_schedule: whether `--scheduler`'s default is only what 0.24 took: where nothing is said the class gets
+            None and takes the checkpoint's schedule, and a picture that 0.24 or older made is replayed with 0.24's.
         defaults: other defaults than the common ones, by destination: {"scheduler": …, "model": …, "width": 1024}.
             A width and height that are numbers make both options plain numbers of pixels.
         guidance: what is taken where no guidance is said; None leaves it to the class.
@@ -61,6 +63,7 @@ class Generate:
     models: tuple[str, ...]
     default_size: str = "1024; the source picture's, if there is one"
     leave_out: tuple[str, ...] = ()
+    published_schedule: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     guidance: float | None = 3.5
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
@@ -184,7 +187,7 @@ class Generate:
             "num_inference_steps": args.steps,
             "height": height,
             "width": width,
-            "scheduler": args.scheduler,
+            "scheduler": args.scheduler if self._schedule_is_said(args) else None,
         }
         if prompt is not None:
             arguments["prompt"] = prompt
@@ -198,6 +201,9 @@ class Generate:
             arguments["negative_prompt"] = args.negative_prompt
         return arguments | (self.draw(args) if self.draw else {})
 
+    def _schedule_is_said(self, args: argparse.Namespace) -> bool:
+        return not self.published_schedule or was_given(args, "scheduler") or getattr(args, "of_old_picture", False)
+
     def _check(self, args: argparse.Namespace):
         """The model's configuration, once all that needs no weights has been found in order.
 
@@ -210,7 +216,8 @@ class Generate:
 
         if args.model is None and args.base_model is None:
             raise UsageError(f"no model was named: {suggestion()}")
-        args.model = args.model or args.base_model
+        if args.model in (None, self.defaults.get("model")) and was_given(args, "base_model"):
+            args.model = args.base_model
         args.base_model = args.base_model or recorded_base_model(args.model)
         key = built_key(args.model, args.base_model)
         if key not in self.models:
@@ -292,6 +299,8 @@ def take_settings(args: argparse.Namespace) -> None:
             f"{source}: the model of that picture is decoded with PiD, which is not built yet: --no-pid-decode does "
             "without"
         )
+    # Its schedule is the command's of then, or the one that is written down.
+    args.of_old_picture = settings.get("scheduler") is not None or is_old(settings.get("mflux_version"))
     for setting in SETTINGS:
         value = settings.get(setting.name)
         if setting.read is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
@@ -312,6 +321,11 @@ def take_settings(args: argparse.Namespace) -> None:
     if args.scheduler and "." in args.scheduler and not was_given(args, "scheduler"):
         raise UsageError(f"{source}: its scheduler {args.scheduler} would be imported: say --scheduler yourself")
     _take_model(args, settings)
+
+
+def is_old(version: Any) -> bool:
+    """Whether that is mflux 0.24's version or an older one."""
+    return isinstance(version, str) and version.startswith("0.")
 
 
 def _take_model(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
@@ -344,6 +358,7 @@ def prepare_machine(args: argparse.Namespace, pipeline):
 
     if args.vae_tiling or args.vae_tile_size:
         pipeline.tiling_config = TilingConfig(vae_decode_tile_size=args.vae_tile_size or 512)
+    pipeline.vae_full_precision = getattr(args, "vae_full_precision", False)
     limit = int(args.mlx_cache_limit_gb * 1e9) if args.mlx_cache_limit_gb else None
     pipeline.callbacks.register(BatterySaver(args.battery_percentage_stop_limit))
     if args.stepwise_image_output_dir:

@@ -253,6 +253,32 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image-strength", type=values.strength, default=0.4, help="the strength alone")
 
 
+def add_compute_precision_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compute-precision",
+        choices=["float16"],
+        help="compute attention and feed-forwards in float16, for GPUs that are slow with bfloat16",
+    )
+
+
+def add_vae_precision_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vae-full-precision",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="run the autoencoder in float32 and on the whole picture at once; takes more memory",
+    )
+
+
+def add_float32_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--float32",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep what passes between the transformer's layers in float32, as mflux up to 0.20 did",
+    )
+
+
 def add_pid_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("PiD decoder")
     group.add_argument(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mflux.backend import mx, nn, tree_flatten
+from mflux.backend import compute_dtype, mx, nn, tree_flatten
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.checkpoints.loading import load_component
 from mflux.checkpoints.published import PublishedFolder
@@ -118,6 +118,8 @@ class Pipeline:
         self.keep_transformer = True
         # and before the last picture is decoded.
         self.is_last_picture = False
+        # Encode and decode in float32, whatever the weights are stored in, and the whole picture at once.
+        self.vae_full_precision = False
 
     @classmethod
     def from_name(cls, model_name: str, quantize: int | None = None) -> Pipeline:
@@ -171,12 +173,21 @@ class Pipeline:
         """A component, filled from its folder, with its LoRAs."""
         folder = self.folder_of(component)
         part = component.folder
+        module_class = component.module_class()
+        if keep_dtypes:
+            # What a class leaves out because no picture needs it belongs into a folder that others read as well.
+            module_class = getattr(module_class, "whole", module_class)
+        dtype = getattr(mx, component.dtype) if component.dtype else None
+        if dtype is not None and not keep_dtypes:
+            dtype = compute_dtype(dtype)
+        full = self.vae_full_precision and component.name == "vae"
         load = partial(
             load_component,
-            component.module_class(),
+            module_class,
             folder.root / part,
+            dtype=mx.float32 if full and not keep_dtypes else dtype,
             quantize=self._quantize,
-            keep_dtypes=keep_dtypes,
+            keep_dtypes=keep_dtypes and dtype is None,
             config=folder.config(part),
             tensors=folder.tensors(part),
         )
@@ -329,7 +340,7 @@ class Pipeline:
             MfluxError: it holds numbers that are not finite.
         """
         unpacked = self.latent_creator.unpack_latents(latents, config.height, config.width)
-        decoded = tiling.decode(self.vae, unpacked, self.tiling_config)
+        decoded = tiling.decode(self.vae, unpacked, None if self.vae_full_precision else self.tiling_config)
         mx.eval(decoded)
         if not mx.isfinite(decoded).all().item():
             raise _not_finite("what the autoencoder makes of the latents")
@@ -354,7 +365,8 @@ class Pipeline:
         self.enter("decode")
         with timed("decode"):
             decoded = self.decode(latents, config)
-        unusual = {name: value for name, value in (parameters or {}).items() if value not in (None, False)}
+        parameters = {"vae_full_precision": self.vae_full_precision} | dict(parameters or {})
+        unusual = {name: value for name, value in parameters.items() if value not in (None, False)}
         if config.scheduler_name not in ("linear", "LinearScheduler"):
             unusual.setdefault("scheduler", config.scheduler_name)
         if self.lora_paths and not self.bake_lora:
