@@ -818,8 +818,8 @@ def test_the_class_refuses_what_is_not_built(tiny_schnell):
         ({"width": 8}, "a width of 8 is too small"),
         ({"height": 20000}, "a height of 20000 is too large"),
         ({"image_strength": 1.5}, "image_strength is 1.5: it must be at most 1"),
-        ({"seed": -1}, "-1 is no seed"),
-        ({"seed": 2**64}, "is no seed"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "a seed is a whole number"),
         ({"scheduler": "cosine"}, "the scheduler 'cosine' is not known"),
     ],
 )

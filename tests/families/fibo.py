@@ -530,6 +530,8 @@ TINY = (
         command="generate-fibo",
         base_model="fibo",
         pipeline="mflux.models.fibo.variants.txt2img.fibo:FIBO",
+        # What the command takes where nothing is said.
+        generate={"guidance": 5.0},
         prompt=PROMPT,
     ),
 )

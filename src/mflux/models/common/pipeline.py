@@ -28,7 +28,9 @@ from mflux.models.common.config.saved_model import FILE_NAME, record
 from mflux.models.common.family import STAGES, Component, Family, families, found
 from mflux.models.common.lora.library import find_lora, settle_scales
 from mflux.models.common.lora.reading import LoraNames, Loras
+from mflux.models.common.noise import check_seed
 from mflux.models.common.stages import Part, give_back_memory, is_loaded, release, timed
+from mflux.models.common.tokenizer_checks import check_prompt
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -262,8 +264,14 @@ class Pipeline:
 
     # ---- the stages of a picture
 
-    def settings(self, **settings: Any) -> Config:
-        """How one picture is to be made, from `generate_image`'s arguments."""
+    def settings(self, *, seed: int, prompt: str, **settings: Any) -> Config:
+        """How one picture is to be made, from `generate_image`'s arguments, all of them checked before any work.
+
+        Raises:
+            UsageError: one is of the wrong type, or makes no sense.
+        """
+        check_seed(seed)
+        check_prompt(prompt)
         return Config(model_config=self.model_config, **settings)
 
     def start(self, config: Config, noise: mx.array) -> mx.array:

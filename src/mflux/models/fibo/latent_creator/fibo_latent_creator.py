@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mflux.backend import mx
-from mflux.errors import UsageError
+from mflux.models.common.noise import noise
 
 _CHANNELS = 48
 _PIXELS = 16
@@ -12,15 +12,9 @@ _PIXELS = 16
 class FiboLatentCreator:
     @staticmethod
     def create_noise(seed: int, height: int, width: int) -> mx.array:
-        """Packed noise (1, height/16 · width/16, 48), float32: the same for a seed as in mflux 0.24.
-
-        Raises:
-            UsageError: a seed that does not fit into 64 bits.
-        """
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"{seed} is no seed: it must be from 0 to {2**64 - 1}")
-        noise = mx.random.normal((1, _CHANNELS, height // _PIXELS, width // _PIXELS), key=mx.random.key(seed))
-        return FiboLatentCreator.pack_latents(noise, height, width)
+        """Packed noise (1, height/16 · width/16, 48), float32; see `noise`."""
+        drawn = noise(seed, (1, _CHANNELS, height // _PIXELS, width // _PIXELS))
+        return FiboLatentCreator.pack_latents(drawn, height, width)
 
     @staticmethod
     def pack_latents(latents: mx.array, height: int, width: int) -> mx.array:

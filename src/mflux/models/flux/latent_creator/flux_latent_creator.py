@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mflux.backend import mx
-from mflux.errors import UsageError
+from mflux.models.common.noise import noise
 
 _CHANNELS = 16
 
@@ -11,14 +11,8 @@ _CHANNELS = 16
 class FluxLatentCreator:
     @staticmethod
     def create_noise(seed: int, height: int, width: int) -> mx.array:
-        """Packed noise (1, height/16 · width/16, 64), float32: the same for a seed as in mflux 0.24.
-
-        Raises:
-            UsageError: a seed that does not fit into 64 bits.
-        """
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"{seed} is no seed: it must be from 0 to {2**64 - 1}")
-        return mx.random.normal((1, (height // 16) * (width // 16), 4 * _CHANNELS), key=mx.random.key(seed))
+        """Packed noise (1, height/16 · width/16, 64), float32; see `noise`."""
+        return noise(seed, (1, (height // 16) * (width // 16), 4 * _CHANNELS))
 
     @staticmethod
     def pack_latents(latents: mx.array, height: int, width: int, num_channels_latents: int = _CHANNELS) -> mx.array:

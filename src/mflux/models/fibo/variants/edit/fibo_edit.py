@@ -53,6 +53,8 @@ class FIBOEdit(FiboPipeline):
         source = source_picture(image_path, mask_path)
         seen_width, seen_height = own_size(source)
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=seen_height if height is None else height,
             width=seen_width if width is None else width,

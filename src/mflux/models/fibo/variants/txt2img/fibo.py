@@ -52,6 +52,8 @@ class FIBO(FiboPipeline):
         if "fibo-lite" in self.model_config.aliases:
             guidance = 1.0
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height,
             width=width,

@@ -106,6 +106,8 @@ class Flux1(Pipeline):
         if negative_prompt:
             log.warning("--negative-prompt is ignored: FLUX.1 has no negative branch")
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height,
             width=width,
