@@ -305,15 +305,15 @@ def take_settings(args: argparse.Namespace) -> None:
         value = settings.get(setting.name)
         if setting.read is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
             continue
-        if was_given(args, setting.target, *setting.beaten_by):
+        if was_given(args, setting.name, *setting.beaten_by):
             continue
-        if not hasattr(args, setting.target):
+        if not hasattr(args, setting.name):
             raise UsageError(
                 f"{source} was made with {setting.label.lower()} ({setting.option}), which this command does not have: "
                 "use the command that made it"
             )
         try:
-            setattr(args, setting.target, setting.read(value))
+            setattr(args, setting.name, setting.read(value))
         except argparse.ArgumentTypeError as error:
             raise UsageError(
                 f"{source}: its {setting.name} makes no sense, {error}: say {setting.option} yourself"

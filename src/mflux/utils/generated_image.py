@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflux.utils.atomic_files import write_atomically
-from mflux.utils.paths import recorded_file, recorded_source, user_path
+from mflux.utils.paths import recorded_source, user_path
 from mflux.utils.picture_files import save_picture
-from mflux.utils.version_util import VersionUtil
+from mflux.utils.settings import settings_of
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -186,34 +185,7 @@ class GeneratedImage:
     def _get_metadata(self) -> dict[str, Any]:
         """Everything, with models, LoRAs and pictures named as `mflux.utils.paths` does: a picture goes out to others,
         and the folders that it was made in do not."""
-        settings = {
-            "mflux_version": VersionUtil.get_mflux_version(),
-            "model": _source(self.model_config.model_name),
-            "model_path": _source(self.model_path),
-            "base_model": _source(self.model_config.base_model),
-            "seed": self.seed,
-            "steps": self.steps,
-            "guidance": self.guidance if self.model_config.supports_guidance else None,
-            "height": self.height,
-            "width": self.width,
-            "precision": str(self.precision),
-            "quantize": self.quantization,
-            "generation_time_seconds": round(self.generation_time, 2),
-            "created_at": datetime.now().isoformat(),
-            "lora_paths": _sources(self.lora_paths),
-            "lora_scales": [float(scale) for scale in self.lora_scales] if self.lora_scales else None,
-            "image_path": _file(self.image_path),
-            "image_paths": _files(self.image_paths),
-            "image_strength": self.image_strength if self.image_path or self.image_paths else None,
-            "controlnet_image_path": _file(self.controlnet_image_path),
-            "controlnet_strength": float(self.controlnet_strength) if self.controlnet_strength else None,
-            "masked_image_path": _file(self.masked_image_path),
-            "depth_image_path": _file(self.depth_image_path),
-            "redux_image_paths": _files(self.redux_image_paths),
-            "redux_image_strengths": self.redux_image_strengths or None,
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt or None,
-        }
+        settings = settings_of(self)
         if self.pid_decode:
             settings |= {"pid_decode": True, "pid_degrade_sigma": self.pid_degrade_sigma}
         if taken := settings.keys() & self.generation_parameters.keys():
@@ -235,19 +207,3 @@ def _carried(value: Any) -> Any:
     if isinstance(value, list):
         return [_carried(item) for item in value]
     return recorded_source(value) if isinstance(value, str) else value
-
-
-def _source(name: str | Path | None) -> str | None:
-    return recorded_source(name) if name else None
-
-
-def _sources(names: list[str] | None) -> list[str] | None:
-    return [recorded_source(name) for name in names] if names else None
-
-
-def _file(path: str | Path | None) -> str | None:
-    return recorded_file(path) if path else None
-
-
-def _files(paths: list[str] | list[Path] | None) -> list[str] | None:
-    return [recorded_file(path) for path in paths] if paths else None

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from mflux.utils import values
+from mflux.utils.paths import recorded_file, recorded_source
+from mflux.utils.version_util import VersionUtil
 
 
 def _text(value: Any) -> str:
@@ -43,7 +46,41 @@ def _switch(value: Any) -> bool:
     return value
 
 
-_strength = _number(values.number(float))
+def _seeds(value: Any) -> list[int]:
+    return [_number(values.seed)(value)]
+
+
+def _guidance(picture: Any) -> Any:
+    return picture.guidance if picture.model_config.supports_guidance else None
+
+
+def _strength(picture: Any) -> Any:
+    return picture.image_strength if picture.image_path or picture.image_paths else None
+
+
+def _as_is(name: str) -> Callable[[Any], Any]:
+    """The attribute of a picture, None where it says nothing."""
+    return lambda picture: getattr(picture, name) or None
+
+
+def _source(name: str) -> Callable[[Any], Any]:
+    """The attribute, a model, a LoRA or several, without the folders of this machine."""
+    return lambda picture: _each(recorded_source, getattr(picture, name))
+
+
+def _file(name: str) -> Callable[[Any], Any]:
+    """The attribute, a file or several, likewise."""
+    return lambda picture: _each(recorded_file, getattr(picture, name))
+
+
+def _each(named: Callable[[Any], str], value: Any) -> Any:
+    if not value:
+        return None
+    return [named(item) for item in value] if isinstance(value, (list, tuple)) else named(value)
+
+
+def _floats(name: str) -> Callable[[Any], Any]:
+    return lambda picture: [float(value) for value in getattr(picture, name) or ()] or None
 
 
 @dataclass(frozen=True)
@@ -53,60 +90,74 @@ class Setting:
     Attributes:
         name: in the file.
         label: for a person.
+        write: what a `GeneratedImage` has to say of it; None for what pictures note in `generation_parameters`.
         read: checks what a file says; None for what no command line can say.
         option: what says it on a command line, for messages.
-        dest: where argparse puts it; `name` unless given.
-        beaten_by: further destinations that, when given, take its place.
+        beaten_by: destinations that, when given, take its place, beside its own, which is its name.
     """
 
     name: str
     label: str
+    write: Callable[[Any], Any] | None = None
     read: Callable[[Any], Any] | None = None
     option: str = ""
-    dest: str = ""
     beaten_by: tuple[str, ...] = ()
-
-    @property
-    def target(self) -> str:
-        return self.dest or self.name
 
 
 _LORA = ("lora", "lora_paths", "lora_style")
+_pixels, _floating = _number(values.pixels), _number(values.number(float))
 
 # In the order in which they are written and shown.
 SETTINGS = (
-    Setting("prompt", "Prompt", _text, "--prompt", beaten_by=("prompt_file",)),
-    Setting("negative_prompt", "Negative prompt", _text, "--negative-prompt"),
-    Setting("model", "Model"),
-    Setting("model_path", "Weights"),
-    Setting("base_model", "Base model"),
-    Setting("width", "Width", _number(values.pixels), "--width"),
-    Setting("height", "Height", _number(values.pixels), "--height"),
-    Setting("seed", "Seed", lambda value: [_number(values.seed)(value)], "--seed", beaten_by=("auto_seeds",)),
-    Setting("steps", "Steps", _number(values.steps), "--steps"),
-    Setting("guidance", "Guidance", _number(values.guidance), "--guidance"),
-    Setting("scheduler", "Scheduler", _text, "--scheduler"),
-    Setting("quantize", "Quantization (bits)", _number(values.bits), "--quantize"),
-    Setting("precision", "Precision"),
-    Setting("compute_precision", "Compute precision", _text, "--compute-precision"),
-    Setting("float32", "float32 throughout", _switch, "--float32"),
-    Setting("vae_full_precision", "Whole autoencoder in float32", _switch, "--vae-full-precision"),
-    Setting("small_text_encoder", "Small text encoder", _switch, "--small-text-encoder"),
-    Setting("small_decoder", "Small decoder", _switch, "--small-decoder"),
-    Setting("lora_paths", "LoRAs", _list(_text), "--lora", beaten_by=_LORA),
-    Setting("lora_scales", "LoRA scales", _list(_strength), "--lora-scales", beaten_by=_LORA),
-    Setting("bake_lora", "LoRAs in the weights", _switch, "--bake-lora"),
-    Setting("image_path", "Source picture", _text, "--image", beaten_by=("image",)),
-    Setting("image_paths", "Source pictures", _list(_text), "--image-paths"),
-    Setting("image_strength", "Image strength", _number(values.strength), "--image-strength", beaten_by=("image",)),
-    Setting("controlnet_image_path", "Control picture", _text, "--controlnet-image-path"),
-    Setting("controlnet_strength", "Control strength", _strength, "--controlnet-strength"),
-    Setting("masked_image_path", "Mask", _text, "--masked-image-path"),
-    Setting("depth_image_path", "Depth picture", _text, "--depth-image-path"),
-    Setting("redux_image_paths", "Redux pictures", _list(_text), "--redux-image-paths"),
-    Setting("redux_image_strengths", "Redux strengths", _list(_strength), "--redux-image-strengths"),
-    Setting("pid_decode", "Decoded with PiD", _switch, "--pid-decode"),
-    Setting("generation_time_seconds", "Generation time (s)"),
-    Setting("created_at", "Created"),
-    Setting("mflux_version", "mflux version"),
+    Setting("prompt", "Prompt", lambda picture: picture.prompt, _text, "--prompt", ("prompt_file",)),
+    Setting("negative_prompt", "Negative prompt", _as_is("negative_prompt"), _text, "--negative-prompt"),
+    Setting("model", "Model", lambda picture: _each(recorded_source, picture.model_config.model_name)),
+    Setting("model_path", "Weights", _source("model_path")),
+    Setting("base_model", "Base model", lambda picture: _each(recorded_source, picture.model_config.base_model)),
+    Setting("width", "Width", lambda picture: picture.width, _pixels, "--width"),
+    Setting("height", "Height", lambda picture: picture.height, _pixels, "--height"),
+    Setting("seed", "Seed", lambda picture: picture.seed, _seeds, "--seed", ("auto_seeds",)),
+    Setting("steps", "Steps", lambda picture: picture.steps, _number(values.steps), "--steps"),
+    Setting("guidance", "Guidance", _guidance, _number(values.guidance), "--guidance"),
+    Setting("scheduler", "Scheduler", None, _text, "--scheduler"),
+    Setting(
+        "quantize", "Quantization (bits)", lambda picture: picture.quantization, _number(values.bits), "--quantize"
+    ),
+    Setting("precision", "Precision", lambda picture: str(picture.precision)),
+    Setting("compute_precision", "Compute precision", None, _text, "--compute-precision"),
+    Setting("float32", "float32 throughout", None, _switch, "--float32"),
+    Setting("vae_full_precision", "Whole autoencoder in float32", None, _switch, "--vae-full-precision"),
+    Setting("small_text_encoder", "Small text encoder", None, _switch, "--small-text-encoder"),
+    Setting("small_decoder", "Small decoder", None, _switch, "--small-decoder"),
+    Setting("lora_paths", "LoRAs", _source("lora_paths"), _list(_text), "--lora", _LORA),
+    Setting("lora_scales", "LoRA scales", _floats("lora_scales"), _list(_floating), "--lora-scales", _LORA),
+    Setting("bake_lora", "LoRAs in the weights", None, _switch, "--bake-lora"),
+    Setting("image_path", "Source picture", _file("image_path"), _text, "--image", ("image",)),
+    Setting("image_paths", "Source pictures", _file("image_paths"), _list(_text), "--image-paths"),
+    Setting("image_strength", "Image strength", _strength, _number(values.strength), "--image-strength", ("image",)),
+    Setting(
+        "controlnet_image_path", "Control picture", _file("controlnet_image_path"), _text, "--controlnet-image-path"
+    ),
+    Setting(
+        "controlnet_strength", "Control strength", _as_is("controlnet_strength"), _floating, "--controlnet-strength"
+    ),
+    Setting("masked_image_path", "Mask", _file("masked_image_path"), _text, "--masked-image-path"),
+    Setting("depth_image_path", "Depth picture", _file("depth_image_path"), _text, "--depth-image-path"),
+    Setting("redux_image_paths", "Redux pictures", _file("redux_image_paths"), _list(_text), "--redux-image-paths"),
+    Setting(
+        "redux_image_strengths",
+        "Redux strengths",
+        _floats("redux_image_strengths"),
+        _list(_floating),
+        "--redux-image-strengths",
+    ),
+    Setting("pid_decode", "Decoded with PiD", None, _switch, "--pid-decode"),
+    Setting("generation_time_seconds", "Generation time (s)", lambda picture: round(picture.generation_time, 2)),
+    Setting("created_at", "Created", lambda picture: datetime.now().isoformat()),
+    Setting("mflux_version", "mflux version", lambda picture: VersionUtil.get_mflux_version()),
 )
+
+
+def settings_of(picture: Any) -> dict[str, Any]:
+    """What is written into a picture, a `GeneratedImage`, beside its `generation_parameters`."""
+    return {setting.name: setting.write(picture) for setting in SETTINGS if setting.write is not None}
