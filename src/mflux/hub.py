@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
+import hashlib
 import logging
 import os
 import posixpath
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from urllib.parse import urlsplit
 
-from mflux.errors import DownloadError
+from mflux.checkpoints.folders import read_json
+from mflux.checkpoints.plain_files import HEAD, what_else
+from mflux.errors import CheckpointError, DownloadError
+from mflux.text import shown, size
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +35,23 @@ logger = logging.getLogger(__name__)
 _REVISION = re.compile(r"[^\s/~^:?*\[\\][^\s~^:?*\[\\]*")
 _NOT_LAID_OUT = "it is not a model in the diffusers layout; name a repository or a folder that is"
 _AGAIN = "run the same command again"
+# A connection that brings less than so many bytes in so many seconds is given up.
+_PATIENCE_S = 60
+_LEAST_BYTES = 64_000
 
 
 @dataclass(frozen=True)
 class _Repository:
     """A repository and what was asked for in it.
 
-    `file` is set when that is one file; `only` when it is the one file that has this ending.
+    `layouts` are what it must have: all of one of them. `file` is set when that is one file; `only` when it is the one
+    file that has this ending.
     """
 
     id: str
     revision: str | None
     patterns: tuple[str, ...]
-    required: tuple[str, ...] = ()
+    layouts: tuple[tuple[str, ...], ...] = ((),)
     file: str | None = None
     only: str | None = None
 
@@ -66,7 +75,13 @@ class _Failure:
         return f"{self.what}: {self.remedy}"
 
 
-def resolve_model(name_or_path: str | Path, patterns: Sequence[str], *, required: Sequence[str] = ()) -> Path:
+def resolve_model(
+    name_or_path: str | Path,
+    patterns: Sequence[str],
+    *,
+    required: Sequence[str] = (),
+    alternatives: Sequence[Sequence[str]] = (),
+) -> Path:
     """The folder that holds a model, fetched from Hugging Face if need be.
 
     An existing folder is taken as it is, without a look inside. `org/name` or `org/name@revision` is a repository.
@@ -82,6 +97,8 @@ def resolve_model(name_or_path: str | Path, patterns: Sequence[str], *, required
         patterns: globs of the files to fetch, such as "transformer/*.safetensors"; `*` crosses slashes.
         required: globs that must each match a file, such as "transformer/config.json". Weights that no index lists
             ("vae/*.safetensors") belong here: nothing else tells that they are missing from a cached copy.
+        alternatives: what other layouts require instead. A model that has all of one of them is complete; of one that
+            has not, the layout that it comes closest to says what is missing.
 
     Raises:
         DownloadError: says what is wrong with this name, this repository, the network or the disk, and what to do.
@@ -90,7 +107,9 @@ def resolve_model(name_or_path: str | Path, patterns: Sequence[str], *, required
     if not text.strip():
         raise DownloadError("the model's name is empty: give a folder, or a Hugging Face repository as org/name")
     if re.match(r"\w+://", text):
-        raise DownloadError(f"{text} is an address: give the repository's name instead, as {_name_in_address(text)}")
+        raise DownloadError(
+            f"{shown(text, 300)} is an address: give the repository's name instead, as {_name_in_address(text)}"
+        )
     try:
         path = Path(text).expanduser()
         if path.is_dir():
@@ -98,22 +117,26 @@ def resolve_model(name_or_path: str | Path, patterns: Sequence[str], *, required
         is_file, in_folder = path.is_file(), path.parent.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
         # RuntimeError: a `~user` that this machine does not know.
-        raise DownloadError(f"cannot look for {text}: {_reason(error)}") from None
+        raise DownloadError(f"cannot look for {shown(text, 300)}: {_reason(error)}") from None
     if is_file:
-        raise DownloadError(f"{path} is a file: give the folder of a model in the diffusers layout")
+        raise DownloadError(f"{shown(path, 300)} is a file: give the folder of a model in the diffusers layout")
 
     name, at, revision = text.partition("@")
     like_a_path = isinstance(name_or_path, Path) or path.is_absolute() or text[0] in ".~" or name.count("/") > 1
+    told, place = shown(text, 300), shown(path, 300)
     if like_a_path:
-        raise DownloadError(f"there is no folder {path}: check the path, or give a Hugging Face repository as org/name")
+        raise DownloadError(
+            f"there is no folder {place}: check the path, or give a Hugging Face repository as org/name"
+        )
     if "/" not in name:
-        raise DownloadError(f"there is no folder {text} here, and a Hugging Face repository is written org/name")
+        raise DownloadError(f"there is no folder {told} here, and a Hugging Face repository is written org/name")
     if in_folder and not at:
         raise DownloadError(
-            f"there is no folder {path}, though {path.parent} is there: check the path, or write {text}@main for the "
-            "Hugging Face repository of that name"
+            f"there is no folder {place}, though {shown(path.parent, 300)} is there: check the path, or write "
+            f"{told}@main for the Hugging Face repository of that name"
         )
-    return _fetch(_Repository(name, revision if at else None, tuple(patterns), tuple(required)))
+    layouts = (tuple(required), *map(tuple, alternatives))
+    return _fetch(_Repository(name, revision if at else None, tuple(patterns), layouts))
 
 
 def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> Path:
@@ -128,10 +151,12 @@ def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> Path
         DownloadError: as for `resolve_model`; without such a file, it lists similar ones.
     """
     if filename.endswith("/") or filename.startswith("/") or not set(PurePosixPath(filename).parts) - {".."}:
-        raise DownloadError(f"{filename!r} does not name a file in {repo_id}: give its path in the repository")
+        raise DownloadError(
+            f"{shown(repr(filename), 300)} does not name a file in {shown(repo_id)}: give its path in the repository"
+        )
     name, at, in_name = repo_id.partition("@")
     pattern = glob.escape(filename)
-    repository = _Repository(name, revision or (in_name if at else None), (pattern,), (pattern,), filename)
+    repository = _Repository(name, revision or (in_name if at else None), (pattern,), ((pattern,),), filename)
     return _fetch(repository) / filename
 
 
@@ -149,7 +174,7 @@ def fetch_only_file(repo_id: str, ending: str, *, beside: str | None = None) -> 
     name, at, revision = repo_id.partition("@")
     pattern = "*" + glob.escape(ending)
     patterns = (pattern, beside) if beside else (pattern,)
-    repository = _Repository(name, revision if at else None, patterns, (pattern,), only=ending)
+    repository = _Repository(name, revision if at else None, patterns, ((pattern,),), only=ending)
     folder = _fetch(repository)
     found = [file for file in _files(folder) if file.endswith(ending)]
     if len(found) != 1:
@@ -164,10 +189,21 @@ def _several(repository: _Repository, found: Sequence[str]) -> str:
 
 def _fetch(repository: _Repository) -> Path:
     hub = _hub()
-    _check_names(hub, repository)
+    try:
+        _check_names(hub, repository)
+        return _fetched(hub, repository)
+    except DownloadError as error:
+        error.args = (_without_secrets(hub, str(error)),)
+        raise
+
+
+def _fetched(hub: ModuleType, repository: _Repository) -> Path:
     cached = _cached(hub, repository)
     lacking = _lacking(hub, cached, repository) if cached else []
     complete = cached is not None and not lacking
+    # A web page or an empty file in place of a file would be taken for it for ever.
+    found = _matching(hub, _files(cached), repository.patterns) if cached else []
+    spoiled = [name for name in found if _is_something_else(cached / name)]
 
     if hub.constants.HF_HUB_OFFLINE:
         if complete:
@@ -181,7 +217,8 @@ def _fetch(repository: _Repository) -> Path:
     except Exception as error:
         failure = _explain(hub, repository, error, asking=True)
         if complete:
-            logger.warning("%s; taking %s from the cache, %s", failure.what, repository, cached)
+            what = _without_secrets(hub, failure.what)
+            logger.warning("%s; taking %s from the cache, %s", what, repository, cached)
             return cached
         if failure.unreachable:
             state = _state_of_cache(hub, repository, lacking)
@@ -192,14 +229,11 @@ def _fetch(repository: _Repository) -> Path:
     if names is not None:
         wanted = _matching(hub, names, repository.patterns)
         _check_contents(hub, repository, names, wanted)
-        if complete and cached.name == commit and set(wanted) <= set(_files(cached)):
+        if complete and not spoiled and cached.name == commit and set(wanted) <= set(_files(cached)):
             return cached
-    try:
-        folder = hub.snapshot_download(
-            repository.id, revision=repository.revision, allow_patterns=list(repository.patterns)
-        )
-    except Exception as error:
-        raise DownloadError(str(_explain(hub, repository, error, asking=False))) from error
+    for name in spoiled:
+        _drop(cached / name)
+    folder = _download(hub, repository, set(_files(cached)) if cached else set())
     if lacking := _lacking(hub, Path(folder), repository):
         if set(lacking) & set(wanted or ()):
             raise DownloadError(f"the download of {repository} is incomplete, {_some(lacking)} did not come: {_AGAIN}")
@@ -208,6 +242,107 @@ def _fetch(repository: _Repository) -> Path:
             f"{repository.id}@revision, or tell its owner at {repository.page}/discussions"
         )
     return Path(folder)
+
+
+def _download(hub: ModuleType, repository: _Repository, before: set[str]) -> Path:
+    """Fetch what is not in the cache, and compare it with the sums that the Hub announced.
+
+    Args:
+        before: the files that were there already.
+    """
+    _watch_speed(hub)
+    for attempt in (1, 2):
+        _clear_begun(hub, repository, all_of_it=attempt == 2)
+        try:
+            folder = hub.snapshot_download(
+                repository.id, revision=repository.revision, allow_patterns=list(repository.patterns)
+            )
+            break
+        except Exception as error:
+            # There is nothing after the bytes that came: they are not of this file. From the beginning, once.
+            if attempt == 1 and getattr(getattr(error, "response", None), "status_code", None) == 416:
+                continue
+            raise DownloadError(str(_explain(hub, repository, error, asking=False))) from error
+    folder = Path(folder)
+    for name in _matching(hub, _files(folder), repository.patterns):
+        if name not in before and not _is_as_announced(folder / name):
+            _drop(folder / name)
+            raise DownloadError(
+                f"{name} of {repository} came with other bytes than {hub.constants.ENDPOINT} announced, and was "
+                f"removed: {_AGAIN} to fetch it anew"
+            )
+    return folder
+
+
+def _is_as_announced(path: Path) -> bool:
+    """Whether a file in the cache has the SHA-256 that is its name there, where that is one: large files' are."""
+    announced = path.resolve().name
+    if not re.fullmatch(r"[0-9a-f]{64}", announced):
+        return True
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == announced
+
+
+def _drop(path: Path) -> None:
+    """Remove a file of a snapshot together with what it leads to, so that it is fetched again."""
+    for place in (path.resolve(), path):
+        try:
+            place.unlink(missing_ok=True)
+        except OSError as error:
+            raise DownloadError(f"{place} is damaged and cannot be removed ({_reason(error)}): remove it") from None
+
+
+def _clear_begun(hub: ModuleType, repository: _Repository, *, all_of_it: bool) -> None:
+    """Remove what lies where a download begins and is no file of its own, or all that had begun."""
+    blobs = Path(hub.constants.HF_HUB_CACHE) / f"models--{repository.id.replace('/', '--')}" / "blobs"
+    for path in blobs.glob("*.incomplete"):
+        if all_of_it or path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+def _watch_speed(hub: ModuleType) -> None:
+    """Let huggingface_hub's connections end that bring next to nothing: its own limit is on silence alone."""
+    session = getattr(hub, "get_session", None) or getattr(hub.utils, "get_session", None)
+    client = session() if session is not None else None
+    hooks = getattr(client, "event_hooks", None)
+    if not hooks or any(hook is _watched for hook in hooks.get("response", ())):
+        return
+    client.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _watched]}
+
+
+def _watched(response) -> None:
+    stream = response.stream
+    base = next((base for base in type(stream).__mro__ if base.__name__ == "SyncByteStream"), None)
+    if base is None:
+        return
+
+    class Watched(base):
+        def __iter__(self) -> Iterator[bytes]:
+            began, came = time.monotonic(), 0
+            for chunk in stream:
+                yield chunk
+                came += len(chunk)
+                if came >= _LEAST_BYTES:
+                    began, came = time.monotonic(), 0
+                elif time.monotonic() - began > _PATIENCE_S:
+                    raise ConnectionError(f"less than {size(_LEAST_BYTES)} came in {_PATIENCE_S} seconds")
+
+        def close(self) -> None:
+            stream.close()
+
+    response.stream = Watched()
+
+
+def _without_secrets(hub: ModuleType, text: str) -> str:
+    """A message without the token and without a password in HF_ENDPOINT, which a server may have echoed."""
+    secrets = [os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
+    with suppress(OSError, ValueError):
+        secrets.append(hub.utils.get_token())
+    if password := re.search(r"//[^/@]*?:([^/@]+)@", hub.constants.ENDPOINT):
+        secrets.append(password[1])
+    for secret in secrets:
+        text = text.replace(secret, "…") if secret and len(secret) > 3 else text
+    return text
 
 
 def _hub() -> ModuleType:
@@ -233,12 +368,14 @@ def _check_names(hub: ModuleType, repository: _Repository) -> None:
         valid = False
     if not valid:
         raise DownloadError(
-            f"{repository.id!r} is not a repository's name: write org/name, with letters, digits and single - _ . only"
+            f"{shown(repr(repository.id), 300)} is not a repository's name: write org/name, with letters, digits and "
+            "single - _ . only"
         )
     revision = repository.revision
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise DownloadError(
-            f"{revision!r} is not a revision: write {repository.id}, or {repository.id}@ and a branch, tag or commit"
+            f"{shown(repr(revision), 300)} is not a revision: write {repository.id}, or {repository.id}@ and a branch, "
+            "tag or commit"
         )
     try:
         address = urlsplit(hub.constants.ENDPOINT)
@@ -282,7 +419,7 @@ def _check_contents(hub: ModuleType, repository: _Repository, names: list[str], 
         return
     if not wanted:
         raise DownloadError(f"{repository} holds none of {_some(repository.patterns)}: {_NOT_LAID_OUT}")
-    if absent := [pattern for pattern in repository.required if not _matching(hub, names, [pattern])]:
+    if absent := _unmatched(hub, names, repository):
         raise DownloadError(f"{repository} holds no {_some(absent)}: {_NOT_LAID_OUT}")
 
 
@@ -302,7 +439,7 @@ def _cached(hub: ModuleType, repository: _Repository) -> Path | None:
 def _lacking(hub: ModuleType, folder: Path, repository: _Repository) -> list[str]:
     """What a snapshot needs and does not hold: unmatched requirements, and shards that an index names."""
     present = _files(folder)
-    lacking = [pattern for pattern in repository.required if not _matching(hub, present, [pattern])]
+    lacking = _unmatched(hub, present, repository)
     found = _matching(hub, present, repository.patterns)
     if not found and not lacking:
         lacking = list(repository.patterns)
@@ -316,11 +453,29 @@ def _lacking(hub: ModuleType, folder: Path, repository: _Repository) -> list[str
     return lacking + _matching(hub, sorted(named - set(present)), repository.patterns)
 
 
+def _unmatched(hub: ModuleType, names: Iterable[str], repository: _Repository) -> list[str]:
+    """What is missing of the layout that these names come closest to."""
+    names = list(names)
+    absent = [[pattern for pattern in layout if not _matching(hub, names, [pattern])] for layout in repository.layouts]
+    # Of two that are as close, the one of which more is there.
+    return min(absent, key=lambda patterns: (len(patterns), -len(repository.layouts[absent.index(patterns)])))
+
+
+def _is_something_else(path: Path) -> bool:
+    if path.suffix not in (".json", ".safetensors"):
+        return False
+    try:
+        with path.open("rb") as file:
+            return what_else(file.read(HEAD)) is not None
+    except OSError:
+        return False
+
+
 def _shards(index: Path) -> set[str]:
     try:
-        table = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        table = read_json(index).get("weight_map")
         return {shard for shard in table.values() if isinstance(shard, str)}
-    except (OSError, ValueError, AttributeError):
+    except (CheckpointError, AttributeError):
         # Whoever loads the weights says what is wrong with their index.
         return set()
 
@@ -458,7 +613,7 @@ def _free(path: Path) -> str:
             free = shutil.disk_usage(folder).free
         except OSError:
             continue
-        return f"{free / 1e9:.1f} GB" if free >= 1e9 else f"{free / 1e6:.1f} MB"
+        return size(free)
     return "an unknown amount"
 
 
@@ -480,9 +635,8 @@ def _reason(error: Exception) -> str:
 
 
 def _first_line(text: str, most: int = 200) -> str:
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return line if len(line) <= most else line[: most - 1] + "…"
+    return shown(next((line.strip() for line in text.splitlines() if line.strip()), ""), most)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(map(shown, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import weight_files
-from mflux.checkpoints.plain_files import open_file
+from mflux.checkpoints.plain_files import naming_the_copy, open_file
 from mflux.checkpoints.pytorch_file import DTYPES, DeclinedInfo, PytorchFile
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError
@@ -151,4 +151,7 @@ def _open_file(path: Path) -> SafetensorsFile | PytorchFile:
     with open_file(path) as file:
         head = file.read(9)
     # A safetensors header is JSON behind its length.
-    return SafetensorsFile(path) if head[8:] == b"{" else PytorchFile(path)
+    if head[8:] == b"{":
+        return SafetensorsFile(path)
+    with naming_the_copy(path):
+        return PytorchFile(path)

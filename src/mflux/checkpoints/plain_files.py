@@ -10,6 +10,8 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,13 +78,26 @@ def read_json(path: str | Path) -> dict:
     Raises:
         CheckpointError: names the file and says what is wrong with it.
     """
+    with naming_the_copy(path):
+        try:
+            content = parse(read_text(path))
+        except NotJSON as error:
+            raise CheckpointError(f"{path} {error}; fetch it again") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} is damaged: it is not a JSON object; fetch it again")
+        return content
+
+
+@contextmanager
+def naming_the_copy(path: str | Path) -> Iterator[None]:
+    """Make "fetch it again" true for a file in Hugging Face's cache, which would be taken from there once more."""
     try:
-        content = parse(read_text(path))
-    except NotJSON as error:
-        raise CheckpointError(f"{path} {error}; fetch it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it is not a JSON object; fetch it again")
-    return content
+        yield
+    except CheckpointError as error:
+        message = str(error)
+        if message.endswith("fetch it again") and Path(path).parent.as_posix().rpartition("/snapshots/")[1]:
+            raise type(error)(f"{message} (delete {Path(path).resolve()}, and the same command does)") from None
+        raise
 
 
 def what_else(head: bytes) -> str | None:

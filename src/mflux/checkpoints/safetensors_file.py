@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 
 from mflux.backend import mx
-from mflux.checkpoints.plain_files import HEAD, Unchanged, open_file, what_else
+from mflux.checkpoints.plain_files import HEAD, Unchanged, naming_the_copy, open_file, what_else
 from mflux.checkpoints.strict_json import NotJSON, parse
 from mflux.errors import CheckpointError
 from mflux.text import shown
@@ -127,7 +127,8 @@ class SafetensorsFile(Mapping[str, mx.array]):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._unchanged = Unchanged(self.path)
-        self.infos, self.metadata = read_header(path)
+        with naming_the_copy(self.path):
+            self.infos, self.metadata = read_header(path)
         self._lazy: dict[str, mx.array] = {}
         # One such entry makes mx.load refuse the whole file.
         self._decode_here = any(info.dtype in _DECODED_HERE for info in self.infos.values())

@@ -26,6 +26,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from mflux.errors import DownloadError
+from mflux.text import shown, size
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ _TIMEOUT_S = 30
 # Connections in a row that bring nothing before the download gives up, and how long to wait between them.
 _ATTEMPTS = 3
 _PAUSE_S = 1.0
+# A connection that brings less than so many bytes in so many seconds counts as one that brings nothing.
+_PATIENCE_S = 60
+_LEAST_BYTES = 64_000
 
 
 def cache_folder() -> Path:
@@ -82,7 +86,7 @@ def is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path):
             return True
-    except (OSError, zipfile.BadZipFile, NotImplementedError):
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, EOFError):
         return False
 
 
@@ -90,7 +94,10 @@ def is_whole(path: Path) -> bool:
 def _locked(partial: Path) -> Iterator[BinaryIO]:
     """The partial file, open for appending, held by one process at a time."""
     while True:
-        with partial.open("a+b") as file:
+        # A link would lead the bytes to somebody's file.
+        if partial.is_symlink():
+            partial.unlink()
+        with open(partial, "a+b", opener=_open_no_link) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -110,6 +117,10 @@ def _locked(partial: Path) -> Iterator[BinaryIO]:
                 return
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _adopt(target: Path, partial: Path, file: BinaryIO) -> None:
     """mflux 0.24 wrote under the final name, so what it left there when it was interrupted is a beginning."""
     if not target.exists() or target.stat().st_size <= partial.stat().st_size:
@@ -127,8 +138,10 @@ def _adopt(target: Path, partial: Path, file: BinaryIO) -> None:
 def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
     """Append what is missing; the length that the server gives, if it does."""
     failures = 0
+    began_again = 0
     while True:
         before = file.seek(0, os.SEEK_END)
+        slow = False
         try:
             with _open(url, before) as response:
                 length = _receive(response, file, before)
@@ -138,23 +151,36 @@ def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
                 if _total(error.headers.get("Content-Range")) == before:
                     return before
                 file.truncate(0)
-                continue
+                began_again += 1
+                if began_again < _ATTEMPTS:
+                    continue
+                raise DownloadError(
+                    f"{url} breaks off, and says each time that there is nothing after the {before:,} bytes that came: "
+                    f"try again later, or {remedy}"
+                ) from None
             if error.code < 500:
-                raise DownloadError(f"{url} answered HTTP {error.code} ({error.reason}): {remedy}") from None
+                reason = shown(error.reason)
+                raise DownloadError(f"{url} answered HTTP {error.code} ({reason}): {remedy}") from None
             reason = f"the server answered HTTP {error.code}"
+        except _TooSlow as error:
+            slow, reason = True, str(error)
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
-            reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+            reason = shown(getattr(error, "reason", None) or error) or type(error).__name__
         else:
             if length is None or file.seek(0, os.SEEK_END) >= length:
                 return length
             reason = "the connection closed early"
         have = file.seek(0, os.SEEK_END)
-        failures = failures + 1 if have <= before else 0
+        failures = failures + 1 if have <= before or slow else 0
         if failures >= _ATTEMPTS or (failures and not have):
             begun = f"; {have / 1e6:,.0f} MB are kept and the same command carries on there" if have else ""
             host = urlsplit(url).hostname
             raise DownloadError(f"no connection to {host} ({reason}){begun}: check the network, or {remedy}")
         time.sleep(_PAUSE_S * failures)
+
+
+class _TooSlow(Exception):
+    """A connection brought next to nothing for a long time."""
 
 
 def _open(url: str, start: int) -> HTTPResponse:
@@ -186,9 +212,7 @@ def _receive(response: HTTPResponse, file: BinaryIO, start: int) -> int | None:
         # The server begins at the beginning, whatever was asked.
         start = 0
         file.truncate(0)
-        length = (
-            int(response.headers["Content-Length"]) if response.headers.get("Content-Length", "").isdigit() else None
-        )
+        length = _number(response.headers.get("Content-Length"))
     folder = Path(file.name).parent
     free = shutil.disk_usage(folder).free
     if length is not None and length - start > free:
@@ -198,16 +222,27 @@ def _receive(response: HTTPResponse, file: BinaryIO, start: int) -> int | None:
         )
     name = Path(file.name).stem
     with tqdm(total=length, initial=start, unit="B", unit_scale=True, unit_divisor=1000, desc=name) as progress:
-        while chunk := response.read(_CHUNK):
+        since, came = time.monotonic(), 0
+        # What there is, and not as much as was asked for: that could take days.
+        while chunk := response.read1(_CHUNK):
             file.write(chunk)
             progress.update(len(chunk))
+            came += len(chunk)
+            if came >= _LEAST_BYTES:
+                since, came = time.monotonic(), 0
+            elif time.monotonic() - since > _PATIENCE_S:
+                file.flush()
+                raise _TooSlow(f"less than {size(_LEAST_BYTES)} came in {_PATIENCE_S} seconds")
     file.flush()
     return length
 
 
 def _total(content_range: str | None) -> int | None:
-    found = re.search(r"/(\d+)$", content_range or "")
-    return int(found[1]) if found else None
+    return _number((content_range or "").rpartition("/")[2])
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if re.fullmatch("[0-9]{1,18}", text or "") else None
 
 
 def _check(file: BinaryIO, length: int | None, url: str) -> None:
@@ -218,9 +253,13 @@ def _check(file: BinaryIO, length: int | None, url: str) -> None:
     else:
         try:
             with zipfile.ZipFile(file) as archive:
-                bad = archive.testzip()
-            problem = bad and f"the checksum of its record {bad} is wrong"
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                    # Little could become endlessly much.
+                    problem = "its records are compressed, which torch never does"
+                else:
+                    bad = archive.testzip()
+                    problem = bad and f"the checksum of its record {shown(bad)} is wrong"
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, RuntimeError):
             problem = "it is not an archive; perhaps the network wants a sign-in"
     if problem:
         file.truncate(0)

@@ -15,7 +15,7 @@ from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import SUFFIXES, read_json
-from mflux.checkpoints.loading import fill
+from mflux.checkpoints.loading import build, fill
 from mflux.checkpoints.opening import open_checkpoint
 from mflux.checkpoints.quantization import Quantization
 from mflux.errors import CheckpointError
@@ -180,7 +180,7 @@ def load(path: Path, quantize: int | None = None) -> tuple[DepthProForDepthEstim
         raise CheckpointError(
             f"{path} does not hold Depth Pro: give Apple's depth_pro.pt or a copy of apple/DepthPro-hf, or leave it out"
         )
-    network = DepthProForDepthEstimation(config)
+    network = build(DepthProForDepthEstimation, config, tensors, source=path)
     fill(network, tensors, source=path, quantization=wanted)
     return network, preprocessing
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mflux.errors import OutputError, UsageError
+from mflux.checkpoints.folders import read_json
+from mflux.errors import CheckpointError, OutputError, UsageError
 from mflux.models.common.config.registry import MODELS
 
 FILE_NAME = "mflux_model.json"
@@ -27,10 +27,9 @@ def recorded_base_model(model: str | None) -> str | None:
     if model is None:
         return None
     try:
-        record = json.loads((Path(model).expanduser() / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(record, dict):
+        record = read_json(Path(model).expanduser() / FILE_NAME)
+    except (CheckpointError, RuntimeError):
+        # RuntimeError: a `~user` that this machine does not know.
         return None
     # mflux 0.24 left base_model empty for a built-in model.
     found = record.get("base_model") or record.get("model_name")
