@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from mflux import not_built
 from mflux.cli.commands import COMMANDS, NOT_BUILT
+from mflux.errors import NotBuiltError
 
 SURFACE = Path(__file__).parents[1] / "data" / "surface"
 CLASSES = json.loads((SURFACE / "python.json").read_text())
@@ -35,7 +37,8 @@ def found(path: str) -> object | None:
             return None
     except ModuleNotFoundError:
         return None
-    return getattr(importlib.import_module(module), name, None)
+    thing = getattr(importlib.import_module(module), name, None)
+    return None if not_built.is_missing(thing) else thing
 
 
 BUILT_CLASSES = sorted(path for path in CLASSES if found(path) is not None)
