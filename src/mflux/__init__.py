@@ -4,7 +4,7 @@ Importing this package imports nothing heavy; the classes live at the paths that
 `mflux.models.flux.variants.txt2img.flux.Flux1`. Other distributions add to it: `mflux.web`, `mflux.extras`.
 """
 
-from os.path import isdir, join
+from pathlib import Path
 from pkgutil import extend_path
 
 from mflux import not_built
@@ -12,7 +12,7 @@ from mflux import not_built
 __all__ = ["__version__"]
 
 # Folders called mflux elsewhere on the path belong to it, as in mflux 0.24; another copy of mflux itself does not.
-__path__ = __path__[:1] + [path for path in extend_path(__path__, __name__)[1:] if not isdir(join(path, "models"))]
+__path__ = __path__[:1] + [path for path in extend_path(__path__, __name__)[1:] if not Path(path, "models").is_dir()]
 
 not_built.install()
 

@@ -1,4 +1,4 @@
-"""Large pictures through an autoencoder in overlapping tiles, so that memory depends on the tile and not on the picture.
+"""Large pictures in overlapping tiles, so that an autoencoder's memory depends on the tile and not on the picture.
 
 Group norms see one tile at a time, so tiles differ a little from the whole; they overlap and fade into each other.
 """
