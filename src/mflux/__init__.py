@@ -1,10 +1,20 @@
 """Generative image models on Apple's MLX, without torch.
 
 Importing this package imports nothing heavy; the classes live at the paths that mflux 0.24 gave them, for example
-`mflux.models.flux.variants.txt2img.flux.Flux1`.
+`mflux.models.flux.variants.txt2img.flux.Flux1`. Other distributions add to it: `mflux.web`, `mflux.extras`.
 """
 
+from pathlib import Path
+from pkgutil import extend_path
+
+from mflux import not_built
+
 __all__ = ["__version__"]
+
+# Folders called mflux elsewhere on the path belong to it, as in mflux 0.24; another copy of mflux itself does not.
+__path__ = __path__[:1] + [path for path in extend_path(__path__, __name__)[1:] if not Path(path, "models").is_dir()]
+
+not_built.install()
 
 
 def __getattr__(name: str) -> str:

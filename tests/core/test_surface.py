@@ -12,12 +12,16 @@ import importlib
 import importlib.util
 import inspect
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from mflux import not_built
 from mflux.cli.commands import COMMANDS, NOT_BUILT
+from mflux.errors import NotBuiltError
 
 SURFACE = Path(__file__).parents[1] / "data" / "surface"
 CLASSES = json.loads((SURFACE / "python.json").read_text())
@@ -35,7 +39,8 @@ def found(path: str) -> object | None:
             return None
     except ModuleNotFoundError:
         return None
-    return getattr(importlib.import_module(module), name, None)
+    thing = getattr(importlib.import_module(module), name, None)
+    return None if not_built.is_missing(thing) else thing
 
 
 BUILT_CLASSES = sorted(path for path in CLASSES if found(path) is not None)
@@ -80,6 +85,79 @@ def test_a_class_takes_what_it_took(path):
         assert all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in more), path
         checked += 1
     assert checked or not CLASSES[path]
+
+
+PATHS = sorted(set(CLASSES) | {f"mflux.models.{path}" for paths in not_built.CLASSES.values() for path in paths})
+
+
+def imported(path: str) -> object:
+    """As a program writes it."""
+    module, _, name = path.rpartition(".")
+    namespace = {}
+    exec(f"from {module} import {name}", namespace)
+    return namespace[name]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_can_be_imported(path):
+    """One that is missing must not cost a program the others; it says so when it is used."""
+    thing, name = imported(path), path.rpartition(".")[2]
+    assert isinstance(thing, type)
+    if not not_built.is_missing(thing):
+        return
+    title = next(title for title, paths in not_built.CLASSES.items() if path.removeprefix("mflux.models.") in paths)
+
+    class Derived(thing):
+        def __init__(self, *args):
+            pass
+
+    uses = [thing, Derived, lambda: thing(quantize=4), lambda: thing.from_name("schnell"), lambda: thing.create_noise()]
+    for use in uses:
+        with pytest.raises(NotBuiltError, match=f"^{name}: {title} is not built yet"):
+            use()
+    assert not hasattr(thing, "create_noise")
+
+
+def test_a_class_is_one_thing_at_all_its_paths():
+    """A variant that is built is built at each path that 0.24 had it at."""
+    found = {}
+    for path in PATHS:
+        found.setdefault((path.split(".")[2], path.rpartition(".")[2]), set()).add(imported(path))
+    assert {name: things for name, things in found.items() if len(things) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import mflux.models.seedvr3",
+        "import mflux.models.krea2.nothing",
+        "from mflux.models.krea2 import Krea3",
+        "from mflux.models.flux.variants.txt2img.flux import QwenImage",
+        "import mflux.nothing",
+    ],
+)
+def test_what_mflux_024_lacks_is_not_made_up(statement):
+    with pytest.raises(ImportError):
+        exec(statement)
+
+
+def test_what_is_built_comes_before_the_table(tmp_path):
+    """A family that comes later needs no change there: its module, and then its class in every package above."""
+    folder = tmp_path / "mflux" / "models" / "iris" / "variants" / "txt2img"
+    folder.mkdir(parents=True)
+    (folder / "iris.py").write_text("class Iris:\n    real = True\n")
+    code = f"""
+import mflux.models
+mflux.models.__path__.append({str(tmp_path / "mflux" / "models")!r})
+from mflux.models.iris import Iris
+from mflux.models.iris.variants import Iris as Second
+from mflux.models.iris.variants.txt2img.iris import Iris as Third
+assert Iris is Second is Third and Iris.real
+from mflux.models.iris.latent_creator.iris_latent_creator import IrisLatentCreator
+from mflux.not_built import is_missing
+assert is_missing(IrisLatentCreator)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 REQUIRED, SOMETHING = object(), object()

@@ -26,6 +26,7 @@ from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig, key_of
 from mflux.models.common.config.saved_model import FILE_NAME, record
 from mflux.models.common.family import STAGES, Component, Family, families, found
+from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.common.lora.library import find_lora, settle_scales
 from mflux.models.common.lora.reading import LoraNames, Loras
 from mflux.models.common.noise import check_seed
@@ -279,12 +280,12 @@ class Pipeline:
         if config.image_path is None or config.init_time_step == 0:
             return noise
         sigma = config.scheduler.sigmas[config.init_time_step]
-        return (1 - sigma) * self.encode_image(config.image_path, config.height, config.width) + sigma * noise
+        clean = self.encode_image(config.image_path, config.height, config.width)
+        return LatentCreator.add_noise_by_interpolation(clean, noise, sigma)
 
     def encode_image(self, image: Any, height: int, width: int) -> mx.array:
         """A picture, resized, as latents like those that denoising works on, float32."""
-        picture = ImageUtil.scale_to_dimensions(ImageUtil.load_image(image), width, height)
-        latents = self.vae.encode(ImageUtil.to_array(picture)).astype(mx.float32)
+        latents = LatentCreator.encode_image(self.vae, image, height, width, self.tiling_config)
         packed = self.latent_creator.pack_latents(latents, height, width)
         mx.eval(packed)
         return packed

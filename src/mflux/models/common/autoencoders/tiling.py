@@ -1,10 +1,11 @@
-"""Decoding a large picture in overlapping tiles, so that memory depends on the tile and not on the picture.
+"""Large pictures in overlapping tiles, so that an autoencoder's memory depends on the tile and not on the picture.
 
 Group norms see one tile at a time, so tiles differ a little from the whole; they overlap and fade into each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,46 +16,86 @@ from mflux.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class TilingConfig:
-    """Tile size and overlap in pixels of the picture; an overlap of more than half a tile counts as half.
+    """How large tiles are and how far they overlap; an overlap of more than half a tile counts as half.
+
+    Attributes:
+        vae_decode_tiles_per_dim: None or 1 to decode at once; any other number allows tiles, whose number follows from
+            their size.
+        vae_decode_tile_size: pixels of the picture along a side.
+        vae_decode_overlap: latents, as in mflux 0.24: 8 are 64 pixels of FLUX.1.
+        vae_encode_tiled: whether pictures to start from are encoded in tiles as well.
+        vae_encode_tile_size, vae_encode_tile_overlap: pixels.
 
     Raises:
         UsageError: a size below 1 or an overlap below 0.
     """
 
+    vae_decode_tiles_per_dim: int | None = 8
     vae_decode_tile_size: int = 512
-    vae_decode_tile_overlap: int = 64
+    vae_decode_overlap: int = 8
+    vae_encode_tiled: bool = True
+    vae_encode_tile_size: int = 512
+    vae_encode_tile_overlap: int = 64
 
     def __post_init__(self):
-        if self.vae_decode_tile_size < 1 or self.vae_decode_tile_overlap < 0:
-            size, overlap = self.vae_decode_tile_size, self.vae_decode_tile_overlap
-            raise UsageError(
-                f"tiles of {size} pixels that overlap by {overlap} make no sense: "
-                "the size must be at least 1 and the overlap at least 0"
-            )
+        for size, overlap, unit in (
+            (self.vae_decode_tile_size, self.vae_decode_overlap, "latents"),
+            (self.vae_encode_tile_size, self.vae_encode_tile_overlap, "pixels"),
+        ):
+            if size < 1 or overlap < 0:
+                raise UsageError(
+                    f"tiles of {size} pixels that overlap by {overlap} {unit} make no sense: "
+                    "the size must be at least 1 and the overlap at least 0"
+                )
+
+    @staticmethod
+    def may_tile_implicitly(model: object) -> bool:
+        """Whether a setting that saves memory may tile by itself: not where the autoencoder says no."""
+        return bool(getattr(getattr(model, "vae", None), "supports_implicit_tiling", True))
 
 
 def decode(vae, latents: mx.array, tiling: TilingConfig | None) -> mx.array:
     """Decode (1, C, h, w) to (1, 3, H, W); at once if `tiling` is None or one tile covers it."""
-    scale = vae.spatial_scale
-    height, width = latents.shape[2:]
-    tile = 0 if tiling is None else max(tiling.vae_decode_tile_size // scale, 1)
-    if tiling is None or (height <= tile and width <= tile):
+    if tiling is None or (tiling.vae_decode_tiles_per_dim or 1) <= 1:
         return vae.decode(latents)
-    overlap = min(tiling.vae_decode_tile_overlap // scale, tile // 2)
-    picture = np.zeros((3, height * scale, width * scale), np.float32)
-    weights = np.zeros((height * scale, width * scale), np.float32)
-    for y in _starts(height, tile, overlap):
-        for x in _starts(width, tile, overlap):
-            part = latents[:, :, y : y + tile, x : x + tile]
-            decoded = np.array(vae.decode(part)[0].astype(mx.float32))
-            fade = np.outer(
-                _fade(y, part.shape[2], height, overlap, scale), _fade(x, part.shape[3], width, overlap, scale)
-            )
-            window = np.s_[y * scale : y * scale + fade.shape[0], x * scale : x * scale + fade.shape[1]]
-            picture[:, *window] += decoded * fade
+    scale = vae.spatial_scale
+    tile = tiling.vae_decode_tile_size // scale
+    return _in_tiles(vae.decode, latents, tile, tiling.vae_decode_overlap, into=1, out=scale)
+
+
+def encode(vae, image: mx.array, tiling: TilingConfig | None) -> mx.array:
+    """Encode (1, 3, H, W) to (1, C, h, w); at once if `tiling` does not ask for tiles or one covers it."""
+    if tiling is None or not tiling.vae_encode_tiled:
+        return vae.encode(image)
+    scale = vae.spatial_scale
+    tile, overlap = tiling.vae_encode_tile_size // scale, tiling.vae_encode_tile_overlap // scale
+    return _in_tiles(vae.encode, image, tile, overlap, into=scale, out=1)
+
+
+def _in_tiles(
+    run: Callable[[mx.array], mx.array], x: mx.array, tile: int, overlap: int, *, into: int, out: int
+) -> mx.array:
+    """Tile by tile; sizes are in latents, each of which is `into` entries of a side of `x` and `out` of the result."""
+    height, width = (side // into for side in x.shape[2:])
+    tile = max(tile, 1)
+    if height <= tile and width <= tile:
+        return run(x)
+    overlap = min(overlap, tile // 2)
+    result = None
+    weights = np.zeros((height * out, width * out), np.float32)
+    for top in _starts(height, tile, overlap):
+        for left in _starts(width, tile, overlap):
+            part = x[:, :, top * into : (top + tile) * into, left * into : (left + tile) * into]
+            done = np.array(run(part)[0].astype(mx.float32))
+            if result is None:
+                result = np.zeros((done.shape[0], *weights.shape), np.float32)
+            rows, columns = done.shape[1] // out, done.shape[2] // out
+            fade = np.outer(_fade(top, rows, height, overlap, out), _fade(left, columns, width, overlap, out))
+            window = np.s_[top * out : top * out + fade.shape[0], left * out : left * out + fade.shape[1]]
+            result[:, *window] += done * fade
             weights[window] += fade
             mx.clear_cache()
-    return mx.array(picture / weights)[None]
+    return mx.array(result / weights)[None]
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -1,0 +1,3 @@
+from mflux.models.common.autoencoders.tiling import TilingConfig
+
+__all__ = ["TilingConfig"]
