@@ -456,3 +456,16 @@ def test_a_lora_changes_the_layer_that_it_names(tmp_path, model, name):
     fibo = FIBO(model_path=str(model), lora_paths=[str(path)], lora_scales=[0.5])
     changed = fibo.transformer.single_transformer_blocks[1].attn.to_q.weight
     np.testing.assert_allclose(np.array(changed - plain), 0.5 * up @ down, rtol=1e-4, atol=1e-5)
+
+
+# ---- helpers of mflux 0.24
+
+
+def test_helpers_of_024(here):
+    from mflux.models.fibo_vlm.model.util import FiboVLMUtil
+
+    FiboVLMUtil.save_json_prompt(Path("new/prompt.json"), PROMPT)
+    assert json.loads(FiboVLMUtil.get_structured_prompt(Path("new/prompt.json"))) == json.loads(PROMPT)
+    with pytest.raises(UsageError, match="not a JSON object"):
+        FiboVLMUtil.save_json_prompt(Path("other.json"), "a wall")
+    assert FiboVLMUtil.load_image(Path("photo.png")).mode == "RGB"

@@ -92,9 +92,7 @@ class WholeTokenizer:
         return text_ids(self._tokenizer, text, self._source, special=True)
 
 
-def text_ids(
-    tokenizer: Tokenizer, text: str, source: object = "the tokenizer", *, special: bool = False
-) -> list[int]:
+def text_ids(tokenizer: Tokenizer, text: str, source: object = "the tokenizer", *, special: bool = False) -> list[int]:
     """Ids of a text, however many they are; `special` adds the tokens that the tokenizer's own template has.
 
     Raises:
