@@ -345,6 +345,7 @@ def test_an_edit_needs_a_picture(here, model, capsys):
         ("vae", {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]}, "8 pixels"),
         ("transformer", {"_class_name": "FluxTransformer2DModel"}, "mflux-generate draws"),
         ("transformer", {"guidance_embeds": True}, "guidance_embeds"),
+        ("text_encoder", {"bos_token_id": 320}, "none of 320 tokens"),
     ],
 )
 def test_a_folder_of_another_kind_is_refused(tmp_path, model, part, change, sentence):
@@ -411,7 +412,8 @@ def write_as_024(source: Path, target: Path) -> Path:
     return target
 
 
-def test_a_folder_that_024_saved(here, model, tmp_path):
+def test_a_folder_that_024_saved(here, tmp_path):
+    model = write_tiny(tmp_path / "new", vocabulary=(128_256, 128_000))
     old = write_as_024(model, tmp_path / "old")
     folder = weights_024.open_folder(old)
     assert weights_024.open_folder(model) is None
@@ -454,3 +456,16 @@ def test_a_lora_changes_the_layer_that_it_names(tmp_path, model, name):
     fibo = FIBO(model_path=str(model), lora_paths=[str(path)], lora_scales=[0.5])
     changed = fibo.transformer.single_transformer_blocks[1].attn.to_q.weight
     np.testing.assert_allclose(np.array(changed - plain), 0.5 * up @ down, rtol=1e-4, atol=1e-5)
+
+
+# ---- helpers of mflux 0.24
+
+
+def test_helpers_of_024(here):
+    from mflux.models.fibo_vlm.model.util import FiboVLMUtil
+
+    FiboVLMUtil.save_json_prompt(Path("new/prompt.json"), PROMPT)
+    assert json.loads(FiboVLMUtil.get_structured_prompt(Path("new/prompt.json"))) == json.loads(PROMPT)
+    with pytest.raises(UsageError, match="not a JSON object"):
+        FiboVLMUtil.save_json_prompt(Path("other.json"), "a wall")
+    assert FiboVLMUtil.load_image(Path("photo.png")).mode == "RGB"

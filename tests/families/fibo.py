@@ -487,8 +487,9 @@ PIPELINES = (
 # ---- a model that needs no reference
 
 
-def write_tiny(folder: Path, *, wide: bool = False) -> Path:
-    """A whole model of random weights, in the published layout."""
+def write_tiny(folder: Path, *, wide: bool = False, vocabulary: tuple[int, int] = (320, 300)) -> Path:
+    """A whole model of random weights, in the published layout; `vocabulary` is how many tokens there are and which one
+    stands for an empty prompt."""
     from tiny import published, write_json
 
     width = 64 if wide else 32
@@ -500,8 +501,8 @@ def write_tiny(folder: Path, *, wide: bool = False) -> Path:
     )
     parts = {
         "text_encoder": (SmolLM3TextEncoder, "model", {
-            "model_type": "smollm3", "vocab_size": 320, "hidden_size": width, "intermediate_size": 2 * width,
-            "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 300,
+            "model_type": "smollm3", "vocab_size": vocabulary[0], "hidden_size": width, "intermediate_size": 2 * width,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": vocabulary[1],
             # As published: no shape of a folder that mflux 0.24 saved tells it.
             "head_dim": 128,
         }),

@@ -212,6 +212,7 @@ def test_options_are_those_of_mflux():
     ):
         options = {tuple(action.option_strings): action for action in module.build_parser()._actions}
         options.pop(("-h", "--help"))
+        options.pop(("--version",))
         expected = shared | own | {("--output",): Path(output)}
         assert {flags: action.default for flags, action in options.items()} == expected
         assert options["-q", "--quantize"].choices == (3, 4, 5, 6, 8)
@@ -261,6 +262,17 @@ def test_generate_and_stop(vlm):
         vlm.generate("a wall", stop=['"con', "{"])
     stopped = vlm.inspire(RED, stop=["wall", "ll"])
     assert json.loads(stopped) == {"short_description": "a red "}
+
+
+def test_an_answer_that_cannot_be_used_says_what_may_help(vlm):
+    with pytest.raises(AnswerError, match="cut off after 1 tokens; allow more"):
+        vlm.generate("a wall", max_tokens=1)
+    with pytest.raises(AnswerError, match="try again with another seed"):
+        vlm.inspire(GREY)
+    # It would be the same with every seed.
+    with pytest.raises(AnswerError, match="a higher --temperature") as raised:
+        vlm.inspire(GREY, temperature=0)
+    assert "seed" not in str(raised.value)
 
 
 def test_settings_that_make_no_sense(vlm):

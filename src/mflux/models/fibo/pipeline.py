@@ -97,6 +97,10 @@ class FiboPipeline(Pipeline):
         texts = [self.transformer.project_text(layers) for layers in states]
         mx.eval(texts)
         dtype = states[0][0].dtype
+        if self.is_last_picture:
+            # They are as large again as what was made of them.
+            self.prompt_cache.clear()
+            del states
 
         def predict(latents: mx.array, sigma: mx.array, text: Sequence[mx.array], ids: mx.array) -> mx.array:
             return self.transformer(latents.astype(dtype), sigma=sigma[None], text=text, image_ids=ids)

@@ -43,6 +43,8 @@ class SmolLM3Config(DecoderConfig):
     def check(self) -> str | None:
         if len(self.no_rope_layers) < self.num_hidden_layers:
             return f"no_rope_layers tells of {len(self.no_rope_layers)} of {self.num_hidden_layers} layers"
+        if not 0 <= self.bos_token_id < self.vocab_size:
+            return f"the bos_token_id {self.bos_token_id} is none of {self.vocab_size} tokens"
         if self.mlp_bias:
             return "mlp_bias is not built"
         return super().check()

@@ -29,18 +29,24 @@ def with_vlm(args: argparse.Namespace, ask: Callable[[FiboVLM], str]) -> Callabl
 
     Raises:
         MissingExtraError: transformers is not installed; said now, before anything is fetched.
+        AnswerError: from what is returned; FIBO-VLM's answer cannot be used.
     """
     check_installed()
 
     def make() -> str:
         from mflux.models.common.stages import release
         from mflux.models.fibo_vlm.model.fibo_vlm import FiboVLM
+        from mflux.models.fibo_vlm.model.json_text import AnswerError
 
         vlm = FiboVLM(model_path=args.vlm_model, quantize=args.quantize)
         if args.verbose:
             vlm.on_text = stream
         try:
             return ask(vlm)
+        except AnswerError as error:
+            # The seed here is the picture's: FIBO-VLM's is always the same, so that the same words draw the same.
+            advice = "say it in other words, or give the JSON itself (--prompt-file)"
+            raise AnswerError(error.problem, error.answer, advice) from None
         finally:
             release(vlm, "decoder")
 

@@ -175,8 +175,11 @@ class FiboVLM:
     ) -> dict[str, Any]:
         _check_settings(sampling, max_tokens)
         answer = self._say(messages, sampling, max_tokens, stop or DEFAULT_STOP)
-        found = json_text.read_object(answer.text)
-        json_text.check(found.value, answer.text)
+        try:
+            found = json_text.read_object(answer.text)
+            json_text.check(found.value, answer.text)
+        except AnswerError as error:
+            raise AnswerError(error.problem, error.answer, _advice(answer, sampling, max_tokens)) from None
         if not answer.is_complete:
             lacking = [name for name in prompts.FIELDS if name not in found.value]
             log.warning(
@@ -213,6 +216,15 @@ class FiboVLM:
         return answer
 
 
+def _advice(answer: Answer, sampling: Sampling, max_tokens: int) -> str:
+    """What may help against an answer that cannot be used."""
+    if not answer.is_complete:
+        return f"it was cut off after {max_tokens} tokens; allow more (--max-tokens, max_tokens)"
+    if sampling.temperature == 0:
+        return "at a temperature of 0 it stays the same; say it in other words, or take a higher --temperature"
+    return "try again with another seed"
+
+
 def as_edit(value: Mapping[str, Any], *, instead: str | None = None) -> dict[str, Any]:
     """A structured prompt as FIBO-Edit takes it: scores among its aesthetics, nothing empty, and an instruction.
 
@@ -228,7 +240,7 @@ def as_edit(value: Mapping[str, Any], *, instead: str | None = None) -> dict[str
     if not isinstance(said, str) or not said.strip():
         instead = (instead or "").strip()
         if not instead:
-            raise AnswerError("the model's answer has no edit_instruction: try again with another seed", str(value))
+            raise AnswerError("the model's answer has no edit_instruction", str(value))
         edited["edit_instruction"] = instead[0].upper() + instead[1:]
     return edited
 

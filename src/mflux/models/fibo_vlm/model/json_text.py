@@ -36,12 +36,13 @@ class AnswerError(MfluxError, ValueError):
     """The model's answer is not the JSON that was asked for, and cannot be mended.
 
     Attributes:
+        problem: what is wrong with it.
         answer: what the model said.
     """
 
-    def __init__(self, message: str, answer: str = ""):
-        super().__init__(message)
-        self.answer = answer
+    def __init__(self, problem: str, answer: str = "", advice: str = "try again with another seed"):
+        super().__init__(f"{problem}: {advice}")
+        self.problem, self.answer = problem, answer
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def read_object(answer: str) -> Found:
     # What is left of a broken object is not what was asked for.
     if best is None or (problem and not best[0][0]):
         problem = problem or "there is no JSON object in it"
-        raise AnswerError(f"the model's answer cannot be used, {problem}: try again with another seed", answer)
+        raise AnswerError(f"the model's answer cannot be used, {problem}", answer)
     return best[1]
 
 
@@ -89,11 +90,11 @@ def check(value: Mapping[str, Any], answer: str = "") -> None:
     """
     if not FIELDS.keys() & value.keys():
         held = ", ".join(list(value)[:5]) or "nothing"
-        raise AnswerError(f"the model's answer is no prompt, it holds {held}: try again with another seed", answer)
+        raise AnswerError(f"the model's answer is no prompt, it holds {held}", answer)
     wrong = [name for name, kind in FIELDS.items() if name in value and not isinstance(value[name], kind)]
     if wrong:
         said = " and ".join(f"{name} is not {_KINDS[FIELDS[name]]}" for name in wrong)
-        raise AnswerError(f"the model's answer is no prompt, {said}: try again with another seed", answer)
+        raise AnswerError(f"the model's answer is no prompt, {said}", answer)
 
 
 def to_text(value: Mapping[str, Any]) -> str:
