@@ -307,6 +307,9 @@ def take_settings(args: argparse.Namespace) -> None:
             continue
         if was_given(args, setting.target, *setting.beaten_by):
             continue
+        if setting.name == "image_path" and settings.get("image_paths") and not hasattr(args, setting.target):
+            # mflux 0.24 noted the first of several source pictures twice.
+            continue
         if not hasattr(args, setting.target):
             raise UsageError(
                 f"{source} was made with {setting.label.lower()} ({setting.option}), which this command does not have: "
