@@ -35,14 +35,14 @@ COMMAND = Generate(
     models=FAMILY.commands[1].models,
     default_size="the first picture's",
     leave_out=("image", "pid"),
-    defaults=options.DEFAULTS,
+    default_model=options.DEFAULT_MODEL,
     guidance=1.0,
     add_options=add_options,
     sources=("image_paths",),
     size_source="image_paths",
     check=check,
     build=options.build,
-    draw=lambda args: {"image_paths": args.image_paths},
+    draw=lambda args: options.draw(args) | {"image_paths": args.image_paths},
 )
 build_parser, main = COMMAND.build_parser, COMMAND.main
 

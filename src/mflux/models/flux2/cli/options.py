@@ -9,7 +9,9 @@ from typing import Any
 from mflux.cli.parser import add_compute_precision_option, add_vae_precision_option, was_given
 from mflux.errors import UsageError
 
-DEFAULTS = {"model": "flux2-klein-4b", "scheduler": "flow_match_euler_discrete"}
+DEFAULT_MODEL = "flux2-klein-4b"
+# As published; mflux 0.24 took it whatever --scheduler said.
+_SCHEDULE = "flow_match_euler_discrete"
 # Prompt embeds of the 4B models, which are the ones the small text encoder can give.
 _OF_4B = 7680
 
@@ -66,3 +68,9 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         "small_text_encoder": args.small_text_encoder,
         "small_decoder": args.small_decoder,
     }
+
+
+def draw(args: argparse.Namespace) -> dict[str, Any]:
+    """`generate_image`'s own arguments."""
+    said = was_given(args, "scheduler") or getattr(args, "schedule_is_recorded", False)
+    return {"scheduler": args.scheduler if said else _SCHEDULE}

@@ -9,6 +9,7 @@ from pathlib import Path
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import load_component
 from mflux.errors import CheckpointError, UsageError
+from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig, key_of
 from mflux.models.common.family import Component
 from mflux.models.common.pipeline import Pipeline, Velocity, resolve
@@ -195,9 +196,10 @@ class Klein(Pipeline):
 
         return predict
 
-    def parameters_of_picture(self) -> dict[str, object]:
-        """The settings that only FLUX.2 has, for the picture."""
+    def own_settings(self, config: Config) -> dict[str, object]:
+        """The settings that only FLUX.2 has, for the picture, and the schedule: 0.24 wrote none."""
         return {
+            "scheduler": config.scheduler_name,
             "compute_precision": "float16" if self.compute_precision is not None else None,
             "small_text_encoder": self.small_text_encoder,
             "small_decoder": self.small_decoder,

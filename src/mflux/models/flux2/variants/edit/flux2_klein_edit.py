@@ -98,7 +98,7 @@ class Flux2KleinEdit(Klein):
             latents,
             seed=seed,
             prompt=prompt,
-            parameters=self.parameters_of_picture(),
+            parameters=self.own_settings(config),
             image_path=None,
             image_paths=image_paths or None,
         )

@@ -67,4 +67,4 @@ class Flux2Klein(Klein):
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
 
         # 4. Decode
-        return self.picture(config, latents, seed=seed, prompt=prompt, parameters=self.parameters_of_picture())
+        return self.picture(config, latents, seed=seed, prompt=prompt, parameters=self.own_settings(config))
