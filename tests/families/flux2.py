@@ -658,11 +658,21 @@ def write_tiny(folder: Path, *, wide: bool = False) -> Path:
     return folder
 
 
+_SOURCE = Path(__file__).parents[2] / "docs" / "demo.png"
+
 TINY = (
     Tiny(
         write=write_tiny,
         command="generate-flux2",
         base_model="flux2-klein-4b",
         pipeline="mflux.models.flux2.variants.txt2img.flux2_klein:Flux2Klein",
+    ),
+    Tiny(
+        write=write_tiny,
+        command="generate-flux2-edit",
+        base_model="flux2-klein-4b",
+        words=("--image-paths", _SOURCE, _SOURCE),
+        pipeline="mflux.models.flux2.variants.edit.flux2_klein_edit:Flux2KleinEdit",
+        generate={"image_paths": [_SOURCE, _SOURCE]},
     ),
 )

@@ -64,6 +64,8 @@ class Flux2KleinEdit(Klein):
             raise UsageError("editing starts from noise: leave image_strength out, or draw with Flux2Klein")
         image_paths = list(image_paths or ())
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height,
             width=width,
