@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from families.cases import Component
+from families.cases import Component, Pipeline, Tiny
 from families.flux import key_biases, normal, same_sum_in_a_resnet, token_ids
 from mflux.backend import mx
+from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux2.model.autoencoder import AutoencoderKLFlux2
 from mflux.models.flux2.model.text_encoder import KleinTextEncoder, SmallQwen3, SmallTextAdapter
 from mflux.models.flux2.model.transformer import Flux2Transformer, grid_ids, text_ids
@@ -428,5 +430,249 @@ COMPONENTS = (
         swap=dict(block_out_channels=[4, 8], norm_num_groups=2),
         neutral_pairs=3,
         **_VAE,
+    ),
+)
+
+
+# ---- whole pictures
+
+SCHEDULER = dict(
+    base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15, num_train_timesteps=1000,
+    shift=3.0, time_shift_type="exponential", use_dynamic_shifting=True,
+)  # fmt: skip
+PROMPT = "a large red circle on a Café's wall 🐱"
+KV = "Flux2KleinKVPipeline"
+
+
+def write_klein(folder: Path, *, pipeline: str = "Flux2KleinPipeline", heads: int = 2, blocks=(2, 2), **index) -> Path:
+    """A tiny model as it is published, by the reference classes."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from reference import draw
+    from tiny import write_qwen_tokenizer
+
+    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    text = qwen3_reference(vocab_size=vocabulary, hidden_size=16)
+    draw(text, 1).save_pretrained(folder / "text_encoder")
+    transformer = transformer_reference(
+        in_channels=128, joint_attention_dim=48, num_attention_heads=heads, num_layers=blocks[0],
+        num_single_layers=blocks[1], timestep_guidance_channels=256, rope_theta=2000,
+    )  # fmt: skip
+    draw(transformer, 2).save_pretrained(folder / "transformer")
+    vae = vae_reference(block_out_channels=[8, 8, 16, 16], latent_channels=32)
+    draw(vae, 3, {"decoder.conv_out.weight": 0.3}).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    content = {
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(content | index))
+    return folder
+
+
+def photo(width: int, height: int):
+    """A picture with large and small shapes."""
+    import PIL.Image
+
+    pixels = np.random.default_rng(width).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
+
+
+class Last:
+    """What the denoising loop ended with."""
+
+    def call_after_loop(self, latents, **_) -> None:
+        self.latents = latents
+
+
+def draw_ours(folder: Path, settings):
+    from mflux.models.flux2.variants.edit.flux2_klein_edit import Flux2KleinEdit
+    from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
+
+    settings = dict(settings)
+    # Sources are given by size.
+    if sizes := settings.pop("image_paths", None):
+        settings["image_paths"] = [folder / f"{width}x{height}.png" for width, height in sizes]
+        for path, size in zip(settings["image_paths"], sizes, strict=True):
+            photo(*size).save(path)
+    if size := settings.pop("image_path", None):
+        settings["image_path"] = folder / "source.png"
+        photo(*size).save(settings["image_path"])
+    edits = sizes is not None or "use_kv_cache" in settings
+    pipeline = (Flux2KleinEdit if edits else Flux2Klein)(
+        model_path=str(folder), model_config=ModelConfig.flux2_klein_4b()
+    )
+    last = Last()
+    pipeline.callbacks.register(last)
+    image = pipeline.generate_image(**settings).image
+    return np.array(last.latents), np.asarray(image)
+
+
+@cache
+def klein_reference(folder: Path, *, keeps: bool):
+    import diffusers
+    import torch
+
+    diffusers.utils.logging.disable_progress_bar()
+    kind = diffusers.Flux2KleinKVPipeline if keeps else diffusers.Flux2KleinPipeline
+    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_theirs(folder: Path, settings):
+    import PIL.Image
+    import torch
+
+    from mflux.models.flux2.latent_creator.flux2_latent_creator import Flux2LatentCreator
+
+    keeps = settings.get("use_kv_cache", KV in (folder / "model_index.json").read_text())
+    pipeline = klein_reference(folder, keeps=keeps)
+    height, width = settings["height"], settings["width"]
+    noise = Flux2LatentCreator.create_noise(settings["seed"], height, width)
+    latents = torch.tensor(np.array(Flux2LatentCreator.unpack_latents(noise, height, width)))
+    steps = settings["num_inference_steps"]
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    if size := settings.get("image_path"):
+        first = max(1, int(steps * settings["image_strength"]))
+        picture = photo(*size).resize((width, height), PIL.Image.Resampling.LANCZOS)
+        with torch.no_grad():
+            clean = pipeline._encode_vae_image(pipeline.image_processor.preprocess(picture), None)
+        sigma = shifted(sigmas, height * width // 256, steps)[first]
+        latents, sigmas = (1 - sigma) * clean + sigma * latents, sigmas[first:]
+    seen = {}
+
+    def after_step(_pipeline, step, timestep, values):
+        seen.update(values)
+        return values
+
+    guidance = {} if keeps else {"guidance_scale": settings.get("guidance", 1.0)}
+    pictures = [photo(*size) for size in settings.get("image_paths", ())]
+    image = pipeline(
+        image=pictures or None,
+        prompt=settings["prompt"],
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        sigmas=sigmas,
+        latents=latents.float(),
+        callback_on_step_end=after_step,
+        **guidance,
+    ).images[0]
+    return seen["latents"].numpy(), np.asarray(image)
+
+
+def shifted(sigmas: np.ndarray, tokens: int, steps: int) -> np.ndarray:
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    return 1 / (1 + np.exp(-compute_empirical_mu(tokens, steps)) * (1 / sigmas - 1))
+
+
+def _picture(**settings):
+    return dict(seed=3, prompt=PROMPT, num_inference_steps=3, height=48, width=80) | settings
+
+
+PIPELINES = (
+    Pipeline(
+        name="pictures",
+        folders={
+            "distilled": lambda folder: write_klein(folder, is_distilled=True),
+            "base": lambda folder: write_klein(folder, is_distilled=False, heads=3, blocks=(1, 3)),
+            "keeps its references": lambda folder: write_klein(folder, pipeline=KV),
+        },
+        pictures={
+            "distilled": ("distilled", _picture()),
+            "distilled, with guidance that it has no use for": (
+                "distilled",
+                _picture(guidance=3.0, num_inference_steps=1, height=96, width=32, seed=2**63),
+            ),
+            "base, no guidance": ("base", _picture(num_inference_steps=5, prompt="")),
+            "base, guided": ("base", _picture(guidance=4.0, num_inference_steps=4)),
+            "a long prompt, cut": ("base", _picture(prompt="a blue square " * 100, num_inference_steps=2)),
+            "from a picture": (
+                "distilled",
+                _picture(image_path=(100, 70), image_strength=0.4, num_inference_steps=5),
+            ),
+            "from a picture, guided": (
+                "base",
+                _picture(image_path=(64, 64), image_strength=0.75, num_inference_steps=6, guidance=2.0, height=64),
+            ),
+            "one reference": ("distilled", _picture(image_paths=[(70, 90)])),
+            "two references, guided": (
+                "base",
+                _picture(image_paths=[(80, 64), (133, 71)], guidance=2.5, height=64, width=48),
+            ),
+            "a reference that is too large": (
+                "distilled",
+                _picture(image_paths=[(3000, 401)], num_inference_steps=1, height=32, width=32),
+            ),
+            "kept references": ("keeps its references", _picture(image_paths=[(64, 96), (70, 80)], seed=4)),
+            "kept where none are": ("keeps its references", _picture(use_kv_cache=True)),
+        },
+        ours=draw_ours,
+        theirs=draw_theirs,
+    ),
+)
+
+
+# ---- a model that needs no reference
+
+
+def write_tiny(folder: Path, *, wide: bool = False) -> Path:
+    """A whole model of random weights, in the published layout."""
+    from tiny import published, write_json, write_qwen_tokenizer
+
+    width = 64 if wide else 32
+    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    write_json(folder / "model_index.json", {"_class_name": "Flux2KleinPipeline", "is_distilled": True})
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | SCHEDULER
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    parts = {
+        "text_encoder": (KleinTextEncoder, "model", {
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocabulary,
+            "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 28, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": width,
+        }),
+        "transformer": (Flux2Transformer, "diffusion_pytorch_model", {
+            "_class_name": "Flux2Transformer2DModel", "num_layers": 1, "num_single_layers": 2,
+            "attention_head_dim": width // 2, "num_attention_heads": 2, "axes_dims_rope": [width // 8] * 4,
+            "joint_attention_dim": 3 * width,
+        }),
+        "vae": (AutoencoderKLFlux2, "diffusion_pytorch_model", {
+            "_class_name": "AutoencoderKLFlux2", "block_out_channels": [8, 8, 16, width], "norm_num_groups": 4,
+            "layers_per_block": 1, "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        }),
+    }  # fmt: skip
+    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
+        write_json(folder / name / "config.json", config)
+        whole = getattr(module_class, "whole", module_class)
+        tensors = published(whole(module_class.config_class.from_dict(config)), seed=number)
+        if name == "vae":
+            tensors["bn.running_var"] = mx.abs(tensors["bn.running_var"]) + 0.5
+            tensors["bn.num_batches_tracked"] = mx.array(7)
+        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
+    return folder
+
+
+_SOURCE = Path(__file__).parents[2] / "docs" / "demo.png"
+
+TINY = (
+    Tiny(
+        write=write_tiny,
+        command="generate-flux2",
+        base_model="flux2-klein-4b",
+        pipeline="mflux.models.flux2.variants.txt2img.flux2_klein:Flux2Klein",
+    ),
+    Tiny(
+        write=write_tiny,
+        command="generate-flux2-edit",
+        base_model="flux2-klein-4b",
+        words=("--image-paths", _SOURCE, _SOURCE),
+        pipeline="mflux.models.flux2.variants.edit.flux2_klein_edit:Flux2KleinEdit",
+        generate={"image_paths": [_SOURCE, _SOURCE]},
     ),
 )

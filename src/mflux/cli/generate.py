@@ -34,6 +34,7 @@ class Generate:
         description: one sentence about it.
         pipeline: its class, "package.module:Class".
         models: what it draws with, keys of the registry.
+        default_model: what it draws with where no model is said.
         default_size: what is taken where no size is said, for the help.
         leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`).
         published_schedule: whether `--scheduler`'s default is only what 0.24 took: where nothing is said the class gets
@@ -61,6 +62,7 @@ class Generate:
     description: str
     pipeline: str
     models: tuple[str, ...]
+    default_model: str | None = None
     default_size: str = "1024; the source picture's, if there is one"
     leave_out: tuple[str, ...] = ()
     published_schedule: bool = False
@@ -101,6 +103,8 @@ class Generate:
         options.add_output_options(parser, settings="settings" not in self.leave_out)
         options.add_machine_options(parser)
         for action in parser._actions:
+            if action.dest == "model" and self.default_model is not None:
+                action.help = f"{action.help} (default: {self.default_model})"
             if action.dest in PLAIN_SIZES and isinstance(self.defaults.get(action.dest), int):
                 action.type, action.help = values.pixels, f"pixels (default: {self.defaults[action.dest]})"
         parser.set_defaults(**self.defaults)
@@ -214,10 +218,11 @@ class Generate:
         from mflux.models.common.config.model_config import DEFAULT_STEPS, ModelConfig, built_key, suggestion
         from mflux.models.common.config.saved_model import recorded_base_model
 
-        if args.model is None and args.base_model is None:
-            raise UsageError(f"no model was named: {suggestion()}")
         if args.model in (None, self.defaults.get("model")) and was_given(args, "base_model"):
             args.model = args.base_model
+        args.model = args.model or args.base_model or self.default_model
+        if args.model is None:
+            raise UsageError(f"no model was named: {suggestion()}")
         args.base_model = args.base_model or recorded_base_model(args.model)
         key = built_key(args.model, args.base_model)
         if key not in self.models:
@@ -300,12 +305,16 @@ def take_settings(args: argparse.Namespace) -> None:
             "without"
         )
     # Its schedule is the command's of then, or the one that is written down.
-    args.of_old_picture = settings.get("scheduler") is not None or is_old(settings.get("mflux_version"))
+    args.schedule_is_recorded = settings.get("scheduler") is not None
+    args.of_old_picture = args.schedule_is_recorded or is_old(settings.get("mflux_version"))
     for setting in SETTINGS:
         value = settings.get(setting.name)
         if setting.read is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
             continue
         if was_given(args, setting.name, *setting.beaten_by):
+            continue
+        if setting.name == "image_path" and settings.get("image_paths") and not hasattr(args, setting.name):
+            # mflux 0.24 noted the first of several source pictures twice.
             continue
         if not hasattr(args, setting.name):
             raise UsageError(

@@ -277,6 +277,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "joint_attention_dim": 12288,
         },
         "text_encoder_overrides": {"hidden_size": 4096, "intermediate_size": 12288},
+        "supports_kv_cache": True,
         "steps": 4,
     },
     "flux2-klein-base-4b": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mflux.backend import mx
+from mflux.models.common.noise import noise
 
 CHANNELS = 128
 # Pixels of a token along each side.
@@ -16,9 +17,8 @@ class Flux2LatentCreator:
 
         The values are those of mflux 0.24, which drew them channel by channel and rounded them to bfloat16.
         """
-        shape = 1, CHANNELS, height // SIDE, width // SIDE
-        noise = mx.random.normal(shape, key=mx.random.key(seed)).astype(mx.bfloat16).astype(mx.float32)
-        return Flux2LatentCreator.pack_latents(noise, height, width)
+        latents = noise(seed, (1, CHANNELS, height // SIDE, width // SIDE)).astype(mx.bfloat16).astype(mx.float32)
+        return Flux2LatentCreator.pack_latents(latents, height, width)
 
     @staticmethod
     def pack_latents(latents: mx.array, height: int | None = None, width: int | None = None) -> mx.array:

@@ -20,6 +20,8 @@ class KleinTextEncoder(Qwen3TextEncoder):
     """Token ids → prompt embeds (B, L, 3 · hidden_size). Padding counts as text for the transformer."""
 
     hidden_states = (9, 18, 27)
+    # What is saved, so that others can read it.
+    whole = Qwen3TextEncoder
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
         return mx.concatenate(super().__call__(input_ids, attention_mask), axis=-1)
@@ -29,6 +31,31 @@ class SmallQwen3(KleinTextEncoder):
     """Qwen3-0.6B, whose hidden states the adapter takes for the 4B size's."""
 
     hidden_states = (2, 9, 14, 18, 23, 27)
+
+
+class SmallTextEncoder(nn.Module):
+    """Token ids → prompt embeds, from a small Qwen3 and the adapter that makes its hidden states another's.
+
+    Args:
+        encoder: a `SmallQwen3`.
+        adapter: a `SmallTextAdapter`; it computes in float32.
+        left_out: tokens at the beginning of which nothing was learned.
+    """
+
+    def __init__(self, encoder: SmallQwen3, adapter: SmallTextAdapter, left_out: int):
+        super().__init__()
+        self.encoder = encoder
+        self.adapter = adapter
+        self.left_out = left_out
+
+    @property
+    def max_length(self) -> int:
+        return self.adapter.config.max_length
+
+    def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
+        """(B, L) → (B, L - left_out, out_features), in the encoder's dtype."""
+        states = self.encoder(input_ids, attention_mask)
+        return self.adapter(states.astype(mx.float32)).astype(states.dtype)[:, self.left_out :]
 
 
 # ---- the adapter

@@ -110,20 +110,36 @@ class Modulation(nn.Module):
         return mx.split(self.linear(nn.silu(condition))[:, None], self.parts, axis=-1)
 
 
+class Interior(nn.Module):
+    """A part of a block that may compute in another dtype than the streams around it, see `compute_in`."""
+
+    dtype: mx.Dtype | None = None
+
+    def enter(self, x: mx.array) -> mx.array:
+        return x if self.dtype is None else x.astype(self.dtype)
+
+    def leave(self, x: mx.array, stream: mx.array) -> mx.array:
+        """Back to the stream's dtype; what was too large for the other becomes its largest number."""
+        if self.dtype is None:
+            return x
+        largest = mx.finfo(self.dtype).max
+        return mx.clip(x, -largest, largest).astype(stream.dtype)
+
+
 def gated(x: mx.array) -> mx.array:
     """SiLU of the first half of the channels times the second (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
     gate, up = mx.split(x, 2, axis=-1)
     return nn.silu(gate) * up
 
 
-class FeedForward(nn.Module):
+class FeedForward(Interior):
     def __init__(self, config: Flux2TransformerConfig):
         super().__init__()
         self.linear_in = nn.Linear(config.inner_dim, 2 * config.hidden_dim, bias=False)
         self.linear_out = nn.Linear(config.hidden_dim, config.inner_dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_out(gated(self.linear_in(x)))
+        return self.leave(self.linear_out(gated(self.linear_in(self.enter(x)))), x)
 
 
 def attend(q: mx.array, own: KeysValues, cached: KeysValues | None) -> mx.array:
@@ -135,7 +151,7 @@ def attend(q: mx.array, own: KeysValues, cached: KeysValues | None) -> mx.array:
     return merge_heads(attention(q, k, v))
 
 
-class JointAttention(nn.Module):
+class JointAttention(Interior):
     """Text and picture project on their own and attend as one sequence, text first."""
 
     def __init__(self, config: Flux2TransformerConfig):
@@ -158,17 +174,17 @@ class JointAttention(nn.Module):
     def __call__(
         self, image: mx.array, text: mx.array, rotary: Rotary, cached: KeysValues | None
     ) -> tuple[mx.array, mx.array]:
-        parts = zip(self.of_text(text), self.of_image(image), strict=True)
+        parts = zip(self.of_text(self.enter(text)), self.of_image(self.enter(image)), strict=True)
         q, k, v = (mx.concatenate(pair, axis=2) for pair in parts)
         out = attend(rotate_pairs(q, rotary), (rotate_pairs(k, rotary), v), cached)
         length = text.shape[1]
-        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
+        return self.leave(self.to_out[0](out[:, length:]), image), self.leave(self.to_add_out(out[:, :length]), text)
 
     def alone(self, image: mx.array, rotary: Rotary) -> tuple[mx.array, KeysValues]:
         """Reference tokens among themselves, and the keys and values to keep of them."""
-        q, k, v = self.of_image(image)
+        q, k, v = self.of_image(self.enter(image))
         own = rotate_pairs(k, rotary), v
-        return self.to_out[0](attend(rotate_pairs(q, rotary), own, None)), own
+        return self.leave(self.to_out[0](attend(rotate_pairs(q, rotary), own, None)), image), own
 
     def of_image(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         q, k, v = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
@@ -211,7 +227,7 @@ class DoubleBlock(nn.Module):
         return x + gate * layer(modulate(x, shift, scale, self.eps))
 
 
-class ParallelAttention(nn.Module):
+class ParallelAttention(Interior):
     """Attention and feed-forward at once: one layer before both, one after."""
 
     def __init__(self, config: Flux2TransformerConfig):
@@ -225,11 +241,12 @@ class ParallelAttention(nn.Module):
 
     def __call__(self, x: mx.array, rotary: Rotary, cached: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
         width = x.shape[-1]
-        q, k, v, hidden = mx.split(self.to_qkv_mlp_proj(x), [width, 2 * width, 3 * width], axis=-1)
+        q, k, v, hidden = mx.split(self.to_qkv_mlp_proj(self.enter(x)), [width, 2 * width, 3 * width], axis=-1)
         q = rotate_pairs(self.norm_q(split_heads(q, self.heads)), rotary)
         k = rotate_pairs(self.norm_k(split_heads(k, self.heads)), rotary)
         own = k, split_heads(v, self.heads)
-        return self.to_out(mx.concatenate([attend(q, own, cached), gated(hidden)], axis=-1)), own
+        out = self.to_out(mx.concatenate([attend(q, own, cached), gated(hidden)], axis=-1))
+        return self.leave(out, x), own
 
 
 class SingleBlock(nn.Module):
@@ -335,6 +352,16 @@ class Flux2Transformer(nn.Module):
             x, own = block(x, modulation, rotary)
             kept.append(own)
         return kept
+
+    def compute_in(self, dtype: mx.Dtype) -> None:
+        """Let attention and feed-forwards compute in another dtype; streams, norms and modulation stay as they are.
+
+        Their weights are cast for good, quantized ones' scales included.
+        """
+        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
+            for part in block.children().values():
+                part.set_dtype(dtype)
+                part.dtype = dtype
 
     def rotary(self, ids: mx.array) -> Rotary:
         return rotary_embedding(ids, self.config.axes_dims_rope, self.config.rope_theta)

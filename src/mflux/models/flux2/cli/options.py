@@ -1,0 +1,76 @@
+"""What both commands of FLUX.2 share: options, checks, and what they become."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mflux.cli.parser import add_compute_precision_option, add_vae_precision_option, was_given
+from mflux.errors import UsageError
+
+DEFAULT_MODEL = "flux2-klein-4b"
+# As published; mflux 0.24 took it whatever --scheduler said.
+_SCHEDULE = "flow_match_euler_discrete"
+# Prompt embeds of the 4B models, which are the ones the small text encoder can give.
+_OF_4B = 7680
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("FLUX.2")
+    add_compute_precision_option(group)
+    group.add_argument(
+        "--small-text-encoder",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="read the prompt with Qwen3-0.6B and an adapter instead of Qwen3-4B; 4B models only",
+    )
+    group.add_argument(
+        "--small-decoder",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="decode with Black Forest Labs' smaller decoder",
+    )
+    add_vae_precision_option(group)
+
+
+def check(args: argparse.Namespace, config: Any) -> None:
+    """
+    Raises:
+        UsageError: an option that FLUX.2, or this model of it, has no use for.
+    """
+    from mflux.models.common.config.model_config import key_of
+    from mflux.models.flux2.distilled import is_distilled
+
+    if was_given(args, "negative_prompt"):
+        raise UsageError("FLUX.2 has no negative prompt: leave --negative-prompt out, and describe what is to be seen")
+    # What the settings of another model's picture may have brought along.
+    args.negative_prompt = ""
+    if args.guidance not in (None, 1.0) and is_distilled(
+        Path(args.model).expanduser(), key_of(args.model, args.base_model)
+    ):
+        raise UsageError(
+            f"--guidance is for FLUX.2's base models, and {args.model} is distilled: leave it out, or name with "
+            "--base-model the base model that the weights derive from"
+        )
+    if args.small_text_encoder and config.transformer_overrides.get("joint_attention_dim") != _OF_4B:
+        raise UsageError(
+            f"--small-text-encoder is for flux2-klein-4b and flux2-klein-base-4b, not for {args.model}: leave it out"
+        )
+
+
+def build(args: argparse.Namespace) -> dict[str, Any]:
+    """The class's own arguments."""
+    from mflux.backend import mx
+
+    return {
+        "compute_precision": mx.float16 if args.compute_precision else None,
+        "small_text_encoder": args.small_text_encoder,
+        "small_decoder": args.small_decoder,
+    }
+
+
+def draw(args: argparse.Namespace) -> dict[str, Any]:
+    """`generate_image`'s own arguments."""
+    said = was_given(args, "scheduler") or getattr(args, "schedule_is_recorded", False)
+    return {"scheduler": args.scheduler if said else _SCHEDULE}

@@ -1,0 +1,47 @@
+"""FLUX.2 klein as data: its components, commands and models."""
+
+from mflux.models.common.family import Command, Component, Family
+
+_MODELS = (
+    "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv", "flux2-klein-base-4b", "flux2-klein-base-9b",
+)  # fmt: skip
+_KLEIN = "mflux.models.flux2.variants.txt2img.flux2_klein:Flux2Klein"
+
+FAMILY = Family(
+    title="FLUX.2",
+    components=(
+        Component(
+            "text_encoder",
+            "mflux.models.flux2.model.text_encoder:KleinTextEncoder",
+            "text_encoder",
+            stage="encode",
+            stem="model",
+        ),
+        Component(
+            "transformer",
+            "mflux.models.flux2.model.transformer:Flux2Transformer",
+            "transformer",
+            published_class="Flux2Transformer2DModel",
+            lora=True,
+        ),
+        Component(
+            "vae",
+            "mflux.models.flux2.model.autoencoder:AutoencoderKLFlux2",
+            "vae",
+            stage="decode",
+            published_class="AutoencoderKLFlux2",
+        ),
+    ),
+    commands=(
+        Command("generate-flux2", "mflux.models.flux2.cli.flux2_generate", "draw with FLUX.2 klein", models=_MODELS),
+        Command(
+            "generate-flux2-edit",
+            "mflux.models.flux2.cli.flux2_edit_generate",
+            "edit pictures with FLUX.2 klein",
+            models=_MODELS,
+        ),
+    ),
+    pipelines=(("*", _KLEIN),),
+    lora="mflux.models.flux2.lora_names:LORA",
+    open_folder="mflux.models.flux2.weights_024:open_folder",
+)

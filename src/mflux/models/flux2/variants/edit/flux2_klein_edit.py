@@ -1,0 +1,136 @@
+"""FLUX.2 klein: editing, from a prompt and pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mflux.backend import mx
+from mflux.errors import ImageError, UsageError
+from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
+from mflux.models.flux2.model.transformer import grid_ids
+from mflux.models.flux2.variants.klein import Klein
+from mflux.utils.generated_image import GeneratedImage
+from mflux.utils.image_util import ImageUtil
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+# Pixels of a reference; a larger one is made smaller.
+LARGEST_AREA = 1024 * 1024
+# References are so far apart in time, and from the picture, which is at 0.
+TIME = 10
+
+
+class Flux2KleinEdit(Klein):
+    """Draws from a prompt and pictures; see `Klein`.
+
+    Reference classes: diffusers' `Flux2KleinPipeline`, and `Flux2KleinKVPipeline` for klein 9B KV.
+    """
+
+    def generate_image(
+        self,
+        seed: int,
+        prompt: str,
+        num_inference_steps: int = 4,
+        height: int | None = 1024,
+        width: int | None = 1024,
+        guidance: float = 1.0,
+        image_paths: list[Path | str] | None = None,
+        image_strength: float | None = None,
+        scheduler: str = "flow_match_euler_discrete",
+        use_kv_cache: bool | None = None,
+    ) -> GeneratedImage:
+        """Draw one picture.
+
+        Args:
+            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
+            prompt: what to make of the pictures; encoded once and kept.
+            num_inference_steps: 1 or more; 4 for the distilled models, 50 for the base models.
+            height, width: in pixels, rounded down to multiples of 16; None for the first picture's, or 1024.
+            guidance: above 1, classifier-free guidance for the base models; each step takes twice as long.
+            image_paths: the pictures, each of a size of its own; none draws from the prompt alone.
+            image_strength: not for editing, which starts from noise; None or 0.
+            scheduler: "flow_match_euler_discrete" as published, "linear", or "package.module.Class".
+            use_kv_cache: whether the pictures pass through the model once instead of in each step; None for what the
+                model was trained for. It is faster, and right for klein 9B KV only.
+
+        Raises:
+            MfluxError: sizes, steps, pictures or weights are unusable; the message says which.
+            StopImageGenerationException: Ctrl-C, or a callback, stopped it.
+        """
+        if image_strength:
+            raise UsageError("editing starts from noise: leave image_strength out, or draw with Flux2Klein")
+        image_paths = list(image_paths or ())
+        config = self.settings(
+            seed=seed,
+            prompt=prompt,
+            num_inference_steps=num_inference_steps,
+            height=height,
+            width=width,
+            guidance=guidance,
+            image_path=image_paths[0] if image_paths else None,
+            scheduler=scheduler,
+        )
+        pictures = [reference_picture(ImageUtil.load_image(path), path) for path in image_paths]
+
+        # 1. Encode the prompt
+        prompts = self.encode_prompts(prompt, config.guidance)
+
+        # 2. Make the latents: noise to start from, and the pictures
+        latents = Flux2LatentCreator.create_noise(seed, config.height, config.width)
+        beside = self.encode_references(pictures) if pictures else None
+
+        # 3. Denoise
+        kept = None
+        if beside is not None and (self.keeps_references if use_kv_cache is None else use_kv_cache):
+            dtype = prompts[0].embeds.dtype
+            kept = self.transformer.keep(beside[0].astype(dtype), beside[1], dtype)
+            mx.eval(kept)
+            beside = None
+        size = config.height // SIDE, config.width // SIDE
+        velocity = self.velocity(prompts, config.guidance, size, beside=beside, references=kept)
+        latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
+        del velocity, kept, beside
+
+        # 4. Decode
+        return self.picture(
+            config,
+            latents,
+            seed=seed,
+            prompt=prompt,
+            parameters=self.own_settings(config),
+            image_path=None,
+            image_paths=image_paths or None,
+        )
+
+    def encode_references(self, pictures: list[PIL.Image.Image]) -> tuple[mx.array, mx.array]:
+        """Pictures as tokens (1, R, 128), one picture after the other, and their positions (R, 4)."""
+        tokens, ids = [], []
+        for number, picture in enumerate(pictures, start=1):
+            latents = self.vae.encode(ImageUtil.to_array(picture)).astype(mx.float32)
+            tokens.append(Flux2LatentCreator.pack_latents(latents))
+            ids.append(grid_ids(*latents.shape[2:], time=TIME * number))
+            mx.eval(tokens)
+        return mx.concatenate(tokens, axis=1), mx.concatenate(ids)
+
+
+def reference_picture(picture: PIL.Image.Image, source: object) -> PIL.Image.Image:
+    """A picture as the model sees it: made smaller if it is large, and its middle, in whole squares of 16 × 16.
+
+    Raises:
+        ImageError: nothing is left of it.
+    """
+    from PIL import Image
+
+    width, height = picture.size
+    if width * height > LARGEST_AREA:
+        scale = math.sqrt(LARGEST_AREA / (width * height))
+        picture = picture.resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
+        width, height = picture.size
+    kept_width, kept_height = width - width % SIDE, height - height % SIDE
+    if not (kept_width and kept_height):
+        raise ImageError(f"{source} is too small or too narrow: a picture to edit needs {SIDE} pixels on each side")
+    left, top = (width - kept_width) // 2, (height - kept_height) // 2
+    return picture.crop((left, top, left + kept_width, top + kept_height))
