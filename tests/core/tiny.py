@@ -144,6 +144,44 @@ def write_t5_tokenizer(folder: Path) -> int:
     return len(pieces)
 
 
+# One user's turn of Qwen3's template, with and without thinking; `chat` in mflux.models.common.qwen_tokenizer is compared
+# with the whole of it elsewhere.
+_QWEN_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+)
+
+
+def write_qwen_tokenizer(folder: Path) -> int:
+    """Bytes and the merges that make `WORDS`, as Qwen's repositories have them; returns how many tokens there are."""
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = []
+    for word in WORDS:
+        for start in range(2, len(word) + 1):
+            pair = word[: start - 1], word[start - 1]
+            if pair not in merges:
+                merges.append(pair)
+                tokens.append(word[:start])
+    added = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    settings = {
+        "added_tokens_decoder": {
+            str(len(tokens) + number): {"content": token, "special": token.startswith("<|"), **flags}
+            for number, token in enumerate(added)
+        },
+        "chat_template": _QWEN_TEMPLATE,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    return len(tokens) + len(added)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")

@@ -38,6 +38,7 @@ class Generate:
         leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`).
         published_schedule: whether `--scheduler`'s default is only what 0.24 took: where nothing is said the class gets
             None and takes the checkpoint's schedule, and a picture that 0.24 or older made is replayed with 0.24's.
+        default_model: what is drawn with where no model is said.
         defaults: other defaults than the common ones, by destination: {"scheduler": …, "model": …, "width": 1024}.
             A width and height that are numbers make both options plain numbers of pixels.
         guidance: what is taken where no guidance is said; None leaves it to the class.
@@ -64,6 +65,7 @@ class Generate:
     default_size: str = "1024; the source picture's, if there is one"
     leave_out: tuple[str, ...] = ()
     published_schedule: bool = False
+    default_model: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     guidance: float | None = 3.5
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
@@ -214,6 +216,8 @@ class Generate:
         from mflux.models.common.config.model_config import DEFAULT_STEPS, ModelConfig, built_key, suggestion
         from mflux.models.common.config.saved_model import recorded_base_model
 
+        if args.model is None and args.base_model is None:
+            args.model = self.default_model
         if args.model is None and args.base_model is None:
             raise UsageError(f"no model was named: {suggestion()}")
         if args.model in (None, self.defaults.get("model")) and was_given(args, "base_model"):
