@@ -56,9 +56,8 @@ class QwenBase(Pipeline):
         depth, levels = config.get("z_dim", 16), len(config.get("dim_mult", (1, 2, 4, 4)))
         if (channels, depth, levels) != (64, 16, 4):
             raise CheckpointError(
-                f"{self.root} holds a transformer of {channels} channels a token and an autoencoder of {depth} channels "
-                f"for every {2 ** (levels - 1)} pixels; Qwen-Image's have 64, and 16 for every 8: take both from one "
-                "release"
+                f"{self.root} holds a transformer of {channels} channels a token and an autoencoder of {depth} for "
+                f"every {2 ** (levels - 1)} pixels; Qwen-Image's have 64, and 16 for every 8"
             )
 
     def velocity(
@@ -178,7 +177,9 @@ class QwenImage(QwenBase):
             for prompt in prompts:
                 text, most = chat(prompt, system=SYSTEM), _LONGEST + _TEMPLATE_TOKENS
                 if self.tokenizer.is_cut(text, max_length=most):
-                    log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", _LONGEST)
+                    log.warning(
+                        "the prompt is longer than the %d tokens this model reads: its end is left out", _LONGEST
+                    )
                 embeds = self.text_encoder(self.tokenizer.encode(text, max_length=most))[:, _TEMPLATE_TOKENS:]
                 mx.eval(embeds)
                 self.prompt_cache[prompt] = embeds
