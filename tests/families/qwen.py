@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 
-from families.cases import Component
+from families.cases import Component, Pipeline
 from mflux.backend import mx
 from mflux.models.common.autoencoders.wan import AutoencoderWan
+from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
 from mflux.models.qwen.model.text_encoder import Qwen25VLEncoder, Qwen25VLTextEncoder
 from mflux.models.qwen.model.transformer import QwenTransformer
 
@@ -146,13 +152,11 @@ def encoder_reference(**settings):
         depth=3, hidden_size=32, intermediate_size=40, num_heads=2, patch_size=2, window_size=8,
         fullatt_block_indexes=[1], out_hidden_size=text["hidden_size"],
     )  # fmt: skip
+    names = ("image_token_id", "vision_start_token_id", "vision_end_token_id", "video_token_id")
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision | settings.get("vision", {}),
-        image_token_id=_PICTURE,
-        vision_start_token_id=_START,
-        vision_end_token_id=_END,
-        video_token_id=_VIDEO,
+        **dict(zip(names, settings.get("ids", (_PICTURE, _START, _END, _VIDEO)), strict=True)),
         tie_word_embeddings=False,
     )
     config._attn_implementation = "eager"
@@ -349,5 +353,201 @@ COMPONENTS = (
         swap=_NARROW | dict(zero_cond_t=True),
         neutral_pairs=4,
         **_TRANSFORMER,
+    ),
+)
+
+
+# ---- whole pictures
+
+PROMPT = "a Café in Zürich, 4k, 猫 🐱"
+_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+)  # fmt: skip
+
+
+def write_tokenizer(folder: Path) -> dict[str, int]:
+    """Bytes, two merges and the special tokens; returns the ids of these."""
+    from tokenizers import pre_tokenizers
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
+    ids = {token: len(tokens) + number for number, token in enumerate(_SPECIAL)}
+    listed = {str(number): {"content": token, "special": True} for token, number in ids.items()}
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    settings |= {"unk_token": "<|endoftext|>", "added_tokens_decoder": listed, "model_max_length": 4096}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return ids
+
+
+def small_encoder(ids: dict[str, int], **text):
+    """Shown as many pixels to a patch as the published one, since the picture processor's sizes follow from them."""
+    return dict(
+        text=dict(vocab_size=300) | text,
+        vision=dict(patch_size=14, window_size=112),
+        ids=[ids[token] for token in ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")],
+    )
+
+
+def write_qwen(folder: Path, *, kind: str = "QwenImagePipeline", scheduler: dict | None = None, **transformer) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from reference import draw
+
+    ids = write_tokenizer(folder / "tokenizer")
+    encoder = draw(encoder_reference(**small_encoder(ids)), 1)
+    encoder.save_pretrained(folder / "text_encoder")
+    model = transformer_reference(in_channels=64, out_channels=16, joint_attention_dim=32, **transformer)
+    draw(model, 2).save_pretrained(folder / "transformer")
+    vae = vae_reference(base_dim=4, dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True], z_dim=16)
+    draw(vae, 3, {"decoder.conv_out.weight": 0.2}).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(
+        **dict(
+            base_image_seq_len=256, base_shift=0.5, max_image_seq_len=8192, max_shift=0.9, shift=1.0,
+            shift_terminal=0.02, use_dynamic_shifting=True,
+        ) | (scheduler or {})
+    ).save_pretrained(folder / "scheduler")  # fmt: skip
+    index = {
+        "_class_name": kind,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def photo(width: int, height: int):
+    """A smooth picture."""
+    import PIL.Image
+
+    pixels = np.random.default_rng(width).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
+
+
+class Last:
+    """What the denoising loop ended with."""
+
+    def call_after_loop(self, latents, **_) -> None:
+        self.latents = latents
+
+
+def drawn(pipeline, **settings):
+    if "image_path" in settings:
+        path = pipeline.root / "picture.png"
+        settings["image_path"].save(path)
+        settings["image_path"] = path
+    last = Last()
+    pipeline.callbacks.register(last)
+    image = pipeline.generate_image(**settings).image
+    return np.array(last.latents), np.asarray(image)
+
+
+def draw_qwen(folder: Path, settings):
+    from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
+
+    return drawn(QwenImage(model_path=str(folder), model_config=ModelConfig.qwen_image()), **settings)
+
+
+@cache
+def qwen_reference(folder: Path, name: str):
+    import diffusers
+
+    pipeline = getattr(diffusers, name).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(settings):
+    import torch
+
+    return torch.tensor(
+        np.array(QwenLatentCreator.create_noise(settings["seed"], settings["height"], settings["width"]))
+    )
+
+
+def draw_qwen_reference(folder: Path, settings):
+    pipeline = qwen_reference(folder, "QwenImagePipeline")
+    if "image_path" in settings:
+        return from_picture_reference(pipeline, settings)
+    guidance = settings["guidance"]
+    common = dict(
+        prompt=settings["prompt"],
+        negative_prompt=settings.get("negative_prompt", " ") if guidance > 1 else None,
+        true_cfg_scale=guidance,
+        height=settings["height"],
+        width=settings["width"],
+        num_inference_steps=settings["num_inference_steps"],
+        latents=noise(settings),
+        # It would leave out what comes after 512, and encodes twice as many.
+        max_sequence_length=1024,
+    )
+    latents = pipeline(**common, output_type="latent").images
+    return latents, np.asarray(pipeline(**common, output_type="pil").images[0])
+
+
+def from_picture_reference(pipeline, settings):
+    """The reference counts strength the other way round and draws from the posterior: its parts, put together here."""
+    import torch
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
+    vae, scheduler, steps = pipeline.vae, pipeline.scheduler, settings["num_inference_steps"]
+    height, width = settings["height"], settings["width"]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
+    pixels = pipeline.image_processor.preprocess(settings["image_path"], height=height, width=width)
+    with torch.no_grad():
+        encoded = (vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+        picture = pipeline._pack_latents(encoded, 1, 16, height // 8, width // 8)
+        mu = calculate_shift(picture.shape[1], 256, 8192, 0.5, 0.9)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+        begin = max(1, int(steps * settings["image_strength"]))
+        sigmas = scheduler.sigmas
+        latents = (1 - sigmas[begin]) * picture + sigmas[begin] * noise(settings)
+        embeds, _ = pipeline.encode_prompt(settings["prompt"])
+        for step in range(begin, steps):
+            velocity = pipeline.transformer(
+                hidden_states=latents,
+                encoder_hidden_states=embeds,
+                timestep=sigmas[step][None],
+                img_shapes=[[(1, height // 16, width // 16)]],
+            ).sample
+            latents = latents + (sigmas[step + 1] - sigmas[step]) * velocity
+        unpacked = pipeline._unpack_latents(latents, height, width, 8)
+        decoded = vae.decode(unpacked * std[:, None] + mean[:, None]).sample[:, :, 0]
+    return latents, np.asarray(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])
+
+
+def _picture(**settings):
+    return dict(seed=3, prompt=PROMPT, num_inference_steps=3, height=64, width=96, guidance=4.0) | settings
+
+
+PIPELINES = (
+    Pipeline(
+        name="pictures",
+        folders={
+            "two layers": write_qwen,
+            "another schedule": lambda folder: write_qwen(
+                folder, num_layers=1, scheduler=dict(max_shift=1.3, shift_terminal=None)
+            ),
+        },
+        pictures={
+            "guided": ("two layers", _picture()),
+            "guided away from words": (
+                "two layers",
+                _picture(negative_prompt="blurry, ugly", num_inference_steps=5, height=80, width=32, guidance=2.5),
+            ),
+            "not guided": ("two layers", _picture(guidance=1.0, num_inference_steps=7, seed=9)),
+            "of an empty prompt": ("two layers", _picture(prompt="", num_inference_steps=2)),
+            "of a prompt that is too long": ("another schedule", _picture(prompt="the cat " * 300, guidance=1.0)),
+            "from a picture": (
+                "two layers",
+                _picture(guidance=1.0, image_path=photo(70, 40), image_strength=0.5, num_inference_steps=5),
+            ),
+        },
+        ours=draw_qwen,
+        theirs=draw_qwen_reference,
     ),
 )

@@ -16,10 +16,14 @@ class PublishedFolder:
     """A model in the diffusers layout: a configuration beside each component's weights.
 
     Components are named by their folders: "text_encoder_2". A folder in another layout is a subclass.
+
+    Attributes:
+        overrides: settings of a component that only its model's name tells, where the folder has no configuration.
     """
 
     def __init__(self, root: Path):
         self.root = root
+        self.overrides: dict[str, Mapping[str, Any]] = {}
 
     def has(self, part: str) -> bool:
         """Whether the component is there."""

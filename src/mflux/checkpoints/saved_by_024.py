@@ -37,6 +37,8 @@ class Layout024:
         square: layers whose input is as wide as a vector, and that vector: from these the bits of a quantized folder
             follow, since a vector is never quantized.
         left_out: a pattern of names, which are not translated yet, that hold nothing a published file has.
+        zeros: vectors that some versions lost → the matrix that has as many rows; they are zero.
+        reshape: changes a tensor by its published name, once its kernel's axes are in place.
     """
 
     title: str
@@ -46,6 +48,8 @@ class Layout024:
     model_index: Mapping[str, Any]
     square: Sequence[tuple[str, str]] = field(default=())
     left_out: str | None = None
+    zeros: Mapping[str, str] = field(default_factory=dict)
+    reshape: Callable[[str, mx.array], mx.array] | None = None
 
     def open(self, root: Path) -> FolderOf024 | None:
         """The folder, or None if mflux 0.24 did not write it."""
@@ -65,7 +69,7 @@ class FolderOf024(PublishedFolder):
 
     def config(self, part: str) -> dict[str, Any]:
         try:
-            return self.layout.configs[part](self.tensors(part))
+            return self.layout.configs[part](self.tensors(part)) | self.overrides.get(part, {})
         except (KeyError, IndexError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{self.root / part} holds no {part} of {self.layout.title} as mflux 0.24 saves it ({error} is missing "
@@ -114,23 +118,29 @@ class Tensors024(Measured):
         )
         has_index = (folder / "model.safetensors.index.json").is_file()
         self._tensors = FolderTensors(folder, None if has_index or not numbered else numbered)
-        self._square = layout.square
+        self._square, self._reshape = layout.square, layout.reshape
         renames = layout.names.get(part, ())
         left_out = re.compile(layout.left_out) if layout.left_out else None
         self._theirs = {
             _translated(name, renames): name for name in self._tensors if not (left_out and left_out.match(name))
         }
+        self._zeros = {
+            name: rows for name, rows in layout.zeros.items() if name not in self._theirs and rows in self._theirs
+        }
 
     def __getitem__(self, name: str) -> mx.array:
+        if name in self._zeros:
+            return mx.zeros(self.rows(self._zeros[name]))
         value = self._tensors[self._theirs[name]]
         # Kernels have four axes or five, and nothing else has.
-        return mx.moveaxis(value, -1, 1) if value.ndim in (4, 5) else value
+        value = mx.moveaxis(value, -1, 1) if value.ndim in (4, 5) else value
+        return value if self._reshape is None else self._reshape(name, value)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._theirs)
+        return iter([*self._theirs, *self._zeros])
 
     def __len__(self) -> int:
-        return len(self._theirs)
+        return len(self._theirs) + len(self._zeros)
 
     @property
     def quantization(self) -> Quantization | None:

@@ -41,7 +41,7 @@ def help_text() -> str:
     from mflux.models.common.family import built
     from mflux.optional import EXTRAS, is_installed, pip_command
 
-    width = max(map(len, COMMANDS)) + 2
+    width = max(map(len, [*COMMANDS, *built()])) + 2
     lines = ["usage: mflux COMMAND [options]     (mflux COMMAND --help says more)", "", "commands:"]
     lines += [f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "models:"]

@@ -122,11 +122,10 @@ def families() -> dict[str, Family]:
 def built() -> dict[str, str]:
     """The models that this version draws with, as keys of `registry.MODELS`, and the command for each."""
     commands = [command for family in families().values() for command in family.commands]
-    found: dict[str, str] = {}
-    for command in commands:
-        for key in command.models:
-            found.setdefault(key, f"mflux-{command.name}")
-    return found
+    drawn = {key: f"mflux-{command.name}" for command in reversed(commands) for key in command.models}
+    # A command's first model is its own, also where another one draws with it as well.
+    own = {command.models[0]: f"mflux-{command.name}" for command in reversed(commands) if command.models}
+    return {key: (drawn | own)[key] for command in commands for key in command.models}
 
 
 def family_of(key: str) -> Family | None:

@@ -98,6 +98,7 @@ class Pipeline:
         model_config = model_config or ModelConfig.from_name(self.default_model)
         self.root = self.resolve_folder(model_path, model_config)
         self.folder = open_folder(self.root, self.family)
+        self.folder.overrides["transformer"] = model_config.transformer_overrides
         self.check_folder()
         self._folders: dict[str, PublishedFolder] = {}
         self.model_path = model_path

@@ -155,6 +155,9 @@ class ModelConfig(metaclass=_Precision):
         for theirs, ours in names.items():
             if scheduler.get(theirs) is not None:
                 setattr(config, ours, scheduler[theirs])
+        if "shift_terminal" in scheduler:
+            # A schedule that is not to be stretched to its end says so with null.
+            config.sigma_shift_terminal = scheduler["shift_terminal"]
         return config
 
     def x_embedder_input_dim(self) -> int:

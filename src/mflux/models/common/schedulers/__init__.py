@@ -11,13 +11,21 @@ import importlib
 from mflux.errors import UsageError
 from mflux.models.common.schedulers.base_scheduler import BaseScheduler
 from mflux.models.common.schedulers.flow_match_euler_discrete_scheduler import FlowMatchEulerDiscreteScheduler
-from mflux.models.common.schedulers.linear_scheduler import LinearScheduler
+from mflux.models.common.schedulers.linear_scheduler import LightningScheduler, LinearScheduler
 
-__all__ = ["BaseScheduler", "FlowMatchEulerDiscreteScheduler", "LinearScheduler", "scheduler_class"]
+__all__ = [
+    "BaseScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "LightningScheduler",
+    "LinearScheduler",
+    "scheduler_class",
+]
 
 SCHEDULER_REGISTRY: dict[str, type[BaseScheduler]] = {
     "linear": LinearScheduler,
     "LinearScheduler": LinearScheduler,
+    "lightning": LightningScheduler,
+    "LightningScheduler": LightningScheduler,
     "flow_match_euler_discrete": FlowMatchEulerDiscreteScheduler,
     "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
 }
@@ -40,7 +48,7 @@ def scheduler_class(name: str) -> type[BaseScheduler]:
     if not module_name:
         raise UsageError(
             f"the scheduler {name!r} is not known: use linear, flow_match_euler_discrete, "
-            "or your own as package.module.Class"
+            "lightning, or your own as package.module.Class"
         )
     try:
         found = getattr(importlib.import_module(module_name), attribute)

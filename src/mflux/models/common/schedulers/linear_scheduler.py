@@ -52,6 +52,16 @@ class LinearScheduler(BaseScheduler):
         return latents + (self._sigmas[timestep + 1] - self._sigmas[timestep]).astype(latents.dtype) * noise
 
 
+class LightningScheduler(LinearScheduler):
+    """Evenly spaced sigmas with a shift of 3 whatever the size: what the few-step "Lightning" LoRAs of Qwen-Image were
+    distilled on (ModelTC, 2025)."""
+
+    def _get_sigmas(self) -> mx.array:
+        steps = self.config.num_inference_steps
+        sigmas = mx.linspace(1.0, 1.0 / steps, steps, dtype=mx.float32)
+        return mx.concatenate([shift_exponentially(sigmas, math.log(3)), mx.zeros(1)])
+
+
 def resolution_mu(model, image_seq_len: int) -> float:
     """How far to shift for a picture of that many tokens: linear between the two lengths that the model was given."""
     slope = (model.sigma_max_shift - model.sigma_base_shift) / (model.sigma_max_seq_len - model.sigma_base_seq_len)

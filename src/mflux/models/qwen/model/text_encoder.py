@@ -85,7 +85,7 @@ class Qwen25VLTextConfig(DecoderConfig):
     head_dim: int | None = None
     attention_bias: bool = True
     rope_scaling: Mapping[str, Any] | None = field(
-        default_factory=lambda: {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
+        default_factory=lambda: {"mrope_section": (16, 24, 24), "rope_type": "default", "type": "default"}
     )
 
     qk_norm = False
@@ -283,3 +283,7 @@ class Qwen25VLEncoder(Qwen25VLTextEncoder):
             places = mx.array([place for place, other in enumerate(ids) if other == token])
             embeddings[places] = tokens.astype(embeddings.dtype)
         return self.read(embeddings[None], mx.array(positions))
+
+
+# Who reads a saved folder may want to edit with it.
+Qwen25VLTextEncoder.whole = Qwen25VLEncoder

@@ -1,0 +1,21 @@
+"""`mflux-generate-qwen`: pictures with Qwen-Image."""
+
+from __future__ import annotations
+
+import sys
+
+from mflux.cli.generate import Generate
+from mflux.models.qwen.family import FAMILY
+
+COMMAND = Generate(
+    prog="mflux-generate-qwen",
+    description="Draw with Qwen-Image from a prompt, or from a prompt and a picture.",
+    pipeline="mflux.models.qwen.variants.txt2img.qwen_image:QwenImage",
+    models=FAMILY.commands[0].models,
+    defaults={"model": "qwen-image"},
+    guidance=3.5,
+)
+build_parser, main = COMMAND.build_parser, COMMAND.main
+
+if __name__ == "__main__":
+    sys.exit(main())

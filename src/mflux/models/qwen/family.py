@@ -1,0 +1,58 @@
+"""Qwen-Image and Qwen-Image-Edit as data: their components, commands and models."""
+
+from dataclasses import replace
+
+from mflux.models.common.family import Command, Component, Family
+
+_MODEL = "mflux.models.qwen.model"
+_VARIANTS = "mflux.models.qwen.variants"
+EDIT_MODELS = ("qwen-image-edit", "qwen-image-edit-2511")
+
+_TEXT_ENCODER = Component(
+    "text_encoder", f"{_MODEL}.text_encoder:Qwen25VLTextEncoder", "text_encoder", stage="encode", stem="model"
+)
+_OTHERS = (
+    Component(
+        "transformer",
+        f"{_MODEL}.transformer:QwenTransformer",
+        "transformer",
+        published_class="QwenImageTransformer2DModel",
+        lora=True,
+    ),
+    Component(
+        "vae",
+        "mflux.models.common.autoencoders.wan:AutoencoderWan",
+        "vae",
+        stage="decode",
+        published_class="AutoencoderKLQwenImage",
+    ),
+)
+# To edit, the vision tower shows the language model the pictures.
+EDIT_COMPONENTS = (replace(_TEXT_ENCODER, module=f"{_MODEL}.text_encoder:Qwen25VLEncoder"), *_OTHERS)
+
+FAMILY = Family(
+    title="Qwen-Image",
+    components=(_TEXT_ENCODER, *_OTHERS),
+    commands=(
+        Command(
+            "generate-qwen",
+            "mflux.models.qwen.cli.qwen_image_generate",
+            "draw with Qwen-Image",
+            models=("qwen-image",),
+        ),
+        Command(
+            "generate-qwen-edit",
+            "mflux.models.qwen.cli.qwen_image_edit_generate",
+            "change pictures with Qwen-Image-Edit",
+            models=EDIT_MODELS,
+        ),
+    ),
+    pipelines=(
+        *((model, f"{_VARIANTS}.edit.qwen_image_edit:QwenImageEdit") for model in EDIT_MODELS),
+        ("*", f"{_VARIANTS}.txt2img.qwen_image:QwenImage"),
+    ),
+    # Repositories of the Edit releases keep the picture processor's settings in a folder of their own.
+    beside=("model_index.json", "scheduler", "tokenizer", "processor"),
+    lora="mflux.models.qwen.lora_names:LORA",
+    open_folder="mflux.models.qwen.weights_024:open_folder",
+)
