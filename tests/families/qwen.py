@@ -436,10 +436,15 @@ class Last:
 
 
 def drawn(pipeline, **settings):
+    def file(picture) -> Path:
+        path = pipeline.root / f"{picture.width}x{picture.height}.png"
+        picture.save(path)
+        return path
+
     if "image_path" in settings:
-        path = pipeline.root / "picture.png"
-        settings["image_path"].save(path)
-        settings["image_path"] = path
+        settings["image_path"] = file(settings["image_path"])
+    if "image_paths" in settings:
+        settings["image_paths"] = [file(picture) for picture in settings["image_paths"]]
     last = Last()
     pipeline.callbacks.register(last)
     image = pipeline.generate_image(**settings).image
@@ -520,6 +525,74 @@ def from_picture_reference(pipeline, settings):
     return latents, np.asarray(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])
 
 
+def draw_edit(folder: Path, settings):
+    from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
+
+    return drawn(QwenImageEdit(model_path=str(folder), model_config=ModelConfig.qwen_image_edit()), **settings)
+
+
+class ReferenceProcessor:
+    """What the reference's processor does, which cannot be built without torchvision."""
+
+    def __init__(self, tokenizer):
+        from transformers import Qwen2VLImageProcessorPil
+
+        self.tokenizer = tokenizer
+        self.images = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12_845_056)
+
+    def __call__(self, text, images, **_):
+        import torch
+        from transformers import BatchFeature
+
+        seen = self.images(images=images, return_tensors="pt")
+        pieces = text[0].split("<|image_pad|>")
+        spread = ["<|image_pad|>" * (int(grid.prod()) // 4) for grid in seen["image_grid_thw"]]
+        whole = pieces[0] + "".join(map("".join, zip(spread, pieces[1:], strict=True)))
+        ids = torch.tensor([self.tokenizer(whole)["input_ids"]])
+        return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), **seen})
+
+
+@cache
+def edit_reference(folder: Path, name: str):
+    """The reference, which since transformers 5 forgets to say which tokens are a picture's: the encoder would give
+    them the positions of text, on which it was not trained."""
+    import diffusers
+
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "processor"}))
+    pipeline = getattr(diffusers, name).from_pretrained(folder, processor=None)
+    pipeline.register_modules(processor=ReferenceProcessor(pipeline.tokenizer))
+    pipeline.set_progress_bar_config(disable=True)
+    encoder = pipeline.text_encoder
+    forward, token = encoder.forward, encoder.config.image_token_id
+    encoder.forward = lambda input_ids, **rest: forward(
+        input_ids=input_ids, mm_token_type_ids=(input_ids == token).int(), **rest
+    )
+    return pipeline
+
+
+def draw_edit_reference(folder: Path, settings):
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    pipeline = edit_reference(folder, name)
+    guidance, pictures = settings["guidance"], settings["image_paths"]
+    common = dict(
+        image=pictures if name.endswith("PlusPipeline") else pictures[0],
+        prompt=settings["prompt"],
+        negative_prompt=settings.get("negative_prompt", " ") if guidance > 1 else None,
+        true_cfg_scale=guidance,
+        height=settings["height"],
+        width=settings["width"],
+        num_inference_steps=settings["num_inference_steps"],
+        latents=noise(settings),
+    )
+    latents = pipeline(**common, output_type="latent").images
+    return latents, np.asarray(pipeline(**common, output_type="pil").images[0])
+
+
+def _edit(*pictures, **settings):
+    return _picture(**dict(image_paths=list(pictures), num_inference_steps=2) | settings)
+
+
 def _picture(**settings):
     return dict(seed=3, prompt=PROMPT, num_inference_steps=3, height=64, width=96, guidance=4.0) | settings
 
@@ -549,5 +622,24 @@ PIPELINES = (
         },
         ours=draw_qwen,
         theirs=draw_qwen_reference,
+    ),
+    Pipeline(
+        name="edits",
+        folders={
+            "2509": lambda folder: write_qwen(folder, kind="QwenImageEditPlusPipeline"),
+            "2511": lambda folder: write_qwen(folder, kind="QwenImageEditPlusPipeline", zero_cond_t=True),
+            "first": lambda folder: write_qwen(folder, kind="QwenImageEditPipeline", num_layers=1),
+        },
+        pictures={
+            "one picture": ("2509", _edit(photo(50, 80), guidance=2.5)),
+            "two pictures, not guided": ("2509", _edit(photo(90, 60), photo(64, 64), guidance=1.0)),
+            "two pictures, free of noise": (
+                "2511",
+                _edit(photo(60, 90), photo(120, 40), negative_prompt="blurry", height=48, width=80),
+            ),
+            "first release": ("first", _edit(photo(80, 60), guidance=1.0, num_inference_steps=1)),
+        },
+        ours=draw_edit,
+        theirs=draw_edit_reference,
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from mflux.cli.generate import Generate
+from mflux.models.qwen.cli.lightning import settle_lightning
 from mflux.models.qwen.family import FAMILY
 
 COMMAND = Generate(
@@ -14,6 +15,7 @@ COMMAND = Generate(
     models=FAMILY.commands[0].models,
     defaults={"model": "qwen-image"},
     guidance=3.5,
+    check=settle_lightning,
 )
 build_parser, main = COMMAND.build_parser, COMMAND.main
 

@@ -1,0 +1,27 @@
+"""What the few-step "Lightning" LoRAs of Qwen-Image ask for beside themselves."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from pathlib import PurePath
+
+from mflux.cli.parser import was_given
+
+log = logging.getLogger(__name__)
+
+
+def settle_lightning(args: argparse.Namespace, config=None) -> None:
+    """Where a LoRA's name says that it is one, and the command line leaves them open: the schedule it was made on, as
+    many steps as its name says, and no guidance, which is in its weights."""
+    name = next((name for path in args.lora_paths or () if "lightning" in (name := PurePath(path).name.lower())), None)
+    if name is None:
+        return
+    steps = re.search(r"(\d+)[-_ ]?steps?", name)
+    wanted = {"scheduler": "lightning", "guidance": 1.0, "steps": int(steps[1]) if steps else None}
+    taken = {key: value for key, value in wanted.items() if value is not None and not was_given(args, key)}
+    for key, value in taken.items():
+        setattr(args, key, value)
+    if taken:
+        log.warning("%s is a Lightning LoRA: %s", name, ", ".join(f"--{key} {value}" for key, value in taken.items()))

@@ -1,0 +1,202 @@
+"""Qwen-Image-Edit: pictures changed, or put together, as words say."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from mflux.backend import mx
+from mflux.checkpoints.folders import read_json
+from mflux.errors import UsageError
+from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.qwen_tokenizer import chat
+from mflux.models.qwen.family import EDIT_COMPONENTS
+from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
+from mflux.models.qwen.model.picture_processor import PictureProcessor
+from mflux.models.qwen.variants.txt2img.qwen_image import NOTHING, QwenBase
+from mflux.utils.generated_image import GeneratedImage
+from mflux.utils.image_util import ImageUtil
+
+# The model was trained with exactly this before each prompt; so many tokens of what comes out are the template's.
+SYSTEM = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate."
+)
+_TEMPLATE_TOKENS = 64
+_PICTURE_TOKEN = "<|image_pad|>"
+_VISION = f"<|vision_start|>{_PICTURE_TOKEN}<|vision_end|>"
+# Pixels of a picture as it is encoded, and as the language model of the later releases is shown it.
+_AREA, _SHOWN_AREA = 1024 * 1024, 384 * 384
+_GRID = 32
+_FIRST_RELEASE = "QwenImageEditPipeline"
+
+
+class QwenImageEdit(QwenBase):
+    """Qwen-Image-Edit 2509 and 2511, which take several pictures, and the first release, which takes one; see
+    `Pipeline`.
+
+    The model's folder says which of them it is: `model_index.json` and the transformer's `zero_cond_t`.
+    """
+
+    components = EDIT_COMPONENTS
+    default_model = "qwen-image-edit"
+
+    def __init__(
+        self,
+        quantize: int | None = None,
+        model_path: str | None = None,
+        lora_paths: list[str] | None = None,
+        lora_scales: list[float] | None = None,
+        bake_lora: bool = True,
+        model_config: ModelConfig | None = None,
+    ):
+        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+        index, processor = self.root / "model_index.json", self.root / "processor" / "preprocessor_config.json"
+        self.takes_one = index.is_file() and read_json(index).get("_class_name") == _FIRST_RELEASE
+        self.processor = PictureProcessor.from_dict(
+            read_json(processor) if processor.is_file() else {}, source=processor
+        )
+
+    def generate_image(
+        self,
+        seed: int,
+        prompt: str,
+        image_paths: Sequence[Path | str],
+        num_inference_steps: int = 4,
+        height: int | None = None,
+        width: int | None = None,
+        guidance: float = 4.0,
+        image_path: Path | str | None = None,
+        scheduler: str = "linear",
+        negative_prompt: str | None = None,
+    ) -> GeneratedImage:
+        """Draw one picture.
+
+        Args:
+            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
+            prompt: what to change; encoded once for the same pictures and kept.
+            image_paths: the pictures to start from, which the prompt may call Picture 1, Picture 2, …
+            num_inference_steps: 1 or more.
+            height, width: in pixels, rounded down to multiples of 16; None for about a million pixels in the shape of
+                the last picture.
+            guidance: how far to go away from the negative prompt; each step takes two passes above 1, one otherwise.
+            image_path: a picture whose shape is taken instead of the last one's.
+            scheduler: "linear", "flow_match_euler_discrete", "lightning", or "package.module.Class".
+            negative_prompt: what not to draw; a single space if nothing is said.
+
+        Raises:
+            MfluxError: sizes, steps, pictures or weights are unusable; the message says which.
+            StopImageGenerationException: Ctrl-C, or a callback, stopped it.
+        """
+        pictures = self._pictures(image_paths)
+        shape = pictures[-1] if image_path is None else ImageUtil.load_image(image_path)
+        natural_width, natural_height = fitted(shape, _AREA)
+        config = self.settings(
+            num_inference_steps=num_inference_steps,
+            height=height or natural_height,
+            width=width or natural_width,
+            guidance=guidance,
+            scheduler=scheduler,
+        )
+
+        # 1. Encode the prompts together with the pictures
+        prompts = [prompt, negative_prompt or NOTHING] if config.guidance > 1 else [prompt]
+        positive, *negative = self.encode_prompts(prompts, pictures)
+        embeds = positive, negative[0] if negative else None
+
+        # 2. Make the latents to start from, and those of the pictures
+        latents = QwenLatentCreator.create_noise(seed, config.height, config.width)
+        sizes = [fitted(picture, _AREA) for picture in pictures]
+        sources = [
+            self.encode_image(picture, height, width) for picture, (width, height) in zip(pictures, sizes, strict=True)
+        ]
+
+        # 3. Denoise
+        grids = [(config.height // 16, config.width // 16), *((height // 16, width // 16) for width, height in sizes)]
+
+        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
+            return self.velocity(mx.concatenate([latents, *sources], axis=1), sigma, embeds, config.guidance, grids)
+
+        latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
+
+        # 4. Decode
+        return self.picture(
+            config,
+            latents,
+            seed=seed,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            image_path=image_path,
+            image_paths=list(image_paths),
+        )
+
+    def _pictures(self, paths: Sequence[Path | str]) -> list[PIL.Image.Image]:
+        """
+        Raises:
+            UsageError: none, or more than the model takes.
+            ImageError: one cannot be read.
+        """
+        if isinstance(paths, (str, Path)) or not paths:
+            raise UsageError("image_paths (--image-paths) is no list of pictures: name one or more to start from")
+        if self.takes_one and len(paths) > 1:
+            raise UsageError(
+                f"{self.root} is the first release of Qwen-Image-Edit, which takes one picture, and there are "
+                f"{len(paths)}: name one, or use --model qwen-image-edit (2509) or qwen-image-edit-2511"
+            )
+        return [ImageUtil.load_image(path) for path in paths]
+
+    def encode_prompts(self, prompts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> list[mx.array]:
+        """Embeddings (1, L, D) of prompts about pictures, from the cache where they were seen."""
+        about = tuple(
+            hashlib.sha256(picture.tobytes()).digest() + bytes(str(picture.size), "ascii") for picture in pictures
+        )
+        if any((prompt, about) not in self.prompt_cache for prompt in prompts):
+            self.enter("encode")
+            seen = [
+                self.processor(ImageUtil.scale_to_dimensions(picture, *self._shown(picture))) for picture in pictures
+            ]
+            patches, grids = mx.array(np.concatenate([cut for cut, _ in seen])), [grid for _, grid in seen]
+            for prompt in prompts:
+                ids = self._ids(prompt, grids)
+                embeds = self.text_encoder(ids, patches, grids)[:, _TEMPLATE_TOKENS:]
+                mx.eval(embeds)
+                self.prompt_cache[prompt, about] = embeds
+            self.encoded("text_encoder")
+        return [self.prompt_cache[prompt, about] for prompt in prompts]
+
+    def _shown(self, picture: PIL.Image.Image) -> tuple[int, int]:
+        return fitted(picture, _AREA if self.takes_one else _SHOWN_AREA)
+
+    def _ids(self, prompt: str, grids: Sequence[Any]) -> list[int]:
+        """A prompt's tokens, with one for each token that a picture becomes.
+
+        Raises:
+            UsageError: the prompt holds the token that stands for a picture.
+        """
+        if self.takes_one:
+            before = _VISION
+        else:
+            before = "".join(f"Picture {number}: {_VISION}" for number in range(1, len(grids) + 1))
+        if _PICTURE_TOKEN in prompt:
+            raise UsageError(f"the prompt contains {_PICTURE_TOKEN}, which stands for a picture: leave it out")
+        merged = self.processor.merge_size**2
+        counts = iter([rows * columns // merged for rows, columns in grids])
+        ids, token = [], self.text_encoder.config.image_token_id
+        for number in self.tokenizer.encode(chat(before + prompt, system=SYSTEM)):
+            ids += [number] * (next(counts) if number == token else 1)
+        return ids
+
+
+def fitted(picture: PIL.Image.Image, area: int) -> tuple[int, int]:
+    """Width and height of about so many pixels in a picture's shape, multiples of 32."""
+    ratio = picture.width / picture.height
+    width = math.sqrt(area * ratio)
+    # A picture that is very long and narrow still has a row of tokens.
+    return tuple(max(_GRID, round(side / _GRID) * _GRID) for side in (width, width / ratio))
