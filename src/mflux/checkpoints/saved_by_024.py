@@ -85,7 +85,25 @@ class FolderOf024(PublishedFolder):
         return self.tensors(part).quantization
 
 
-class Tensors024(Mapping[str, mx.array]):
+class Shapes(Mapping[str, mx.array]):
+    """Tensors by their published names, and what their shapes tell of a configuration."""
+
+    quantization: Quantization | None = None
+
+    def rows(self, name: str) -> int:
+        return self[name].shape[0]
+
+    def width(self, layer: str) -> int:
+        """How many weights a row of a layer has, quantized or not."""
+        columns = self[f"{layer}.weight"].shape[-1]
+        return columns * 32 // self.quantization.bits if f"{layer}.scales" in self else columns
+
+    def count(self, pattern: str) -> int:
+        """How many numbers occur where `pattern` has a group."""
+        return len({match[1] for name in self if (match := re.match(pattern, name))})
+
+
+class Tensors024(Shapes):
     """Tensors with mflux 0.24's names and layout as a mapping with the published ones, read when they are asked for."""
 
     def __init__(self, folder: Path, part: str, layout: Layout024):
@@ -121,18 +139,6 @@ class Tensors024(Mapping[str, mx.array]):
                 width = self[rows].shape[0]
                 return inferred(width, self[f"{weight}.weight"].shape, self[f"{weight}.scales"].shape)
         return None
-
-    def rows(self, name: str) -> int:
-        return self[name].shape[0]
-
-    def width(self, layer: str) -> int:
-        """How many weights a row of a layer has, quantized or not."""
-        columns = self[f"{layer}.weight"].shape[-1]
-        return columns * 32 // self.quantization.bits if f"{layer}.scales" in self else columns
-
-    def count(self, pattern: str) -> int:
-        """How many numbers occur where `pattern` has a group."""
-        return len({match[1] for name in self if (match := re.match(pattern, name))})
 
 
 @cache
