@@ -89,8 +89,8 @@ class FolderOf024(PublishedFolder):
         return self.tensors(part).quantization
 
 
-class Measured(Mapping[str, mx.array]):
-    """Tensors whose shapes tell a configuration."""
+class Shapes(Mapping[str, mx.array]):
+    """Tensors by their published names, and what their shapes tell of a configuration."""
 
     # What the layers are quantized to, if at all.
     quantization: Quantization | None = None
@@ -108,7 +108,7 @@ class Measured(Mapping[str, mx.array]):
         return len({match[1] for name in self if (match := re.match(pattern, name))})
 
 
-class Tensors024(Measured):
+class Tensors024(Shapes):
     """Tensors with mflux 0.24's names and layout as a mapping with the published ones, read when they are asked for."""
 
     def __init__(self, folder: Path, part: str, layout: Layout024):

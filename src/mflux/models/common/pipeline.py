@@ -97,7 +97,7 @@ class Pipeline:
         self._lora_files = [find_lora(str(path)) for path in lora_paths or ()]
         model_config = model_config or ModelConfig.from_name(self.default_model)
         self.root = self.resolve_folder(model_path, model_config)
-        self.folder = open_folder(self.root, self.family)
+        self.folder = self.open_folder()
         self.folder.overrides["transformer"] = model_config.transformer_overrides
         self.check_folder()
         self._folders: dict[str, PublishedFolder] = {}
@@ -144,6 +144,10 @@ class Pipeline:
             return checkpoint_folder()
         own = [component for component in self.components if component.repository is None and not component.optional]
         return resolve(model_path or model_config.model_name, own, self.family.beside)
+
+    def open_folder(self) -> PublishedFolder:
+        """The model's folder, of whichever layout it is."""
+        return open_folder(self.root, self.family)
 
     def check_folder(self) -> None:
         """

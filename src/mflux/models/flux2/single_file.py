@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from mflux.backend import mx
+from mflux.checkpoints.loading import FolderTensors
+from mflux.checkpoints.published import PublishedFolder
+from mflux.checkpoints.quantization import Quantization
+from mflux.checkpoints.saved_by_024 import Shapes
+from mflux.errors import CheckpointError
 from mflux.models.flux2.lora_names import BLACK_FOREST_LABS, SWAPPED
+from mflux.models.flux2.weights_024 import transformer_config
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _NAMES = BLACK_FOREST_LABS | {
@@ -25,7 +33,7 @@ _PREFIX = "model.diffusion_model."
 _BLOCK = re.compile(r"^(double_blocks|single_blocks)\.(\d+)\.")
 
 
-class SingleFile(Mapping[str, mx.array]):
+class SingleFile(Shapes):
     """The tensors of such a file as a mapping with the published names, read when they are asked for.
 
     Names that the table does not know stay as they are, for the loader to complain of.
@@ -61,6 +69,46 @@ class SingleFile(Mapping[str, mx.array]):
         return len(self._places)
 
 
-def is_single_file(names: Mapping[str, object]) -> bool:
-    """Whether tensors have Black Forest Labs' names."""
-    return any(_BLOCK.match(name.removeprefix(_PREFIX)) for name in names)
+class WithTransformer(PublishedFolder):
+    """A model's folder with a transformer of one file in the place of its own."""
+
+    def __init__(self, folder: PublishedFolder, file: Path):
+        super().__init__(folder.root)
+        self._folder = folder
+        self._file = file
+        tensors = FolderTensors(file.parent, [file])
+        if not any(_BLOCK.match(name.removeprefix(_PREFIX)) for name in tensors):
+            raise CheckpointError(
+                f"{file} holds no FLUX.2 transformer with Black Forest Labs' names (double_blocks.0.…): give such a "
+                "file, or the folder of a whole model"
+            )
+        self._transformer = SingleFile(tensors)
+
+    def has(self, part: str) -> bool:
+        return part == "transformer" or self._folder.has(part)
+
+    def config(self, part: str) -> dict[str, Any]:
+        if part != "transformer":
+            return self._folder.config(part)
+        try:
+            return transformer_config(self._transformer)
+        except (KeyError, IndexError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{self._file} is not a whole FLUX.2 transformer: {error} is missing") from None
+
+    def tensors(self, part: str) -> Mapping[str, mx.array]:
+        return self._transformer if part == "transformer" else self._folder.tensors(part)
+
+    def lacking(self) -> dict[str, dict[str, Any]]:
+        return self._folder.lacking()
+
+    def scheduler(self) -> dict[str, Any]:
+        return self._folder.scheduler()
+
+    def stored(self, part: str) -> Quantization | None:
+        return None if part == "transformer" else self._folder.stored(part)
+
+
+def transformer_file(path: str | Path) -> Path | None:
+    """The file that a path names, or None if it names no safetensors file."""
+    file = Path(path).expanduser()
+    return file if file.suffix == ".safetensors" and file.is_file() else None

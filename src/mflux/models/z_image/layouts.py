@@ -16,7 +16,7 @@ from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.published import PublishedFolder
-from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, Measured, Renames
+from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, Shapes, Renames
 from mflux.errors import CheckpointError
 from mflux.models.common.config.saved_model import recorded_base_model
 from mflux.models.flux.weights_024 import LAYOUT as FLUX_LAYOUT
@@ -62,12 +62,12 @@ _SQUARE = (
 )
 
 
-def _patch(tensors: Measured, embedder: str) -> int:
+def _patch(tensors: Shapes, embedder: str) -> int:
     names = [match for name in tensors if (match := re.match(rf"{embedder}\.(\d+)-1\.weight", name))]
     return int(names[0][1])
 
 
-def _transformer(tensors: Measured) -> dict[str, Any]:
+def _transformer(tensors: Shapes) -> dict[str, Any]:
     head, patch = tensors.rows("layers.0.attention.norm_q.weight"), _patch(tensors, "all_x_embedder")
     return {
         "_class_name": "ZImageTransformer2DModel",
@@ -87,7 +87,7 @@ def _transformer(tensors: Measured) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _text_encoder(tensors: Measured) -> dict[str, Any]:
+def _text_encoder(tensors: Shapes) -> dict[str, Any]:
     head = tensors.rows("model.layers.0.self_attn.q_norm.weight")
     return {
         "architectures": ["Qwen3ForCausalLM"],
@@ -103,7 +103,7 @@ def _text_encoder(tensors: Measured) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def controlnet_config(tensors: Measured) -> dict[str, Any]:
+def controlnet_config(tensors: Shapes) -> dict[str, Any]:
     """The values of a Union ControlNet, which is published without any.
 
     Which layers get hints follows from how many there are; 2.0 has 2.1's names, and differs in a projection that
@@ -182,7 +182,7 @@ _FUSED = re.compile(r"(.+\.attention)\.qkv\.(weight|scales|biases)")
 _UNUSED = "norm_final.weight"
 
 
-class OriginalTensors(Measured):
+class OriginalTensors(Shapes):
     """The transformer under its original names as a mapping with the published ones, read when they are asked for."""
 
     def __init__(self, tensors: Mapping[str, mx.array]):
@@ -218,7 +218,7 @@ class OriginalTensors(Measured):
         return len(self._theirs)
 
 
-class PlainTensors(Measured):
+class PlainTensors(Shapes):
     """Tensors as they are."""
 
     def __init__(self, tensors: Mapping[str, mx.array]):
@@ -261,7 +261,7 @@ class ZImageFolder(PublishedFolder):
                 "sense), and there is no config.json beside it: take another file"
             ) from None
 
-    def tensors(self, part: str) -> Measured:
+    def tensors(self, part: str) -> Shapes:
         files = [self.files[part]] if part in self.files else None
         found = FolderTensors(self.root / part, files)
         return OriginalTensors(found) if OriginalTensors.fits(found) else PlainTensors(found)
