@@ -85,7 +85,26 @@ class FolderOf024(PublishedFolder):
         return self.tensors(part).quantization
 
 
-class Tensors024(Mapping[str, mx.array]):
+class Measured(Mapping[str, mx.array]):
+    """Tensors whose shapes tell a configuration."""
+
+    # What the layers are quantized to, if at all.
+    quantization: Quantization | None = None
+
+    def rows(self, name: str) -> int:
+        return self[name].shape[0]
+
+    def width(self, layer: str) -> int:
+        """How many weights a row of a layer has, quantized or not."""
+        columns = self[f"{layer}.weight"].shape[-1]
+        return columns * 32 // self.quantization.bits if f"{layer}.scales" in self else columns
+
+    def count(self, pattern: str) -> int:
+        """How many numbers occur where `pattern` has a group."""
+        return len({match[1] for name in self if (match := re.match(pattern, name))})
+
+
+class Tensors024(Measured):
     """Tensors with mflux 0.24's names and layout as a mapping with the published ones, read when they are asked for."""
 
     def __init__(self, folder: Path, part: str, layout: Layout024):
@@ -121,19 +140,6 @@ class Tensors024(Mapping[str, mx.array]):
                 width = self[rows].shape[0]
                 return inferred(width, self[f"{weight}.weight"].shape, self[f"{weight}.scales"].shape)
         return None
-
-    def rows(self, name: str) -> int:
-        return self[name].shape[0]
-
-    def width(self, layer: str) -> int:
-        """How many weights a row of a layer has, quantized or not."""
-        columns = self[f"{layer}.weight"].shape[-1]
-        return columns * 32 // self.quantization.bits if f"{layer}.scales" in self else columns
-
-    def count(self, pattern: str) -> int:
-        """How many numbers occur where `pattern` has a group."""
-        return len({match[1] for name in self if (match := re.match(pattern, name))})
-
 
 @cache
 def _translated(name: str, renames: Renames) -> str:

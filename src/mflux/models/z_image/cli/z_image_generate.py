@@ -1,0 +1,46 @@
+"""`mflux-generate-z-image`: pictures with Z-Image."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from mflux.cli import parser as options
+from mflux.cli.generate import Generate
+from mflux.models.z_image.family import FAMILY
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.add_compute_precision_option(parser)
+    options.add_float32_option(parser)
+    options.add_vae_precision_option(parser)
+
+
+def build(args: argparse.Namespace) -> dict[str, Any]:
+    return {"float32": args.float32, "compute_precision": compute_dtype(args)}
+
+
+def compute_dtype(args: argparse.Namespace):
+    if args.compute_precision is None:
+        return None
+    from mflux.backend import mx
+
+    return getattr(mx, args.compute_precision)
+
+
+COMMAND = Generate(
+    prog="mflux-generate-z-image",
+    description="Draw with Z-Image from a prompt, or from a prompt and a picture.",
+    pipeline="mflux.models.z_image.variants.z_image:ZImage",
+    models=FAMILY.commands[0].models,
+    published_schedule=True,
+    defaults={"model": "z-image", "width": 1024, "height": 1024, "scheduler": "flow_match_euler_discrete"},
+    guidance=None,
+    add_options=add_options,
+    build=build,
+)
+build_parser, main = COMMAND.build_parser, COMMAND.main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Z-Image as data: its components, commands and models."""
+
+from mflux.models.common.family import Command, Component, Family
+
+_MODEL = "mflux.models.z_image.model"
+_CLI = "mflux.models.z_image.cli"
+_CONTROLNET = "z-image-turbo-controlnet-union-2.1"
+
+# Turbo's transformer is published in float32, and everybody computes it in bfloat16: half of it is enough to hold.
+COMPONENTS = (
+    Component("text_encoder", f"{_MODEL}.text_encoder:ZImageTextEncoder", "text_encoder", stage="encode", stem="model"),
+    Component(
+        "transformer",
+        f"{_MODEL}.transformer:ZImageTransformer",
+        "transformer",
+        published_class="ZImageTransformer2DModel",
+        lora=True,
+        dtype="bfloat16",
+    ),
+    Component(
+        "vae",
+        "mflux.models.common.autoencoders.kl:AutoencoderKL",
+        "vae",
+        stage="decode",
+        published_class="AutoencoderKL",
+    ),
+)
+CONTROLNET = Component(
+    "controlnet",
+    f"{_MODEL}.controlnet:ZImageControlNet",
+    "controlnet",
+    published_class="ZImageControlNetModel",
+    dtype="bfloat16",
+    repository="controlnet_model",
+)
+
+FAMILY = Family(
+    title="Z-Image",
+    components=COMPONENTS,
+    commands=(
+        Command(
+            "generate-z-image", f"{_CLI}.z_image_generate", "draw with Z-Image", models=("z-image", "z-image-turbo")
+        ),
+        Command(
+            "generate-z-image-turbo",
+            f"{_CLI}.z_image_turbo_generate",
+            "draw with Z-Image-Turbo, in few steps",
+            models=("z-image-turbo",),
+        ),
+        Command(
+            "generate-z-image-controlnet",
+            f"{_CLI}.z_image_turbo_generate_controlnet",
+            "draw with Z-Image-Turbo after edges or depths of another picture",
+            models=(_CONTROLNET,),
+        ),
+    ),
+    pipelines=(
+        (_CONTROLNET, "mflux.models.z_image.variants.controlnet.z_image_turbo_controlnet:ZImageTurboControlnet"),
+        ("*", "mflux.models.z_image.variants.z_image:ZImage"),
+    ),
+    lora="mflux.models.z_image.lora_names:LORA",
+    open_folder="mflux.models.z_image.layouts:open_folder",
+)

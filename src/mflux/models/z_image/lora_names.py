@@ -1,0 +1,48 @@
+"""Which names in LoRA files mean which layers of Z-Image: tables, no code.
+
+The layers' own names are diffusers'. ComfyUI, and trainers that take the authors' own modules, write the names of single
+files, where queries, keys and values are one matrix.
+"""
+
+from __future__ import annotations
+
+from mflux.models.common.lora.reading import LoraNames, Spelling
+
+_BLOCKS = ("layers", "noise_refiner", "context_refiner")
+_FINAL = "all_final_layer.2-1"
+
+ORIGINAL = {
+    "x_embedder": ("all_x_embedder.2-1",),
+    "final_layer.linear": (f"{_FINAL}.linear",),
+    "final_layer.adaLN_modulation.1": (f"{_FINAL}.adaLN_modulation.1",),
+}
+NORMS, FUSED = {}, {}
+for _block in (f"{name}.{{i}}.attention" for name in _BLOCKS):
+    NORMS |= {f"{_block}.q_norm": (f"{_block}.norm_q",), f"{_block}.k_norm": (f"{_block}.norm_k",)}
+    FUSED |= {
+        f"{_block}.qkv": (f"{_block}.to_q", f"{_block}.to_k", f"{_block}.to_v"),
+        f"{_block}.out": (f"{_block}.to_out.0",),
+    }
+# As a trainer writes them that takes all underscores for dots.
+DOTTED = {f"{name}.{{i}}.attention.to.{part}": (f"{name}.{{i}}.attention.to_{part}",) for name in _BLOCKS for part in "qkv"}
+
+_PREFIXES = ("transformer.", "", "base_model.model.", "diffusion_model.", "model.diffusion_model.")
+_JOINED = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris__")
+
+LORA = LoraNames(
+    spellings=(
+        Spelling("transformer", _PREFIXES),
+        Spelling("transformer", _JOINED, joint="_"),
+        Spelling("transformer", _PREFIXES, ORIGINAL | NORMS | DOTTED),
+        Spelling("transformer", _JOINED, ORIGINAL | NORMS, joint="_"),
+        Spelling("transformer", _PREFIXES, FUSED, repeats=True),
+        Spelling("transformer", _JOINED, FUSED, joint="_", repeats=True),
+    ),
+    # One name of each layout, for the sentence that says which there are.
+    layouts={
+        "PEFT and diffusers": "transformer.layers.0.attention.to_q.lora_A.weight",
+        "ComfyUI": "diffusion_model.layers.0.attention.qkv.lora_up.weight",
+        "kohya": "lora_unet_layers_0_attention_to_q.lora_down.weight",
+        "dotted": "layers.0.attention.to.q.lora.down.weight",
+    },
+)
