@@ -116,8 +116,8 @@ def controlnet_config(tensors: Measured) -> dict[str, Any]:
     }.get(blocks)  # fmt: skip
     if places is None:
         raise CheckpointError(
-            f"a ControlNet of Z-Image has 15, 6 or (the lite one) 3 layers, and this one has {blocks}: put a config.json "
-            "with its control_layers_places beside it"
+            f"a ControlNet of Z-Image has 15, 6 or (the lite one) 3 layers, and this one has {blocks}: put a "
+            "config.json with its control_layers_places beside it"
         )
     refiner = "control_noise_refiner"
     if blocks == 6:

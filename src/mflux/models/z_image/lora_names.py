@@ -1,7 +1,7 @@
 """Which names in LoRA files mean which layers of Z-Image: tables, no code.
 
-The layers' own names are diffusers'. ComfyUI, and trainers that take the authors' own modules, write the names of single
-files, where queries, keys and values are one matrix.
+The layers' own names are diffusers'. ComfyUI, and trainers that take the authors' own modules, write the names of
+single files, where queries, keys and values are one matrix.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ for _block in (f"{name}.{{i}}.attention" for name in _BLOCKS):
         f"{_block}.out": (f"{_block}.to_out.0",),
     }
 # As a trainer writes them that takes all underscores for dots.
-DOTTED = {f"{name}.{{i}}.attention.to.{part}": (f"{name}.{{i}}.attention.to_{part}",) for name in _BLOCKS for part in "qkv"}
+DOTTED = {
+    f"{name}.{{i}}.attention.to.{part}": (f"{name}.{{i}}.attention.to_{part}",) for name in _BLOCKS for part in "qkv"
+}
 
 _PREFIXES = ("transformer.", "", "base_model.model.", "diffusion_model.", "model.diffusion_model.")
 _JOINED = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris__")
@@ -35,8 +37,8 @@ LORA = LoraNames(
         Spelling("transformer", _JOINED, joint="_"),
         Spelling("transformer", _PREFIXES, ORIGINAL | NORMS | DOTTED),
         Spelling("transformer", _JOINED, ORIGINAL | NORMS, joint="_"),
-        Spelling("transformer", _PREFIXES, FUSED, repeats=True),
-        Spelling("transformer", _JOINED, FUSED, joint="_", repeats=True),
+        Spelling("transformer", _PREFIXES, FUSED),
+        Spelling("transformer", _JOINED, FUSED, joint="_"),
     ),
     # One name of each layout, for the sentence that says which there are.
     layouts={

@@ -14,7 +14,7 @@ COMMAND = Generate(
     pipeline="mflux.models.z_image.variants.z_image:ZImage",
     models=FAMILY.commands[1].models,
     published_schedule=True,
-    defaults={"model": "z-image-turbo"},
+    default_model="z-image-turbo",
     guidance=None,
     ignored={
         "guidance": "Z-Image-Turbo was made without",

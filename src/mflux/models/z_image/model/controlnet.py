@@ -13,6 +13,7 @@ from mflux.backend import mx, nn
 from mflux.models.common.layers import Rotary
 from mflux.models.z_image.model.transformer import (
     BlockConfig,
+    ComputesInside,
     TransformerBlock,
     ZImageTransformer,
     fill_up,
@@ -30,7 +31,7 @@ class ZImageControlNetConfig(BlockConfig):
     """Values of a ControlNet; defaults are those of Z-Image-Turbo-Fun-Controlnet-Union-2.1."""
 
     control_layers_places: tuple[int, ...] = tuple(range(0, 30, 2))
-    control_refiner_layers_places: tuple[int, ...] = (0, 1)
+    control_refiner_layers_places: tuple[int, ...] | None = (0, 1)
     control_in_dim: int = 33
     add_control_noise_refiner: str | None = "control_noise_refiner"
 
@@ -43,10 +44,10 @@ class ZImageControlNetConfig(BlockConfig):
         if self.add_control_noise_refiner not in _REFINERS:
             return f"add_control_noise_refiner {self.add_control_noise_refiner!r} is not known"
         available = {"control_noise_refiner": self.n_refiner_layers, "control_layers": len(places)}
-        if self.add_control_noise_refiner and not (
-            len(self.control_refiner_layers_places) <= available[self.add_control_noise_refiner]
-        ):
-            return f"control_refiner_layers_places {list(self.control_refiner_layers_places)} has too many places"
+        if self.add_control_noise_refiner is not None:
+            hinted = self.control_refiner_layers_places or ()
+            if not 0 < len(hinted) <= available[self.add_control_noise_refiner]:
+                return f"control_refiner_layers_places {list(hinted)} does not fit its blocks"
         return None
 
 
@@ -69,7 +70,7 @@ class ControlBlock(TransformerBlock):
         return control, self.after_proj(control)
 
 
-class ZImageControlNet(nn.Module):
+class ZImageControlNet(ComputesInside):
     config_class = ZImageControlNetConfig
 
     def __init__(self, config: ZImageControlNetConfig):
@@ -94,6 +95,7 @@ class ZImageControlNet(nn.Module):
         control: mx.array,
         timestep: mx.array,
         prompt_embeds: mx.array,
+        strength: float = 1.0,
     ) -> dict[int, mx.array]:
         """The hints for one evaluation of the transformer.
 
@@ -102,9 +104,10 @@ class ZImageControlNet(nn.Module):
             latents, timestep, prompt_embeds: what it is given.
             control: the control picture's latents (B, 16, H, W), scaled as the autoencoder's are. Where the ControlNet
                 takes more channels (a mask and a picture to fill in), these are zeros.
+            strength: of the hints, also of those that its own copy of the refiner gets.
 
         Returns:
-            What to add after each layer, by its number: (B, L, dim), times any strength.
+            What to add after each layer, by its number: (B, L, dim).
         """
         config, dtype = self.config, latents.dtype
         condition = base.embed_time(timestep, dtype)
@@ -126,12 +129,12 @@ class ZImageControlNet(nn.Module):
         for number, layer in enumerate(base.noise_refiner):
             picture = layer(picture, rotary, condition)
             if number in hints:
-                picture = picture + hints[number]
+                picture = picture + strength * hints[number]
 
         x, both = joined((picture, rotary), (caption, caption_rotary))
         control = mx.concatenate([control, caption], axis=1)
         _, found = run(self.control_layers, control, x, both, condition)
-        return dict(zip(config.control_layers_places, found, strict=True))
+        return {place: strength * hint for place, hint in zip(config.control_layers_places, found, strict=True)}
 
 
 def run(layers: list[ControlBlock], control, x, rotary: Rotary, condition) -> tuple[mx.array, list[mx.array]]:

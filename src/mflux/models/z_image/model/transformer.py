@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mflux.backend import mx, nn
+from mflux.backend import mx, nn, tree_map
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.layers import (
     TIME_CHANNELS,
@@ -29,6 +29,8 @@ _TOKENS_MULTIPLE = 32
 # Of queries and keys, whatever norm_eps says.
 _HEAD_EPS = 1e-5
 _FINAL_EPS = 1e-6
+# How much smaller values, and what a gate lets through, are while they are computed in float16.
+_VALUE_SCALE, _GATED_SCALE = 4.0, 32.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,30 @@ class ZImageTransformerConfig(BlockConfig):
 # ---- blocks
 
 
-class Attention(nn.Module):
+class Interior(nn.Module):
+    """A layer that may compute in float16 inside (`compute_in`): what goes in is scaled down to stay within its range,
+    what comes out is scaled up again."""
+
+    interior: mx.Dtype | None = None
+
+    def compute_in(self, dtype: mx.Dtype) -> None:
+        """Hold all weights in `dtype` and compute in it."""
+        self.interior = dtype
+        self.update(tree_map(lambda value: value.astype(dtype) if _is_float(value) else value, self.parameters()))
+
+    def outside(self, x: mx.array, scale: float, dtype: mx.Dtype) -> mx.array:
+        """What the layer computed, as if it had been computed outside."""
+        if self.interior is None:
+            return x
+        largest = float(mx.finfo(self.interior).max)
+        return scale * mx.clip(x, -largest, largest).astype(dtype)
+
+
+def _is_float(value: mx.array) -> bool:
+    return mx.issubdtype(value.dtype, mx.floating)
+
+
+class Attention(Interior):
     def __init__(self, config: BlockConfig):
         super().__init__()
         width = config.dim
@@ -108,13 +133,18 @@ class Attention(nn.Module):
         self.to_out = [nn.Linear(width, width, bias=False)]
 
     def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
-        q, k, v = (split_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+        dtype, scale = x.dtype, 1.0
+        if self.interior is not None:
+            x, scale = x.astype(self.interior), _VALUE_SCALE
+        q, k = (split_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k))
+        v = split_heads(self.to_v(x if scale == 1 else x / scale), self.heads)
         if "norm_q" in self:
             q, k = self.norm_q(q), self.norm_k(k)
-        return self.to_out[0](merge_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v)))
+        x = merge_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v))
+        return self.outside(self.to_out[0](x), scale, dtype)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Interior):
     """SwiGLU (Shazeer 2020): w1 is the gate, w3 what it lets through."""
 
     def __init__(self, features: int):
@@ -125,7 +155,12 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(features, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w2(nn.silu(self.w1(x)) * self.w3(x))
+        dtype = x.dtype
+        if self.interior is None:
+            return self.w2(nn.silu(self.w1(x)) * self.w3(x))
+        x = x.astype(self.interior)
+        hidden = nn.silu(self.w1(x)) * self.w3(x / _GATED_SCALE)
+        return self.outside(self.w2(hidden), _GATED_SCALE, dtype)
 
 
 class TransformerBlock(nn.Module):
@@ -215,7 +250,17 @@ def picture_ids(start: int, rows: int, columns: int, length: int) -> mx.array:
 # ---- the model
 
 
-class ZImageTransformer(nn.Module):
+class ComputesInside(nn.Module):
+    """A model whose `Interior` layers may compute in float16."""
+
+    def compute_in(self, dtype: mx.Dtype) -> None:
+        """Attention and feed-forwards compute in `dtype` from now on; what passes between them stays as it is."""
+        for module in self.modules():
+            if isinstance(module, Interior):
+                module.compute_in(dtype)
+
+
+class ZImageTransformer(ComputesInside):
     """Predicts picture - noise, the velocity backwards: a pipeline steps along its negative."""
 
     config_class = ZImageTransformerConfig

@@ -204,10 +204,13 @@ class ZImage(Pipeline):
             log.warning("guidance is ignored: Z-Image-Turbo was made without")
         return 0.0
 
+    def inputs(self, sigma: mx.array, prompt_embeds: mx.array) -> tuple[mx.Dtype, mx.array]:
+        """What the transformer takes its latents in, and its time (1,)."""
+        return mx.float32 if self.float32 else prompt_embeds.dtype, ((1000 - 1000 * sigma) / 1000)[None]
+
     def predict(self, latents: mx.array, sigma: mx.array, prompt_embeds: mx.array, **more: Any) -> mx.array:
         """The transformer's prediction picture - noise, float32."""
-        dtype = mx.float32 if self.float32 else prompt_embeds.dtype
-        timestep = ((1000 - 1000 * sigma) / 1000)[None]
+        dtype, timestep = self.inputs(sigma, prompt_embeds)
         prediction = self.transformer(latents.astype(dtype), timestep=timestep, prompt_embeds=prompt_embeds, **more)
         return prediction.astype(mx.float32)
 
