@@ -141,6 +141,7 @@ class Tensors024(Measured):
                 return inferred(width, self[f"{weight}.weight"].shape, self[f"{weight}.scales"].shape)
         return None
 
+
 @cache
 def _translated(name: str, renames: Renames) -> str:
     for pattern, replacement in renames:
