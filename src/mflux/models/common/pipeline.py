@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mflux.backend import compute_dtype, mx, nn, tree_flatten
+from mflux.backend import has_gpu, mx, nn, tree_flatten
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.checkpoints.loading import load_component
 from mflux.checkpoints.published import PublishedFolder
@@ -23,7 +23,7 @@ from mflux.errors import CheckpointError, DownloadError, MfluxError, UsageError
 from mflux.hub import resolve_model
 from mflux.models.common.autoencoders import tiling
 from mflux.models.common.config.config import Config
-from mflux.models.common.config.model_config import ModelConfig, key_of
+from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig
 from mflux.models.common.config.saved_model import FILE_NAME, record
 from mflux.models.common.family import STAGES, Component, Family, families, found
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
@@ -130,6 +130,12 @@ class Pipeline:
         """A built-in model by its name or alias."""
         return cls(model_config=ModelConfig.from_name(model_name), quantize=quantize)
 
+    @property
+    def key(self) -> str:
+        """The registry's name of this model, or of the one it derives from. Its aliases tell: several models share a
+        repository."""
+        return next(key for key, model in AVAILABLE_MODELS.items() if model.aliases == self.model_config.aliases)
+
     # ---- the folder
 
     def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
@@ -185,9 +191,7 @@ class Pipeline:
         if keep_dtypes:
             # What a class leaves out because no picture needs it belongs into a folder that others read as well.
             module_class = getattr(module_class, "whole", module_class)
-        dtype = getattr(mx, component.dtype) if component.dtype else None
-        if dtype is not None and not keep_dtypes:
-            dtype = compute_dtype(dtype)
+        dtype = getattr(mx, component.dtype) if component.dtype and has_gpu() else None
         full = self.vae_full_precision and component.name == "vae"
         load = partial(
             load_component,
@@ -432,7 +436,7 @@ class Pipeline:
             for path, content in self.folder.lacking().items():
                 write_json(target / path, content)
             content = record(
-                key=key_of(self.model_config.model_name, self.model_config.base_model),
+                key=self.key,
                 source=self.model_path,
                 root=self.root,
                 bits=self.bits,
