@@ -16,8 +16,10 @@ from PIL import Image
 
 from mflux.backend import mx
 
-NAMES = "demo, schnell, dev, krea-dev"
-SUGGESTION = f"use --model with {NAMES}, a Hugging Face repository or a folder (--model demo needs no download)"
+SUGGESTION = (
+    "use --model with demo, which needs no download, schnell, dev or another that mflux --help lists, "
+    "a Hugging Face repository or a folder"
+)
 SEE = "(see mflux-generate --help)"
 BASIC = ["--prompt", "a red circle", "--width", 32, "--height", 32, "--steps", 1, "--seed", 1]
 
@@ -68,15 +70,23 @@ def test_an_unknown_base_model(refused, tiny_schnell):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("qwen-image", "the family qwen"),
-        ("Qwen/Qwen-Image-2512", "the family qwen"),
-        ("someone/z-image-turbo-mine", "the family z_image"),
-        ("dev-fill", "this variant of FLUX.1"),
+        ("krea-2-raw", "the family krea2"),
+        ("krea/Krea-2-Raw", "the family krea2"),
+        ("someone/ernie-image-turbo-mine", "the family ernie"),
     ],
 )
 def test_a_model_that_is_known_but_not_built(refused, name, what):
-    key = {"Qwen/Qwen-Image-2512": "qwen-image", "someone/z-image-turbo-mine": "z-image-turbo"}.get(name, name)
-    refused(model=name, status=2, message=f"{key} is not built yet in this version ({what}): there are {NAMES}")
+    key = {"krea/Krea-2-Raw": "krea-2-raw", "someone/ernie-image-turbo-mine": "ernie-image-turbo"}.get(name, name)
+    refused(
+        model=name,
+        status=2,
+        message=f"{key} is not built yet in this version ({what}): mflux --help lists those that are",
+    )
+
+
+def test_a_model_that_another_command_draws_with(refused):
+    told = "mflux-generate does not draw with qwen-image: use mflux-generate-qwen --model Qwen/Qwen-Image-2512"
+    refused(model="Qwen/Qwen-Image-2512", status=2, message=told)
 
 
 def test_a_folder_that_is_not_there(refused):
@@ -440,7 +450,7 @@ def test_an_option_that_is_not_built(refused, words, message):
 
 
 def test_a_command_that_is_not_built(cli):
-    for words in (["upscale-seedvr2"], ["generate-qwen", "--prompt", "x"], ["mflux-train"]):
+    for words in (["generate-krea2"], ["generate-anima", "--prompt", "x"], ["mflux-train"]):
         result = cli(*words)
         assert result.status == 2
         assert result.err == f"error: mflux {words[0]} is not built yet in this version (see mflux --help)\n"
@@ -452,7 +462,7 @@ def test_a_command_that_does_not_exist(cli):
 
 
 def test_a_scheduler_that_is_not_there(refused):
-    known = "use linear, flow_match_euler_discrete, or your own as package.module.Class"
+    known = "use linear, flow_match_euler_discrete, lightning, or your own as package.module.Class"
     refused("--scheduler", "cosine", status=2, message=f"the scheduler 'cosine' is not known: {known}")
     refused(
         *("--scheduler", "no_such_package.Class"),

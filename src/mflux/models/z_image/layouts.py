@@ -16,7 +16,7 @@ from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.published import PublishedFolder
-from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, Shapes, Renames
+from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, Renames, Shapes
 from mflux.errors import CheckpointError
 from mflux.models.common.config.saved_model import recorded_base_model
 from mflux.models.flux.weights_024 import LAYOUT as FLUX_LAYOUT

@@ -211,7 +211,7 @@ def built_key(model_name: str | None, base_model: str | None = None) -> str:
     if key not in built():
         family = MODELS[key]["family"]
         what = "this variant of FLUX.1" if family == "flux" else f"the family {family}"
-        raise UsageError(f"{key} is not built yet in this version ({what}): there are {', '.join(built())}")
+        raise UsageError(f"{key} is not built yet in this version ({what}): mflux --help lists those that are")
     return key
 
 
@@ -223,10 +223,9 @@ def is_builtin(model_name: str) -> bool:
 
 def suggestion() -> str:
     """What to type for a model, for messages."""
-    from mflux.models.common.family import built
-
     return (
-        f"use --model with {', '.join(built())}, a Hugging Face repository or a folder (--model demo needs no download)"
+        "use --model with demo, which needs no download, schnell, dev or another that mflux --help lists, "
+        "a Hugging Face repository or a folder"
     )
 
 
