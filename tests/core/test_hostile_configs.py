@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import pytest
 
+import mflux.models
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import build, fill, published_turns
 from mflux.errors import CheckpointError, MfluxError
 from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.component_config import ComponentConfig
+from mflux.models.common.layers import embedded
 from mflux.models.common.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.text_encoders.t5 import T5Encoder
 from mflux.models.depth_pro.model.depth_pro_model import DepthProForDepthEstimation
@@ -223,8 +227,44 @@ def test_values_that_do_not(name, value, told):
     assert told in str(caught.value)
 
 
-def test_the_defaults_of_every_component_pass_its_own_check():
-    for module_class in COMPONENTS:
-        config = module_class.config_class()
-        again = module_class.config_class.from_dict({f.name: getattr(config, f.name) for f in fields(config)})
-        assert again == config
+def all_configs(base=ComponentConfig):
+    for name in (module.name for module in pkgutil.walk_packages(mflux.models.__path__, "mflux.models.")):
+        if ".cli" not in name:
+            importlib.import_module(name)
+    for config in base.__subclasses__():
+        if config.__module__.startswith("mflux."):
+            yield config
+            yield from all_configs(config)
+
+
+def test_every_configuration_is_read_with_its_own_defaults_and_refuses_other_kinds():
+    """All families': no annotation is one that the rule does not know."""
+    configs = set(all_configs())
+    assert len(configs) > 12
+    for kind in configs:
+        nested = {f.name for f in fields(kind) if isinstance(getattr(kind(), f.name), ComponentConfig)}
+        values = {f.name: getattr(kind(), f.name) for f in fields(kind) if f.name not in nested}
+        assert nested or kind.from_dict(values) == kind()
+        for name, value in values.items():
+            with pytest.raises(CheckpointError):
+                kind.from_dict({name: object()})
+            if isinstance(value, (int, float)):
+                with pytest.raises(CheckpointError):
+                    kind.from_dict({name: 10**400})
+
+
+@pytest.mark.parametrize("ids", [[5, 20], [2**31 - 1], [-1]])
+def test_tokens_that_an_encoder_does_not_have(ids):
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        embedded(nn.Embedding(20, 4), mx.array([ids]))
+    assert embedded(nn.Embedding(20, 4), mx.array([[0, 19]])).shape == (1, 2, 4)
+    assert embedded(nn.Embedding(20, 4), mx.array([[]], dtype=mx.int32)).shape == (1, 0, 4)
+
+
+def test_a_list_that_names_layers_of_another_component_is_no_count():
+    @dataclass(frozen=True)
+    class Control(ComponentConfig):
+        control_layers_places: tuple[int, ...] = (0, 28)
+        layers_per_block: tuple[int, ...] = (2, 3)
+
+    assert list(Control().layer_counts()) == [("layers_per_block", 2), ("layers_per_block", 3)]

@@ -213,7 +213,7 @@ def test_texts_that_are_none(pair):
     ours, _ = pair
     with pytest.raises(UsageError, match="not UTF-8"):
         ours.encode("caf\udce9")
-    with pytest.raises(UsageError, match="1,000,001 characters"):
+    with pytest.raises(UsageError, match="100,001 characters"):
         ours(["x" * (LONGEST_PROMPT + 1)], max_length=5)
 
 
@@ -273,6 +273,5 @@ def test_damage_that_shows_with_the_first_text(tmp_path):
         write_t5_tokenizer(tmp_path)
         path = tmp_path / "tokenizer.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        tokenizer = t5_tokenizer(tmp_path)
-        with pytest.raises(CheckpointError, match="tokenizer's files are damaged"):
-            tokenizer.encode("a cat", max_length=10)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged|cannot read this prompt"):
+            t5_tokenizer(tmp_path).encode("a cat", max_length=10)

@@ -20,6 +20,7 @@ from mflux.models.common.layers import (
     Rotary,
     SwiGLU,
     attention,
+    embedded,
     inverse_frequencies,
     merge_heads,
     rotate_halves,
@@ -211,7 +212,7 @@ class DecoderTextEncoder(nn.Module):
         length = input_ids.shape[1]
         rotary = text_rotary(mx.arange(length), self.config)
         mask = causal_mask(attention_mask, length)
-        return self.model(self.model.embed_tokens(input_ids), rotary, mask, self.wanted)
+        return self.model(embedded(self.model.embed_tokens, input_ids), rotary, mask, self.wanted)
 
 
 def resolved(hidden_states: Sequence[int], layers: int) -> tuple[int, ...]:

@@ -9,12 +9,28 @@ from functools import cache
 import numpy as np
 
 from mflux.backend import mx, nn
+from mflux.errors import CheckpointError
 
 # Channels of a time or guidance value's sinusoid, in every model here.
 TIME_CHANNELS = 256
 _MAX_PERIOD = 10_000
 # Cosines and sines of rotary positions, (L, D / 2) each, or with batch and head axes before.
 Rotary = tuple[mx.array, mx.array]
+
+
+def embedded(embedding: nn.Module, ids: mx.array) -> mx.array:
+    """The rows of an embedding for token ids. MLX would read whatever lies behind the last one.
+
+    Raises:
+        CheckpointError: there is no such row.
+    """
+    rows = embedding.weight.shape[0]
+    if ids.size and not (ids.min().item() >= 0 and ids.max().item() < rows):
+        raise CheckpointError(
+            f"the tokenizer has a token {ids.max().item():,} and the text encoder only {rows:,} of them: these folders "
+            "do not belong together; fetch the model again"
+        )
+    return embedding(ids)
 
 
 def quick_gelu(x: mx.array) -> mx.array:

@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError
+from mflux.models.common.tokenizer_checks import library_call
 from mflux.models.common.tokenizers import id_of, read_bpe, special_tokens, text_ids
 
 # Contractions; words with the space or sign before them; single digits; signs with the line breaks after them; line
@@ -97,7 +98,7 @@ def qwen_tokenizer(folder: str | Path) -> QwenTokenizer:
     folder = Path(folder)
     vocabulary, merges = read_bpe(folder)
     special, added = special_tokens(folder, _SPECIAL)
-    try:
+    with library_call(folder):
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -107,8 +108,6 @@ def qwen_tokenizer(folder: str | Path) -> QwenTokenizer:
             ]
         )
         tokenizer.add_special_tokens(added)
-    except Exception as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from None
     known = tokenizer.get_vocab(with_added_tokens=True)
     for token in (_START, _END):
         id_of(known, token, folder)

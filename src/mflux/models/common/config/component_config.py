@@ -27,6 +27,10 @@ _MOST_LAYERS = 1000
 _COUNTS = re.compile(r"(^|_)layers(_|$)|^depths?$|^(n|num)_(\w+_)?blocks$")
 
 
+# Lists of such numbers; other lists name layers of another component.
+_COUNTS_EACH = re.compile(r"^layers_per_|^num_|^depths$")
+
+
 @dataclass(frozen=True)
 class ComponentConfig:
     """Fields carry the file's names and the published model's values as defaults; keys that the model does not use are
@@ -68,9 +72,10 @@ class ComponentConfig:
             value = getattr(self, field.name)
             if isinstance(value, ComponentConfig):
                 yield from ((f"{field.name}.{name}", number) for name, number in value.layer_counts())
-            elif _COUNTS.search(field.name):
-                numbers = value if isinstance(value, tuple) else (value,)
-                yield from ((field.name, number) for number in numbers if type(number) is int)
+            elif _COUNTS.search(field.name) and type(value) is int:
+                yield field.name, value
+            elif _COUNTS_EACH.search(field.name) and isinstance(value, tuple):
+                yield from ((field.name, number) for number in value if type(number) is int)
 
     def beyond(self, names: Iterable[str]) -> str | None:
         """Where this configuration asks for more blocks than tensors of these names are for, as the rest of a

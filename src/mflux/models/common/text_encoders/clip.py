@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import ACTIVATIONS, attention, merge_heads, split_heads
+from mflux.models.common.layers import ACTIVATIONS, attention, embedded, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class CLIPEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def __call__(self, input_ids: mx.array) -> mx.array:
-        return self.token_embedding(input_ids) + self.position_embedding(mx.arange(input_ids.shape[1]))
+        return embedded(self.token_embedding, input_ids) + self.position_embedding(mx.arange(input_ids.shape[1]))
 
 
 class CLIPEncoder(nn.Module):

@@ -14,7 +14,7 @@ import numpy as np
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import ACTIVATIONS, attention, merge_heads, split_heads
+from mflux.models.common.layers import ACTIVATIONS, attention, embedded, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -173,4 +173,4 @@ class T5Encoder(nn.Module):
 
     def __call__(self, input_ids: mx.array) -> mx.array:
         """Encode token ids (B, L) to hidden states (B, L, d_model). Padding is attended to, as FLUX.1 was trained."""
-        return self.encoder(self.shared(input_ids))
+        return self.encoder(embedded(self.shared, input_ids))

@@ -18,7 +18,7 @@ from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.decoder import DecoderConfig, DecoderLayer
-from mflux.models.common.layers import ACTIVATIONS, Rotary, inverse_frequencies
+from mflux.models.common.layers import ACTIVATIONS, Rotary, embedded, inverse_frequencies
 from mflux.models.common.vision import (
     Grid,
     PatchEmbed,
@@ -393,7 +393,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         image_token = self.config.image_token_id
         token_grids = [(rows // merge, columns // merge) for rows, columns in grids]
         positions, next_position = prompt_positions(ids, image_token, token_grids)
-        embeddings = self.model.language_model.embed_tokens(mx.array(ids))
+        embeddings = embedded(self.model.language_model.embed_tokens, mx.array(ids))
         deepstack: list[mx.array] = []
         if grids:
             tokens, features = self.see(patches, grids)

@@ -17,7 +17,7 @@ from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.decoder import DecoderConfig, DecoderStack, unused_patterns
-from mflux.models.common.layers import ACTIVATIONS, Rotary, SwiGLU, inverse_frequencies
+from mflux.models.common.layers import ACTIVATIONS, Rotary, SwiGLU, embedded, inverse_frequencies
 from mflux.models.common.vision import (
     Grid,
     PatchEmbed,
@@ -240,7 +240,7 @@ class Qwen25VLTextEncoder(nn.Module):
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """Hidden states of one prompt's tokens, (1, L, hidden_size)."""
         places = list(range(len(ids)))
-        return self.read(self.model.embed_tokens(mx.array(ids))[None], mx.array([places, places, places]))
+        return self.read(embedded(self.model.embed_tokens, mx.array(ids))[None], mx.array([places, places, places]))
 
     def read(self, embeddings: mx.array, positions: mx.array) -> mx.array:
         """Hidden states of (1, L, hidden_size) at the positions (3, L)."""
@@ -277,7 +277,7 @@ class Qwen25VLEncoder(Qwen25VLTextEncoder):
         """
         merge, token = self.config.vision_config.spatial_merge_size, self.config.image_token_id
         positions, _ = prompt_positions(ids, token, [(rows // merge, columns // merge) for rows, columns in grids])
-        embeddings = self.model.embed_tokens(mx.array(ids))
+        embeddings = embedded(self.model.embed_tokens, mx.array(ids))
         if grids:
             tokens = mx.concatenate(see(self.visual, patches, grids))
             places = mx.array([place for place, other in enumerate(ids) if other == token])
