@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from families.cases import Component, Pipeline, Tiny
+from families.cases import Component, Pipeline, Settings, Tiny
 from families.flux import key_biases, normal, same_sum_in_a_resnet, token_ids
 from mflux.backend import mx
 from mflux.models.common.config.model_config import ModelConfig
@@ -621,8 +622,8 @@ PIPELINES = (
 # ---- a model that needs no reference
 
 
-def write_tiny(folder: Path, *, wide: bool = False) -> Path:
-    """A whole model of random weights, in the published layout."""
+def write_tiny(folder: Path, *, wide: bool = False, changes: Mapping[str, Settings] | None = None) -> Path:
+    """A whole model of random weights, in the published layout; `changes` are to configurations, by folder."""
     from tiny import published, write_json, write_qwen_tokenizer
 
     width = 64 if wide else 32
@@ -648,6 +649,7 @@ def write_tiny(folder: Path, *, wide: bool = False) -> Path:
         }),
     }  # fmt: skip
     for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
+        config |= (changes or {}).get(name, {})
         write_json(folder / name / "config.json", config)
         whole = getattr(module_class, "whole", module_class)
         tensors = published(whole(module_class.config_class.from_dict(config)), seed=number)

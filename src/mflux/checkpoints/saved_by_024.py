@@ -69,7 +69,8 @@ class FolderOf024(PublishedFolder):
 
     def config(self, part: str) -> dict[str, Any]:
         try:
-            return self.layout.configs[part](self.tensors(part)) | self.overrides.get(part, {})
+            # What a shape tells is truer than what a name says.
+            return {**self.overrides.get(part, {}), **self.layout.configs[part](self.tensors(part))}
         except (KeyError, IndexError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{self.root / part} holds no {part} of {self.layout.title} as mflux 0.24 saves it ({error} is missing "

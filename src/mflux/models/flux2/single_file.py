@@ -28,8 +28,8 @@ _NAMES = BLACK_FOREST_LABS | {
     "single_blocks.{i}.norm.query_norm": (f"{_SINGLE}.attn.norm_q",),
     "single_blocks.{i}.norm.key_norm": (f"{_SINGLE}.attn.norm_k",),
 }
-# As ComfyUI saves it.
-_PREFIX = "model.diffusion_model."
+# As ComfyUI and others save it.
+_PREFIX = re.compile(r"^(model\.)?diffusion_model\.")
 _BLOCK = re.compile(r"^(double_blocks|single_blocks)\.(\d+)\.")
 
 
@@ -44,7 +44,7 @@ class SingleFile(Shapes):
         # Ours → theirs, which of how many equal parts of its rows, and whether its halves are exchanged.
         self._places: dict[str, tuple[str, int, int, bool]] = {}
         for name in tensors:
-            layer, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
+            layer, _, leaf = _PREFIX.sub("", name).rpartition(".")
             block = _BLOCK.match(layer)
             targets = _NAMES.get(_BLOCK.sub(r"\1.{i}.", layer))
             if targets is None:
@@ -77,7 +77,7 @@ class WithTransformer(PublishedFolder):
         self._folder = folder
         self._file = file
         tensors = FolderTensors(file.parent, [file])
-        if not any(_BLOCK.match(name.removeprefix(_PREFIX)) for name in tensors):
+        if not any(_BLOCK.match(_PREFIX.sub("", name)) for name in tensors):
             raise CheckpointError(
                 f"{file} holds no FLUX.2 transformer with Black Forest Labs' names (double_blocks.0.…): give such a "
                 "file, or the folder of a whole model"

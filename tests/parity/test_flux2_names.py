@@ -69,7 +69,7 @@ def klein(path, **options) -> Flux2Klein:
     return Flux2Klein(model_path=str(path), model_config=ModelConfig.flux2_klein_4b(), **options)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."], ids=["Black Forest Labs", "ComfyUI"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_single_file(folder, tmp_path, monkeypatch, prefix):
     model = klein_reference(folder, keeps=False).transformer
     tensors = black_forest_labs(model, seed=5)
