@@ -30,7 +30,9 @@ class Extra:
 
 EXTRAS: dict[str, Extra] = {
     "torch-lite": Extra(("torch",), "PyTorch files with sparse, quantized or nested tensors"),
-    "vlm": Extra(("transformers", "jinja2"), "FIBO-VLM: mflux-inspire-fibo, mflux-refine-fibo, words for mflux-generate-fibo"),
+    "vlm": Extra(
+        ("transformers", "jinja2"), "FIBO-VLM: mflux-inspire-fibo, mflux-refine-fibo, words for mflux-generate-fibo"
+    ),
 }
 EXTRAS["full"] = Extra(
     tuple(dict.fromkeys(package for extra in EXTRAS.values() for package in extra.packages)), "all of the above"
