@@ -343,8 +343,8 @@ def write_lora(folder: Path) -> Path:
     """As diffusers saves one, for a layer of each kind."""
     layers = (
         "transformer_blocks.0.attn.add_k_proj", "transformer_blocks.1.ff.net.0.proj",
-        "transformer_blocks.1.norm1.linear", "single_transformer_blocks.2.proj_out", "caption_projection.3.linear", "context_embedder", "x_embedder",
-        "time_embed.timestep_embedder.linear_2", "norm_out.linear",
+        "transformer_blocks.1.norm1.linear", "single_transformer_blocks.2.proj_out", "caption_projection.3.linear",
+        "context_embedder", "x_embedder", "time_embed.timestep_embedder.linear_2", "norm_out.linear",
     )  # fmt: skip
     module = FiboTransformer(
         FiboTransformer.config_class.from_dict(json.loads((folder / "transformer" / "config.json").read_text()))
