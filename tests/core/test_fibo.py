@@ -254,7 +254,7 @@ def test_fibo_lite_draws_without_guidance(here, model, capsys):
 @pytest.mark.parametrize("name", ["linear", "flow_match_euler_discrete"])
 def test_both_schedules_of_the_past_are_the_checkpoints(model, name):
     fibo = FIBO(model_path=str(model))
-    config = fibo.settings(num_inference_steps=4, height=512, width=1024, scheduler=name)
+    config = fibo.settings(seed=1, prompt=PROMPT, num_inference_steps=4, height=512, width=1024, scheduler=name)
     assert isinstance(config.scheduler, LinearScheduler)
     # exp(mu) / (exp(mu) + 1 / sigma - 1) with mu = 0.5 + 0.65 / 3840 · (2048 - 256), from 1 to 1/4.
     mu = 0.5 + 0.65 / 3840 * (2048 - 256)

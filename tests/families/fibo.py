@@ -11,7 +11,7 @@ import numpy as np
 from families.cases import Component, Pipeline, Tiny
 from families.flux import normal, token_ids
 from families.qwen import run_vae, run_vae_reference, same_sum_in_a_resnet
-from mflux.backend import mx
+from mflux.backend import mx, tree_flatten
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.mmdit import latent_image_ids
 from mflux.models.common.text_encoders.smollm3 import SmolLM3TextEncoder
@@ -331,7 +331,33 @@ def drawn(pipeline, **settings):
 def draw_fibo(folder: Path, settings):
     from mflux.models.fibo.variants.txt2img.fibo import FIBO
 
-    return drawn(FIBO(model_path=str(folder), model_config=ModelConfig.fibo()), **settings)
+    settings = dict(settings)
+    loras = [str(write_lora(folder))] if settings.pop("lora", False) else None
+    pipeline = FIBO(
+        model_path=str(folder), model_config=ModelConfig.fibo(), lora_paths=loras, lora_scales=loras and [0.7]
+    )
+    return drawn(pipeline, **settings)
+
+
+def write_lora(folder: Path) -> Path:
+    """As diffusers saves one, for a layer of each kind."""
+    layers = (
+        "transformer_blocks.0.attn.add_k_proj", "transformer_blocks.1.ff.net.0.proj",
+        "transformer_blocks.1.norm1.linear", "single_transformer_blocks.2.proj_out", "caption_projection.3.linear",
+        "context_embedder", "x_embedder", "time_embed.timestep_embedder.linear_2", "norm_out.linear",
+    )  # fmt: skip
+    module = FiboTransformer(
+        FiboTransformer.config_class.from_dict(json.loads((folder / "transformer" / "config.json").read_text()))
+    )
+    shapes = dict(tree_flatten(module.parameters()))
+    tensors = {}
+    for number, layer in enumerate(layers):
+        rows, columns = shapes[f"{layer}.weight"].shape
+        tensors[f"transformer.{layer}.lora_A.weight"] = mx.array(normal(number, 3, columns)) / columns**0.5
+        tensors[f"transformer.{layer}.lora_B.weight"] = mx.array(normal(50 + number, rows, 3))
+    path = folder / "lora.safetensors"
+    mx.save_safetensors(str(path), tensors)
+    return path
 
 
 def draw_edit(folder: Path, settings):
@@ -358,9 +384,20 @@ def noise(settings):
 
 
 def draw_fibo_reference(folder: Path, settings):
+    pipeline = fibo_reference(folder, "BriaFiboPipeline")
+    if settings.get("lora"):
+        pipeline.load_lora_weights(str(write_lora(folder)), adapter_name="style")
+        pipeline.set_adapters("style", 0.7)
+    try:
+        return draw_with_reference(pipeline, settings)
+    finally:
+        if settings.get("lora"):
+            pipeline.unload_lora_weights()
+
+
+def draw_with_reference(pipeline, settings):
     import torch
 
-    pipeline = fibo_reference(folder, "BriaFiboPipeline")
     latents = noise(settings)
     steps, height, width = settings["num_inference_steps"], settings["height"], settings["width"]
     if "image_path" in settings:
@@ -454,6 +491,7 @@ PIPELINES = (
                 "fewer states than blocks",
                 _picture(negative_prompt="blurry, ugly " * 12, num_inference_steps=5, height=80, width=32),
             ),
+            "with a LoRA": ("fewer states than blocks", _picture(lora=True)),
             "not guided": ("fewer states than blocks", _picture(guidance=1.0, num_inference_steps=1)),
             "to a terminal": ("more states than blocks, to a terminal", _picture(seed=9, num_inference_steps=7)),
             "from a picture": (

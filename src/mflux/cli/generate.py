@@ -36,7 +36,8 @@ class Generate:
         models: what it draws with, keys of the registry.
         default_model: what it draws with where no model is said.
         default_size: what is taken where no size is said, for the help.
-        leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`).
+        leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`); or
+            "lora_style" alone, since styles are FLUX.1's.
         published_schedule: whether `--scheduler`'s default is only what 0.24 took: where nothing is said the class gets
             None and takes the checkpoint's schedule, and a picture that 0.24 or older made is replayed with 0.24's.
         defaults: other defaults than the common ones, by destination: {"scheduler": …, "model": …, "width": 1024}.
@@ -97,7 +98,7 @@ class Generate:
         if self.add_options is not None:
             self.add_options(parser)
         if "lora" not in self.leave_out:
-            options.add_lora_options(parser)
+            options.add_lora_options(parser, style="lora_style" not in self.leave_out)
         if "pid" not in self.leave_out:
             options.add_pid_options(parser)
         options.add_output_options(parser, settings="settings" not in self.leave_out)

@@ -183,7 +183,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False
     )
 
 
-def add_lora_options(parser: argparse.ArgumentParser) -> None:
+def add_lora_options(parser: argparse.ArgumentParser, *, style: bool = True) -> None:
     group = parser.add_argument_group("LoRA")
     group.add_argument(
         "--lora",
@@ -192,7 +192,8 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
         metavar=("PATH", "SCALE"),
         help="a LoRA and its scale (1); a file, a name from LORA_LIBRARY_PATH, org/name, or org/name:file; repeatable",
     )
-    group.add_argument("--lora-style", choices=sorted(STYLES), help="an In-Context LoRA by the name of its style")
+    if style:
+        group.add_argument("--lora-style", choices=sorted(STYLES), help="an In-Context LoRA by the name of its style")
     group.add_argument("--lora-paths", nargs="*", help="LoRAs without scales; --lora says both at once")
     group.add_argument(
         "--lora-scales", nargs="*", type=number(float), help="one scale for each of --lora-paths", metavar="SCALE"
@@ -409,7 +410,7 @@ def settle_loras(args: argparse.Namespace) -> None:
             args.lora_paths.append(path)
     args.lora_paths = list(args.lora_paths or ())
     args.lora_scales = settle_scales(args.lora_scales, len(args.lora_paths))
-    if args.lora_style is not None:
+    if getattr(args, "lora_style", None) is not None:
         args.lora_paths.append(style_path(args.lora_style))
         args.lora_scales.append(1.0)
 

@@ -103,7 +103,9 @@ class FiboPipeline(Pipeline):
             del states
 
         def predict(latents: mx.array, sigma: mx.array, text: Sequence[mx.array], ids: mx.array) -> mx.array:
-            return self.transformer(latents.astype(dtype), sigma=sigma[None], text=text, image_ids=ids)
+            prediction = self.transformer(latents.astype(dtype), sigma=sigma[None], text=text, image_ids=ids)
+            # Guidance multiplies a small difference of the two.
+            return prediction.astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array, ids: mx.array) -> mx.array:
             towards = predict(latents, sigma, texts[0], ids)
