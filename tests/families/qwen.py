@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from families.cases import Component, Pipeline
+from families.cases import Component, Pipeline, Tiny
 from mflux.backend import mx
 from mflux.models.common.autoencoders.wan import AutoencoderWan
 from mflux.models.common.config.model_config import ModelConfig
@@ -661,5 +661,76 @@ PIPELINES = (
         },
         ours=draw_edit,
         theirs=draw_edit_reference,
+    ),
+)
+
+
+# ---- models that need no reference
+
+
+def write_tiny(folder: Path, *, wide: bool = False) -> Path:
+    """A whole model of random weights, in the published layout."""
+    from tiny import published, write_json
+
+    width = 64 if wide else 32
+    ids = write_tokenizer(folder / "tokenizer")
+    write_json(folder / "model_index.json", {"_class_name": "QwenImagePipeline"})
+    write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {
+            "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
+            "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02, "use_dynamic_shifting": True,
+        },
+    )  # fmt: skip
+    parts = {
+        "text_encoder": (Qwen25VLEncoder, "model", {
+            "model_type": "qwen2_5_vl", "image_token_id": ids["<|image_pad|>"],
+            "text_config": {
+                "model_type": "qwen2_5_vl_text", "vocab_size": 300, "hidden_size": width,
+                "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "rope_theta": 1e6,
+                "rope_scaling": {"mrope_section": [width // 8, width // 16, width // 16], "type": "default"},
+            },
+            "vision_config": {
+                "depth": 2, "hidden_size": width, "intermediate_size": 2 * width, "num_heads": 2,
+                "out_hidden_size": width, "fullatt_block_indexes": [1],
+            },
+        }),
+        "transformer": (QwenTransformer, "diffusion_pytorch_model", {
+            "_class_name": "QwenImageTransformer2DModel", "num_layers": 2, "attention_head_dim": width,
+            "num_attention_heads": 2, "axes_dims_rope": [width // 8, width * 7 // 16, width * 7 // 16],
+            "joint_attention_dim": width,
+        }),
+        "vae": (AutoencoderWan, "diffusion_pytorch_model", {
+            "_class_name": "AutoencoderKLQwenImage", "base_dim": 4, "dim_mult": [1, 2, 2, 2],
+        }),
+    }  # fmt: skip
+    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
+        write_json(folder / name / "config.json", config)
+        module = module_class(module_class.config_class.from_dict(config))
+        tensors = published(module, seed=number)
+        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
+    return folder
+
+
+_SOURCE = Path(__file__).parents[2] / "docs" / "demo.png"
+_QWEN = "mflux.models.qwen.variants"
+
+TINY = (
+    Tiny(
+        write=write_tiny,
+        command="generate-qwen",
+        base_model="qwen-image",
+        pipeline=f"{_QWEN}.txt2img.qwen_image:QwenImage",
+        # What the command takes where nothing is said.
+        generate={"guidance": 3.5},
+    ),
+    Tiny(
+        write=write_tiny,
+        command="generate-qwen-edit",
+        base_model="qwen-image-edit-2511",
+        words=("--image-paths", _SOURCE),
+        pipeline=f"{_QWEN}.edit.qwen_image_edit:QwenImageEdit",
+        generate={"image_paths": [_SOURCE], "guidance": 2.5},
     ),
 )
