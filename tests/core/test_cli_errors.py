@@ -68,14 +68,14 @@ def test_an_unknown_base_model(refused, tiny_schnell):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("qwen-image", "the family qwen"),
-        ("Qwen/Qwen-Image-2512", "the family qwen"),
+        ("qwen-image-2.1", "the family qwen21"),
+        ("Qwen/Qwen-Image-2.1", "the family qwen21"),
         ("someone/z-image-turbo-mine", "the family z_image"),
         ("dev-fill", "this variant of FLUX.1"),
     ],
 )
 def test_a_model_that_is_known_but_not_built(refused, name, what):
-    key = {"Qwen/Qwen-Image-2512": "qwen-image", "someone/z-image-turbo-mine": "z-image-turbo"}.get(name, name)
+    key = {"Qwen/Qwen-Image-2.1": "qwen-image-2.1", "someone/z-image-turbo-mine": "z-image-turbo"}.get(name, name)
     refused(model=name, status=2, message=f"{key} is not built yet in this version ({what}): there are {NAMES}")
 
 

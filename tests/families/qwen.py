@@ -732,5 +732,6 @@ TINY = (
         words=("--image-paths", _SOURCE),
         pipeline=f"{_QWEN}.edit.qwen_image_edit:QwenImageEdit",
         generate={"image_paths": [_SOURCE], "guidance": 2.5},
+        patches={f"{_QWEN}.edit.qwen_image_edit._AREA": _AREA},
     ),
 )
