@@ -68,14 +68,14 @@ def test_an_unknown_base_model(refused, tiny_schnell):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("qwen-image-2.1", "the family qwen21"),
-        ("Qwen/Qwen-Image-2.1", "the family qwen21"),
+        ("qwen-image", "the family qwen"),
+        ("Qwen/Qwen-Image-2512", "the family qwen"),
         ("someone/z-image-turbo-mine", "the family z_image"),
         ("dev-fill", "this variant of FLUX.1"),
     ],
 )
 def test_a_model_that_is_known_but_not_built(refused, name, what):
-    key = {"Qwen/Qwen-Image-2.1": "qwen-image-2.1", "someone/z-image-turbo-mine": "z-image-turbo"}.get(name, name)
+    key = {"Qwen/Qwen-Image-2512": "qwen-image", "someone/z-image-turbo-mine": "z-image-turbo"}.get(name, name)
     refused(model=name, status=2, message=f"{key} is not built yet in this version ({what}): there are {NAMES}")
 
 
@@ -205,7 +205,7 @@ def test_a_model_of_another_kind(refused, broken):
         model=broken,
         status=1,
         message=f"{broken} holds a QwenImageTransformer2DModel, not a FLUX.1 transformer: "
-        "another command draws with it",
+        "mflux-generate-qwen draws with it",
     )
 
 
