@@ -215,7 +215,7 @@ def test_a_model_of_another_kind(refused, broken):
         model=broken,
         status=1,
         message=f"{broken} holds a QwenImageTransformer2DModel, not a FLUX.1 transformer: "
-        "another command draws with it",
+        "mflux-generate-qwen draws with it",
     )
 
 

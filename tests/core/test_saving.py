@@ -208,7 +208,7 @@ def test_what_is_refused(cli, in_folder, wide, monkeypatch):
         (["--model", wide, *path, "--hf-symlink"], 2, "leave --hf-symlink out"),
         (["--model", wide, *path, "--hf-symlink", "me"], 2, "leave --hf-symlink out"),
         (["--model", "nowhere/schnell/x", *path, "--base-model", "schnell"], 1, "there is no folder"),
-        (["--model", "qwen-image", *path], 2, "qwen-image is not built yet in this version"),
+        (["--model", "qwen-image-2.1", *path], 2, "qwen-image-2.1 is not built yet in this version"),
         (["--model", "unheard-of", *path], 2, "the model 'unheard-of' is not known"),
     ]
     for words, status, message in cases:

@@ -25,6 +25,13 @@ TINY: dict[str, Tiny] = every("TINY")
 SIZE = ("--width", 64, "--height", 32)
 
 
+@pytest.fixture(autouse=True)
+def patches(monkeypatch):
+    for tiny in TINY.values():
+        for path, value in tiny.patches.items():
+            monkeypatch.setattr(path, value)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Each family's tiny model, written once; not to be written to. `wide`: so that most layers can be quantized."""

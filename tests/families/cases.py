@@ -99,6 +99,7 @@ class Tiny:
         stages: part by part, what is in memory while each stage runs.
         generate: keywords for `generate_image` beside seed, prompt, size and steps.
         prompt: one that the model takes.
+        patches: what stands at a path while the tests run, so that they take seconds: "module.name" → value.
     """
 
     write: Callable[..., Path]
@@ -108,6 +109,7 @@ class Tiny:
     pipeline: str
     generate: Settings = field(default_factory=dict)
     prompt: str = "a red circle"
+    patches: Mapping[str, Any] = field(default_factory=dict)
 
     def pipeline_class(self) -> type:
         module, _, name = self.pipeline.partition(":")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
-from families.cases import Component, Pipeline
+from families.cases import Component, Pipeline, Tiny
 from mflux.backend import mx
 from mflux.models.common.autoencoders.wan import AutoencoderWan
 from mflux.models.common.config.model_config import ModelConfig
@@ -525,10 +527,16 @@ def from_picture_reference(pipeline, settings):
     return latents, np.asarray(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])
 
 
-def draw_edit(folder: Path, settings):
-    from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
+# A million pixels, which both programs encode pictures at, would take a minute each.
+_AREA = 192 * 192
 
-    return drawn(QwenImageEdit(model_path=str(folder), model_config=ModelConfig.qwen_image_edit()), **settings)
+
+def draw_edit(folder: Path, settings):
+    from mflux.models.qwen.variants.edit import qwen_image_edit
+
+    with patch.object(qwen_image_edit, "_AREA", _AREA):
+        pipeline = qwen_image_edit.QwenImageEdit(model_path=str(folder), model_config=ModelConfig.qwen_image_edit())
+        return drawn(pipeline, **settings)
 
 
 class ReferenceProcessor:
@@ -575,18 +583,30 @@ def draw_edit_reference(folder: Path, settings):
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     pipeline = edit_reference(folder, name)
     guidance, pictures = settings["guidance"], settings["image_paths"]
-    common = dict(
-        image=pictures if name.endswith("PlusPipeline") else pictures[0],
-        prompt=settings["prompt"],
-        negative_prompt=settings.get("negative_prompt", " ") if guidance > 1 else None,
-        true_cfg_scale=guidance,
-        height=settings["height"],
-        width=settings["width"],
-        num_inference_steps=settings["num_inference_steps"],
-        latents=noise(settings),
-    )
-    latents = pipeline(**common, output_type="latent").images
-    return latents, np.asarray(pipeline(**common, output_type="pil").images[0])
+    module = sys.modules[type(pipeline).__module__]
+    last = {}
+
+    def small(area, ratio):
+        return dimensions(_AREA if area == 1024 * 1024 else area, ratio)
+
+    def keep(_, step, timestep, values):
+        last.update(values)
+        return values
+
+    dimensions = module.calculate_dimensions
+    with patch.object(module, "calculate_dimensions", small):
+        picture = pipeline(
+            image=pictures if name.endswith("PlusPipeline") else pictures[0],
+            prompt=settings["prompt"],
+            negative_prompt=settings.get("negative_prompt", " ") if guidance > 1 else None,
+            true_cfg_scale=guidance,
+            height=settings.get("height"),
+            width=settings.get("width"),
+            num_inference_steps=settings["num_inference_steps"],
+            latents=noise(settings),
+            callback_on_step_end=keep,
+        ).images[0]
+    return last["latents"], np.asarray(picture)
 
 
 def _edit(*pictures, **settings):
@@ -637,9 +657,81 @@ PIPELINES = (
                 "2511",
                 _edit(photo(60, 90), photo(120, 40), negative_prompt="blurry", height=48, width=80),
             ),
-            "first release": ("first", _edit(photo(80, 60), guidance=1.0, num_inference_steps=1)),
+            "first release": ("first", _edit(photo(80, 60), guidance=1.0)),
         },
         ours=draw_edit,
         theirs=draw_edit_reference,
+    ),
+)
+
+
+# ---- models that need no reference
+
+
+def write_tiny(folder: Path, *, wide: bool = False) -> Path:
+    """A whole model of random weights, in the published layout."""
+    from tiny import published, write_json
+
+    width = 64 if wide else 32
+    ids = write_tokenizer(folder / "tokenizer")
+    write_json(folder / "model_index.json", {"_class_name": "QwenImagePipeline"})
+    write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {
+            "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
+            "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02, "use_dynamic_shifting": True,
+        },
+    )  # fmt: skip
+    parts = {
+        "text_encoder": (Qwen25VLEncoder, "model", {
+            "model_type": "qwen2_5_vl", "image_token_id": ids["<|image_pad|>"],
+            "text_config": {
+                "model_type": "qwen2_5_vl_text", "vocab_size": 300, "hidden_size": width,
+                "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "rope_theta": 1e6,
+                "rope_scaling": {"mrope_section": [width // 8, width // 16, width // 16], "type": "default"},
+            },
+            "vision_config": {
+                "depth": 2, "hidden_size": width, "intermediate_size": 2 * width, "num_heads": 2,
+                "out_hidden_size": width, "fullatt_block_indexes": [1],
+            },
+        }),
+        "transformer": (QwenTransformer, "diffusion_pytorch_model", {
+            "_class_name": "QwenImageTransformer2DModel", "num_layers": 2, "attention_head_dim": width,
+            "num_attention_heads": 2, "axes_dims_rope": [width // 8, width * 7 // 16, width * 7 // 16],
+            "joint_attention_dim": width,
+        }),
+        "vae": (AutoencoderWan, "diffusion_pytorch_model", {
+            "_class_name": "AutoencoderKLQwenImage", "base_dim": 4, "dim_mult": [1, 2, 2, 2],
+        }),
+    }  # fmt: skip
+    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
+        write_json(folder / name / "config.json", config)
+        module = module_class(module_class.config_class.from_dict(config))
+        tensors = published(module, seed=number)
+        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
+    return folder
+
+
+_SOURCE = Path(__file__).parents[2] / "docs" / "demo.png"
+_QWEN = "mflux.models.qwen.variants"
+
+TINY = (
+    Tiny(
+        write=write_tiny,
+        command="generate-qwen",
+        base_model="qwen-image",
+        pipeline=f"{_QWEN}.txt2img.qwen_image:QwenImage",
+        # What the command takes where nothing is said.
+        generate={"guidance": 3.5},
+    ),
+    Tiny(
+        write=write_tiny,
+        command="generate-qwen-edit",
+        base_model="qwen-image-edit-2511",
+        words=("--image-paths", _SOURCE),
+        pipeline=f"{_QWEN}.edit.qwen_image_edit:QwenImageEdit",
+        generate={"image_paths": [_SOURCE], "guidance": 2.5},
+        patches={f"{_QWEN}.edit.qwen_image_edit._AREA": _AREA},
     ),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from mflux.backend import compute_dtype, has_gpu, mx, nn, tree_flatten
 from mflux.checkpoints.folders import read_json, weight_files
-from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack
+from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack, planned
 from mflux.checkpoints.safetensors_file import SafetensorsFile
 from mflux.errors import CheckpointError
 from mflux.text import count, shown, some
@@ -106,7 +107,7 @@ def load_component(
         source=folder,
         dtype=dtype,
         quantization=wanted,
-        stored=Quantization.stored(values, folder / "config.json"),
+        stored=None if Quantization.is_mixed(values) else Quantization.stored(values, folder / "config.json"),
         keep_dtypes=keep_dtypes,
         adjust=adjust,
     )
@@ -177,26 +178,24 @@ def fill(
     packed = _packed_layers(module, tensors, source, stored)
     make_room(module, packed)
     if quantization is not None and packed:
-        bits = {found.bits for found in packed.values()}
-        if bits != {quantization.bits}:
-            there = ", ".join(map(str, sorted(bits)))
-            log.warning("%s is stored in %s bits: it stays so, not in %d", source, there, quantization.bits)
+        # A few layers may have more, see `planned`.
+        bits = Counter(found.bits for found in packed.values()).most_common(1)[0][0]
+        if bits != quantization.bits:
+            log.warning("%s is stored in %d bits: it stays so, not in %d", source, bits, quantization.bits)
         quantization = None
     parameters = dict(tree_flatten(module.parameters()))
     plan = match(module, parameters, tensors, source=source)
     turns = layout_turns(module)
-    to_pack: set[str] = set()
+    to_pack: dict[str, Quantization] = {}
     if quantization is not None:
         whole = layers(module)
-        fitting = [path for path, layer in whole.items() if divides(layer.weight.shape[-1], quantization.group_size)]
-        make_room(module, dict.fromkeys(fitting, quantization))
-        to_pack = {f"{path}.weight" for path in fitting}
-        log.info(
-            "quantize %d layers to %d bits%s",
-            len(fitting),
-            quantization.bits,
-            _kept(len(whole) - len(fitting), quantization),
-        )
+        fitting = planned(module, quantization)
+        make_room(module, fitting)
+        to_pack = {f"{path}.weight": found for path, found in fitting.items()}
+        narrow = [path for path, one in whole.items() if not divides(one.weight.shape[-1], quantization.group_size)]
+        numbers = Counter(found.bits for found in fitting.values()) or {quantization.bits: 0}
+        for bits, number in sorted(numbers.items()):
+            log.info("quantize %d layers to %d bits%s", number, bits, _kept(len(narrow), quantization))
 
     def store(name: str, value: mx.array) -> None:
         if not keep_dtypes and mx.issubdtype(value.dtype, mx.floating):
@@ -235,7 +234,7 @@ def fill(
             kept = value.dtype if keep_dtypes or name in to_pack else dtype or compute_dtype(value.dtype)
             value = adjust(name, value).astype(kept)
         if name in to_pack:
-            for leaf, array in pack(value, quantization).items():
+            for leaf, array in pack(value, to_pack[name]).items():
                 store(name.removesuffix("weight") + leaf, array)
         else:
             # Without a copy of its own a transposed kernel would be laid out anew in every convolution.

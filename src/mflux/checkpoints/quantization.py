@@ -6,8 +6,9 @@ embedding holds three arrays where the plain one holds `weight`: the packed `wei
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mflux.backend import mx, nn
@@ -41,6 +42,12 @@ class Quantization:
         return None if bits is None else Quantization(bits)
 
     @staticmethod
+    def is_mixed(config: Mapping[str, Any]) -> bool:
+        """Whether that entry tells only what most layers are quantized to."""
+        entry = config.get("quantization")
+        return isinstance(entry, Mapping) and entry.get("mixed") is True
+
+    @staticmethod
     def stored(config: Mapping[str, Any], source: object) -> Quantization | None:
         """From the `quantization` entry of a component's `config.json`, None where there is none.
 
@@ -62,6 +69,37 @@ class Quantization:
 def layers(module: nn.Module) -> dict[str, nn.Module]:
     """The layers of a module that MLX can quantize, by their paths."""
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))}
+
+
+# No layer has so many: it stays as it is.
+UNQUANTIZED = 16
+
+
+def raised(path: str, quantization: Quantization, least_bits: Mapping[str, int]) -> Quantization | None:
+    """What a layer is quantized to where that is asked for: a class may have layers that bear no fewer bits than some.
+
+    Args:
+        path: of the layer.
+        least_bits: a pattern of paths → the bits, or `UNQUANTIZED`.
+
+    Returns:
+        None if it stays as it is.
+    """
+    bits = max((bits for pattern, bits in least_bits.items() if re.search(pattern, path)), default=0)
+    if bits >= UNQUANTIZED:
+        return None
+    return replace(quantization, bits=max(bits, quantization.bits))
+
+
+def planned(module: nn.Module, quantization: Quantization) -> dict[str, Quantization]:
+    """The layers of a module that are quantized, by path, and to what: `least_bits` of its class may raise it."""
+    least_bits = getattr(module, "least_bits", {})
+    plan = {
+        path: raised(path, quantization, least_bits)
+        for path, layer in layers(module).items()
+        if divides(layer.weight.shape[-1], quantization.group_size)
+    }
+    return {path: found for path, found in plan.items() if found is not None}
 
 
 def divides(width: int, group_size: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
@@ -12,7 +13,7 @@ from typing import Any
 
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import published_turns
-from mflux.checkpoints.quantization import Quantization, divides, packed_specs
+from mflux.checkpoints.quantization import Quantization, divides, packed_specs, raised
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import OutputError
 from mflux.text import size
@@ -91,21 +92,27 @@ def _shards(tensors: Mapping[str, mx.array], most: int) -> list[list[str]]:
 
 
 def _with_quantization(config: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """The configuration with an entry that says how the module is quantized, if all its quantized layers are alike."""
+    """The configuration with an entry that says how the module is quantized, or most of its layers, if others are
+    quantized in another way ("mixed")."""
     noted = {name: value for name, value in config.items() if name != "quantization"}
-    kinds = {
+    kinds = Counter(
         (layer.bits, layer.group_size)
         for _, layer in module.named_modules()
         if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
-    }
-    if len(kinds) == 1:
-        bits, group_size = kinds.pop()
-        noted["quantization"] = {"bits": bits, "group_size": group_size}
+    )
+    if kinds:
+        bits, group_size = kinds.most_common(1)[0][0]
+        noted["quantization"] = {"bits": bits, "group_size": group_size} | ({"mixed": True} if len(kinds) > 1 else {})
     return noted
 
 
-def estimated_bytes(tensors: Mapping[str, mx.array], quantization: Quantization | None) -> int:
-    """About how large a component of these tensors would be when saved; none of them is read."""
+def estimated_bytes(
+    tensors: Mapping[str, mx.array], quantization: Quantization | None, least_bits: Mapping[str, int] | None = None
+) -> int:
+    """About how large a component of these tensors would be when saved; none of them is read.
+
+    `least_bits` is its class's, see `raised`.
+    """
     total = 0
     for name, value in tensors.items():
         specs = {"weight": (value.dtype, value.shape)}
@@ -115,8 +122,9 @@ def estimated_bytes(tensors: Mapping[str, mx.array], quantization: Quantization 
             and name.endswith("weight")
             and mx.issubdtype(value.dtype, mx.floating)
             and divides(value.shape[-1], quantization.group_size)
+            and (found := raised(name.removesuffix(".weight"), quantization, least_bits or {})) is not None
         ):
-            specs = packed_specs(value.dtype, value.shape, quantization)
+            specs = packed_specs(value.dtype, value.shape, found)
         total += sum(prod(shape) * dtype.size for dtype, shape in specs.values())
     return total
 

@@ -422,7 +422,12 @@ class Pipeline:
         self.release_stages(*STAGES)
         parts = [part for part in self.components if not part.optional or self.folder.has(part.folder)]
         wanted = Quantization.asked(self._quantize)
-        needed = sum(estimated_bytes(self.folder_of(part).tensors(part.folder), wanted) for part in parts)
+        needed = sum(
+            estimated_bytes(
+                self.folder_of(part).tensors(part.folder), wanted, getattr(part.module_class(), "least_bits", None)
+            )
+            for part in parts
+        )
         with new_folder(Path(base_path).expanduser(), needed=needed) as target:
             for part in parts:
                 with timed(f"save {part.folder}") as note:

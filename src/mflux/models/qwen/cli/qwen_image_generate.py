@@ -13,7 +13,7 @@ COMMAND = Generate(
     description="Draw with Qwen-Image from a prompt, or from a prompt and a picture.",
     pipeline="mflux.models.qwen.variants.txt2img.qwen_image:QwenImage",
     models=FAMILY.commands[0].models,
-    defaults={"model": "qwen-image"},
+    default_model="qwen-image",
     guidance=3.5,
     check=settle_lightning,
 )

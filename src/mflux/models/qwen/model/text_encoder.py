@@ -15,6 +15,7 @@ import numpy as np
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.quantization import UNQUANTIZED
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.decoder import DecoderConfig, DecoderStack, unused_patterns
 from mflux.models.common.layers import ACTIVATIONS, Rotary, SwiGLU, embedded, inverse_frequencies
@@ -228,6 +229,8 @@ class Qwen25VLTextEncoder(nn.Module):
     """Token ids → what the language model makes of them, after its last norm."""
 
     config_class = Qwen25VLConfig
+    # mflux 0.24 found that quantizing it costs meaning.
+    least_bits = {"": UNQUANTIZED}
 
     def __init__(self, config: Qwen25VLConfig):
         super().__init__()

@@ -99,6 +99,8 @@ class QwenImageEdit(QwenBase):
         shape = pictures[-1] if image_path is None else ImageUtil.load_image(image_path)
         natural_width, natural_height = fitted(shape, _AREA)
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height or natural_height,
             width=width or natural_width,

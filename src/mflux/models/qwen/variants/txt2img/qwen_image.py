@@ -142,6 +142,8 @@ class QwenImage(QwenBase):
         if pid_decode or pid_degrade_sigma:
             raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height,
             width=width,
