@@ -294,8 +294,13 @@ class Pipeline:
 
     def encode_image(self, image: Any, height: int, width: int) -> mx.array:
         """A picture, resized, as latents like those that denoising works on, float32."""
-        latents = LatentCreator.encode_image(self.vae, image, height, width, self.tiling_config)
-        packed = self.latent_creator.pack_latents(latents, height, width)
+        picture = ImageUtil.scale_to_dimensions(ImageUtil.load_image(image), width, height)
+        return self.encode_pixels(ImageUtil.to_array(picture))
+
+    def encode_pixels(self, pixels: mx.array) -> mx.array:
+        """The same of pixels (1, 3, H, W), -1 to 1, whose sides are multiples of 16."""
+        latents = tiling.encode(self.vae, pixels, self.tiling_config).astype(mx.float32)
+        packed = self.latent_creator.pack_latents(latents, *pixels.shape[-2:])
         mx.eval(packed)
         return packed
 

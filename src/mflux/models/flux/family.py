@@ -3,7 +3,8 @@
 from mflux.models.common.family import Command, Component, Family
 
 _TEXT_ENCODERS = "mflux.models.common.text_encoders"
-_FLUX1 = "mflux.models.flux.variants.txt2img.flux:Flux1"
+_VARIANTS = "mflux.models.flux.variants"
+_CLI = "mflux.models.flux.cli"
 
 FAMILY = Family(
     title="FLUX.1",
@@ -35,12 +36,21 @@ FAMILY = Family(
     commands=(
         Command(
             "generate",
-            "mflux.models.flux.cli.flux_generate",
+            f"{_CLI}.flux_generate",
             "draw with FLUX.1",
             models=("demo", "schnell", "dev", "krea-dev"),
         ),
+        Command(
+            "generate-kontext",
+            f"{_CLI}.flux_generate_kontext",
+            "edit a picture with FLUX.1 Kontext",
+            models=("dev-kontext",),
+        ),
     ),
-    pipelines=(("*", _FLUX1),),
+    pipelines=(
+        ("dev-kontext", f"{_VARIANTS}.kontext.flux_kontext:Flux1Kontext"),
+        ("*", f"{_VARIANTS}.txt2img.flux:Flux1"),
+    ),
     beside=("model_index.json", "scheduler", "tokenizer", "tokenizer_2"),
     lora="mflux.models.flux.lora_names:LORA",
     open_folder="mflux.models.flux.weights_024:open_folder",

@@ -1,0 +1,158 @@
+"""FLUX.1's variants: what the tests of all families need to know of them."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from families.cases import Pipeline, Tiny
+from families.fibo import Last, photo
+from mflux.models.common.config import ModelConfig
+from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
+
+PROMPT = "an oil painting of a Café in Zürich, 4k 🐱"
+_VARIANTS = "mflux.models.flux.variants"
+
+
+# ---- whole pictures
+
+
+def write_model(folder: Path, **settings) -> Path:
+    from reference import write_flux
+
+    return write_flux(folder, **dict(seed=30, guidance=True, scheduler="dynamic") | settings)
+
+
+def ours(module: str, key: str):
+    """Draws with our class and the model's configuration."""
+
+    def draw(folder: Path, settings):
+        path, _, name = module.partition(":")
+        pipeline = getattr(importlib.import_module(f"{_VARIANTS}.{path}"), name)
+        config = ModelConfig.from_name(key)
+        # The tiny tokenizers' limit, not the model's, decides what a prompt becomes; 512 tokens would only take time.
+        config.max_sequence_length = 64
+        return drawn(pipeline(model_path=str(folder), model_config=config), **settings)
+
+    return draw
+
+
+def drawn(pipeline, **settings):
+    """Latents after the loop, and the picture; pictures among the settings go through files."""
+    import PIL.Image
+
+    def path(name: str, value):
+        if isinstance(value, list):
+            return [path(f"{name}-{number}", one) for number, one in enumerate(value)]
+        if not isinstance(value, PIL.Image.Image):
+            return value
+        value.save(pipeline.root / f"{name}.png")
+        return pipeline.root / f"{name}.png"
+
+    last = Last()
+    pipeline.callbacks.register(last)
+    image = pipeline.generate_image(**{name: path(name, value) for name, value in settings.items()}).image
+    return np.array(last.latents), np.asarray(image)
+
+
+@cache
+def reference(folder: Path, name: str):
+    """A pipeline of the reference, made of a FLUX.1 folder's components."""
+    import diffusers
+    import torch
+
+    parts = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32).components
+    parts = {key: part for key, part in parts.items() if part is not None}
+    pipeline = getattr(diffusers, name)(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(settings):
+    import torch
+
+    return torch.tensor(
+        np.array(FluxLatentCreator.create_noise(settings["seed"], settings["height"], settings["width"]))
+    )
+
+
+def both(pipeline, settings, **inputs):
+    """Latents and picture of the reference, drawn once and decoded as it does."""
+    import torch
+
+    height, width = settings["height"], settings["width"]
+    latents = pipeline(
+        prompt=settings["prompt"],
+        height=height,
+        width=width,
+        num_inference_steps=settings["num_inference_steps"],
+        guidance_scale=settings["guidance"],
+        max_sequence_length=64,
+        latents=noise(settings),
+        output_type="latent",
+        **inputs,
+    ).images
+    config = pipeline.vae.config
+    unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(unpacked / config.scaling_factor + config.shift_factor).sample
+    return latents, np.asarray(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])
+
+
+def kontext_reference(folder: Path, settings):
+    pipeline = reference(folder, "FluxKontextPipeline")
+    size = settings["width"], settings["height"]
+    # The reference would take the nearest of its sizes of about a megapixel.
+    image = pipeline.image_processor.resize(settings["image_path"], settings["height"], settings["width"])
+    assert image.size == size
+    return both(pipeline, settings, image=image, max_area=size[0] * size[1], _auto_resize=False)
+
+
+def _picture(**settings):
+    return dict(seed=3, prompt=PROMPT, num_inference_steps=3, height=64, width=96, guidance=3.5) | settings
+
+
+PIPELINES = (
+    Pipeline(
+        name="kontext",
+        folders={"kontext": write_model},
+        pictures={
+            "of its size": ("kontext", _picture(image_path=photo(96, 64))),
+            "of another size": (
+                "kontext",
+                _picture(image_path=photo(70, 121), height=80, width=48, num_inference_steps=5, guidance=2.5, seed=4),
+            ),
+        },
+        ours=ours("kontext.flux_kontext:Flux1Kontext", "dev-kontext"),
+        theirs=kontext_reference,
+    ),
+)
+
+
+# ---- models that need no reference
+
+
+def tiny(**changes):
+    """Writes a tiny FLUX.1 whose transformer differs from text to image's by `changes`."""
+
+    def write(folder: Path, *, wide: bool = False) -> Path:
+        from tiny import write_checkpoint
+
+        return write_checkpoint(folder, seed=3, guidance=True, wide=wide, changes={"transformer": changes})
+
+    return write
+
+
+TINY = (
+    Tiny(
+        write=tiny(),
+        command="generate-kontext",
+        base_model="dev-kontext",
+        words=("--image-path", "photo.png"),
+        pipeline=f"{_VARIANTS}.kontext.flux_kontext:Flux1Kontext",
+        generate={"image_path": "photo.png", "guidance": 2.5},
+    ),
+)
