@@ -138,3 +138,105 @@ def test_a_large_picture_is_drawn_at_a_megapixel(here, caplog):
     width, height = fitted_size("large.jpg")
     assert (width, height) == (1168, 880)
     assert "4032 x 3024" in caplog.text
+
+
+# ---- Fill
+
+
+def test_a_folder_of_another_variant_is_refused(cli, here, models):
+    text_to_image = models(BY_NAME["generate-kontext"])
+    words = BY_NAME["generate-fill"].words
+    result = cli("generate-fill", "--model", text_to_image, "--base-model", "dev-fill", "--prompt", "x", *words)
+    assert (result.status, len(result.errors)) == (1, 1)
+    assert "takes 64 channels a token, not 384" in result.err
+
+
+def test_what_is_black_in_the_mask_decides(draw):
+    """The picture under white does not reach the model, and the picture under black does."""
+    case = BY_NAME["generate-fill"]
+    draw(case, "--output", "a.png")
+    white = np.asarray(PIL.Image.open("mask.png")) > 127
+    for part, same in ((white, True), (~white, False)):
+        changed = np.asarray(photo(64, 48)).copy()
+        changed[part] = (0, 255, 0)
+        PIL.Image.fromarray(changed).save("photo.png")
+        draw(case, "--output", "b.png", small=(*SMALL[:2], "--width", 64, "--height", 48, "--seed", 1))
+        photo(64, 48).save("photo.png")
+        draw(case, "--output", "c.png", small=(*SMALL[:2], "--width", 64, "--height", 48, "--seed", 1))
+        assert (pixels("b.png") == pixels("c.png")).all() == same
+        Path("b.png").unlink(), Path("c.png").unlink()
+
+
+# ---- side by side
+
+
+@pytest.fixture
+def ic_edit_lora(monkeypatch, tmp_path) -> Path:
+    from mflux.backend import mx
+    from mflux.models.flux.cli import flux_generate_in_context_edit as command
+
+    path = tmp_path / "edit.safetensors"
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    draws = [mx.random.normal(shape, key=mx.random.key(number)) for number, shape in enumerate([(2, 48), (48, 2)])]
+    mx.save_safetensors(str(path), {f"{name}.lora_A.weight": draws[0], f"{name}.lora_B.weight": draws[1]})
+    monkeypatch.setattr(command, "LORA", path.name)
+    return path
+
+
+def edit(cli, model: Path, *words):
+    start = ("generate-in-context-edit", "--model", model, "--reference-image", "photo.png", "--steps", 1, "--seed", 1)
+    return cli(*start, *words)
+
+
+def test_editing_wraps_the_instruction_and_adds_its_lora(cli, here, models, ic_edit_lora, monkeypatch):
+    from mflux.models.flux.cli import flux_generate_in_context_edit as command
+
+    monkeypatch.setattr(command, "_WIDTH", 48)
+    model = models(BY_NAME["generate-fill"])
+    assert edit(cli, model, "--instruction", "it rains", "--output", "a.png").status == 0
+    settings = MetadataReader.read_exif_metadata("a.png")
+    assert settings["prompt"].startswith("A diptych with two side-by-side images of the same scene.")
+    assert settings["prompt"].endswith("on the left but it rains")
+    assert (settings["lora_paths"], settings["lora_scales"]) == (["edit.safetensors"], [1.0])
+    assert PIL.Image.open("a.png").size == (48, 32)
+    result = edit(cli, model, "-C", "a.png", "--output", "b.png")
+    assert result.status == 0, result.err
+    assert (pixels("a.png") == pixels("b.png")).all()
+    result = edit(cli, model, "--prompt", "x", "--width", 64, "--save-full-image", "--output", "c.png")
+    assert [path.name for path in result.paths] == ["c.png", "c_full.png"]
+    assert PIL.Image.open("c_full.png").size == (96, 32)
+    assert len(result.warnings) == 1 and "--width is ignored" in result.err
+
+
+def test_editing_needs_words(cli, here, models):
+    model = models(BY_NAME["generate-fill"])
+    assert "--instruction" in edit(cli, model).err
+    result = edit(cli, model, "--instruction", "x", "--prompt", "y")
+    assert (result.status, len(result.errors)) == (2, 1)
+
+
+def test_catvton_has_words_of_its_own(draw):
+    draw(BY_NAME["generate-in-context-catvton"], prompt=())
+    assert "[IMAGE2]" in MetadataReader.read_exif_metadata("image.png")["prompt"]
+
+
+def test_catvton_takes_the_authors_transformer(here, models, monkeypatch):
+    """Without a folder Fill's own transformer is not even looked at."""
+    from mflux.models.common import pipeline as module
+    from mflux.models.flux.variants.in_context import flux_in_context_fill
+
+    fill = models(BY_NAME["generate-fill"])
+    asked = []
+
+    def resolve(name, components, beside):
+        asked.append((name, [component.folder for component in components]))
+        return fill / "transformer" if name == "xiaozaa/catvton-flux-beta" else fill
+
+    monkeypatch.setattr(module, "resolve", resolve)
+    monkeypatch.setattr(flux_in_context_fill, "resolve", resolve)
+    pipeline = flux_in_context_fill.Flux1InContextFill(model_config=ModelConfig.dev_fill_catvton())
+    assert asked == [
+        ("black-forest-labs/FLUX.1-Fill-dev", ["text_encoder", "text_encoder_2", "vae"]),
+        ("xiaozaa/catvton-flux-beta", [""]),
+    ]
+    assert pipeline.transformer.config.in_channels == 384

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from families.cases import Pipeline, Tiny
-from families.fibo import Last, photo
+from families.fibo import Last, mask, photo
 from mflux.models.common.config import ModelConfig
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 
@@ -111,6 +111,35 @@ def kontext_reference(folder: Path, settings):
     return both(pipeline, settings, image=image, max_area=size[0] * size[1], _auto_resize=False)
 
 
+def fill_reference(folder: Path, settings):
+    images = {"image": settings["image_path"], "mask_image": settings["masked_image_path"]}
+    return both(reference(folder, "FluxFillPipeline"), settings, **images)
+
+
+def side_by_side(folder: Path, settings):
+    """The reference's Fill on a picture that is put together by hand."""
+    import PIL.Image
+
+    size = width, height = settings["width"], settings["height"]
+
+    def beside(left, right):
+        canvas = PIL.Image.new(left.mode, (2 * width, height))
+        for place, half in ((0, left), (width, right)):
+            canvas.paste(half.resize(size, PIL.Image.Resampling.LANCZOS), (place, 0))
+        return canvas
+
+    left = settings["left_image_path"]
+    right = settings.get("right_image_path") or PIL.Image.new("RGB", size, (30, 200, 90))
+    white = settings.get("masked_image_path") or PIL.Image.new("L", size, 255)
+    images = {"image_path": beside(left, right)}
+    images["masked_image_path"] = beside(PIL.Image.new("L", white.size, 0), white)
+    return fill_reference(folder, settings | images | {"width": 2 * width})
+
+
+def fill_model(folder: Path) -> Path:
+    return write_model(folder, channels=384)
+
+
 def _picture(**settings):
     return dict(seed=3, prompt=PROMPT, num_inference_steps=3, height=64, width=96, guidance=3.5) | settings
 
@@ -129,7 +158,42 @@ PIPELINES = (
         ours=ours("kontext.flux_kontext:Flux1Kontext", "dev-kontext"),
         theirs=kontext_reference,
     ),
-)
+    Pipeline(
+        name="fill",
+        folders={"fill": fill_model},
+        pictures={
+            "of its size": (
+                "fill",
+                _picture(image_path=photo(96, 64), masked_image_path=mask(96, 64), guidance=30.0),
+            ),
+            "of other sizes": (
+                "fill",
+                _picture(
+                    image_path=photo(70, 121), masked_image_path=mask(33, 90), height=80, width=48, seed=4,
+                    num_inference_steps=5,
+                ),
+            ),
+        },
+        ours=ours("fill.flux_fill:Flux1Fill", "dev-fill"),
+        theirs=fill_reference,
+    ),
+    Pipeline(
+        name="in context",
+        folders={"fill": fill_model},
+        pictures={
+            "editing": ("fill", _picture(left_image_path=photo(50, 64), height=64, width=48)),
+            "trying on": (
+                "fill",
+                _picture(
+                    left_image_path=photo(90, 61), right_image_path=photo(70, 44), masked_image_path=mask(70, 44),
+                    height=48, width=64, num_inference_steps=4, guidance=30.0,
+                ),
+            ),
+        },
+        ours=ours("in_context.flux_in_context_fill:Flux1InContextFill", "dev-fill"),
+        theirs=side_by_side,
+    ),
+)  # fmt: skip
 
 
 # ---- models that need no reference
@@ -154,5 +218,26 @@ TINY = (
         words=("--image-path", "photo.png"),
         pipeline=f"{_VARIANTS}.kontext.flux_kontext:Flux1Kontext",
         generate={"image_path": "photo.png", "guidance": 2.5},
+    ),
+    Tiny(
+        write=tiny(in_channels=384, out_channels=64),
+        command="generate-fill",
+        base_model="dev-fill",
+        words=("--image-path", "photo.png", "--masked-image-path", "mask.png"),
+        pipeline=f"{_VARIANTS}.fill.flux_fill:Flux1Fill",
+        generate={"image_path": "photo.png", "masked_image_path": "mask.png", "guidance": 30.0},
+    ),
+    Tiny(
+        write=tiny(in_channels=384, out_channels=64),
+        command="generate-in-context-catvton",
+        base_model="dev-fill-catvton",
+        words=("--garment-image", "other.png", "--person-image", "photo.png", "--person-mask", "mask.png"),
+        pipeline=f"{_VARIANTS}.in_context.flux_in_context_fill:Flux1InContextFill",
+        generate={
+            "left_image_path": "other.png",
+            "right_image_path": "photo.png",
+            "masked_image_path": "mask.png",
+            "guidance": 30.0,
+        },
     ),
 )

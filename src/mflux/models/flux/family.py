@@ -46,8 +46,28 @@ FAMILY = Family(
             "edit a picture with FLUX.1 Kontext",
             models=("dev-kontext",),
         ),
+        Command(
+            "generate-fill",
+            f"{_CLI}.flux_generate_fill",
+            "paint anew what is masked in a picture with FLUX.1 Fill",
+            models=("dev-fill",),
+        ),
+        Command(
+            "generate-in-context-edit",
+            f"{_CLI}.flux_generate_in_context_edit",
+            "edit a picture with FLUX.1 Fill and IC-Edit's LoRA",
+            models=("dev-fill",),
+        ),
+        Command(
+            "generate-in-context-catvton",
+            f"{_CLI}.flux_generate_in_context_catvton",
+            "show a person wearing a garment with CatVTON-FLUX",
+            models=("dev-fill-catvton",),
+        ),
     ),
     pipelines=(
+        ("dev-fill", f"{_VARIANTS}.fill.flux_fill:Flux1Fill"),
+        ("dev-fill-catvton", f"{_VARIANTS}.in_context.flux_in_context_fill:Flux1InContextFill"),
         ("dev-kontext", f"{_VARIANTS}.kontext.flux_kontext:Flux1Kontext"),
         ("*", f"{_VARIANTS}.txt2img.flux:Flux1"),
     ),

@@ -13,6 +13,7 @@ COMMAND = Generate(
     pipeline="mflux.models.flux.variants.kontext.flux_kontext:Flux1Kontext",
     models=("dev-kontext",),
     default_model="dev-kontext",
+    stands_for={"dev": "dev-kontext"},
     default_size="the picture's, up to about a megapixel",
     leave_out=("pid",),
     guidance=2.5,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from mflux.cli.parser import was_given
+from mflux.cli.parser import say, was_given
 from mflux.errors import UsageError
 
 IGNORED = {"negative_prompt": "FLUX.1 has no negative branch"}
@@ -27,3 +28,18 @@ def check_picture(args: argparse.Namespace, config: Any) -> None:
 
 def without_strength(args: argparse.Namespace) -> dict[str, Any]:
     return {"image_strength": None}
+
+
+def add_full_image_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--save-full-image", action="store_true", help="also write both pictures side by side, as NAME_full"
+    )
+
+
+def right_half(image: Any, args: argparse.Namespace) -> Any:
+    return image.get_right_half().image
+
+
+def save_full_image(image: Any, path: Path, args: argparse.Namespace) -> None:
+    if args.save_full_image:
+        say(str(image.save(path.with_stem(path.stem + "_full"), embed_metadata=not args.no_metadata)))

@@ -46,15 +46,18 @@ class Flux1(Pipeline):
     ):
         super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
         # A name may mislead; the transformer itself knows whether it takes guidance.
-        self.model_config.supports_guidance = bool(self.folder.config("transformer").get("guidance_embeds", True))
+        self.model_config.supports_guidance = bool(self._transformer_settings().get("guidance_embeds", True))
         self.tokenizers: Mapping[str, PromptTokenizer] = {
             "clip": clip_tokenizer(self.root / "tokenizer"),
             "t5": t5_tokenizer(self.root / "tokenizer_2"),
         }
 
+    def _transformer_settings(self) -> dict[str, Any]:
+        return self.folder_of(self.component("transformer")).config("transformer")
+
     def check_folder(self) -> None:
         super().check_folder()
-        channels = self.folder.config("transformer").get("in_channels", 64)
+        channels = self._transformer_settings().get("in_channels", 64)
         if channels != self.in_channels:
             # Fill takes 384, Depth and Canny take 128: what they add to the picture's own would be missing.
             raise CheckpointError(
