@@ -56,6 +56,8 @@ class Flux1Fill(Flux1):
         """
         refuse_strength(image_strength)
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height,
             width=width,

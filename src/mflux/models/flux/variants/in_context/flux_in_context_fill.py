@@ -76,6 +76,8 @@ class Flux1InContextFill(Flux1Fill):
         if (right_image_path is None) != (masked_image_path is None):
             raise UsageError("right_image_path and masked_image_path go together: one says where the other is painted")
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height,
             width=width,

@@ -54,6 +54,8 @@ class Flux1Kontext(Flux1):
         if height is None and width is None:
             width, height = fitted_size(image_path)
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height,
             width=width,
