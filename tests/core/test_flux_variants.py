@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from families.fibo import mask, photo
 from families.flux_variants import TINY
 
 from mflux.cli.commands import COMMANDS
-from mflux.errors import UsageError
+from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.stages import is_loaded
 from mflux.utils.metadata_reader import MetadataReader
@@ -47,7 +48,9 @@ def draw(cli, here, models):
     """Run a variant's command with its own words, and see it succeed."""
 
     def run(case: Tiny, *more, small=SMALL, model: Path | None = None, prompt=("--prompt", "a red circle")):
-        result = cli(case.command, "--model", model or models(case), *prompt, *case.words, *small, *more)
+        # A saved model knows what it is.
+        which = ("--model", models(case), "--base-model", case.base_model) if model is None else ("--model", model)
+        result = cli(case.command, *which, *prompt, *case.words, *small, *more)
         assert result.status == 0, result.err
         return result
 
@@ -240,3 +243,102 @@ def test_catvton_takes_the_authors_transformer(here, models, monkeypatch):
         ("xiaozaa/catvton-flux-beta", [""]),
     ]
     assert pipeline.transformer.config.in_channels == 384
+
+
+# ---- Depth
+
+
+class FlatWorld:
+    """In place of Depth Pro, which is four gigabytes."""
+
+    made: list = []
+
+    def __init__(self, quantize=None, model_path=None):
+        FlatWorld.made.append(quantize)
+
+    def create_depth_map(self, image_path):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(depth_image=PIL.Image.open(image_path).convert("L"))
+
+
+@pytest.fixture
+def depth_pro(monkeypatch):
+    monkeypatch.setattr("mflux.models.depth_pro.model.depth_pro.DepthPro", FlatWorld)
+    FlatWorld.made = []
+    return FlatWorld
+
+
+def test_depth_is_found_once_and_written_only_where_asked(cli, here, models, depth_pro):
+    model = models(BY_NAME["generate-depth"])
+    start = ("generate-depth", "--model", model, "--prompt", "x", "--image-path", "photo.png", *SMALL[:-2])
+    before = {path.name for path in here.iterdir()}
+    result = cli(*start, "--seed", 1, 2)
+    assert result.status == 0, result.err
+    assert depth_pro.made == [None]
+    assert {path.name for path in here.iterdir()} - before == {"image_seed_1.png", "image_seed_2.png"}
+    result = cli(*start, "--seed", 1, "--save-depth-map")
+    assert [path.name for path in result.paths] == ["image.png", "image_depth_map.png"]
+    # The map that was written draws the same picture, and Depth Pro is not asked for it.
+    depth_pro.made.clear()
+    given = cli(*start[:5], "--depth-image-path", "image_depth_map.png", *SMALL, "--output", "b.png")
+    assert given.status == 0 and depth_pro.made == []
+    assert (pixels("b.png") == pixels("image.png")).all()
+
+
+def test_depth_needs_a_picture(cli, here, models):
+    model = models(BY_NAME["generate-depth"])
+    result = cli("generate-depth", "--model", model, "--prompt", "x")
+    assert (result.status, len(result.errors)) == (2, 1)
+    result = cli(
+        "generate-depth", "--model", model, "--prompt", "x", "--depth-image-path", "photo.png", "--save-depth-map"
+    )
+    assert (result.status, len(result.errors)) == (2, 1)
+
+
+# ---- ControlNets
+
+
+def test_edges_are_followed_and_written(draw, here):
+    case = BY_NAME["generate-controlnet"]
+    result = draw(case, "--controlnet-save-canny")
+    assert [path.name for path in result.paths] == ["image.png", "image_controlnet_canny.png"]
+    assert set(np.unique(pixels("image_controlnet_canny.png"))) <= {0, 255}
+    draw(case, "--controlnet-strength", 0, "--output", "none.png")
+    draw(case, "--controlnet-strength", 1, "--output", "all.png")
+    assert (pixels("none.png") != pixels("all.png")).any()
+
+
+def test_a_controlnet_of_ones_own(here, models, tmp_path):
+    case = BY_NAME["generate-controlnet"]
+    net = shutil.copytree(models(case) / "transformer_controlnet", tmp_path / "net")
+    bare = shutil.copytree(models(case), tmp_path / "bare")
+    shutil.rmtree(bare / "transformer_controlnet")
+    settings = dict(seed=1, prompt="x", num_inference_steps=1, height=32, width=48, controlnet_image_path="photo.png")
+    own, given = (
+        case.pipeline_class()(
+            model_path=str(folder), controlnet_path=path, model_config=ModelConfig.dev_controlnet_canny()
+        )
+        for folder, path in ((models(case), None), (bare, str(net)))
+    )
+    one, other = (np.asarray(pipeline.generate_image(**settings).image) for pipeline in (own, given))
+    assert (one == other).all()
+    with pytest.raises(CheckpointError, match="not a ControlNet of FLUX.1"):
+        case.pipeline_class()(model_path=str(bare), controlnet_path=str(bare / "transformer"))
+
+
+@pytest.mark.parametrize("said, key", [("dev", "dev-controlnet-canny"), ("schnell", "schnell-controlnet-canny")])
+def test_a_plain_model_stands_for_its_controlnet(monkeypatch, here, cli, said, key):
+    from mflux.models.flux.variants.controlnet import flux_controlnet
+
+    def refuse(self, *args, model_config, **kwargs):
+        raise UsageError(f"{model_config.aliases[0]} and {model_config.controlnet_model}")
+
+    monkeypatch.setattr(flux_controlnet.Flux1Controlnet, "__init__", refuse)
+    result = cli("generate-controlnet", "--model", said, "--prompt", "x", "--controlnet-image-path", "photo.png")
+    assert result.errors == [f"error: {key} and InstantX/FLUX.1-dev-Controlnet-Canny"]
+
+
+def test_upscaling_by_a_factor(draw):
+    draw(BY_NAME["upscale-controlnet"], small=("--steps", 1, "--width", "2x", "--height", "2x"))
+    assert PIL.Image.open("image.png").size == (128, 96)

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from families.cases import Pipeline, Tiny
+from families.cases import Component, Pipeline, Tiny
 from families.fibo import Last, mask, photo
+from families.flux import normal, same_sum_in_the_condition, transformer_inputs
+from mflux.backend import mx
 from mflux.models.common.config import ModelConfig
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
+from mflux.models.flux.model.controlnet import FluxControlNet
+from mflux.models.flux.model.transformer import latent_image_ids
 
 PROMPT = "an oil painting of a Café in Zürich, 4k 🐱"
 _VARIANTS = "mflux.models.flux.variants"
@@ -35,6 +39,7 @@ def ours(module: str, key: str):
         config = ModelConfig.from_name(key)
         # The tiny tokenizers' limit, not the model's, decides what a prompt becomes; 512 tokens would only take time.
         config.max_sequence_length = 64
+        settings = {name: value for name, value in settings.items() if name != "edges"}
         return drawn(pipeline(model_path=str(folder), model_config=config), **settings)
 
     return draw
@@ -136,8 +141,147 @@ def side_by_side(folder: Path, settings):
     return fill_reference(folder, settings | images | {"width": 2 * width})
 
 
+def depth_reference(folder: Path, settings):
+    # Its own draw from the posterior comes from a generator; the posterior is sharp.
+    pipeline = reference(folder, "FluxControlPipeline")
+    return both(pipeline, settings, control_image=settings["depth_image_path"])
+
+
+def controlnet_reference(folder: Path, settings):
+    import diffusers
+    import PIL.Image
+
+    from mflux.models.common.canny import canny
+
+    parts = diffusers.FluxPipeline.from_pretrained(folder).components
+    parts = {key: part for key, part in parts.items() if part is not None}
+    net = diffusers.FluxControlNetModel.from_pretrained(folder / "transformer_controlnet")
+    pipeline = diffusers.FluxControlNetPipeline(**parts, controlnet=net)
+    pipeline.set_progress_bar_config(disable=True)
+    size = settings["width"], settings["height"]
+    image = settings["controlnet_image_path"].resize(size, PIL.Image.Resampling.LANCZOS)
+    if settings.get("edges", True):
+        image = PIL.Image.fromarray(canny(np.asarray(image))).convert("RGB")
+    return both(
+        pipeline,
+        {key: value for key, value in settings.items() if key != "edges"},
+        control_image=image,
+        controlnet_conditioning_scale=settings["controlnet_strength"],
+    )
+
+
+def controlled(layers: tuple[int, int], net: tuple[int, int], *, asks: bool = True, **settings):
+    """Writes a FLUX.1 of so many double and single blocks with a ControlNet of fewer."""
+
+    def write(folder: Path) -> Path:
+        from reference import draw, save
+
+        write_model(folder, layers=layers, sharp=True, **settings)
+        controlnet = controlnet_model(in_channels=64, num_layers=net[0], num_single_layers=net[1], guidance_embeds=asks)
+        save(draw(controlnet, 5), folder / "transformer_controlnet")
+        return folder
+
+    return write
+
+
+# ---- the ControlNet as a component
+
+
+def same_sum_at_the_entrance(first: str, second: str) -> bool:
+    """Latents and control picture are added up, and with them the biases of their layers."""
+    return {first, second} == {"x_embedder.bias", "controlnet_x_embedder.bias"}
+
+
+def controlnet_model(**settings):
+    from diffusers import FluxControlNetModel
+    from reference import TRANSFORMER
+
+    return FluxControlNetModel(**TRANSFORMER | settings)
+
+
+def controlnet_inputs(model, number: int) -> dict:
+    inputs = transformer_inputs(model, number)
+    return inputs | {"control": normal(7, *inputs["latents"].shape)}
+
+
+def run_controlnet(module, inputs):
+    residuals = module(
+        mx.array(inputs["latents"]),
+        control=mx.array(inputs["control"]),
+        strength=0.7,
+        sigma=mx.array(inputs["sigma"]),
+        prompt_embeds=mx.array(inputs["text"]),
+        pooled_prompt_embeds=mx.array(inputs["pooled"]),
+        image_ids=latent_image_ids(*inputs["grid"]),
+        guidance=mx.array(inputs["guidance"]) if "guidance" in inputs else None,
+    )
+    return [*residuals.double, *residuals.single]
+
+
+def run_controlnet_reference(model, inputs):
+    import torch
+    from diffusers import FluxPipeline
+
+    double, single = model(
+        hidden_states=torch.tensor(inputs["latents"]),
+        controlnet_cond=torch.tensor(inputs["control"]),
+        conditioning_scale=0.7,
+        encoder_hidden_states=torch.tensor(inputs["text"]),
+        pooled_projections=torch.tensor(inputs["pooled"]),
+        timestep=torch.tensor(inputs["sigma"]),
+        guidance=torch.tensor(inputs["guidance"]) if "guidance" in inputs else None,
+        img_ids=FluxPipeline._prepare_latent_image_ids(1, *inputs["grid"], "cpu", torch.float32),
+        txt_ids=torch.zeros(inputs["text"].shape[1], 3),
+        return_dict=False,
+    )
+    return [*(double or ()), *(single or ())]
+
+
+def controlnet_full_size(config):
+    from diffusers import FluxControlNetModel
+
+    return FluxControlNetModel.from_config(config)
+
+
+COMPONENTS = (
+    Component(
+        name="controlnet",
+        module=FluxControlNet,
+        reference=controlnet_model,
+        settings={
+            "as published": dict(num_layers=3, num_single_layers=0, guidance_embeds=True),
+            "with single blocks": dict(num_layers=1, num_single_layers=2, num_attention_heads=3),
+        },
+        inputs=controlnet_inputs,
+        ours=run_controlnet,
+        theirs=run_controlnet_reference,
+        published={
+            "InstantX/FLUX.1-dev-Controlnet-Canny": 1_791_605_248,
+            "jasperai/Flux.1-dev-Controlnet-Upscaler": 1_791_605_248,
+        },
+        full_size=controlnet_full_size,
+        swap=dict(
+            in_channels=16, attention_head_dim=8, num_attention_heads=2, axes_dims_rope=[2, 2, 4],
+            joint_attention_dim=16, pooled_projection_dim=16, num_layers=2, num_single_layers=1,
+        ),
+        neutral=(same_sum_in_the_condition, same_sum_at_the_entrance),
+        neutral_pairs=2,
+    ),
+)  # fmt: skip
+
+
 def fill_model(folder: Path) -> Path:
     return write_model(folder, channels=384)
+
+
+def sharp_photo(width: int, height: int):
+    """A picture with edges in it."""
+    import PIL.Image
+
+    pixels = np.asarray(photo(width, height)).copy()
+    pixels[height // 4 : height // 2, width // 5 : width // 2] = (250, 30, 60)
+    pixels[height // 2 :, width // 2 :] //= 3
+    return PIL.Image.fromarray(pixels)
 
 
 def _picture(**settings):
@@ -193,6 +337,56 @@ PIPELINES = (
         ours=ours("in_context.flux_in_context_fill:Flux1InContextFill", "dev-fill"),
         theirs=side_by_side,
     ),
+    Pipeline(
+        name="depth",
+        folders={"depth": lambda folder: write_model(folder, channels=128)},
+        pictures={
+            "of its size": ("depth", _picture(depth_image_path=photo(96, 64), guidance=10.0)),
+            "of another size": (
+                "depth",
+                _picture(depth_image_path=photo(70, 121), height=80, width=48, seed=4, num_inference_steps=5),
+            ),
+        },
+        ours=ours("depth.flux_depth:Flux1Depth", "dev-depth"),
+        theirs=depth_reference,
+    ),
+    Pipeline(
+        name="edges",
+        folders={
+            "dev": controlled((5, 2), (2, 0)),
+            "schnell, with single blocks": controlled((2, 5), (1, 2), guidance=False, scheduler="static"),
+        },
+        pictures={
+            "dev": ("dev", _picture(controlnet_image_path=sharp_photo(96, 64), controlnet_strength=0.4)),
+            "schnell": (
+                "schnell, with single blocks",
+                _picture(
+                    controlnet_image_path=sharp_photo(70, 121), controlnet_strength=1.0, height=80, width=48,
+                    num_inference_steps=4,
+                ),
+            ),
+        },
+        ours=ours("controlnet.flux_controlnet:Flux1Controlnet", "dev-controlnet-canny"),
+        theirs=controlnet_reference,
+    ),
+    Pipeline(
+        name="upscaler",
+        folders={"upscaler": controlled((3, 1), (2, 0)), "asks nothing": controlled((3, 1), (2, 0), asks=False)},
+        pictures={
+            "twice the size": (
+                "upscaler",
+                _picture(controlnet_image_path=photo(48, 32), controlnet_strength=0.6, edges=False),
+            ),
+            "without guidance of its own": (
+                "asks nothing",
+                _picture(
+                    controlnet_image_path=photo(24, 40), controlnet_strength=0.9, edges=False, height=80, width=48
+                ),
+            ),
+        },
+        ours=ours("controlnet.flux_controlnet:Flux1Controlnet", "dev-controlnet-upscaler"),
+        theirs=controlnet_reference,
+    ),
 )  # fmt: skip
 
 
@@ -208,6 +402,26 @@ def tiny(**changes):
         return write_checkpoint(folder, seed=3, guidance=True, wide=wide, changes={"transformer": changes})
 
     return write
+
+
+def add_component(
+    folder: Path, module: type, name: str, *, seed: int, stem="diffusion_pytorch_model", **config
+) -> Path:
+    """Write one component more, with random weights."""
+    from tiny import published, write_json
+
+    write_json(folder / name / "config.json", config)
+    tensors = published(module(module.config_class.from_dict(config)), seed=seed)
+    mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
+    return folder
+
+
+def tiny_controlled(folder: Path, *, wide: bool = False) -> Path:
+    import json
+
+    settings = json.loads((tiny()(folder, wide=wide) / "transformer" / "config.json").read_text())
+    settings |= {"_class_name": "FluxControlNetModel", "num_layers": 1, "num_single_layers": 0}
+    return add_component(folder, FluxControlNet, "transformer_controlnet", seed=9, **settings)
 
 
 TINY = (
@@ -239,5 +453,29 @@ TINY = (
             "masked_image_path": "mask.png",
             "guidance": 30.0,
         },
+    ),
+    Tiny(
+        write=tiny(in_channels=128, out_channels=64),
+        command="generate-depth",
+        base_model="dev-depth",
+        words=("--depth-image-path", "photo.png"),
+        pipeline=f"{_VARIANTS}.depth.flux_depth:Flux1Depth",
+        generate={"depth_image_path": "photo.png", "guidance": 10.0},
+    ),
+    Tiny(
+        write=tiny_controlled,
+        command="generate-controlnet",
+        base_model="dev-controlnet-canny",
+        words=("--controlnet-image-path", "photo.png"),
+        pipeline=f"{_VARIANTS}.controlnet.flux_controlnet:Flux1Controlnet",
+        generate={"controlnet_image_path": "photo.png", "controlnet_strength": 0.4, "guidance": 3.5},
+    ),
+    Tiny(
+        write=tiny_controlled,
+        command="upscale-controlnet",
+        base_model="dev-controlnet-upscaler",
+        words=("--controlnet-image-path", "photo.png"),
+        pipeline=f"{_VARIANTS}.controlnet.flux_controlnet:Flux1Controlnet",
+        generate={"controlnet_image_path": "photo.png", "controlnet_strength": 0.4, "guidance": 4.0},
     ),
 )

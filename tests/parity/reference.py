@@ -356,14 +356,15 @@ def write_flux(
     clip_options: dict | None = None,
     t5_form: str = "whitespace",
     channels: int = 64,
+    sharp: bool = False,
     **vae,
 ) -> Path:
     """A complete tiny FLUX.1 folder: pictures are 8 pixels a latent and 16 channels deep, as FLUX.1's are.
 
     Args:
         eos_token_id: what CLIP's configuration says; the tokenizer's own end token unless given.
-        channels: of the transformer's input; what is beyond a picture's own 64 says how the picture is encoded too, and
-            then the autoencoder's posterior is so sharp that a draw from it is its mean.
+        channels: of the transformer's input; what is beyond a picture's own 64 comes from the autoencoder.
+        sharp: whether the autoencoder's posterior is so sharp that a draw from it is its mean; true with such channels.
     """
     end = write_clip_tokenizer(folder / "tokenizer", length=40)
     pieces = write_t5_tokenizer(folder / "tokenizer_2", form=t5_form)
@@ -379,7 +380,7 @@ def write_flux(
     save_t5(t5_model(seed + 2, vocab_size=pieces, d_model=text_width), folder / "text_encoder_2")
     settings = dict(block_out_channels=[8, 8, 16, 16], latent_channels=16)
     autoencoder = vae_model(seed + 3, **settings | vae)
-    if channels > 64:
+    if sharp or channels > 64:
         sharpen(autoencoder)
     save(autoencoder, folder / "vae")
     transformer = transformer_model(

@@ -4,7 +4,18 @@ from mflux.models.common.family import Command, Component, Family
 
 _TEXT_ENCODERS = "mflux.models.common.text_encoders"
 _VARIANTS = "mflux.models.flux.variants"
+_CONTROLNET = f"{_VARIANTS}.controlnet.flux_controlnet:Flux1Controlnet"
 _CLI = "mflux.models.flux.cli"
+
+# What a variant has besides; it lies in the model's folder where mflux saved it, and else in a repository of its own.
+CONTROLNET = Component(
+    "transformer_controlnet",
+    "mflux.models.flux.model.controlnet:FluxControlNet",
+    "transformer_controlnet",
+    published_class="FluxControlNetModel",
+    repository="controlnet_model",
+    at_root=True,
+)
 
 FAMILY = Family(
     title="FLUX.1",
@@ -64,8 +75,30 @@ FAMILY = Family(
             "show a person wearing a garment with CatVTON-FLUX",
             models=("dev-fill-catvton",),
         ),
+        Command(
+            "generate-depth",
+            f"{_CLI}.flux_generate_depth",
+            "draw a picture of a given depth with FLUX.1 Depth",
+            models=("dev-depth",),
+        ),
+        Command(
+            "generate-controlnet",
+            f"{_CLI}.flux_generate_controlnet",
+            "draw a picture with the edges of another one",
+            models=("dev-controlnet-canny", "schnell-controlnet-canny"),
+        ),
+        Command(
+            "upscale-controlnet",
+            f"{_CLI}.flux_upscale",
+            "draw a picture anew with more pixels",
+            models=("dev-controlnet-upscaler",),
+        ),
     ),
     pipelines=(
+        ("dev-depth", f"{_VARIANTS}.depth.flux_depth:Flux1Depth"),
+        ("dev-controlnet-canny", _CONTROLNET),
+        ("schnell-controlnet-canny", _CONTROLNET),
+        ("dev-controlnet-upscaler", _CONTROLNET),
         ("dev-fill", f"{_VARIANTS}.fill.flux_fill:Flux1Fill"),
         ("dev-fill-catvton", f"{_VARIANTS}.in_context.flux_in_context_fill:Flux1InContextFill"),
         ("dev-kontext", f"{_VARIANTS}.kontext.flux_kontext:Flux1Kontext"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from mflux.cli.parser import say, was_given
 from mflux.errors import UsageError
+from mflux.utils import values
 
 IGNORED = {"negative_prompt": "FLUX.1 has no negative branch"}
 
@@ -43,3 +44,21 @@ def right_half(image: Any, args: argparse.Namespace) -> Any:
 def save_full_image(image: Any, path: Path, args: argparse.Namespace) -> None:
     if args.save_full_image:
         say(str(image.save(path.with_stem(path.stem + "_full"), embed_metadata=not args.no_metadata)))
+
+
+def add_controlnet_options(parser: argparse.ArgumentParser, *, required: bool = False) -> Any:
+    group = parser.add_argument_group("picture to follow")
+    group.add_argument("--controlnet-image-path", type=Path, required=required, help="the picture")
+    group.add_argument(
+        "--controlnet-strength",
+        type=values.number(float),
+        default=0.4,
+        metavar="STRENGTH",
+        help="how closely to follow it; 0 is not at all (default: 0.4)",
+    )
+    return group
+
+
+def draw_controlled(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("controlnet_image_path", "controlnet_strength")
+    return {name: getattr(args, name) for name in names}
