@@ -342,3 +342,38 @@ def test_a_plain_model_stands_for_its_controlnet(monkeypatch, here, cli, said, k
 def test_upscaling_by_a_factor(draw):
     draw(BY_NAME["upscale-controlnet"], small=("--steps", 1, "--width", "2x", "--height", "2x"))
     assert PIL.Image.open("image.png").size == (128, 96)
+
+
+# ---- Redux
+
+
+def test_redux_counts_strengths(cli, here, models):
+    model = models(BY_NAME["generate-redux"])
+    start = ("generate-redux", "--model", model, "--prompt", "x")
+    result = cli(*start)
+    assert (result.status, len(result.errors)) == (2, 1) and "--redux-image-paths" in result.err
+    result = cli(*start, "--redux-image-paths", "photo.png", "--redux-image-strengths", 1, 2)
+    assert (result.status, len(result.errors)) == (2, 1) and "2" in result.err
+
+
+def test_redux_takes_what_reads_pictures_from_its_own_repository(here, models, tmp_path, monkeypatch):
+    from mflux.models.common import pipeline as module
+    from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
+
+    whole = models(BY_NAME["generate-redux"])
+    base = shutil.copytree(whole, tmp_path / "base")
+    for part in ("image_encoder", "image_embedder"):
+        shutil.rmtree(base / part)
+    asked = []
+
+    def resolve(name, components, beside):
+        asked.append((name, [component.folder for component in components]))
+        return whole if "Redux" in name else base
+
+    monkeypatch.setattr(module, "resolve", resolve)
+    pipeline = Flux1Redux()
+    own = ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    assert asked == [("black-forest-labs/FLUX.1-dev", own)]
+    assert pipeline.image_encoder and pipeline.image_embedder
+    redux = "black-forest-labs/FLUX.1-Redux-dev"
+    assert asked[1:] == [(redux, ["image_encoder"]), (redux, ["image_embedder"])]

@@ -10,11 +10,12 @@ import numpy as np
 
 from families.cases import Component, Pipeline, Tiny
 from families.fibo import Last, mask, photo
-from families.flux import normal, same_sum_in_the_condition, transformer_inputs
+from families.flux import key_biases, normal, same_sum_in_the_condition, transformer_inputs
 from mflux.backend import mx
 from mflux.models.common.config import ModelConfig
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.controlnet import FluxControlNet
+from mflux.models.flux.model.redux import ReduxEmbedder, SiglipVision
 from mflux.models.flux.model.transformer import latent_image_ids
 
 PROMPT = "an oil painting of a Café in Zürich, 4k 🐱"
@@ -30,7 +31,7 @@ def write_model(folder: Path, **settings) -> Path:
     return write_flux(folder, **dict(seed=30, guidance=True, scheduler="dynamic") | settings)
 
 
-def ours(module: str, key: str):
+def ours(module: str, key: str, length: int = 64):
     """Draws with our class and the model's configuration."""
 
     def draw(folder: Path, settings):
@@ -38,7 +39,7 @@ def ours(module: str, key: str):
         pipeline = getattr(importlib.import_module(f"{_VARIANTS}.{path}"), name)
         config = ModelConfig.from_name(key)
         # The tiny tokenizers' limit, not the model's, decides what a prompt becomes; 512 tokens would only take time.
-        config.max_sequence_length = 64
+        config.max_sequence_length = length
         settings = {name: value for name, value in settings.items() if name != "edges"}
         return drawn(pipeline(model_path=str(folder), model_config=config), **settings)
 
@@ -96,9 +97,8 @@ def both(pipeline, settings, **inputs):
         num_inference_steps=settings["num_inference_steps"],
         guidance_scale=settings["guidance"],
         max_sequence_length=64,
-        latents=noise(settings),
         output_type="latent",
-        **inputs,
+        **{"latents": noise(settings)} | inputs,
     ).images
     config = pipeline.vae.config
     unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
@@ -270,6 +270,173 @@ COMPONENTS = (
 )  # fmt: skip
 
 
+# ---- Redux
+
+SIGLIP = dict(
+    hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, image_size=56, patch_size=14
+)  # fmt: skip
+
+
+def siglip(**settings):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return SiglipVisionModel(SiglipVisionConfig(**SIGLIP | settings))
+
+
+def siglip_inputs(model, number: int) -> dict:
+    size = model.config.image_size
+    return {"pixels": normal(4, (1, 3)[number], 3, size, size)}
+
+
+def run_siglip_reference(model, inputs):
+    import torch
+
+    return [model(torch.tensor(inputs["pixels"])).last_hidden_state]
+
+
+def siglip_full_size(config):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return SiglipVisionModel(SiglipVisionConfig(**config))
+
+
+def siglip_name(name: str) -> str:
+    """transformers 5 takes the files' prefix off on loading."""
+    return "vision_model." + name.removeprefix("vision_model.")
+
+
+def save_siglip(model, folder: Path) -> Path:
+    """As it was published, with the prefix that transformers 5 takes off."""
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    save_file({siglip_name(name): value for name, value in load_file(path).items()}, path)
+    return folder
+
+
+def redux_embedder(**settings):
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    return ReduxImageEncoder(**dict(redux_dim=32, txt_in_features=24) | settings)
+
+
+def run_redux_embedder_reference(model, inputs):
+    import torch
+
+    return [model(torch.tensor(inputs["states"])).image_embeds]
+
+
+def redux_embedder_full_size(config):
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    return ReduxImageEncoder.from_config(config)
+
+
+def redux_model(folder: Path) -> Path:
+    from reference import draw
+
+    write_model(folder)
+    save_siglip(draw(siglip(), 5), folder / "image_encoder")
+    draw(redux_embedder(), 6).save_pretrained(folder / "image_embedder")
+    return folder
+
+
+def redux_reference(folder: Path, settings):
+    """Its prior makes the prompt embeds of one picture; of several it makes a sum, and mflux a row."""
+    import diffusers
+    import torch
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+    from transformers import SiglipVisionModel
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    pipeline = reference(folder, "FluxPipeline")
+    encoder = SiglipVisionModel.from_pretrained(folder / "image_encoder")
+    processor = SiglipImageProcessorPil(
+        size={"height": 56, "width": 56}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    parts = {name: pipeline.components[name] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+    embedder = ReduxImageEncoder.from_pretrained(folder / "image_embedder")
+    prior = diffusers.FluxPriorReduxPipeline(encoder, processor, embedder, **parts)
+    made = [prior(image=image, prompt=settings["prompt"]) for image in settings["redux_image_paths"]]
+    strengths = settings.get("redux_image_strengths") or [1.0] * len(made)
+    # The text's tokens first, then each picture's.
+    pictures = [strength * one.prompt_embeds[:, 512:] for one, strength in zip(made, strengths, strict=True)]
+    embeds = torch.cat([made[0].prompt_embeds[:, :512], *pictures], dim=1)
+    if len(made) == 1 and strengths == [1.0]:
+        assert torch.equal(embeds, made[0].prompt_embeds)
+    told = {"prompt_embeds": embeds, "pooled_prompt_embeds": made[0].pooled_prompt_embeds}
+    return both(pipeline, settings | {"prompt": None}, **told)
+
+
+# ---- in context
+
+
+def in_context_reference(folder: Path, settings):
+    """There is no reference pipeline: FLUX.1's own, twice as wide, whose left half is put back after each step."""
+    import torch
+
+    pipeline = reference(folder, "FluxPipeline")
+    height, width = settings["height"], settings["width"]
+    vae = pipeline.vae
+    pixels = pipeline.image_processor.preprocess(settings["image_path"], height=height, width=width)
+    with torch.no_grad():
+        mean = vae.encode(pixels).latent_dist.mode()
+    clean = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    shape = 1, 16, height // 8, 2 * width // 8
+    start = torch.tensor(np.array(mx.random.normal(shape, key=mx.random.key(settings["seed"]))))
+
+    def hold(pipeline, step, timestep, told):
+        sigma = pipeline.scheduler.sigmas[step + 1]
+        latents = pipeline._unpack_latents(told["latents"], height, 2 * width, 8)
+        latents[..., : width // 8] = (1 - sigma) * clean + sigma * start[..., : width // 8]
+        return {"latents": pipeline._pack_latents(latents, *shape)}
+
+    packed = pipeline._pack_latents(start, *shape)
+    told = {key: value for key, value in settings.items() if key != "image_path"} | {"width": 2 * width}
+    return both(pipeline, told, callback_on_step_end=hold, latents=packed)
+
+
+COMPONENTS += (
+    Component(
+        name="image_encoder",
+        module=SiglipVision,
+        reference=siglip,
+        settings={
+            "two layers": {},
+            "other patches": dict(image_size=40, patch_size=10, hidden_size=24, num_attention_heads=2),
+        },
+        inputs=siglip_inputs,
+        ours=lambda module, inputs: [module(mx.array(inputs["pixels"]))],
+        theirs=run_siglip_reference,
+        save=save_siglip,
+        published={"FLUX.1-Redux-dev/image_encoder": 428_225_600},
+        full_size=siglip_full_size,
+        published_name=siglip_name,
+        ignored=(
+            "head.probe", "head.attention.in_proj_weight", "head.attention.in_proj_bias",
+            "head.attention.out_proj.weight", "head.attention.out_proj.bias", "head.layernorm.weight",
+            "head.layernorm.bias", "head.mlp.fc1.weight", "head.mlp.fc1.bias", "head.mlp.fc2.weight",
+            "head.mlp.fc2.bias",
+        ),
+        swap=dict(hidden_size=16, intermediate_size=16, num_attention_heads=2),
+        neutral=(key_biases,),
+        neutral_pairs=1,
+    ),
+    Component(
+        name="image_embedder",
+        module=ReduxEmbedder,
+        reference=redux_embedder,
+        settings={"narrower": {}, "wider": dict(redux_dim=12, txt_in_features=20)},
+        inputs=lambda model, number: {"states": normal(4, (1, 3)[number], (7, 4)[number], model.config.redux_dim)},
+        ours=lambda module, inputs: [module(mx.array(inputs["states"]))],
+        theirs=run_redux_embedder_reference,
+        published={"FLUX.1-Redux-dev/image_embedder": 64_503_808},
+        full_size=redux_embedder_full_size,
+    ),
+)  # fmt: skip
+
+
 def fill_model(folder: Path) -> Path:
     return write_model(folder, channels=384)
 
@@ -370,6 +537,35 @@ PIPELINES = (
         theirs=controlnet_reference,
     ),
     Pipeline(
+        name="redux",
+        folders={"redux": redux_model},
+        pictures={
+            "one picture": ("redux", _picture(redux_image_paths=[photo(90, 61)])),
+            "several, and how much of each": (
+                "redux",
+                _picture(
+                    redux_image_paths=[photo(56, 56), photo(30, 70)], redux_image_strengths=[0.4, 1.5], height=48,
+                    width=80, num_inference_steps=2,
+                ),
+            ),
+        },
+        ours=ours("redux.flux_redux:Flux1Redux", "dev-redux", length=512),
+        theirs=redux_reference,
+    ),
+    Pipeline(
+        name="beside a picture",
+        folders={"dev": write_model},
+        pictures={
+            "of its size": ("dev", _picture(image_path=photo(48, 64), height=64, width=48)),
+            "of another size": (
+                "dev",
+                _picture(image_path=photo(70, 121), height=48, width=64, num_inference_steps=5, seed=4),
+            ),
+        },
+        ours=ours("in_context.flux_in_context_dev:Flux1InContextDev", "dev"),
+        theirs=in_context_reference,
+    ),
+    Pipeline(
         name="upscaler",
         folders={"upscaler": controlled((3, 1), (2, 0)), "asks nothing": controlled((3, 1), (2, 0), asks=False)},
         pictures={
@@ -422,6 +618,15 @@ def tiny_controlled(folder: Path, *, wide: bool = False) -> Path:
     settings = json.loads((tiny()(folder, wide=wide) / "transformer" / "config.json").read_text())
     settings |= {"_class_name": "FluxControlNetModel", "num_layers": 1, "num_single_layers": 0}
     return add_component(folder, FluxControlNet, "transformer_controlnet", seed=9, **settings)
+
+
+def tiny_redux(folder: Path, *, wide: bool = False) -> Path:
+    import json
+
+    width = json.loads((tiny()(folder, wide=wide) / "transformer" / "config.json").read_text())["joint_attention_dim"]
+    add_component(folder, SiglipVision, "image_encoder", seed=7, stem="model", **SIGLIP)
+    embedder = {"_class_name": "ReduxImageEncoder", "redux_dim": SIGLIP["hidden_size"], "txt_in_features": width}
+    return add_component(folder, ReduxEmbedder, "image_embedder", seed=8, **embedder)
 
 
 TINY = (
@@ -477,5 +682,25 @@ TINY = (
         words=("--controlnet-image-path", "photo.png"),
         pipeline=f"{_VARIANTS}.controlnet.flux_controlnet:Flux1Controlnet",
         generate={"controlnet_image_path": "photo.png", "controlnet_strength": 0.4, "guidance": 4.0},
+    ),
+    Tiny(
+        write=tiny_redux,
+        command="generate-redux",
+        base_model="dev-redux",
+        words=("--redux-image-paths", "photo.png", "other.png", "--redux-image-strengths", "0.5"),
+        pipeline=f"{_VARIANTS}.redux.flux_redux:Flux1Redux",
+        generate={
+            "redux_image_paths": ["photo.png", "other.png"],
+            "redux_image_strengths": [0.5],
+            "guidance": 3.5,
+        },
+    ),
+    Tiny(
+        write=tiny(),
+        command="generate-in-context",
+        base_model="dev",
+        words=("--reference-image", "photo.png"),
+        pipeline=f"{_VARIANTS}.in_context.flux_in_context_dev:Flux1InContextDev",
+        generate={"image_path": "photo.png", "guidance": 3.5},
     ),
 )

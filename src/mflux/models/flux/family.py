@@ -17,6 +17,23 @@ CONTROLNET = Component(
     at_root=True,
 )
 
+IMAGE_ENCODER = Component(
+    "image_encoder",
+    "mflux.models.flux.model.redux:SiglipVision",
+    "image_encoder",
+    stage="encode",
+    stem="model",
+    repository="black-forest-labs/FLUX.1-Redux-dev",
+)
+IMAGE_EMBEDDER = Component(
+    "image_embedder",
+    "mflux.models.flux.model.redux:ReduxEmbedder",
+    "image_embedder",
+    stage="encode",
+    published_class="ReduxImageEncoder",
+    repository="black-forest-labs/FLUX.1-Redux-dev",
+)
+
 FAMILY = Family(
     title="FLUX.1",
     components=(
@@ -88,6 +105,18 @@ FAMILY = Family(
             models=("dev-controlnet-canny", "schnell-controlnet-canny"),
         ),
         Command(
+            "generate-redux",
+            f"{_CLI}.flux_generate_redux",
+            "draw after other pictures with FLUX.1 Redux",
+            models=("dev-redux",),
+        ),
+        Command(
+            "generate-in-context",
+            f"{_CLI}.flux_generate_in_context_dev",
+            "draw a picture in the manner of another one",
+            models=("dev",),
+        ),
+        Command(
             "upscale-controlnet",
             f"{_CLI}.flux_upscale",
             "draw a picture anew with more pixels",
@@ -95,6 +124,7 @@ FAMILY = Family(
         ),
     ),
     pipelines=(
+        ("dev-redux", f"{_VARIANTS}.redux.flux_redux:Flux1Redux"),
         ("dev-depth", f"{_VARIANTS}.depth.flux_depth:Flux1Depth"),
         ("dev-controlnet-canny", _CONTROLNET),
         ("schnell-controlnet-canny", _CONTROLNET),

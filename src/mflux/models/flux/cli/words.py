@@ -31,6 +31,10 @@ def without_strength(args: argparse.Namespace) -> dict[str, Any]:
     return {"image_strength": None}
 
 
+def with_picture(args: argparse.Namespace) -> dict[str, Any]:
+    return {"image_path": args.image_path}
+
+
 def add_full_image_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-full-image", action="store_true", help="also write both pictures side by side, as NAME_full"
