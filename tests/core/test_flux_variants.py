@@ -377,3 +377,55 @@ def test_redux_takes_what_reads_pictures_from_its_own_repository(here, models, t
     assert pipeline.image_encoder and pipeline.image_embedder
     redux = "black-forest-labs/FLUX.1-Redux-dev"
     assert asked[1:] == [(redux, ["image_encoder"]), (redux, ["image_embedder"])]
+
+
+# ---- what mflux 0.24 saved
+
+
+def as_saved_by_024(folder: Path, part: str, target: Path) -> None:
+    """One component under 0.24's names and in its layout, without a configuration."""
+    from mflux.backend import mx
+
+    names = {".net.0.proj.": ".linear1.", ".net.2.": ".linear2.", "vision_model.": ""}
+    tensors = {}
+    for name, value in mx.load(str(next((folder / part).glob("*.safetensors")))).items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = mx.contiguous(mx.moveaxis(value, 1, -1)) if value.ndim == 4 else value
+    (target / part).mkdir(parents=True)
+    mx.save_safetensors(str(target / part / "0.safetensors"), tensors)
+
+
+@pytest.mark.parametrize(
+    "command, part",
+    [
+        ("generate-controlnet", "transformer_controlnet"),
+        ("generate-redux", "image_encoder"),
+        ("generate-redux", "image_embedder"),
+        ("generate-fill", "transformer"),
+    ],
+)
+def test_components_that_024_saved(models, tmp_path, command, part):
+    """No configuration lies beside them: it follows from the tensors, as the published one would say."""
+    from mflux.checkpoints.loading import load_component
+    from mflux.models.flux import weights_024
+    from mflux.models.flux.family import CONTROLNET, FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
+
+    source = models(BY_NAME[command])
+    parts = {one.folder: one for one in (*FAMILY.components, CONTROLNET, IMAGE_EMBEDDER, IMAGE_ENCODER)}
+    as_saved_by_024(source, part, tmp_path)
+    if part != "transformer":
+        as_saved_by_024(source, "transformer", tmp_path)
+    folder = weights_024.open_folder(tmp_path)
+    kind = parts[part].module_class()
+    expected = load_component(kind, source / part)
+    # Heads narrower than the published ones, which no shape tells.
+    untold = {"image_encoder": ("num_attention_heads",), "image_embedder": ()}.get(part, ("axes_dims_rope",))
+    config = folder.config(part) | {name: getattr(expected.config, name) for name in untold}
+    loaded = load_component(kind, tmp_path / part, config=config, tensors=folder.tensors(part))
+    assert loaded.config == expected.config
+    from mflux.backend import mx, tree_flatten
+
+    ours, theirs = (dict(tree_flatten(module.parameters())) for module in (loaded, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
