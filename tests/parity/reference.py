@@ -335,6 +335,13 @@ def save_scheduler(folder: Path, **changes) -> Path:
     return folder
 
 
+def sharpen(autoencoder: AutoencoderKL) -> None:
+    """Let the posterior be its mean: some pipelines draw from it, and mflux takes the mean."""
+    half = autoencoder.encoder.conv_out.out_channels // 2
+    autoencoder.encoder.conv_out.weight[half:] = 0
+    autoencoder.encoder.conv_out.bias[half:] = -30
+
+
 def write_flux(
     folder: Path,
     *,
@@ -348,12 +355,16 @@ def write_flux(
     pooled_width: int = 20,
     clip_options: dict | None = None,
     t5_form: str = "whitespace",
+    channels: int = 64,
+    sharp: bool = False,
     **vae,
 ) -> Path:
     """A complete tiny FLUX.1 folder: pictures are 8 pixels a latent and 16 channels deep, as FLUX.1's are.
 
     Args:
         eos_token_id: what CLIP's configuration says; the tokenizer's own end token unless given.
+        channels: of the transformer's input; what is beyond a picture's own 64 comes from the autoencoder.
+        sharp: whether the autoencoder's posterior is so sharp that a draw from it is its mean; true with such channels.
     """
     end = write_clip_tokenizer(folder / "tokenizer", length=40)
     pieces = write_t5_tokenizer(folder / "tokenizer_2", form=t5_form)
@@ -368,10 +379,14 @@ def write_flux(
     save_clip(clip, folder / "text_encoder", **clip_options or {})
     save_t5(t5_model(seed + 2, vocab_size=pieces, d_model=text_width), folder / "text_encoder_2")
     settings = dict(block_out_channels=[8, 8, 16, 16], latent_channels=16)
-    save(vae_model(seed + 3, **settings | vae), folder / "vae")
+    autoencoder = vae_model(seed + 3, **settings | vae)
+    if sharp or channels > 64:
+        sharpen(autoencoder)
+    save(autoencoder, folder / "vae")
     transformer = transformer_model(
         seed + 4,
-        in_channels=64,
+        in_channels=channels,
+        out_channels=64,
         num_layers=layers[0],
         num_single_layers=layers[1],
         num_attention_heads=heads,

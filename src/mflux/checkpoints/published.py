@@ -48,3 +48,16 @@ class PublishedFolder:
     def stored(self, part: str) -> Quantization | None:
         """What a component is quantized to, if at all."""
         return Quantization.stored(self.config(part), self.root / part / "config.json")
+
+
+class Alone(PublishedFolder):
+    """A repository that is one component, without a folder for it."""
+
+    def has(self, part: str) -> bool:
+        return True
+
+    def config(self, part: str) -> dict[str, Any]:
+        return super().config("")
+
+    def tensors(self, part: str) -> Mapping[str, mx.array]:
+        return super().tensors("")

@@ -34,7 +34,9 @@ class Generate:
         description: one sentence about it.
         pipeline: its class, "package.module:Class".
         models: what it draws with, keys of the registry.
-        default_model: what it draws with where no model is said.
+        default_model: what it draws with where no model is said, and what a folder or repository is taken for whose name
+            and settings do not tell.
+        stands_for: which of `models` is meant by another model's key: {"dev": "dev-controlnet-canny"}.
         default_size: what is taken where no size is said, for the help.
         leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`); or
             "lora_style" alone, since styles are FLUX.1's.
@@ -64,6 +66,7 @@ class Generate:
     pipeline: str
     models: tuple[str, ...]
     default_model: str | None = None
+    stands_for: Mapping[str, str] = field(default_factory=dict)
     default_size: str = "1024; the source picture's, if there is one"
     leave_out: tuple[str, ...] = ()
     published_schedule: bool = False
@@ -216,7 +219,13 @@ class Generate:
             UsageError: no model, no prompt, or a model that another command draws with.
             ModelConfigError: the model's name tells nothing.
         """
-        from mflux.models.common.config.model_config import DEFAULT_STEPS, ModelConfig, built_key, suggestion
+        from mflux.models.common.config.model_config import (
+            DEFAULT_STEPS,
+            ModelConfig,
+            built_key,
+            key_of,
+            suggestion,
+        )
         from mflux.models.common.config.saved_model import recorded_base_model
 
         if args.model in (None, self.defaults.get("model")) and was_given(args, "base_model"):
@@ -225,6 +234,10 @@ class Generate:
         if args.model is None:
             raise UsageError(f"no model was named: {suggestion()}")
         args.base_model = args.base_model or recorded_base_model(args.model)
+        if (meant := self._meant(args)) is not None:
+            args.base_model = meant
+            if key_of(args.model, meant) != meant:
+                args.model = meant
         key = built_key(args.model, args.base_model)
         if key not in self.models:
             raise UsageError(f"{self.prog} does not draw with {key}: use {built()[key]} --model {args.model}")
@@ -241,6 +254,18 @@ class Generate:
         if "prompt" not in self.leave_out and args.prompt is None and args.prompt_file is None:
             raise UsageError('no prompt was given: use --prompt "…", --prompt - or --prompt-file FILE')
         return config
+
+    def _meant(self, args: argparse.Namespace) -> str | None:
+        """Which of the command's models stands behind a name that tells another one, or none."""
+        from mflux.errors import ModelConfigError
+        from mflux.models.common.config.model_config import key_of
+
+        try:
+            return self.stands_for.get(key_of(args.model, args.base_model))
+        except ModelConfigError:
+            if self.default_model is None:
+                raise
+            return self.default_model
 
     def _size(self, args: argparse.Namespace, model_config) -> tuple[int | None, int | None]:
         """Width and height in pixels.

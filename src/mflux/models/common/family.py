@@ -40,7 +40,8 @@ class Component:
         dtype: what it is computed and saved in where there is a GPU, whatever the file holds: "bfloat16"; "" keeps the
             file's.
         repository: the attribute of `ModelConfig` that names a repository which holds it, where the model's own folder
-            does not ("controlnet_model"); None where it always lies in the model's folder.
+            does not ("controlnet_model"), or such a repository; None where it always lies in the model's folder.
+        at_root: whether its files lie in that repository without a folder of their own.
         optional: whether a model may do without it.
     """
 
@@ -53,6 +54,7 @@ class Component:
     lora: bool = False
     dtype: str = ""
     repository: str | None = None
+    at_root: bool = False
     optional: bool = False
 
     def module_class(self) -> type:

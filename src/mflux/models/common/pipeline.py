@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 from mflux.backend import has_gpu, mx, nn, tree_flatten
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.checkpoints.loading import load_component
-from mflux.checkpoints.published import PublishedFolder
+from mflux.checkpoints.published import Alone, PublishedFolder
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
 from mflux.errors import CheckpointError, DownloadError, MfluxError, UsageError
@@ -96,14 +97,14 @@ class Pipeline:
         # Found before the model is, which may be a long download.
         self._lora_files = [find_lora(str(path)) for path in lora_paths or ()]
         model_config = model_config or ModelConfig.from_name(self.default_model)
+        self._folders: dict[str, PublishedFolder] = {}
         self.root = self.resolve_folder(model_path, model_config)
         self.folder = self.open_folder()
         self.folder.overrides["transformer"] = model_config.transformer_overrides
         self.check_folder()
-        self._folders: dict[str, PublishedFolder] = {}
         self.model_path = model_path
         self.model_config = model_config.with_scheduler(self.folder.scheduler())
-        stored = self.folder.stored("transformer")
+        stored = self.folder_of(self.component("transformer")).stored("transformer")
         # What the pictures say: a folder that is quantized stays as it is, whatever is asked for.
         self.bits = stored.bits if stored else wanted.bits if wanted else None
         self._quantize = quantize
@@ -168,6 +169,10 @@ class Pipeline:
                         f"{self.root} holds a {kind}, not a {self.family.title} {component.name}: {_who_draws(kind)}"
                     )
 
+    def component(self, name: str) -> Component:
+        """One of `components`, by name."""
+        return next(component for component in self.components if component.name == name)
+
     def folder_of(self, component: Component) -> PublishedFolder:
         """Where a component lies: in the model's folder, or where that has none, in a repository of its own.
 
@@ -176,9 +181,21 @@ class Pipeline:
         """
         if component.repository is None or self.folder.has(component.folder):
             return self.folder
+        name = getattr(self.model_config, component.repository, None) or component.repository
+        return self.elsewhere(component, name, at_root=component.at_root)
+
+    def elsewhere(self, component: Component, name: str, *, at_root: bool) -> PublishedFolder:
+        """A folder or repository with a component that does not lie in the model's folder.
+
+        Args:
+            at_root: whether its files lie there without a folder of their own.
+
+        Raises:
+            DownloadError: it cannot be had.
+        """
         if component.name not in self._folders:
-            name = getattr(self.model_config, component.repository) or component.repository
-            self._folders[component.name] = PublishedFolder(resolve(name, [component], ()))
+            root = resolve(name, [replace(component, folder="") if at_root else component], ())
+            self._folders[component.name] = Alone(root) if at_root else PublishedFolder(root)
         return self._folders[component.name]
 
     # ---- components
@@ -294,8 +311,13 @@ class Pipeline:
 
     def encode_image(self, image: Any, height: int, width: int) -> mx.array:
         """A picture, resized, as latents like those that denoising works on, float32."""
-        latents = LatentCreator.encode_image(self.vae, image, height, width, self.tiling_config)
-        packed = self.latent_creator.pack_latents(latents, height, width)
+        picture = ImageUtil.scale_to_dimensions(ImageUtil.load_image(image), width, height)
+        return self.encode_pixels(ImageUtil.to_array(picture))
+
+    def encode_pixels(self, pixels: mx.array) -> mx.array:
+        """The same of pixels (1, 3, H, W), -1 to 1, whose sides are multiples of 16."""
+        latents = tiling.encode(self.vae, pixels, self.tiling_config).astype(mx.float32)
+        packed = self.latent_creator.pack_latents(latents, *pixels.shape[-2:])
         mx.eval(packed)
         return packed
 
@@ -468,12 +490,12 @@ def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> 
         DownloadError: it cannot be had.
     """
     # Most repositories also hold the transformer as one file in another layout.
-    parts = [component.folder for component in components]
+    parts = [f"{component.folder}/" if component.folder else "" for component in components]
     files = [entry if "." in entry else f"{entry}/*" for entry in beside]
-    files += [f"{part}/*{ending}" for part in parts for ending in (".json", ".safetensors")]
+    files += [f"{part}*{ending}" for part in parts for ending in (".json", ".safetensors")]
 
     def required(settings: str) -> list[str]:
-        return [f"{part}/{file}" for part in parts for file in (settings, "*.safetensors")]
+        return [f"{part}{file}" for part in parts for file in (settings, "*.safetensors")]
 
     try:
         return resolve_model(name, files, required=required("config.json"))

@@ -3,7 +3,36 @@
 from mflux.models.common.family import Command, Component, Family
 
 _TEXT_ENCODERS = "mflux.models.common.text_encoders"
-_FLUX1 = "mflux.models.flux.variants.txt2img.flux:Flux1"
+_VARIANTS = "mflux.models.flux.variants"
+_CONTROLNET = f"{_VARIANTS}.controlnet.flux_controlnet:Flux1Controlnet"
+_CLI = "mflux.models.flux.cli"
+
+# What a variant has besides; it lies in the model's folder where mflux saved it, and else in a repository of its own.
+CONTROLNET = Component(
+    "transformer_controlnet",
+    "mflux.models.flux.model.controlnet:FluxControlNet",
+    "transformer_controlnet",
+    published_class="FluxControlNetModel",
+    repository="controlnet_model",
+    at_root=True,
+)
+
+IMAGE_ENCODER = Component(
+    "image_encoder",
+    "mflux.models.flux.model.redux:SiglipVision",
+    "image_encoder",
+    stage="encode",
+    stem="model",
+    repository="black-forest-labs/FLUX.1-Redux-dev",
+)
+IMAGE_EMBEDDER = Component(
+    "image_embedder",
+    "mflux.models.flux.model.redux:ReduxEmbedder",
+    "image_embedder",
+    stage="encode",
+    published_class="ReduxImageEncoder",
+    repository="black-forest-labs/FLUX.1-Redux-dev",
+)
 
 FAMILY = Family(
     title="FLUX.1",
@@ -35,12 +64,76 @@ FAMILY = Family(
     commands=(
         Command(
             "generate",
-            "mflux.models.flux.cli.flux_generate",
+            f"{_CLI}.flux_generate",
             "draw with FLUX.1",
             models=("demo", "schnell", "dev", "krea-dev"),
         ),
+        Command(
+            "generate-kontext",
+            f"{_CLI}.flux_generate_kontext",
+            "edit a picture with FLUX.1 Kontext",
+            models=("dev-kontext",),
+        ),
+        Command(
+            "generate-fill",
+            f"{_CLI}.flux_generate_fill",
+            "paint anew what is masked in a picture with FLUX.1 Fill",
+            models=("dev-fill",),
+        ),
+        Command(
+            "generate-in-context-edit",
+            f"{_CLI}.flux_generate_in_context_edit",
+            "edit a picture with FLUX.1 Fill and IC-Edit's LoRA",
+            models=("dev-fill",),
+        ),
+        Command(
+            "generate-in-context-catvton",
+            f"{_CLI}.flux_generate_in_context_catvton",
+            "show a person wearing a garment with CatVTON-FLUX",
+            models=("dev-fill-catvton",),
+        ),
+        Command(
+            "generate-depth",
+            f"{_CLI}.flux_generate_depth",
+            "draw a picture of a given depth with FLUX.1 Depth",
+            models=("dev-depth",),
+        ),
+        Command(
+            "generate-controlnet",
+            f"{_CLI}.flux_generate_controlnet",
+            "draw a picture with the edges of another one",
+            models=("dev-controlnet-canny", "schnell-controlnet-canny"),
+        ),
+        Command(
+            "generate-redux",
+            f"{_CLI}.flux_generate_redux",
+            "draw after other pictures with FLUX.1 Redux",
+            models=("dev-redux",),
+        ),
+        Command(
+            "generate-in-context",
+            f"{_CLI}.flux_generate_in_context_dev",
+            "draw a picture in the manner of another one",
+            models=("dev",),
+        ),
+        Command(
+            "upscale-controlnet",
+            f"{_CLI}.flux_upscale",
+            "draw a picture anew with more pixels",
+            models=("dev-controlnet-upscaler",),
+        ),
     ),
-    pipelines=(("*", _FLUX1),),
+    pipelines=(
+        ("dev-redux", f"{_VARIANTS}.redux.flux_redux:Flux1Redux"),
+        ("dev-depth", f"{_VARIANTS}.depth.flux_depth:Flux1Depth"),
+        ("dev-controlnet-canny", _CONTROLNET),
+        ("schnell-controlnet-canny", _CONTROLNET),
+        ("dev-controlnet-upscaler", _CONTROLNET),
+        ("dev-fill", f"{_VARIANTS}.fill.flux_fill:Flux1Fill"),
+        ("dev-fill-catvton", f"{_VARIANTS}.in_context.flux_in_context_fill:Flux1InContextFill"),
+        ("dev-kontext", f"{_VARIANTS}.kontext.flux_kontext:Flux1Kontext"),
+        ("*", f"{_VARIANTS}.txt2img.flux:Flux1"),
+    ),
     beside=("model_index.json", "scheduler", "tokenizer", "tokenizer_2"),
     lora="mflux.models.flux.lora_names:LORA",
     open_folder="mflux.models.flux.weights_024:open_folder",

@@ -12,6 +12,7 @@ from mflux.checkpoints.saved_by_024 import Layout024, Renames, Tensors024
 
 _NAMES: dict[str, Renames] = {
     "transformer": ((r"\.linear1\.", ".net.0.proj."), (r"\.linear2\.", ".net.2.")),
+    "transformer_controlnet": ((r"\.linear1\.", ".net.0.proj."), (r"\.linear2\.", ".net.2.")),
     "text_encoder": (),
     "text_encoder_2": (
         (r"^final_layer_norm\.", "encoder.final_layer_norm."),
@@ -26,6 +27,8 @@ _SQUARE = (
     ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.bias"),
     ("text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj.bias"),
     ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.0.layer_norm.weight"),
+    ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.q_proj.bias"),
+    ("redux_down", "redux_up.bias"),
     ("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),
 )
 
@@ -52,14 +55,23 @@ def _scheduler(transformer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _transformer(tensors: Tensors024) -> dict[str, Any]:
-    head = tensors.rows("transformer_blocks.0.attn.norm_q.weight")
     channels = tensors.width("x_embedder")
     out = tensors.rows("proj_out.bias")
     return {
         "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
-        "in_channels": channels,
         "out_channels": None if out == channels else out,
+    } | _trunk(tensors)
+
+
+def _controlnet(tensors: Tensors024) -> dict[str, Any]:
+    return {"_class_name": "FluxControlNetModel"} | _trunk(tensors)
+
+
+def _trunk(tensors: Tensors024) -> dict[str, Any]:
+    head = tensors.rows("transformer_blocks.0.attn.norm_q.weight")
+    return {
+        "patch_size": 1,
+        "in_channels": tensors.width("x_embedder"),
         "num_layers": tensors.count(r"transformer_blocks\.(\d+)\."),
         "num_single_layers": tensors.count(r"single_transformer_blocks\.(\d+)\."),
         "attention_head_dim": head,
@@ -132,7 +144,32 @@ def _vae(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-_CONFIGS = {"transformer": _transformer, "text_encoder": _clip, "text_encoder_2": _t5, "vae": _vae}
+def _siglip(tensors: Tensors024) -> dict[str, Any]:
+    width = tensors.rows("post_layernorm.weight")
+    patch = tensors["embeddings.patch_embedding.weight"].shape[-1]
+    return {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "hidden_size": width,
+        "image_size": round(tensors.rows("embeddings.position_embedding.weight") ** 0.5) * patch,
+        "intermediate_size": tensors.rows("encoder.layers.0.mlp.fc1.bias"),
+        # Redux's tower has heads 72 wide.
+        "num_attention_heads": max(width // 72, 1),
+        "num_hidden_layers": tensors.count(r"encoder\.layers\.(\d+)\."),
+        "patch_size": patch,
+    }
+
+
+def _redux(tensors: Tensors024) -> dict[str, Any]:
+    return {
+        "_class_name": "ReduxImageEncoder",
+        "redux_dim": tensors.width("redux_up"),
+        "txt_in_features": tensors.rows("redux_down.bias"),
+    }
+
+
+_CONFIGS = {"transformer_controlnet": _controlnet, "image_encoder": _siglip, "image_embedder": _redux}
+_CONFIGS |= {"transformer": _transformer, "text_encoder": _clip, "text_encoder_2": _t5, "vae": _vae}
 
 LAYOUT = Layout024(
     title="FLUX.1",

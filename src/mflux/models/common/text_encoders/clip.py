@@ -37,8 +37,9 @@ class CLIPTextConfig(ComponentConfig):
 
 
 class CLIPAttention(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
+    def __init__(self, config: CLIPTextConfig, mask: str | None):
         super().__init__()
+        self.mask = mask
         self.heads = config.num_attention_heads
         width = config.hidden_size
         self.q_proj = nn.Linear(width, width)
@@ -48,7 +49,7 @@ class CLIPAttention(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         q, k, v = (split_heads(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(merge_heads(attention(q, k, v, mask="causal")))
+        return self.out_proj(merge_heads(attention(q, k, v, mask=self.mask)))
 
 
 class CLIPMLP(nn.Module):
@@ -63,9 +64,9 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
+    def __init__(self, config: CLIPTextConfig, mask: str | None):
         super().__init__()
-        self.self_attn = CLIPAttention(config)
+        self.self_attn = CLIPAttention(config, mask)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -86,9 +87,11 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
+    """Layers whose tokens see those before them, or with `mask=None` all; SigLIP's are the same."""
+
+    def __init__(self, config: CLIPTextConfig, mask: str | None = "causal"):
         super().__init__()
-        self.layers = [CLIPLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [CLIPLayer(config, mask) for _ in range(config.num_hidden_layers)]
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.layers:

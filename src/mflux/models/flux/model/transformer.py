@@ -6,14 +6,15 @@ each other; single blocks run one stream of both, with attention and feed-forwar
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import TIME_CHANNELS, MLPEmbedder, modulate, rotary_embedding, waves
+from mflux.models.common.layers import TIME_CHANNELS, MLPEmbedder, Rotary, modulate, rotary_embedding, waves
 from mflux.models.common.mmdit import Modulation, SingleTransformerBlock, TransformerBlock, latent_image_ids
 
-__all__ = ["FluxTransformer", "FluxTransformerConfig", "latent_image_ids"]
+__all__ = ["FluxTransformer", "FluxTransformerConfig", "FluxTrunk", "Residuals", "latent_image_ids"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,21 @@ class ConditionEmbedder(nn.Module):
 # ---- the model
 
 
-class FluxTransformer(nn.Module):
-    """Predicts the velocity noise - picture of packed latents."""
+@dataclass(frozen=True)
+class Residuals:
+    """What a ControlNet adds to a transformer's picture tokens, see `FluxControlNet`.
 
-    config_class = FluxTransformerConfig
+    Attributes:
+        double: (B, L, inner_dim) each, spread evenly over the double blocks: added after a block.
+        single: likewise for the single blocks.
+    """
+
+    double: Sequence[mx.array] = ()
+    single: Sequence[mx.array] = ()
+
+
+class FluxTrunk(nn.Module):
+    """Embeddings and blocks, which the transformer and its ControlNets have in common."""
 
     def __init__(self, config: FluxTransformerConfig):
         super().__init__()
@@ -84,6 +96,21 @@ class FluxTransformer(nn.Module):
         self.single_transformer_blocks = [
             SingleTransformerBlock(heads, head_dim) for _ in range(config.num_single_layers)
         ]
+
+    def rotary(self, text_length: int, image_ids: mx.array) -> Rotary:
+        """Of text, all at position zero, and then the picture's tokens."""
+        ids = mx.concatenate([mx.zeros((text_length, 3), dtype=image_ids.dtype), image_ids])
+        return rotary_embedding(ids, self.config.axes_dims_rope)
+
+
+class FluxTransformer(FluxTrunk):
+    """Predicts the velocity noise - picture of packed latents."""
+
+    config_class = FluxTransformerConfig
+
+    def __init__(self, config: FluxTransformerConfig):
+        super().__init__(config)
+        width = config.inner_dim
         self.norm_out = Modulation(width, 2)
         self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
 
@@ -96,16 +123,22 @@ class FluxTransformer(nn.Module):
         pooled_prompt_embeds: mx.array,
         image_ids: mx.array,
         guidance: mx.array | None = None,
+        residuals: Residuals | None = None,
+        watch: Callable[..., None] | None = None,
     ) -> mx.array:
         """Predict the velocity.
 
         Args:
-            hidden_states: packed latents (B, L, in_channels).
+            hidden_states: packed latents (B, L, in_channels). What a variant draws from beside them is further
+                channels, or further tokens, whose velocity means nothing.
             sigma: (B,), how noisy they are: 1 is pure noise, 0 is a picture.
             prompt_embeds: T5's (B, T, joint_attention_dim).
             pooled_prompt_embeds: CLIP's (B, pooled_projection_dim).
             image_ids: (L, 3), see `latent_image_ids`.
             guidance: (B,); needed by guidance-distilled models (`guidance_embeds`), unused by others.
+            residuals: what a ControlNet adds.
+            watch: called before each double block with its number, the block, picture and text as they enter it, the
+                condition (B, inner_dim) and the rotary embedding of both.
 
         Returns:
             (B, L, out_channels).
@@ -114,14 +147,26 @@ class FluxTransformer(nn.Module):
         image = self.x_embedder(hidden_states)
         text = self.context_embedder(prompt_embeds)
         length = text.shape[1]
-        ids = mx.concatenate([mx.zeros((length, 3), dtype=image_ids.dtype), image_ids])
-        rotary = rotary_embedding(ids, self.config.axes_dims_rope)
+        rotary = self.rotary(length, image_ids)
+        residuals = residuals or Residuals()
 
-        for block in self.transformer_blocks:
+        for number, block in enumerate(self.transformer_blocks):
+            if watch is not None:
+                watch(number, block, image, text, condition, rotary)
             image, text = block(image, text, condition, rotary)
+            if residuals.double:
+                image = image + _share(residuals.double, number, len(self.transformer_blocks))
         x = mx.concatenate([text, image], axis=1)
-        for block in self.single_transformer_blocks:
+        for number, block in enumerate(self.single_transformer_blocks):
             x = block(x, condition, rotary)
+            if residuals.single:
+                added = _share(residuals.single, number, len(self.single_transformer_blocks))
+                x = mx.concatenate([x[:, :length], x[:, length:] + added], axis=1)
 
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(x[:, length:], shift, scale))
+
+
+def _share(residuals: Sequence[mx.array], number: int, blocks: int) -> mx.array:
+    """The residual of a block, where there are fewer of them than blocks."""
+    return residuals[number // -(-blocks // len(residuals))]

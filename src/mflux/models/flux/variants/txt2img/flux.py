@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mflux.backend import mx
 from mflux.errors import CheckpointError, NotBuiltError
 from mflux.models.common.autoencoders.kl import AutoencoderKL
+from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.tokenizers import PromptTokenizer, clip_tokenizer, t5_tokenizer
@@ -44,15 +46,18 @@ class Flux1(Pipeline):
     ):
         super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
         # A name may mislead; the transformer itself knows whether it takes guidance.
-        self.model_config.supports_guidance = bool(self.folder.config("transformer").get("guidance_embeds", True))
+        self.model_config.supports_guidance = bool(self._transformer_settings().get("guidance_embeds", True))
         self.tokenizers: Mapping[str, PromptTokenizer] = {
             "clip": clip_tokenizer(self.root / "tokenizer"),
             "t5": t5_tokenizer(self.root / "tokenizer_2"),
         }
 
+    def _transformer_settings(self) -> dict[str, Any]:
+        return self.folder_of(self.component("transformer")).config("transformer")
+
     def check_folder(self) -> None:
         super().check_folder()
-        channels = self.folder.config("transformer").get("in_channels", 64)
+        channels = self._transformer_settings().get("in_channels", 64)
         if channels != self.in_channels:
             # Fill takes 384, Depth and Canny take 128: what they add to the picture's own would be missing.
             raise CheckpointError(
@@ -124,23 +129,37 @@ class Flux1(Pipeline):
         latents = self.start(config, FluxLatentCreator.create_noise(seed, config.height, config.width))
 
         # 3. Denoise
-        ids = latent_image_ids(config.height // 16, config.width // 16)
-        guidance_array = mx.array([config.guidance]) if self.transformer.config.guidance_embeds else None
+        velocity = self.predictor(config, prompt_embeds, pooled_prompt_embeds)
+        latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
 
-        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
+        # 4. Decode
+        return self.picture(config, latents, seed=seed, prompt=prompt)
+
+    def predictor(
+        self, config: Config, prompt_embeds: mx.array, pooled_prompt_embeds: mx.array, image_ids: mx.array | None = None
+    ) -> Callable[..., mx.array]:
+        """The transformer with all that stays the same from step to step: called with packed latents, a noise level,
+        and what else a variant tells the transformer, it gives their velocity.
+
+        Args:
+            image_ids: where the tokens are; by default those of a picture of the configuration's size.
+        """
+        if image_ids is None:
+            image_ids = latent_image_ids(config.height // 16, config.width // 16)
+        guidance = mx.array([config.guidance]) if self.transformer.config.guidance_embeds else None
+
+        def velocity(latents: mx.array, sigma: mx.array, **more: Any) -> mx.array:
             return self.transformer(
                 latents.astype(prompt_embeds.dtype),
                 sigma=sigma[None],
                 prompt_embeds=prompt_embeds,
                 pooled_prompt_embeds=pooled_prompt_embeds,
-                image_ids=ids,
-                guidance=guidance_array,
+                image_ids=image_ids,
+                guidance=guidance,
+                **more,
             )
 
-        latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
-
-        # 4. Decode
-        return self.picture(config, latents, seed=seed, prompt=prompt)
+        return velocity
 
     def encode_prompt(self, prompt: str) -> tuple[mx.array, mx.array]:
         """T5's embeddings (1, T, D) and CLIP's pooled embedding (1, P) of a prompt, from the cache if it was seen."""

@@ -1,0 +1,28 @@
+"""`mflux-generate-kontext`: pictures edited with FLUX.1 Kontext."""
+
+from __future__ import annotations
+
+import sys
+
+from mflux.cli.generate import Generate
+from mflux.models.flux.cli.words import IGNORED, check_picture, without_strength
+
+COMMAND = Generate(
+    prog="mflux-generate-kontext",
+    description="Edit a picture with FLUX.1 Kontext, as the prompt says.",
+    pipeline="mflux.models.flux.variants.kontext.flux_kontext:Flux1Kontext",
+    models=("dev-kontext",),
+    default_model="dev-kontext",
+    stands_for={"dev": "dev-kontext"},
+    default_size="the picture's, up to about a megapixel",
+    leave_out=("pid",),
+    guidance=2.5,
+    own_size=True,
+    ignored=IGNORED,
+    check=check_picture,
+    draw=without_strength,
+)
+build_parser, main = COMMAND.build_parser, COMMAND.main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The pictures that FLUX.1's variants draw from, as their models want them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import PIL.Image
+
+from mflux.backend import mx
+from mflux.errors import UsageError
+from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
+from mflux.utils.image_util import ImageUtil, oriented_size
+from mflux.utils.scale_factor import GRID
+
+log = logging.getLogger(__name__)
+
+# The models were made for pictures of about this many pixels.
+_MOST_PIXELS = 1024 * 1024
+
+
+def refuse_strength(strength: float | None) -> None:
+    """
+    Raises:
+        UsageError: a strength, which says how much noise a picture starts with; these models start from noise alone.
+    """
+    if strength:
+        raise UsageError(
+            "this model sees the picture in every step and starts from noise: leave the strength (--image-strength, or "
+            "the number after --image PATH) out"
+        )
+
+
+def needed(path: Path | str | None, option: str) -> Path | str:
+    """
+    Raises:
+        UsageError: there is no picture.
+    """
+    if path is None:
+        raise UsageError(f"this model draws from a picture: say which with {option}")
+    return path
+
+
+def fitted_size(path: Path | str) -> tuple[int, int]:
+    """Width and height to draw at: the picture's, shrunk to about a megapixel, with a warning, if it is larger."""
+    width, height = oriented_size(path)
+    shrink = min(1.0, (_MOST_PIXELS / (width * height)) ** 0.5)
+    if shrink == 1:
+        return width, height
+    fitted = tuple(max(GRID, round(side * shrink) // GRID * GRID) for side in (width, height))
+    log.warning(
+        "%s has %d x %d pixels; the model was made for about a million, so %d x %d are drawn: say --width and --height "
+        "for another size",
+        path, width, height, *fitted,
+    )  # fmt: skip
+    return fitted
+
+
+def picture(image: Path | str | PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:
+    """A picture in RGB at that size."""
+    return ImageUtil.scale_to_dimensions(ImageUtil.load_image(image), width, height)
+
+
+def mask(image: Path | str | PIL.Image.Image, width: int, height: int) -> mx.array:
+    """A mask at that size: (1, 1, height, width), 1 where it is rather white, to be painted, and 0 where not. What is
+    transparent in its file counts as it is painted."""
+    grey = ImageUtil.load_image(image, composite_alpha=False).convert("L")
+    return ImageUtil.to_array(ImageUtil.scale_to_dimensions(grey, width, height), is_mask=True)
+
+
+def pack_mask(mask: mx.array) -> mx.array:
+    """(1, 1, H, W) → (1, H/16 · W/16, 256): the 16 x 16 pixels of each token, ordered as the channels of a latent pixel
+    are that would hold 8 x 8 of them."""
+    height, width = mask.shape[-2:]
+    latent = mask.reshape(1, height // 8, 8, width // 8, 8).transpose(0, 2, 4, 1, 3)
+    return FluxLatentCreator.pack_latents(latent.reshape(1, 64, height // 8, width // 8), height, width, 64)

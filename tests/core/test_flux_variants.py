@@ -1,0 +1,431 @@
+"""FLUX.1's variants: their commands, settings, saved models, and what they refuse."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from families.cases import Tiny
+from families.fibo import mask, photo
+from families.flux_variants import TINY
+
+from mflux.cli.commands import COMMANDS
+from mflux.errors import CheckpointError, UsageError
+from mflux.models.common.config import ModelConfig
+from mflux.models.common.stages import is_loaded
+from mflux.utils.metadata_reader import MetadataReader
+
+SMALL = ("--steps", 2, "--width", 48, "--height", 32, "--seed", 1)
+BY_NAME = {case.command: case for case in TINY}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    written: dict[str, Path] = {}
+
+    def model(case: Tiny) -> Path:
+        if case.command not in written:
+            written[case.command] = case.write(tmp_path_factory.mktemp("models") / "tiny")
+        return written[case.command]
+
+    return model
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    photo(64, 48).save("photo.png")
+    photo(40, 56).save("other.png")
+    mask(64, 48).save("mask.png")
+    return tmp_path
+
+
+@pytest.fixture
+def draw(cli, here, models):
+    """Run a variant's command with its own words, and see it succeed."""
+
+    def run(case: Tiny, *more, small=SMALL, model: Path | None = None, prompt=("--prompt", "a red circle")):
+        # A saved model knows what it is.
+        which = ("--model", models(case), "--base-model", case.base_model) if model is None else ("--model", model)
+        result = cli(case.command, *which, *prompt, *case.words, *small, *more)
+        assert result.status == 0, result.err
+        return result
+
+    return run
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    return np.asarray(PIL.Image.open(path)).astype(int)
+
+
+cases = pytest.mark.parametrize("case", TINY, ids=lambda case: case.command)
+
+
+@cases
+def test_it_draws_and_notes_how(draw, case):
+    result = draw(case, "--metadata")
+    assert result.errors == result.warnings == []
+    assert 10 < pixels("image.png").std() < 120
+    settings = MetadataReader.read_exif_metadata("image.png")
+    assert (settings["seed"], settings["steps"], settings["prompt"]) == (1, 2, "a red circle")
+    # No folder of the machine it was made on.
+    assert str(Path.cwd()) not in Path("image.metadata.json").read_text()
+
+
+@cases
+def test_its_settings_draw_it_again(draw, case):
+    draw(case, "--output", "a.png")
+    parser = __import__(COMMANDS[case.command].module, fromlist=["COMMAND"]).COMMAND
+    if "settings" in parser.leave_out:
+        return
+    draw(case, "-C", "a.png", "--output", "b.png", small=(), prompt=())
+    assert (pixels("a.png") == pixels("b.png")).all()
+
+
+@cases
+def test_a_saved_model_draws_the_same(cli, draw, here, models, case):
+    draw(case, "--output", "a.png")
+    saved = cli("save", "--model", models(case), "--base-model", case.base_model, "--path", "saved")
+    assert saved.status == 0, saved.err
+    assert draw(case, "--output", "b.png", model=here / "saved").warnings == []
+    assert (pixels("a.png") == pixels("b.png")).all()
+
+
+@cases
+def test_a_class_draws_what_its_command_draws(draw, models, case):
+    draw(case)
+    settings = dict(seed=1, prompt=case.prompt, num_inference_steps=2, height=32, width=48, **case.generate)
+    config = ModelConfig.from_name(str(models(case)), case.base_model)
+    pipeline = case.pipeline_class()(model_path=str(models(case)), model_config=config)
+    assert not pipeline.loaded()
+    picture = pipeline.generate_image(**settings)
+    written = picture.get_right_half() if picture.image.width == 2 * 48 else picture
+    assert (np.asarray(written.image).astype(int) == pixels("image.png")).all()
+    # Text encoders have done their work; the transformer stays for the next picture, unless there is none.
+    assert is_loaded(pipeline, "transformer") and not is_loaded(pipeline, "t5_text_encoder")
+    pipeline.is_last_picture = True
+    pipeline.generate_image(**settings)
+    assert not is_loaded(pipeline, "transformer")
+
+
+# ---- Kontext
+
+
+@pytest.mark.parametrize("words", ["--image photo.png 0.5", "--image-path photo.png --image-strength 0.5"])
+def test_kontext_refuses_a_strength(cli, here, models, words):
+    case = BY_NAME["generate-kontext"]
+    result = cli("generate-kontext", "--model", models(case), "--prompt", "x", *words.split())
+    assert (result.status, len(result.errors)) == (2, 1)
+    assert "leave the strength" in result.err
+    config = ModelConfig.dev_kontext()
+    pipeline = case.pipeline_class()(model_path=str(models(case)), model_config=config)
+    with pytest.raises(UsageError, match="leave the strength"):
+        pipeline.generate_image(1, "x", image_path="photo.png", image_strength=0.5)
+    with pytest.raises(UsageError, match="image_path"):
+        pipeline.generate_image(1, "x")
+
+
+def test_kontext_takes_the_size_of_its_picture(draw):
+    case = BY_NAME["generate-kontext"]
+    result = draw(case, small=("--steps", 1))
+    assert (PIL.Image.open("image.png").size, result.warnings) == ((64, 48), [])
+
+
+def test_a_large_picture_is_drawn_at_a_megapixel(here, caplog):
+    from mflux.models.flux.sources import fitted_size
+
+    PIL.Image.new("RGB", (4032, 3024)).save("large.jpg")
+    width, height = fitted_size("large.jpg")
+    assert (width, height) == (1168, 880)
+    assert "4032 x 3024" in caplog.text
+
+
+# ---- Fill
+
+
+def test_a_folder_of_another_variant_is_refused(cli, here, models):
+    text_to_image = models(BY_NAME["generate-kontext"])
+    words = BY_NAME["generate-fill"].words
+    result = cli("generate-fill", "--model", text_to_image, "--base-model", "dev-fill", "--prompt", "x", *words)
+    assert (result.status, len(result.errors)) == (1, 1)
+    assert "takes 64 channels a token, not 384" in result.err
+
+
+def test_what_is_black_in_the_mask_decides(draw):
+    """The picture under white does not reach the model, and the picture under black does."""
+    case = BY_NAME["generate-fill"]
+    draw(case, "--output", "a.png")
+    white = np.asarray(PIL.Image.open("mask.png")) > 127
+    for part, same in ((white, True), (~white, False)):
+        changed = np.asarray(photo(64, 48)).copy()
+        changed[part] = (0, 255, 0)
+        PIL.Image.fromarray(changed).save("photo.png")
+        draw(case, "--output", "b.png", small=(*SMALL[:2], "--width", 64, "--height", 48, "--seed", 1))
+        photo(64, 48).save("photo.png")
+        draw(case, "--output", "c.png", small=(*SMALL[:2], "--width", 64, "--height", 48, "--seed", 1))
+        assert (pixels("b.png") == pixels("c.png")).all() == same
+        Path("b.png").unlink(), Path("c.png").unlink()
+
+
+# ---- side by side
+
+
+@pytest.fixture
+def ic_edit_lora(monkeypatch, tmp_path) -> Path:
+    from mflux.backend import mx
+    from mflux.models.flux.cli import flux_generate_in_context_edit as command
+
+    path = tmp_path / "edit.safetensors"
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    draws = [mx.random.normal(shape, key=mx.random.key(number)) for number, shape in enumerate([(2, 48), (48, 2)])]
+    mx.save_safetensors(str(path), {f"{name}.lora_A.weight": draws[0], f"{name}.lora_B.weight": draws[1]})
+    monkeypatch.setattr(command, "LORA", path.name)
+    return path
+
+
+def edit(cli, model: Path, *words):
+    start = ("generate-in-context-edit", "--model", model, "--reference-image", "photo.png", "--steps", 1, "--seed", 1)
+    return cli(*start, *words)
+
+
+def test_editing_wraps_the_instruction_and_adds_its_lora(cli, here, models, ic_edit_lora, monkeypatch):
+    from mflux.models.flux.cli import flux_generate_in_context_edit as command
+
+    monkeypatch.setattr(command, "_WIDTH", 48)
+    model = models(BY_NAME["generate-fill"])
+    assert edit(cli, model, "--instruction", "it rains", "--output", "a.png").status == 0
+    settings = MetadataReader.read_exif_metadata("a.png")
+    assert settings["prompt"].startswith("A diptych with two side-by-side images of the same scene.")
+    assert settings["prompt"].endswith("on the left but it rains")
+    assert (settings["lora_paths"], settings["lora_scales"]) == (["edit.safetensors"], [1.0])
+    assert PIL.Image.open("a.png").size == (48, 32)
+    result = edit(cli, model, "-C", "a.png", "--output", "b.png")
+    assert result.status == 0, result.err
+    assert (pixels("a.png") == pixels("b.png")).all()
+    result = edit(cli, model, "--prompt", "x", "--width", 64, "--save-full-image", "--output", "c.png")
+    assert [path.name for path in result.paths] == ["c.png", "c_full.png"]
+    assert PIL.Image.open("c_full.png").size == (96, 32)
+    assert len(result.warnings) == 1 and "--width is ignored" in result.err
+
+
+def test_editing_needs_words(cli, here, models):
+    model = models(BY_NAME["generate-fill"])
+    assert "--instruction" in edit(cli, model).err
+    result = edit(cli, model, "--instruction", "x", "--prompt", "y")
+    assert (result.status, len(result.errors)) == (2, 1)
+
+
+def test_catvton_has_words_of_its_own(draw):
+    draw(BY_NAME["generate-in-context-catvton"], prompt=())
+    assert "[IMAGE2]" in MetadataReader.read_exif_metadata("image.png")["prompt"]
+
+
+def test_catvton_takes_the_authors_transformer(here, models, monkeypatch):
+    """Without a folder Fill's own transformer is not even looked at."""
+    from mflux.models.common import pipeline as module
+    from mflux.models.flux.variants.in_context import flux_in_context_fill
+
+    fill = models(BY_NAME["generate-fill"])
+    asked = []
+
+    def resolve(name, components, beside):
+        asked.append((name, [component.folder for component in components]))
+        return fill / "transformer" if name == "xiaozaa/catvton-flux-beta" else fill
+
+    monkeypatch.setattr(module, "resolve", resolve)
+    monkeypatch.setattr(flux_in_context_fill, "resolve", resolve)
+    pipeline = flux_in_context_fill.Flux1InContextFill(model_config=ModelConfig.dev_fill_catvton())
+    assert asked == [
+        ("black-forest-labs/FLUX.1-Fill-dev", ["text_encoder", "text_encoder_2", "vae"]),
+        ("xiaozaa/catvton-flux-beta", [""]),
+    ]
+    assert pipeline.transformer.config.in_channels == 384
+
+
+# ---- Depth
+
+
+class FlatWorld:
+    """In place of Depth Pro, which is four gigabytes."""
+
+    made: list = []
+
+    def __init__(self, quantize=None, model_path=None):
+        FlatWorld.made.append(quantize)
+
+    def create_depth_map(self, image_path):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(depth_image=PIL.Image.open(image_path).convert("L"))
+
+
+@pytest.fixture
+def depth_pro(monkeypatch):
+    monkeypatch.setattr("mflux.models.depth_pro.model.depth_pro.DepthPro", FlatWorld)
+    FlatWorld.made = []
+    return FlatWorld
+
+
+def test_depth_is_found_once_and_written_only_where_asked(cli, here, models, depth_pro):
+    model = models(BY_NAME["generate-depth"])
+    start = ("generate-depth", "--model", model, "--prompt", "x", "--image-path", "photo.png", *SMALL[:-2])
+    before = {path.name for path in here.iterdir()}
+    result = cli(*start, "--seed", 1, 2)
+    assert result.status == 0, result.err
+    assert depth_pro.made == [None]
+    assert {path.name for path in here.iterdir()} - before == {"image_seed_1.png", "image_seed_2.png"}
+    result = cli(*start, "--seed", 1, "--save-depth-map")
+    assert [path.name for path in result.paths] == ["image.png", "image_depth_map.png"]
+    # The map that was written draws the same picture, and Depth Pro is not asked for it.
+    depth_pro.made.clear()
+    given = cli(*start[:5], "--depth-image-path", "image_depth_map.png", *SMALL, "--output", "b.png")
+    assert given.status == 0 and depth_pro.made == []
+    assert (pixels("b.png") == pixels("image.png")).all()
+
+
+def test_depth_needs_a_picture(cli, here, models):
+    model = models(BY_NAME["generate-depth"])
+    result = cli("generate-depth", "--model", model, "--prompt", "x")
+    assert (result.status, len(result.errors)) == (2, 1)
+    result = cli(
+        "generate-depth", "--model", model, "--prompt", "x", "--depth-image-path", "photo.png", "--save-depth-map"
+    )
+    assert (result.status, len(result.errors)) == (2, 1)
+
+
+# ---- ControlNets
+
+
+def test_edges_are_followed_and_written(draw, here):
+    case = BY_NAME["generate-controlnet"]
+    result = draw(case, "--controlnet-save-canny")
+    assert [path.name for path in result.paths] == ["image.png", "image_controlnet_canny.png"]
+    assert set(np.unique(pixels("image_controlnet_canny.png"))) <= {0, 255}
+    draw(case, "--controlnet-strength", 0, "--output", "none.png")
+    draw(case, "--controlnet-strength", 1, "--output", "all.png")
+    assert (pixels("none.png") != pixels("all.png")).any()
+
+
+def test_a_controlnet_of_ones_own(here, models, tmp_path):
+    case = BY_NAME["generate-controlnet"]
+    net = shutil.copytree(models(case) / "transformer_controlnet", tmp_path / "net")
+    bare = shutil.copytree(models(case), tmp_path / "bare")
+    shutil.rmtree(bare / "transformer_controlnet")
+    settings = dict(seed=1, prompt="x", num_inference_steps=1, height=32, width=48, controlnet_image_path="photo.png")
+    own, given = (
+        case.pipeline_class()(
+            model_path=str(folder), controlnet_path=path, model_config=ModelConfig.dev_controlnet_canny()
+        )
+        for folder, path in ((models(case), None), (bare, str(net)))
+    )
+    one, other = (np.asarray(pipeline.generate_image(**settings).image) for pipeline in (own, given))
+    assert (one == other).all()
+    with pytest.raises(CheckpointError, match="not a ControlNet of FLUX.1"):
+        case.pipeline_class()(model_path=str(bare), controlnet_path=str(bare / "transformer"))
+
+
+@pytest.mark.parametrize("said, key", [("dev", "dev-controlnet-canny"), ("schnell", "schnell-controlnet-canny")])
+def test_a_plain_model_stands_for_its_controlnet(monkeypatch, here, cli, said, key):
+    from mflux.models.flux.variants.controlnet import flux_controlnet
+
+    def refuse(self, *args, model_config, **kwargs):
+        raise UsageError(f"{model_config.aliases[0]} and {model_config.controlnet_model}")
+
+    monkeypatch.setattr(flux_controlnet.Flux1Controlnet, "__init__", refuse)
+    result = cli("generate-controlnet", "--model", said, "--prompt", "x", "--controlnet-image-path", "photo.png")
+    assert result.errors == [f"error: {key} and InstantX/FLUX.1-dev-Controlnet-Canny"]
+
+
+def test_upscaling_by_a_factor(draw):
+    draw(BY_NAME["upscale-controlnet"], small=("--steps", 1, "--width", "2x", "--height", "2x"))
+    assert PIL.Image.open("image.png").size == (128, 96)
+
+
+# ---- Redux
+
+
+def test_redux_counts_strengths(cli, here, models):
+    model = models(BY_NAME["generate-redux"])
+    start = ("generate-redux", "--model", model, "--prompt", "x")
+    result = cli(*start)
+    assert (result.status, len(result.errors)) == (2, 1) and "--redux-image-paths" in result.err
+    result = cli(*start, "--redux-image-paths", "photo.png", "--redux-image-strengths", 1, 2)
+    assert (result.status, len(result.errors)) == (2, 1) and "2" in result.err
+
+
+def test_redux_takes_what_reads_pictures_from_its_own_repository(here, models, tmp_path, monkeypatch):
+    from mflux.models.common import pipeline as module
+    from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
+
+    whole = models(BY_NAME["generate-redux"])
+    base = shutil.copytree(whole, tmp_path / "base")
+    for part in ("image_encoder", "image_embedder"):
+        shutil.rmtree(base / part)
+    asked = []
+
+    def resolve(name, components, beside):
+        asked.append((name, [component.folder for component in components]))
+        return whole if "Redux" in name else base
+
+    monkeypatch.setattr(module, "resolve", resolve)
+    pipeline = Flux1Redux()
+    own = ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    assert asked == [("black-forest-labs/FLUX.1-dev", own)]
+    assert pipeline.image_encoder and pipeline.image_embedder
+    redux = "black-forest-labs/FLUX.1-Redux-dev"
+    assert asked[1:] == [(redux, ["image_encoder"]), (redux, ["image_embedder"])]
+
+
+# ---- what mflux 0.24 saved
+
+
+def as_saved_by_024(folder: Path, part: str, target: Path) -> None:
+    """One component under 0.24's names and in its layout, without a configuration."""
+    from mflux.backend import mx
+
+    names = {".net.0.proj.": ".linear1.", ".net.2.": ".linear2.", "vision_model.": ""}
+    tensors = {}
+    for name, value in mx.load(str(next((folder / part).glob("*.safetensors")))).items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = mx.contiguous(mx.moveaxis(value, 1, -1)) if value.ndim == 4 else value
+    (target / part).mkdir(parents=True)
+    mx.save_safetensors(str(target / part / "0.safetensors"), tensors)
+
+
+@pytest.mark.parametrize(
+    "command, part",
+    [
+        ("generate-controlnet", "transformer_controlnet"),
+        ("generate-redux", "image_encoder"),
+        ("generate-redux", "image_embedder"),
+        ("generate-fill", "transformer"),
+    ],
+)
+def test_components_that_024_saved(models, tmp_path, command, part):
+    """No configuration lies beside them: it follows from the tensors, as the published one would say."""
+    from mflux.checkpoints.loading import load_component
+    from mflux.models.flux import weights_024
+    from mflux.models.flux.family import CONTROLNET, FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
+
+    source = models(BY_NAME[command])
+    parts = {one.folder: one for one in (*FAMILY.components, CONTROLNET, IMAGE_EMBEDDER, IMAGE_ENCODER)}
+    as_saved_by_024(source, part, tmp_path)
+    if part != "transformer":
+        as_saved_by_024(source, "transformer", tmp_path)
+    folder = weights_024.open_folder(tmp_path)
+    kind = parts[part].module_class()
+    expected = load_component(kind, source / part)
+    # Heads narrower than the published ones, which no shape tells.
+    untold = {"image_encoder": ("num_attention_heads",), "image_embedder": ()}.get(part, ("axes_dims_rope",))
+    config = folder.config(part) | {name: getattr(expected.config, name) for name in untold}
+    loaded = load_component(kind, tmp_path / part, config=config, tensors=folder.tensors(part))
+    assert loaded.config == expected.config
+    from mflux.backend import mx, tree_flatten
+
+    ours, theirs = (dict(tree_flatten(module.parameters())) for module in (loaded, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
