@@ -248,7 +248,7 @@ def assert_same_option(action: argparse.Action, option: dict) -> None:
     assert choices == (None if theirs is None else sorted(theirs)), where
     default = str(action.default) if isinstance(action.default, Path) else action.default
     assert default == option.get("default"), where
-    kinds = {"int": (int, "1"), "float": (float, "0.5"), "Path": (Path, "a/b"), "str": (str, "text")}
+    kinds = {"int": (int, "64"), "float": (float, "0.5"), "Path": (Path, "a/b"), "str": (str, "text")}
     if option.get("type") in kinds:
         kind, text = kinds[option["type"]]
         value = (action.type or str)(theirs[0] if theirs else text)

@@ -545,7 +545,7 @@ def write_tiny(folder: Path, *, wide: bool = False, controlnet: bool = False) ->
     dim, text = (192, 64) if wide else (48, 24)
     common = dict(dim=dim, n_heads=3, n_kv_heads=3, n_refiner_layers=1)
     parts = {
-        "text_encoder": (ZImageTextEncoder, "model", {
+        "text_encoder": (ZImageTextEncoder.whole, "model", {
             "model_type": "qwen3", "vocab_size": vocabulary, "hidden_size": text, "intermediate_size": 2 * text,
             "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": text // 4,
         }),

@@ -151,6 +151,7 @@ class Tensors024(Shapes):
                 return inferred(width, self[f"{weight}.weight"].shape, self[f"{weight}.scales"].shape)
         return None
 
+
 @cache
 def _translated(name: str, renames: Renames) -> str:
     for pattern, replacement in renames:

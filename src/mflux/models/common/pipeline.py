@@ -23,7 +23,7 @@ from mflux.errors import CheckpointError, DownloadError, MfluxError, UsageError
 from mflux.hub import resolve_model
 from mflux.models.common.autoencoders import tiling
 from mflux.models.common.config.config import Config
-from mflux.models.common.config.model_config import ModelConfig, key_of
+from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig
 from mflux.models.common.config.saved_model import FILE_NAME, record
 from mflux.models.common.family import STAGES, Component, Family, families, found
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
@@ -129,6 +129,12 @@ class Pipeline:
     def from_name(cls, model_name: str, quantize: int | None = None) -> Pipeline:
         """A built-in model by its name or alias."""
         return cls(model_config=ModelConfig.from_name(model_name), quantize=quantize)
+
+    @property
+    def key(self) -> str:
+        """The registry's name of this model, or of the one it derives from. Its aliases tell: several models share a
+        repository."""
+        return next(key for key, model in AVAILABLE_MODELS.items() if model.aliases == self.model_config.aliases)
 
     # ---- the folder
 
@@ -432,7 +438,7 @@ class Pipeline:
             for path, content in self.folder.lacking().items():
                 write_json(target / path, content)
             content = record(
-                key=key_of(self.model_config.model_name, self.model_config.base_model),
+                key=self.key,
                 source=self.model_path,
                 root=self.root,
                 bits=self.bits,

@@ -39,13 +39,13 @@ FAMILY = Family(
     components=COMPONENTS,
     commands=(
         Command(
-            "generate-z-image", f"{_CLI}.z_image_generate", "draw with Z-Image", models=("z-image", "z-image-turbo")
-        ),
-        Command(
             "generate-z-image-turbo",
             f"{_CLI}.z_image_turbo_generate",
             "draw with Z-Image-Turbo, in few steps",
             models=("z-image-turbo",),
+        ),
+        Command(
+            "generate-z-image", f"{_CLI}.z_image_generate", "draw with Z-Image", models=("z-image", "z-image-turbo")
         ),
         Command(
             "generate-z-image-controlnet",

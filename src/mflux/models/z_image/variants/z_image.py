@@ -51,7 +51,7 @@ class ZImage(Pipeline):
         float32: bool = False,
         compute_precision: mx.Dtype | None = None,
     ):
-        if compute_precision not in (None, mx.float16):
+        if compute_precision is not None and compute_precision != mx.float16:
             raise UsageError(f"compute_precision is {compute_precision}: it is mx.float16 or None")
         self.float32 = float32
         self.compute_precision = compute_precision
@@ -142,6 +142,8 @@ class ZImage(Pipeline):
         if pid_decode or pid_degrade_sigma:
             raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height,
             width=width,

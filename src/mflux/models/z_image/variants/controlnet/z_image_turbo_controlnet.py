@@ -97,6 +97,8 @@ class ZImageTurboControlnet(ZImage):
         check_controls(controls)
         strength = values.real(controlnet_strength, "controlnet_strength")
         config = self.settings(
+            seed=seed,
+            prompt=prompt,
             num_inference_steps=num_inference_steps,
             height=height,
             width=width,
