@@ -584,6 +584,6 @@ TINY = (
         base_model="z-image",
         words=("--guidance", "3", "--negative-prompt", "a green square"),
         pipeline="mflux.models.z_image.variants.z_image:ZImage",
-        generate={"guidance": 3.0},
+        generate={"guidance": 3.0, "negative_prompt": "a green square"},
     ),
 )

@@ -39,7 +39,6 @@ class Generate:
         leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`).
         published_schedule: whether `--scheduler`'s default is only what 0.24 took: where nothing is said the class gets
             None and takes the checkpoint's schedule, and a picture that 0.24 or older made is replayed with 0.24's.
-        default_model: what is drawn with where no model is said.
         defaults: other defaults than the common ones, by destination: {"scheduler": …, "model": …, "width": 1024}.
             A width and height that are numbers make both options plain numbers of pixels.
         guidance: what is taken where no guidance is said; None leaves it to the class.
@@ -67,7 +66,6 @@ class Generate:
     default_size: str = "1024; the source picture's, if there is one"
     leave_out: tuple[str, ...] = ()
     published_schedule: bool = False
-    default_model: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     guidance: float | None = 3.5
     add_options: Callable[[argparse.ArgumentParser], None] | None = None

@@ -37,7 +37,7 @@ class Component:
         published_class: the `_class_name` that its `config.json` has; "" where nothing says it.
         stem: what files of weights are called when it is saved.
         lora: whether LoRAs change it.
-        dtype: what a GPU computes it in, and what it is saved in, whatever the file holds: "bfloat16"; "" keeps the
+        dtype: what it is computed and saved in where there is a GPU, whatever the file holds: "bfloat16"; "" keeps the
             file's.
         repository: the attribute of `ModelConfig` that names a repository which holds it, where the model's own folder
             does not ("controlnet_model"); None where it always lies in the model's folder.

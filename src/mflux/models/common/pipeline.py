@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mflux.backend import compute_dtype, mx, nn, tree_flatten
+from mflux.backend import has_gpu, mx, nn, tree_flatten
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.checkpoints.loading import load_component
 from mflux.checkpoints.published import PublishedFolder
@@ -191,9 +191,7 @@ class Pipeline:
         if keep_dtypes:
             # What a class leaves out because no picture needs it belongs into a folder that others read as well.
             module_class = getattr(module_class, "whole", module_class)
-        dtype = getattr(mx, component.dtype) if component.dtype else None
-        if dtype is not None and not keep_dtypes:
-            dtype = compute_dtype(dtype)
+        dtype = getattr(mx, component.dtype) if component.dtype and has_gpu() else None
         full = self.vae_full_precision and component.name == "vae"
         load = partial(
             load_component,

@@ -156,6 +156,7 @@ class ZImage(Pipeline):
         # 1. Encode the prompts
         prompt_embeds = self.encode_prompt(prompt)
         negative = self.encode_prompt(negative_prompt or "") if config.guidance > 0 else None
+        self.encoded("text_encoder")
         if negative_prompt and negative is None:
             log.warning("the negative prompt is ignored: without guidance it has no part in the picture")
 

@@ -109,6 +109,7 @@ class ZImageTurboControlnet(ZImage):
 
         # 1. Encode the prompt, and what the control pictures show
         prompt_embeds = self.encode_prompt(prompt)
+        self.encoded("text_encoder")
         images = [control_image(control, config.width, config.height) for control in controls]
         latents_of_controls = [self.vae.encode(ImageUtil.to_array(image)).astype(mx.float32) for image in images]
         mx.eval(latents_of_controls)
