@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 from families.cases import Tiny
 from families.fibo import mask, photo
-from families.flux_variants import TINY
+from families.flux_variants import VARIANTS
 
 from mflux.cli.commands import COMMANDS
 from mflux.errors import CheckpointError, UsageError
@@ -19,7 +19,7 @@ from mflux.models.common.stages import is_loaded
 from mflux.utils.metadata_reader import MetadataReader
 
 SMALL = ("--steps", 2, "--width", 48, "--height", 32, "--seed", 1)
-BY_NAME = {case.command: case for case in TINY}
+BY_NAME = {case.command: case for case in VARIANTS}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def pixels(path: str | Path) -> np.ndarray:
     return np.asarray(PIL.Image.open(path)).astype(int)
 
 
-cases = pytest.mark.parametrize("case", TINY, ids=lambda case: case.command)
+cases = pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.command)
 
 
 @cases

@@ -202,7 +202,7 @@ def test_a_prompt_is_encoded_once(draw, seen):
 def test_a_prompt_file_is_read_anew_for_each_picture(draw, seen, monkeypatch):
     Path("prompt.txt").write_text(" a red circle\n")
     prompts = iter(["a red circle", "a blue square"])
-    save = module.GeneratedImage.save
+    save = module.GeneratedImage.save_with_image
 
     def saving(self, *args, **kwargs):
         path = save(self, *args, **kwargs)
@@ -211,7 +211,7 @@ def test_a_prompt_file_is_read_anew_for_each_picture(draw, seen, monkeypatch):
             Path("prompt.txt").write_text(prompt)
         return path
 
-    monkeypatch.setattr(module.GeneratedImage, "save", saving)
+    monkeypatch.setattr(module.GeneratedImage, "save_with_image", saving)
     result = draw("--prompt-file", "prompt.txt", "--seed", 1, 2, 3, size=(16, 16), prompt=None)
     prompts = [MetadataReader.read_exif_metadata(path)["prompt"] for path in result.paths]
     assert prompts == ["a red circle", "a red circle", "a blue square"]
@@ -462,13 +462,13 @@ def test_low_ram_makes_room_for_another_prompt(draw, monkeypatch):
     monkeypatch.setattr(Flux1, "__init__", building)
     monkeypatch.setattr(module, "load_component", spy)
     Path("prompt.txt").write_text("a red circle")
-    save = module.GeneratedImage.save
+    save = module.GeneratedImage.save_with_image
 
     def saving(self, *args, **kwargs):
         Path("prompt.txt").write_text("a blue square")
         return save(self, *args, **kwargs)
 
-    monkeypatch.setattr(module.GeneratedImage, "save", saving)
+    monkeypatch.setattr(module.GeneratedImage, "save_with_image", saving)
     draw("--prompt-file", "prompt.txt", "--seed", 1, 2, 3, "--low-ram", size=(16, 16), prompt=None)
     # Red for the first picture, blue for the other two; while a text encoder is loaded, nothing else is there.
     names = [name for name, *_ in held]

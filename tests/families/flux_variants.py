@@ -629,7 +629,7 @@ def tiny_redux(folder: Path, *, wide: bool = False) -> Path:
     return add_component(folder, ReduxEmbedder, "image_embedder", seed=8, **embedder)
 
 
-TINY = (
+VARIANTS = (
     Tiny(
         write=tiny(),
         command="generate-kontext",

@@ -34,8 +34,8 @@ class Generate:
         description: one sentence about it.
         pipeline: its class, "package.module:Class".
         models: what it draws with, keys of the registry.
-        default_model: what it draws with where no model is said, and what a folder or repository is taken for whose name
-            and settings do not tell.
+        default_model: what it draws with where no model is said, and what a folder or repository is taken for whose
+            name and settings do not tell.
         stands_for: which of `models` is meant by another model's key: {"dev": "dev-controlnet-canny"}.
         default_size: what is taken where no size is said, for the help.
         leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`); or
