@@ -7,6 +7,7 @@ be swapped without anyone noticing; a 16-bit file means exactly its rounded weig
 
 from __future__ import annotations
 
+import copy
 import json
 from itertools import combinations
 from math import prod
@@ -113,7 +114,8 @@ def test_half_precision_files(tmp_path, name, stored):
 def test_full_size(name, entry):
     """Names, shapes and counts of the published file, without memory for any of them."""
     component = COMPONENTS[name]
-    config = {key: value for key, value in CONFIGS[entry].items() if not key.startswith("_")}
+    # A copy all the way down: reference classes write into what they are given.
+    config = {key: copy.deepcopy(value) for key, value in CONFIGS[entry].items() if not key.startswith("_")}
     with torch.device("meta"):
         model = component.full_size(config)
     # Parameters, not the state dict: that one would list a tied tensor twice.
