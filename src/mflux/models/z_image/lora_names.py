@@ -37,8 +37,8 @@ LORA = LoraNames(
         Spelling("transformer", _JOINED, joint="_"),
         Spelling("transformer", _PREFIXES, ORIGINAL | NORMS | DOTTED),
         Spelling("transformer", _JOINED, ORIGINAL | NORMS, joint="_"),
-        Spelling("transformer", _PREFIXES, FUSED),
-        Spelling("transformer", _JOINED, FUSED, joint="_"),
+        Spelling("transformer", _PREFIXES, FUSED, repeats=True),
+        Spelling("transformer", _JOINED, FUSED, joint="_", repeats=True),
     ),
     # One name of each layout, for the sentence that says which there are.
     layouts={

@@ -18,19 +18,20 @@ Rows = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Adapter:
-    """One file's change to one linear layer. The arrays stay in the file until they are needed.
+    """One file's change to one layer. The arrays stay in the file until they are needed.
 
     Attributes:
         scale: how much of the change is wanted: 0 is nothing, 1 is all of it.
         strength: what the file itself multiplies its product by: alpha / rank.
         read: gives the product's factors, and the magnitudes of the changed weights' rows (out, 1) or columns (1, in),
-            or None.
-        read_bias: gives what is added to the layer's bias (out,), to be multiplied like the product; None for nothing.
+            or None; where the whole change is no matrix, because the weights are none (a norm's), a `Difference`. None
+            for nothing.
+        read_bias: gives what is added to the layer's bias (out,), as it is but for the scale; None for nothing.
     """
 
     scale: float
     strength: float
-    read: Callable[[], tuple[LowRank | Kronecker, mx.array | None]]
+    read: Callable[[], tuple[LowRank | Kronecker | Difference, mx.array | None]] | None
     read_bias: Callable[[], mx.array] | None = None
 
 
@@ -72,6 +73,20 @@ class Kronecker(nn.Module):
         return mx.concatenate([out[..., start:stop] for start, stop in self._rows], axis=-1)
 
 
+class Difference(nn.Module):
+    """The whole change of the weights, as it is: (out, in), or (n,) of a norm."""
+
+    def __init__(self, up: mx.array, rows: Rows | None = None):
+        super().__init__()
+        self.up = up if rows is None else chosen(up, rows)
+
+    def matrix(self) -> mx.array:
+        return self.up.astype(mx.float32)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.up.T
+
+
 def chosen(matrix: mx.array, rows: Rows) -> mx.array:
     """The named ranges of rows, one below the other."""
     return mx.concatenate([matrix[start:stop] for start, stop in rows])
@@ -84,7 +99,7 @@ def merged(weight: mx.array, adapters: Iterable[Adapter]) -> mx.array:
     """A layer's weights (out, in) with the adapters added one after the other, in float32."""
     weight = weight.astype(mx.float32)
     for adapter in adapters:
-        if adapter.scale:
+        if adapter.scale and adapter.read is not None:
             product, magnitude = adapter.read()
             change = adapter.strength * product.matrix()
             if magnitude is not None:
@@ -98,7 +113,7 @@ def merged_bias(bias: mx.array, adapters: Iterable[Adapter]) -> mx.array:
     bias = bias.astype(mx.float32)
     for adapter in adapters:
         if adapter.scale and adapter.read_bias is not None:
-            bias = bias + adapter.scale * adapter.strength * adapter.read_bias()
+            bias = bias + adapter.scale * adapter.read_bias()
     return bias
 
 
@@ -130,13 +145,13 @@ class LoraLinear(nn.Module):
         self.factors = []
         self._scales = []
         weight = None
-        acting = [(adapter, *adapter.read()) for adapter in adapters if adapter.scale]
+        acting = [(adapter, *adapter.read()) for adapter in adapters if adapter.scale and adapter.read is not None]
         if any(magnitude is not None for _, _, magnitude in acting):
             weight = dense(linear)
         for adapter, product, magnitude in acting:
             # The strength goes into one of the factors in float32; the scale as well, where the change is linear.
             gain = adapter.strength * (1 if magnitude is not None else adapter.scale)
-            name = "up" if isinstance(product, LowRank) else "w1"
+            name = "w1" if isinstance(product, Kronecker) else "up"
             product[name] = gain * product[name].astype(mx.float32)
             factors = mx.array(1.0)
             if weight is not None:
@@ -186,6 +201,13 @@ def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
     return {path: layer.weight.shape for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
 
 
+def norm_layers(module: nn.Module) -> dict[str, tuple[int]]:
+    """The norms of a module that have weights: path → (n,)."""
+    kinds = nn.RMSNorm, nn.LayerNorm, nn.GroupNorm
+    norms = {path: layer for path, layer in module.named_modules() if isinstance(layer, kinds) and "weight" in layer}
+    return {path: layer.weight.shape for path, layer in norms.items()}
+
+
 def wrap(module: nn.Module, path: str, adapters: Sequence[Adapter], *, bias: bool = True) -> None:
     """Exchange a linear layer for one with adapters. Where all scales are 0 it stays as it is.
 
@@ -195,7 +217,7 @@ def wrap(module: nn.Module, path: str, adapters: Sequence[Adapter], *, bias: boo
         adapters: in their order.
         bias: whether they change the layer's bias as well; not if that is done already.
     """
-    if not any(adapter.scale for adapter in adapters):
+    if not any(adapter.scale and (adapter.read or adapter.read_bias) for adapter in adapters):
         return
     *steps, leaf = path.split(".")
     parent: Any = module
@@ -205,4 +227,5 @@ def wrap(module: nn.Module, path: str, adapters: Sequence[Adapter], *, bias: boo
     linear = parent[place]
     if bias and any(adapter.read_bias is not None for adapter in adapters):
         linear.bias = merged_bias(linear.bias, adapters).astype(linear.bias.dtype)
-    parent[place] = LoraLinear(linear, adapters)
+    if any(adapter.scale and adapter.read for adapter in adapters):
+        parent[place] = LoraLinear(linear, adapters)

@@ -24,12 +24,14 @@ from mflux.checkpoints.strict_json import parse
 from mflux.errors import CheckpointError
 from mflux.models.common.lora.adapters import (
     Adapter,
+    Difference,
     Kronecker,
     LowRank,
     Rows,
     linear_layers,
     merged,
     merged_bias,
+    norm_layers,
     wrap,
 )
 from mflux.models.common.lora.peft_patterns import Pattern
@@ -43,6 +45,8 @@ _PARTS = {
     "up": r"\.(lora_B((?!\.bias$)\.\w+)*|lora_up(\.weight)?|lora(_linear_layer)?\.up\.weight|up\.weight)",
     "bias": r"\.lora_B(\.\w+)*\.bias",
     "alpha": r"\.alpha",
+    "diff": r"\.diff",
+    "diff_b": r"\.diff_b",
     "magnitude": r"\.dora_scale",
     "w1": r"\.lokr_w1",
     "w1_a": r"\.lokr_w1_a",
@@ -54,6 +58,7 @@ _PARTS = {
 }
 _PATTERNS = {part: re.compile(rf"(.+?)(?:{ending})") for part, ending in _PARTS.items()}
 _PEFT_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.|$)")
+_DOTTED_FACTOR = re.compile(r"\.lora\.(down|up)\.weight$")
 _PEFT_FACTOR = re.compile(r"\.lora_[AB](\.|$)")
 # One for each layer is usual.
 _MOST_PATTERNS = 4096
@@ -71,6 +76,8 @@ class Spelling:
             number. Without a table the layers' own names are meant.
         joint: what stands between the parts of a name instead of a dot.
         swapped: layers whose two halves of rows are the other way round in the file.
+        repeats: whether files in which factors are called `.lora.down` and `.lora.up` have these names beside the
+            layers' own ones, for the same changes: then the others hold.
     """
 
     component: str
@@ -78,6 +85,7 @@ class Spelling:
     table: Mapping[str, tuple[str, ...]] | None = None
     joint: str = "."
     swapped: tuple[str, ...] = ()
+    repeats: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,15 @@ class LoraNames:
 
 @dataclass(frozen=True)
 class Target:
-    """What a name in a file stands for: layers of a component, and which of its rows each has; None is all of them."""
+    """What a name in a file stands for: layers of a component, and which of its rows each has; None is all of them.
+
+    `shape` is that of a matrix (out, in), or of a norm's weights (n,).
+    """
 
     component: str
     parts: tuple[tuple[str, Rows | None], ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    repeats: bool = False
 
 
 class Loras:
@@ -125,7 +137,7 @@ class Loras:
         layouts: Mapping[str, str],
         modules: Mapping[str, nn.Module],
     ):
-        layers = {component: linear_layers(module) for component, module in modules.items()}
+        layers = {component: linear_layers(module) | norm_layers(module) for component, module in modules.items()}
         biased = {
             component: {path for path, layer in module.named_modules() if "bias" in layer}
             for component, module in modules.items()
@@ -152,17 +164,25 @@ class Loras:
             CheckpointError: the component is to be saved, and stored quantized.
         """
         adapters = self._adapters.get(component, {})
+        # Norms and biases are never stored quantized, and nothing is gained by computing beside them.
+        whole = bake or to_save
         baked: set[tuple[str, str]] = set()
 
         def adjust(name: str, value: mx.array) -> mx.array:
             layer, _, leaf = name.rpartition(".")
             if layer not in adapters or leaf not in ("weight", "bias"):
                 return value
+            if leaf == "weight" and value.ndim > 1 and not whole:
+                return value
             baked.add((layer, leaf))
             return (merged if leaf == "weight" else merged_bias)(value, adapters[layer])
 
-        module = load(adjust if (bake or to_save) and adapters else None)
-        rest = [layer for layer in adapters if (layer, "weight") not in baked]
+        module = load(adjust if adapters else None)
+        rest = [
+            layer
+            for layer, found in adapters.items()
+            if (layer, "weight") not in baked and any(adapter.read is not None for adapter in found)
+        ]
         if rest and to_save:
             raise CheckpointError(
                 f"LoRAs cannot be added to {component}: its weights are stored quantized; save from a model in full "
@@ -175,7 +195,7 @@ class Loras:
         return module
 
 
-def spelled(spellings: Sequence[Spelling], layers: Mapping[str, Mapping[str, tuple[int, int]]]) -> dict[str, Target]:
+def spelled(spellings: Sequence[Spelling], layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Target]:
     """Every name that a file may have for a layer, or for several. Where spellings collide, the first one holds."""
     names: dict[str, Target] = {}
     for spelling in spellings:
@@ -199,7 +219,8 @@ def spelled(spellings: Sequence[Spelling], layers: Mapping[str, Mapping[str, tup
                     start = stop
                 if len(parts) == 1 and concrete[0] not in spelling.swapped:
                     parts = [(concrete[0], None)]
-                target = Target(spelling.component, tuple(parts), (start, own[concrete[0]][1]))
+                shape = (start, *own[concrete[0]][1:])
+                target = Target(spelling.component, tuple(parts), shape, spelling.repeats)
                 written = name.replace("{i}", str(number)).replace(".", spelling.joint)
                 for prefix in spelling.prefixes:
                     names.setdefault(prefix + written, target)
@@ -246,13 +267,14 @@ def read_lora(
     adapters: dict[tuple[str, str], Adapter] = {}
     sources: dict[tuple[str, str], str] = {}
     # A layer may stand in a file twice, as diffusers names it and as kohya does; diffusers takes its own names then.
-    for stem in sorted(groups, key=lambda stem: not stem.startswith("transformer.")):
+    for stem in sorted(groups, key=lambda stem: (names[stem].repeats, not stem.startswith("transformer."))):
         target = names[stem]
         entry = _Entry(path, file, stem, groups[stem], target, settings)
         for layer, rows in target.parts:
             place = target.component, layer
             if place in adapters:
-                if not sources[place].startswith("transformer.") or stem.startswith("transformer."):
+                repeated = target.repeats and any(_DOTTED_FACTOR.search(name) for name in groups[stem].values())
+                if not repeated and (not sources[place].startswith("transformer.") or stem.startswith("transformer.")):
                     raise CheckpointError(f"{path} changes the layer {layer} twice: as {sources[place]} and as {stem}")
                 left += [name for name in groups[stem].values() if name not in left]
                 continue
@@ -285,16 +307,21 @@ class _Entry:
         self.stem = stem
         self.shapes = {part: self._shape(name) for part, name in parts.items()}
         self.kronecker = any(part[0] in "wt" for part in parts)
-        if self.kronecker:
-            rank = self._check_kronecker()
-        else:
-            rank = self._check_low_rank()
-        self.strength = self._strength(rank, settings)
+        self.has_product = self.kronecker or not parts.keys().isdisjoint(("down", "up", "diff"))
+        self.strength = 1.0
+        if "diff" in parts:
+            self._check_difference()
+        elif self.has_product:
+            self._check_is_matrix()
+            rank = self._check_kronecker() if self.kronecker else self._check_low_rank()
+            self.strength = self._strength(rank, settings)
         self._check_magnitude()
         self._check_bias()
 
     def adapter(self, scale: float, rows: Rows | None) -> Adapter:
-        def read() -> tuple[LowRank | Kronecker, mx.array | None]:
+        def read() -> tuple[LowRank | Kronecker | Difference, mx.array | None]:
+            if "diff" in self.parts:
+                return Difference(self._tensor("diff").reshape(self.target.shape), rows), None
             if self.kronecker:
                 product = Kronecker(self._factor("w1"), self._factor("w2"), rows)
             else:
@@ -307,10 +334,15 @@ class _Entry:
             return product, magnitude
 
         def read_bias() -> mx.array:
-            bias = self._tensor("bias").astype(mx.float32)
+            bias = sum(
+                strength * self._tensor(part).astype(mx.float32)
+                for part, strength in (("bias", self.strength), ("diff_b", 1.0))
+                if part in self.parts
+            )
             return bias if rows is None else mx.concatenate([bias[start:stop] for start, stop in rows])
 
-        return Adapter(scale, self.strength, read, read_bias if "bias" in self.parts else None)
+        has_bias = "bias" in self.parts or "diff_b" in self.parts
+        return Adapter(scale, self.strength, read if self.has_product else None, read_bias if has_bias else None)
 
     # ---- what is checked before anything is read
 
@@ -326,6 +358,25 @@ class _Entry:
         if len(shape) < 2 or not all(shape):
             raise CheckpointError(f"{self.path}: {self.parts[part]} has the shape {list(shape)}, and is no matrix")
         return shape[0], math.prod(shape[1:])
+
+    def _check_difference(self) -> None:
+        """The whole change of the weights, beside which there can be no other."""
+        if beside := self.parts.keys() - {"diff", "diff_b", "alpha"}:
+            raise CheckpointError(
+                f"{self.path} changes {self.stem} twice: as {self.parts['diff']} and as {self.parts[min(beside)]}"
+            )
+        shape = self.shapes["diff"]
+        if len(self.target.shape) == 2:
+            shape = self._flat("diff")
+        if shape != self.target.shape:
+            raise CheckpointError(
+                f"{self.path} does not fit this model: {self.parts['diff']} has the shape {list(shape)}, and here it "
+                f"is {list(self.target.shape)}"
+            )
+
+    def _check_is_matrix(self) -> None:
+        if len(self.target.shape) != 2:
+            raise CheckpointError(f"{self.path} changes {self.stem} by factors, and here that is a norm")
 
     def _check_low_rank(self) -> int:
         for part, other in (("down", "up"), ("up", "down")):
@@ -392,13 +443,12 @@ class _Entry:
             )
 
     def _check_bias(self) -> None:
-        if "bias" not in self.parts:
-            return
-        if self.shapes["bias"] != self.target.shape[:1]:
-            raise CheckpointError(
-                f"{self.path}: {self.parts['bias']} has the shape {list(self.shapes['bias'])} for a layer of "
-                f"{self.target.shape[0]} outputs"
-            )
+        for part in ("bias", "diff_b"):
+            if part in self.parts and self.shapes[part] != self.target.shape[:1]:
+                raise CheckpointError(
+                    f"{self.path}: {self.parts[part]} has the shape {list(self.shapes[part])} for a layer of "
+                    f"{self.target.shape[0]} outputs"
+                )
 
     def _strength(self, rank: int | None, settings: Mapping[str, Mapping[str, Any]]) -> float:
         if "alpha" not in self.parts:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx
+from mflux.checkpoints.published import PublishedFolder
 from mflux.errors import CheckpointError, NotBuiltError, UsageError
 from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.config import Config
@@ -70,9 +71,11 @@ class ZImage(Pipeline):
         others = [part for part in self.components if part.name != "transformer" and part.repository is None]
         return resolve(model_config.base_model or model_config.model_name, others, self.family.beside)
 
+    def open_folder(self) -> PublishedFolder:
+        folder = super().open_folder()
+        return folder if self._file is None else ZImageFolder(self.root, {"transformer": self._file})
+
     def check_folder(self) -> None:
-        if self._file is not None:
-            self.folder = ZImageFolder(self.root, {"transformer": self._file})
         if isinstance(self.folder, ZImageFolderOf024):
             self.folder.shift = BASE_SHIFT if self.registered.supports_guidance else TURBO_SHIFT
         super().check_folder()
