@@ -2,12 +2,14 @@
 
 On Linux MLX's CPU wheel is linked against the reference BLAS, which multiplies matrices some twenty to sixty times
 slower than OpenBLAS. Symbols of a library that is already loaded process-wide win, so the system's OpenBLAS, if there
-is one, is loaded before MLX is. `MFLUX_BLAS=off` leaves MLX as it is.
+is one, is loaded before MLX is. A program that imports MLX before mflux is told, once, that this was too late.
+`MFLUX_BLAS=off` leaves MLX as it is.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 import sys
@@ -16,6 +18,9 @@ import sys
 _OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblaso.so.0", "libopenblas.so")
 # What brings it, by the program that installs.
 _OPENBLAS_COMMANDS = {"apt-get": "apt-get install libopenblas0", "dnf": "dnf install openblas-threads"}
+
+
+log = logging.getLogger(__name__)
 
 
 def _blas_is_off() -> bool:
@@ -38,6 +43,12 @@ def _find_blas() -> str | None:
     return None
 
 
+def _mlx_was_first() -> bool:
+    """Whether MLX is loaded already, with its own BLAS: nothing that is loaded now comes before that."""
+    return "mlx.core" in sys.modules and not hasattr(ctypes.CDLL(None), "openblas_get_config")
+
+
+_TOO_LATE = sys.platform == "linux" and _mlx_was_first()
 # The library that was put before MLX's own BLAS, or None.
 BLAS = _load_blas()
 
@@ -66,8 +77,19 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
 
 def blas_advice() -> str | None:
     """How to make MLX compute faster here, or None: on a GPU, on macOS, with OpenBLAS, or if it was turned off."""
-    if sys.platform != "linux" or BLAS is not None or _blas_is_off() or has_gpu() or _find_blas() is not None:
+    if sys.platform != "linux" or BLAS is not None or _blas_is_off() or has_gpu():
         return None
+    if (found := _find_blas()) is not None:
+        if not _TOO_LATE:
+            return None
+        return (
+            "this CPU would compute 20 times faster if mflux.backend were imported before mlx, or with "
+            f"LD_PRELOAD={found} (MFLUX_BLAS=off: say this no more)"
+        )
     commands = (command for program, command in _OPENBLAS_COMMANDS.items() if shutil.which(program))
     command = next(commands, "install OpenBLAS with the system's package manager")
     return f"this CPU would compute 20 times faster with OpenBLAS: {command} (MFLUX_BLAS=off: say this no more)"
+
+
+if _TOO_LATE and (_advice := blas_advice()) is not None:
+    log.warning(_advice)

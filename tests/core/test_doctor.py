@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -471,6 +472,7 @@ def slow_linux(monkeypatch):
     monkeypatch.setattr(backend, "BLAS", None)
     monkeypatch.setattr(backend, "has_gpu", lambda: False)
     monkeypatch.setattr(backend, "_find_blas", lambda: None)
+    monkeypatch.setattr(backend, "_TOO_LATE", False)
 
 
 @pytest.mark.parametrize(
@@ -501,6 +503,39 @@ def test_nothing_is_told_where_openblas_would_not_help(slow_linux, monkeypatch):
             change(patch)
             assert backend.blas_advice() is None
     assert backend.blas_advice() is not None
+
+
+ORDER = (
+    "this CPU would compute 20 times faster if mflux.backend were imported before mlx, or with "
+    "LD_PRELOAD=libopenblas.so.0 (MFLUX_BLAS=off: say this no more)"
+)
+
+
+def test_a_program_that_loads_mlx_first_is_told(slow_linux, monkeypatch):
+    monkeypatch.setattr(backend, "_find_blas", lambda: "libopenblas.so.0")
+    monkeypatch.setattr(backend, "_TOO_LATE", True)
+    assert backend.blas_advice() == ORDER
+    monkeypatch.setenv("MFLUX_BLAS", "off")
+    assert backend.blas_advice() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux" or backend._find_blas() is None, reason="needs Linux with OpenBLAS")
+@pytest.mark.skipif(backend.has_gpu(), reason="says nothing on a GPU")
+@pytest.mark.parametrize(
+    "order, environment, told",
+    [
+        ("import mlx.core, mflux.backend", {}, 1),
+        ("import mlx.core, mflux.backend, mflux.models.flux.variants.txt2img.flux", {}, 1),
+        ("import mflux.backend, mlx.core", {}, 0),
+        ("import mlx.core, mflux.backend", {"MFLUX_BLAS": "off"}, 0),
+        ("import mlx.core, mflux.backend", {"LD_PRELOAD": str(backend._find_blas())}, 0),
+    ],
+)
+def test_it_is_told_once_where_it_is_true(order, environment, told):
+    clean = {name: value for name, value in os.environ.items() if name not in ("MFLUX_BLAS", "LD_PRELOAD")}
+    done = subprocess.run([sys.executable, "-c", order], capture_output=True, text=True, env=clean | environment)
+    assert done.returncode == 0
+    assert done.stderr.count("if mflux.backend were imported before mlx") == told, done.stderr
 
 
 def test_doctor_tells_how_to_get_openblas(cli, quick):
