@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.plain_files import HEAD, what_else
-from mflux.errors import CheckpointError, DownloadError
+from mflux.errors import CheckpointError, DownloadError, UsageError
 from mflux.text import shown, size
+from mflux.utils.paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +112,13 @@ def resolve_model(
             f"{shown(text, 300)} is an address: give the repository's name instead, as {_name_in_address(text)}"
         )
     try:
-        path = Path(text).expanduser()
+        path = user_path(text)
         if path.is_dir():
             return path
         is_file, in_folder = path.is_file(), path.parent.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:
-        # RuntimeError: a `~user` that this machine does not know.
+    except UsageError as error:
+        raise DownloadError(str(error)) from None
+    except (OSError, ValueError) as error:
         raise DownloadError(f"cannot look for {shown(text, 300)}: {_reason(error)}") from None
     if is_file:
         raise DownloadError(f"{shown(path, 300)} is a file: give the folder of a model in the diffusers layout")

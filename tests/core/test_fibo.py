@@ -21,6 +21,7 @@ from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.config import Config
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.schedulers import LinearScheduler
+from mflux.models.common.stages import Part
 from mflux.models.common.tokenizers import whole_tokenizer
 from mflux.models.fibo import prompts, weights_024
 from mflux.models.fibo.cli import fibo_edit, fibo_generate, words
@@ -127,6 +128,7 @@ class Vlm:
     """Stands in for FIBO-VLM; what it does must not be remembered by anyone."""
 
     asked: list = []
+    decoder = Part(lambda self: None)
 
     def __init__(self, model_path, quantize):
         self.asked.append((model_path, quantize))

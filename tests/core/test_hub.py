@@ -312,7 +312,11 @@ def test_an_existing_folder_is_returned_as_it_is(tmp_path, monkeypatch):
             "Face repository of that name",
         ),
         ("here/file.pt", "here/file.pt is a file: give the folder of a model in the diffusers layout"),
-        ("~nobody-of-that-name/x", "cannot look for ~nobody-of-that-name/x: Could not determine home directory."),
+        (
+            "~nobody-of-that-name/x",
+            "cannot tell what ~nobody-of-that-name/x is: there is no user nobody-of-that-name here; "
+            "write ./~nobody-of-that-name/x for a file called so",
+        ),
         (
             "https://huggingface.co/org/name/tree/main",
             "https://huggingface.co/org/name/tree/main is an address: give the repository's name instead, as org/name",

@@ -613,6 +613,34 @@ def test_a_file_here_comes_before_the_library(shelves, in_folder):
     assert find_lora("a") == Path("a")
 
 
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("b", "one/sub/b"),
+        ("b.safetensors", "one/sub/b"),
+        ("sub/b", "one/sub/b"),
+        ("sub/b.safetensors", "one/sub/b"),
+        ("transformer/real", "two/transformer/real"),
+        ("a.safetensors", "one/a"),
+    ],
+)
+def test_what_the_library_has_is_found_before_a_folder_and_hugging_face(shelves, in_folder, monkeypatch, name, file):
+    from mflux import hub
+
+    monkeypatch.setattr(hub, "fetch_only_file", None)
+    monkeypatch.setattr(hub, "fetch_file", None)
+    (in_folder / name).mkdir(parents=True)
+    assert find_lora(name) == in_folder / f"{file}.safetensors"
+    # A path says what it means.
+    assert find_lora(f"./{name}") == Path(name)
+
+
+def test_everything_that_is_listed_is_found(cli, shelves):
+    for line in cli("lora-library", "list").out.splitlines():
+        name, _, path = line.partition(" -> ")
+        assert find_lora(name) == find_lora(f"{name}.safetensors") == Path(path)
+
+
 def test_a_name_that_is_not_in_the_library(shelves, monkeypatch):
     with pytest.raises(
         DownloadError, match="there is no file x here, and no LoRA of that name in LORA_LIBRARY_PATH: it has a, b"

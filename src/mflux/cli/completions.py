@@ -41,7 +41,7 @@ def complete(argv: Sequence[str] | None) -> None:
     if args.show:
         print(script)
         return
-    path = (args.dir or usual_folder(shell)).expanduser() / file_name(shell)
+    path = (args.dir or usual_folder(shell)) / file_name(shell)
     if args.check:
         try:
             current = path.read_text() == script

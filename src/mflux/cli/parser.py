@@ -20,6 +20,7 @@ from mflux.models.common.lora.library import settle_scales
 from mflux.models.flux.lora_styles import STYLES, style_path
 from mflux.text import one_line
 from mflux.utils import values
+from mflux.utils.paths import user_path
 from mflux.utils.values import number
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,20 @@ class MfluxParser(argparse.ArgumentParser):
             default = action.default
             setattr(parsed, name, action.type(default) if isinstance(default, str) and action.type else default)
         parsed.given = frozenset(given)
+        if parsed.verbose:
+            # Also where it stands in one word with others, as in -vq8.
+            logging.getLogger("mflux").setLevel(logging.DEBUG)
         return parsed
+
+    def _get_value(self, action, arg_string):
+        """`~` stands for a home folder in every option that takes a path."""
+        value = super()._get_value(action, arg_string)
+        if action.type is not Path:
+            return value
+        try:
+            return user_path(value)
+        except UsageError as error:
+            raise argparse.ArgumentError(action, str(error)) from None
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -482,7 +496,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     import json
 
-    path = values.path(path, "--config-from-metadata")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -513,7 +526,7 @@ def read_prompt(args: argparse.Namespace) -> str:
             prompt = sys.stdin.read().removeprefix("\ufeff").strip()
         elif args.prompt_file is not None:
             source = f"the prompt file {args.prompt_file}"
-            prompt = values.path(args.prompt_file, "--prompt-file").read_text(encoding="utf-8-sig").strip()
+            prompt = args.prompt_file.read_text(encoding="utf-8-sig").strip()
         else:
             prompt = args.prompt or ""
         # What the shell passed on in another encoding comes as surrogates.

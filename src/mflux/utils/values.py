@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.errors import UsageError
+from mflux.utils.paths import user_path
 from mflux.utils.scale_factor import GRID, LARGEST, ScaleFactor
 
 QUANTIZE_CHOICES = (3, 4, 5, 6, 8)
@@ -132,17 +133,15 @@ def text(value: Any, name: str, *, optional: bool = False):
 
 
 def path(value: Any, name: str, *, optional: bool = False) -> Path | None:
-    """A path with `~` expanded, or None where that is allowed."""
+    """A path as `user_path` has it, or None where that is allowed."""
     if value is None and optional:
         return None
-    if isinstance(value, bytes):
-        value = os.fsdecode(value)
-    if not isinstance(value, (str, os.PathLike)):
+    if not isinstance(value, (str, bytes, os.PathLike)):
         raise UsageError(f"{name} is {_shown(value)}, which is not a path")
     try:
-        return Path(value).expanduser()
-    except RuntimeError:
-        raise UsageError(f"{name} is {_shown(value)}: there is no such user on this machine") from None
+        return user_path(value)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
 
 
 def _shown(value: Any) -> str:

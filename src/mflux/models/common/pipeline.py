@@ -36,6 +36,7 @@ from mflux.models.common.tokenizer_checks import check_prompt
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
+from mflux.utils.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -450,7 +451,7 @@ class Pipeline:
             )
             for part in parts
         )
-        with new_folder(Path(base_path).expanduser(), needed=needed) as target:
+        with new_folder(user_path(base_path), needed=needed) as target:
             for part in parts:
                 with timed(f"save {part.folder}") as note:
                     component = self.load(part, keep_dtypes=True)

@@ -58,7 +58,14 @@ def is_loaded(pipeline: Any, name: str) -> bool:
 
 
 def release(pipeline: Any, *names: str) -> None:
-    """Let go of components; a later use loads them again."""
+    """Let go of components; a later use loads them again.
+
+    Raises:
+        AttributeError: the pipeline has no component of that name.
+    """
+    for name in names:
+        if not isinstance(getattr(type(pipeline), name, None), Part):
+            raise AttributeError(f"{type(pipeline).__name__} has no component {name!r} to release")
     for name in names:
         setattr(pipeline, name, None)
 

@@ -23,6 +23,7 @@ from mflux.hub import resolve_model
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.depth_pro.download import cache_folder, fetch_archive
 from mflux.models.depth_pro.model.depth_pro_model import DepthProConfig, DepthProForDepthEstimation
+from mflux.utils.paths import user_path
 
 APPLE_URL = "https://ml-site.cdn-apple.com/models/depth-pro/depth_pro.pt"
 # What to fetch of a repository in the layout of DepthPro-hf, and what it must have.
@@ -152,7 +153,7 @@ def locate(model_path: str | Path | None = None) -> Path:
     if model_path is None:
         remedy = "fetch that file by other means and name it with --model (in Python: model_path)"
         return fetch_archive(APPLE_URL, cache_folder() / "depth_pro" / Path(APPLE_URL).name, remedy=remedy)
-    path = Path(model_path).expanduser()
+    path = user_path(model_path)
     if path.is_file():
         return path
     if path.suffix in SUFFIXES and not path.exists():

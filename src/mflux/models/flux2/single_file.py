@@ -18,6 +18,7 @@ from mflux.checkpoints.saved_by_024 import Shapes
 from mflux.errors import CheckpointError
 from mflux.models.flux2.lora_names import BLACK_FOREST_LABS, SWAPPED
 from mflux.models.flux2.weights_024 import transformer_config
+from mflux.utils.paths import user_path
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _NAMES = BLACK_FOREST_LABS | {
@@ -110,5 +111,5 @@ class WithTransformer(PublishedFolder):
 
 def transformer_file(path: str | Path) -> Path | None:
     """The file that a path names, or None if it names no safetensors file."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     return file if file.suffix == ".safetensors" and file.is_file() else None

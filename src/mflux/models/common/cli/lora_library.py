@@ -35,7 +35,7 @@ def list_loras(argv: Sequence[str] | None) -> None:
         UsageError: no folder is named, or none of them is there.
     """
     args = build_parser().parse_args(argv)
-    named = [path.expanduser() for path in args.paths] if args.paths else library_folders()
+    named = args.paths or library_folders()
     if not named:
         raise UsageError(f"{VARIABLE} is not set: set it to folders with LoRAs, or name some with --paths")
     folders = [folder for folder in named if folder.is_dir()]

@@ -13,6 +13,7 @@ from typing import Any
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, OutputError, UsageError
 from mflux.models.common.config.registry import MODELS
+from mflux.utils.paths import user_path
 
 FILE_NAME = "mflux_model.json"
 # Where mflux-save puts models when no --path is given, as in mflux 0.24.
@@ -27,9 +28,9 @@ def recorded_base_model(model: str | None) -> str | None:
     if model is None:
         return None
     try:
-        record = read_json(Path(model).expanduser() / FILE_NAME)
-    except (CheckpointError, RuntimeError):
-        # RuntimeError: a `~user` that this machine does not know.
+        record = read_json(user_path(model) / FILE_NAME)
+    except (CheckpointError, UsageError):
+        # UsageError: what no path can be.
         return None
     # mflux 0.24 left base_model empty for a built-in model.
     found = record.get("base_model") or record.get("model_name")
@@ -58,9 +59,9 @@ def record(
     import mflux
 
     repository, revision = _in_cache(root)
-    if source is not None and Path(source).expanduser().exists():
+    if source is not None and user_path(source).exists():
         # The folder may be published, and a whole path names its owner.
-        source = repository or Path(source).expanduser().resolve().name
+        source = repository or user_path(source).resolve().name
     return {
         "format_version": _FORMAT,
         "mflux_version": mflux.__version__,
@@ -73,7 +74,7 @@ def record(
         "loras": [
             {
                 # As above, a whole path is nobody's business.
-                "source": Path(name).expanduser().name if Path(name).expanduser().exists() else name,
+                "source": user_path(name).name if user_path(name).exists() else name,
                 "scale": scale,
                 "sha256": _sha256(file) if file.is_file() else None,
             }
@@ -97,7 +98,7 @@ def models_folder() -> Path:
     value = os.environ.get(FOLDER_VARIABLE)
     if not value:
         raise UsageError(f"name the folder to write with --path, or set {FOLDER_VARIABLE} to the folder for all models")
-    folder = Path(value).expanduser()
+    folder = user_path(value)
     if not folder.is_dir():
         raise OutputError(f"{FOLDER_VARIABLE} is {folder}, which is not a folder: create it, or name one with --path")
     if not os.access(folder, os.W_OK):
@@ -120,7 +121,7 @@ def with_loras(folder: Path, has_loras: bool) -> Path:
 
 
 def _source_name(source: str) -> str:
-    path = Path(source).expanduser()
+    path = user_path(source)
     name = source.rstrip("/").split("/")[-1]
     if path.exists():
         path = path.resolve()

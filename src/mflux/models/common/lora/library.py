@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mflux.errors import DownloadError, UsageError
+from mflux.utils.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ VARIABLE = "LORA_LIBRARY_PATH"
 
 def library_folders() -> list[Path]:
     """The folders that LORA_LIBRARY_PATH names, separated by colons (on Windows by semicolons)."""
-    return [Path(part.strip()).expanduser() for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part.strip()]
+    return [user_path(part.strip()) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part.strip()]
 
 
 def library(folders: Iterable[Path]) -> dict[str, Path]:
@@ -39,8 +40,9 @@ def find_lora(name: str) -> Path:
     """The file that a LoRA's name means, downloaded if need be.
 
     Args:
-        name: a file or a folder that holds one; a name from the library; `org/name:file.safetensors`, also written
-            `hf:org/name/file.safetensors`; or `org/name`, if that repository holds one .safetensors file.
+        name: a file; what the library has, by its name or by its path there, with or without the ending; a folder that
+            holds one; `org/name:file.safetensors`, also written `hf:org/name/file.safetensors`; or `org/name`, if that
+            repository holds one .safetensors file. What comes first here is taken.
 
     Raises:
         DownloadError: there is none, or it cannot be had.
@@ -48,16 +50,18 @@ def find_lora(name: str) -> Path:
     if not name.strip():
         raise DownloadError("the path of a LoRA is empty: give a file, or a Hugging Face repository as org/name")
     try:
-        path = Path(name).expanduser()
-        if path.exists():
-            return path
-    except (OSError, RuntimeError, ValueError) as error:
-        # RuntimeError: a `~user` that this machine does not know.
+        path = user_path(name)
+        like_a_path = path.is_absolute() or name[0] in ".~"
+        # A folder that happens to have the name is not what the library has.
+        found = None if path.is_file() or like_a_path else _in_library(name)
+        if found is not None or path.exists():
+            return found or path
+    except (OSError, UsageError, ValueError) as error:
         raise DownloadError(f"cannot look for the LoRA {name}: {error}") from None
     if "/" not in name and ":" not in name:
-        return _from_library(name)
+        raise DownloadError(_not_there(name))
     repository, file = _split(name)
-    like_a_path = path.is_absolute() or name[0] in ".~" or repository.count("/") != 1 or repository.endswith("/")
+    like_a_path = like_a_path or repository.count("/") != 1 or repository.endswith("/")
     if like_a_path or (file is None and path.suffix == ".safetensors"):
         raise DownloadError(
             f"there is no LoRA {name}: check the path, or give a file on Hugging Face as org/name:file.safetensors"
@@ -88,18 +92,25 @@ def _split(name: str) -> tuple[str, str | None]:
     return repository, file if colon else None
 
 
-def _from_library(name: str) -> Path:
+def _in_library(name: str) -> Path | None:
+    """What the library has under a name that `mflux-lora-library list` shows, or under its path in a folder there."""
     folders = library_folders()
-    found = library(folders).get(name)
-    if found is not None:
-        return found
+    loras = library(folders)
+    bare = name.removesuffix(".safetensors")
+    if bare in loras:
+        return loras[bare]
+    files = (folder / f"{bare}.safetensors" for folder in folders)
+    return next((file.resolve() for file in files if file.is_file()), None)
+
+
+def _not_there(name: str) -> str:
+    """Why there is no LoRA of that name."""
+    folders = library_folders()
     if not folders:
-        raise DownloadError(
-            f"there is no file {name} here, and {VARIABLE} is not set: give a path, or set it to folders with LoRAs"
-        )
+        return f"there is no file {name} here, and {VARIABLE} is not set: give a path, or set it to folders with LoRAs"
     known = sorted(library(folders))
     hint = f"it has {', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else "it is empty"
-    raise DownloadError(f"there is no file {name} here, and no LoRA of that name in {VARIABLE}: {hint}")
+    return f"there is no file {name} here, and no LoRA of that name in {VARIABLE}: {hint}"
 
 
 def settle_scales(scales: Sequence[float] | None, count: int) -> list[float]:

@@ -118,10 +118,8 @@ def colour(values: np.ndarray, colormap: str) -> np.ndarray:
 
 def _plan(args: argparse.Namespace) -> tuple[str, Path]:
     """The format and the path, from what was said and what follows from it."""
-    from mflux.utils.paths import user_path
-
-    photo = user_path(args.image_path)
-    output = None if args.output is None else user_path(args.output)
+    photo = args.image_path
+    output = args.output
     suffix = "" if output is None or output.is_dir() else output.suffix.lower()
     kind = args.format or ("npy" if suffix == ".npy" else "png")
     if suffix and suffix != _SUFFIXES[kind]:

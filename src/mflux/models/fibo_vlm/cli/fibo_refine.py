@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from mflux.cli.parser import MfluxParser, run, say
 from mflux.errors import UsageError
 from mflux.models.fibo_vlm.cli import options
+from mflux.models.fibo_vlm.model.json_text import read_structured_prompt
 
 
 def build_parser() -> MfluxParser:
@@ -44,33 +44,6 @@ def refine(argv: Sequence[str] | None) -> None:
         seed=args.seed,
     )
     say(str(options.write(args.output, answer)))
-
-
-def read_structured_prompt(path: Path) -> str:
-    """The text of a JSON prompt's file.
-
-    Raises:
-        PromptFileReadError: it cannot be read, is empty, or is not a JSON object.
-    """
-    from mflux.utils.exceptions import PromptFileReadError
-
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except OSError as error:
-        raise PromptFileReadError(f"cannot read the prompt file {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise PromptFileReadError(f"the prompt file {path} is not text in UTF-8") from None
-    if not text:
-        raise PromptFileReadError(f"the prompt file {path} is empty")
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise PromptFileReadError(f"the prompt file {path} is not JSON: {error}") from None
-    except RecursionError:
-        raise PromptFileReadError(f"the prompt file {path} is not a prompt: its brackets go too deep") from None
-    if not isinstance(value, dict):
-        raise PromptFileReadError(f"the prompt file {path} is not a prompt: it holds no JSON object")
-    return text
 
 
 if __name__ == "__main__":

@@ -11,10 +11,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mflux.errors import MfluxError
 from mflux.models.fibo_vlm.model.prompts import FIELDS
+from mflux.utils.exceptions import PromptFileReadError
+from mflux.utils.paths import user_path
 
 # A prompt has three levels; an answer that goes beyond this is brackets and nothing else.
 _DEEPEST = 64
@@ -220,3 +223,29 @@ class _Reader:
     def _broken(self, what: str) -> _Broken:
         found = self.text[self.at : self.at + 20]
         return _Broken(f"at character {self.at + 1} of it {what} and not {found!r}" if found else f"at its end {what}")
+
+
+def read_structured_prompt(path: str | Path) -> str:
+    """The text of a JSON prompt's file.
+
+    Raises:
+        PromptFileReadError: it cannot be read, is empty, or is not a JSON object.
+    """
+    path = user_path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        raise PromptFileReadError(f"cannot read the prompt file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise PromptFileReadError(f"the prompt file {path} is not text in UTF-8") from None
+    if not text:
+        raise PromptFileReadError(f"the prompt file {path} is empty")
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise PromptFileReadError(f"the prompt file {path} is not JSON: {error}") from None
+    except RecursionError:
+        raise PromptFileReadError(f"the prompt file {path} is not a prompt: its brackets go too deep") from None
+    if not isinstance(value, dict):
+        raise PromptFileReadError(f"the prompt file {path} is not a prompt: it holds no JSON object")
+    return text

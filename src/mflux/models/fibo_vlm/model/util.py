@@ -8,9 +8,9 @@ import PIL.Image
 
 from mflux.errors import UsageError
 from mflux.models.fibo.prompts import as_object
-from mflux.models.fibo_vlm.cli.fibo_refine import read_structured_prompt
-from mflux.models.fibo_vlm.model.json_text import to_text
+from mflux.models.fibo_vlm.model.json_text import read_structured_prompt, to_text
 from mflux.utils.atomic_files import write_atomically
+from mflux.utils.paths import user_path
 from mflux.utils.picture_files import as_rgb, open_image
 
 
@@ -26,7 +26,7 @@ class FiboVLMUtil:
         if (prompt := as_object(json_string)) is None:
             raise UsageError("what is to be saved is no prompt: it is not a JSON object")
         text = to_text(prompt).encode(errors="replace")
-        write_atomically(Path(output_path), lambda file: file.write(text), overwrite=True)
+        write_atomically(user_path(output_path), lambda file: file.write(text), overwrite=True)
 
     @staticmethod
     def get_structured_prompt(prompt_file: Path | str) -> str:
@@ -35,7 +35,7 @@ class FiboVLMUtil:
         Raises:
             PromptFileReadError: it cannot be read, is empty, or is not a JSON object.
         """
-        return read_structured_prompt(Path(prompt_file))
+        return read_structured_prompt(prompt_file)
 
     @staticmethod
     def load_image(image_path: Path | str) -> PIL.Image.Image:

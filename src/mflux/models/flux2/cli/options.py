@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from mflux.cli.parser import add_compute_precision_option, add_vae_precision_option, was_given
 from mflux.errors import UsageError
+from mflux.utils.paths import user_path
 
 DEFAULT_MODEL = "flux2-klein-4b"
 # As published; mflux 0.24 took it whatever --scheduler said.
@@ -46,9 +46,7 @@ def check(args: argparse.Namespace, config: Any) -> None:
         raise UsageError("FLUX.2 has no negative prompt: leave --negative-prompt out, and describe what is to be seen")
     # What the settings of another model's picture may have brought along.
     args.negative_prompt = ""
-    if args.guidance not in (None, 1.0) and is_distilled(
-        Path(args.model).expanduser(), key_of(args.model, args.base_model)
-    ):
+    if args.guidance not in (None, 1.0) and is_distilled(user_path(args.model), key_of(args.model, args.base_model)):
         raise UsageError(
             f"--guidance is for FLUX.2's base models, and {args.model} is distilled: leave it out, or name with "
             "--base-model the base model that the weights derive from"

@@ -1,0 +1,157 @@
+"""What holds for every command: the version, names that are nearly right, paths, and short options in one word."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import mflux
+from mflux.cli.commands import COMMANDS
+from mflux.cli.parser import MfluxParser
+from mflux.errors import UsageError
+from mflux.models.common.family import built
+from mflux.models.common.stages import release
+from mflux.models.flux.variants.txt2img.flux import Flux1
+from mflux.utils import values
+from mflux.utils.paths import user_path
+
+BASIC = ["--prompt", "a red circle", "--width", 16, "--height", 16, "--steps", 1, "--seed", 1]
+
+
+def parsers(name: str) -> list[MfluxParser]:
+    """A command's parser and those of what stands below it."""
+    parser = importlib.import_module(COMMANDS[name].module).build_parser()
+    below = [action.choices.values() for action in parser._actions if action.nargs == "A..."]
+    return [parser, *(inner for inners in below for inner in inners)]
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_its_version(name, cli, capsys):
+    for call in (lambda: cli(name, "--version"), lambda: cli("--version")):
+        try:
+            out = call().out
+        except SystemExit as end:
+            assert not end.code
+            out = capsys.readouterr().out
+        assert out == f"mflux {mflux.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "typed, meant", [("generat", "generate"), ("mflux-inof", "info"), ("lora-libary", "lora-library"), ("sav", "save")]
+)
+def test_a_mistyped_command_gets_the_nearest(cli, typed, meant):
+    result = cli(typed)
+    assert result.status == 2
+    assert result.errors == [f"error: there is no command {typed!r}: did you mean {meant}? (see mflux --help)"]
+
+
+@pytest.mark.parametrize("command", ["generate", "save"])
+@pytest.mark.parametrize("typed, meant", [("schnel", "schnell"), ("Krea-Dve", "krea-dev")])
+def test_a_mistyped_model_gets_the_nearest(cli, in_folder, command, typed, meant):
+    result = cli(command, "--model", typed, *(BASIC if command == "generate" else ["--path", "x"]))
+    assert result.status == 2 and f"the model {typed!r} is not known (did you mean {meant}?)" in result.errors[0]
+
+
+@pytest.mark.parametrize("name", ["demo", "schnell", "dev"])
+def test_a_model_s_name_is_not_case_sensitive(name):
+    from mflux.models.common.config.model_config import built_key, is_builtin
+
+    assert name in built()
+    for written in (name.upper(), name.title()):
+        assert built_key(written) == name and is_builtin(written)
+
+
+# ---- paths
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_that_takes_a_path_knows_the_home_folder(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    for parser in parsers(name):
+        for action in parser._actions:
+            if action.type is Path:
+                assert parser._get_value(action, "~/x") == Path("/somewhere/x"), action.dest
+                with pytest.raises(Exception, match="there is no user nobody-here here"):
+                    parser._get_value(action, "~nobody-here/x")
+
+
+def test_home_in_the_other_options_and_in_arguments(cli, in_folder, monkeypatch, tiny_schnell):
+    """Options that may also be something else than a path, and what Python takes."""
+    home = in_folder / "home"
+    (home / "models").mkdir(parents=True)
+    (home / "models" / "tiny-schnell").symlink_to(tiny_schnell)
+    Image.new("RGB", (16, 16), "red").save(home / "photo.png")
+    monkeypatch.setenv("HOME", str(home))
+    result = cli(
+        "generate", "--model", "~/models/tiny-schnell", *BASIC, "--output", "~/a/b.png", "--image", "~/photo.png"
+    )
+    assert (result.status, result.paths) == (0, [home / "a" / "b.png"])
+    result = cli("generate", "--model", "~/models/tiny-schnell", *BASIC, "-C", "~/a/b.png", "--output", "~/c.png",
+                 "--image-path", "~/photo.png", "--stepwise-image-output-dir", "~/steps")  # fmt: skip
+    assert result.status == 0 and (home / "c.png").is_file() and list((home / "steps").iterdir())
+    result = cli("save", "--model", "~/models/tiny-schnell", "--path", "~/saved")
+    assert (result.status, result.paths) == (0, [home / "saved"])
+    flux = Flux1(model_path="~/saved")
+    flux.generate_image(seed=1, prompt="x", num_inference_steps=1, image_path="~/photo.png").save("~/d.png")
+    flux.save_model("~/again")
+    assert (home / "d.png").is_file() and (home / "again" / "mflux_model.json").is_file()
+    assert [path.name for path in in_folder.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("wrong", ["", "a\0b", "~nobody-here/x", 5, None, ["a"], "\ud800"])
+def test_what_no_path_can_be(wrong):
+    with pytest.raises(UsageError, match="^image_path"):
+        values.path(wrong, "image_path")
+    with pytest.raises(UsageError):
+        user_path(wrong)
+
+
+# ---- short options, and settings of another command
+
+
+def test_short_options_in_one_word(cli, in_folder, tiny_schnell):
+    first = cli("generate", "--model", tiny_schnell, *BASIC, "-q", 8, "--output", "a.png")
+    assert first.status == 0 and logging.getLogger("mflux").level == logging.INFO
+    both = cli("generate", *BASIC[:2], "-vq4", "-C", "a.png", "--model", tiny_schnell, "--output", "b.png")
+    assert both.status == 0 and logging.getLogger("mflux").level == logging.DEBUG
+    shown = cli("info", "b.png").out
+    assert "Quantization (bits): 4" in shown, "what the command line says comes before the picture"
+
+
+@pytest.mark.parametrize(
+    "setting, option",
+    [
+        ({"controlnet_image_path": "edges.png"}, "--controlnet-image-path"),
+        ({"masked_image_path": "mask.png"}, "--masked-image-path"),
+        ({"depth_image_path": "depth.png"}, "--depth-image-path"),
+        ({"redux_image_paths": ["a.png"], "redux_image_strengths": [0.5]}, "--redux-image-paths"),
+    ],
+)
+def test_settings_that_a_command_cannot_honour(cli, in_folder, tiny_schnell, setting, option):
+    (in_folder / "a.metadata.json").write_text(json.dumps({"prompt": "x", "steps": 1, **setting}))
+    result = cli("generate", "--model", tiny_schnell, "-C", "a.metadata.json", "--width", 16, "--height", 16)
+    assert result.status == 2
+    assert f"({option}), which this command does not have: use the command that made it" in result.errors[0]
+    assert [path.name for path in in_folder.iterdir()] == ["a.metadata.json"]
+
+
+# ---- parts
+
+
+def test_a_part_that_does_not_exist_is_not_released(tiny_schnell):
+    flux = Flux1(model_path=str(tiny_schnell))
+    assert flux.vae is not None and "vae" in flux.loaded()
+    for name in ("text_encoder_9", "tokenizers", "save_model"):
+        with pytest.raises(AttributeError, match=f"Flux1 has no component '{name}' to release"):
+            release(flux, "vae", name)
+    assert "vae" in flux.loaded()
+    release(flux, "vae")
+    assert flux.loaded() == {}
