@@ -21,7 +21,7 @@ from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.config import Config
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.schedulers import LinearScheduler
-from mflux.models.common.stages import Part
+from mflux.models.common.stages import Part, is_loaded
 from mflux.models.common.tokenizers import whole_tokenizer
 from mflux.models.fibo import prompts, weights_024
 from mflux.models.fibo.cli import fibo_edit, fibo_generate, words
@@ -158,7 +158,7 @@ def vlm(monkeypatch) -> type[Vlm]:
 
 def test_words_become_json(here, model, vlm, monkeypatch):
     loaded = FIBO.load
-
+        assert not is_loaded(vlm.alive[-1], "decoder"), "two models at once"
     def load(self, component, **options):
         assert vlm.alive[-1].decoder is None, "two models at once"
         return loaded(self, component, **options)
