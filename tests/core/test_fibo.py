@@ -158,6 +158,7 @@ def vlm(monkeypatch) -> type[Vlm]:
 
 def test_words_become_json(here, model, vlm, monkeypatch):
     loaded = FIBO.load
+
     def load(self, component, **options):
         assert not is_loaded(vlm.alive[-1], "decoder"), "two models at once"
         return loaded(self, component, **options)

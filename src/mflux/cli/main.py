@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from mflux.cli.commands import COMMANDS, NOT_BUILT
-from mflux.cli.parser import run, say
+from mflux.cli.parser import nearest, run, say
 from mflux.errors import NotBuiltError, UsageError
 
 
@@ -31,8 +30,7 @@ def overview(words: Sequence[str]) -> None:
     elif name.removeprefix("mflux-") in NOT_BUILT:
         raise NotBuiltError(f"mflux {name} is not built yet in this version (see mflux --help)")
     else:
-        near = difflib.get_close_matches(name.removeprefix("mflux-"), COMMANDS, n=1)
-        meant = f": did you mean {near[0]}?" if near else ""
+        meant = nearest(name.removeprefix("mflux-"), COMMANDS)
         raise UsageError(f"there is no command {name!r}{meant} (see mflux --help)")
 
 

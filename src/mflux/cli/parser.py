@@ -6,11 +6,12 @@ Nothing here loads MLX, numpy or PIL: `--help` and usage errors answer at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -156,6 +157,12 @@ def say(line: str) -> None:
         # What is left in its buffer would fail again while Python shuts down.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What was perhaps meant, as a part of a sentence."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def complain(message: str) -> None:
@@ -364,18 +371,22 @@ def was_given(args: argparse.Namespace, *names: str) -> bool:
     return any(name in args.given for name in names)
 
 
+_NO_PID = "PiD decoding is not built yet in this version: leave --pid-decode out"
+# Options that are refused, by their destinations, and with what.
+NOT_BUILT_OPTIONS = {
+    "pid_decode": _NO_PID,
+    "pid_degrade_sigma": _NO_PID,
+    "hf_symlink": "links into Hugging Face's cache are not built yet in this version: leave --hf-symlink out",
+}
+
+
 def refuse_what_is_not_built(args: argparse.Namespace) -> None:
     """
     Raises:
         NotBuiltError: an option whose feature this version lacks was given.
     """
-    for given, sentence in (
-        (
-            getattr(args, "pid_decode", False) or getattr(args, "pid_degrade_sigma", 0.0),
-            "PiD decoding is not built yet in this version: leave --pid-decode out",
-        ),
-    ):
-        if given:
+    for name, sentence in NOT_BUILT_OPTIONS.items():
+        if getattr(args, name, None) not in (None, False, 0.0):
             raise NotBuiltError(sentence)
 
 

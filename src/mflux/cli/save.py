@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux.cli import parser as options
-from mflux.errors import NotBuiltError, UsageError
+from mflux.errors import UsageError
 from mflux.models.common.family import built, family_of
 
 
@@ -40,8 +40,6 @@ def save(argv: Sequence[str] | None) -> None:
     options.settle_paths(args, ())
     if not args.bake_lora:
         raise UsageError("a saved model holds its LoRAs in its weights: leave --no-bake-lora out")
-    if args.hf_symlink is not None:
-        raise NotBuiltError("links into Hugging Face's cache are not built yet in this version: leave --hf-symlink out")
 
     from mflux.models.common.config.model_config import ModelConfig, built_key, is_builtin
     from mflux.models.common.config.saved_model import (

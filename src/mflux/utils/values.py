@@ -44,6 +44,7 @@ def number(kind: type, *, above: float | None = None, least: float | None = None
             raise argparse.ArgumentTypeError(f"{text} is too large: at most {most}")
         return value
 
+    read.__annotations__["return"] = kind.__name__
     return read
 
 

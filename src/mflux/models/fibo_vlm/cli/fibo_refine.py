@@ -9,7 +9,6 @@ from pathlib import Path
 from mflux.cli.parser import MfluxParser, run, say
 from mflux.errors import UsageError
 from mflux.models.fibo_vlm.cli import options
-from mflux.models.fibo_vlm.model.json_text import read_structured_prompt
 
 
 def build_parser() -> MfluxParser:
@@ -34,6 +33,9 @@ def refine(argv: Sequence[str] | None) -> None:
     instructions = options.words(args.instructions, "--instructions")
     if not instructions.strip():
         raise UsageError("--instructions is empty: say what to change")
+
+    from mflux.models.fibo_vlm.model.json_text import read_structured_prompt
+
     structured_prompt = read_structured_prompt(args.prompt_file)
     answer = options.make_model(args).refine(
         structured_prompt=structured_prompt,
