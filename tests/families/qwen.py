@@ -668,8 +668,8 @@ PIPELINES = (
 # ---- models that need no reference
 
 
-def write_tiny(folder: Path, *, wide: bool = False) -> Path:
-    """A whole model of random weights, in the published layout."""
+def write_tiny(folder: Path, *, wide: bool = False, text: dict | None = None, vision: dict | None = None) -> Path:
+    """A whole model of random weights, in the published layout; `text` and `vision` change the text encoder."""
     from tiny import published, write_json
 
     width = 64 if wide else 32
@@ -690,16 +690,16 @@ def write_tiny(folder: Path, *, wide: bool = False) -> Path:
                 "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2,
                 "num_key_value_heads": 1, "rope_theta": 1e6,
                 "rope_scaling": {"mrope_section": [width // 8, width // 16, width // 16], "type": "default"},
-            },
+            } | (text or {}),
             "vision_config": {
                 "depth": 2, "hidden_size": width, "intermediate_size": 2 * width, "num_heads": 2,
                 "out_hidden_size": width, "fullatt_block_indexes": [1],
-            },
+            } | (vision or {}),
         }),
         "transformer": (QwenTransformer, "diffusion_pytorch_model", {
             "_class_name": "QwenImageTransformer2DModel", "num_layers": 2, "attention_head_dim": width,
             "num_attention_heads": 2, "axes_dims_rope": [width // 8, width * 7 // 16, width * 7 // 16],
-            "joint_attention_dim": width,
+            "joint_attention_dim": (text or {}).get("hidden_size", width),
         }),
         "vae": (AutoencoderWan, "diffusion_pytorch_model", {
             "_class_name": "AutoencoderKLQwenImage", "base_dim": 4, "dim_mult": [1, 2, 2, 2],

@@ -267,18 +267,27 @@ class Qwen25VLEncoder(Qwen25VLTextEncoder):
         self.visual = Qwen25VLVisionModel(config.vision_config)
         self.exceptions = Exceptions(ignored=self.exceptions.ignored[:-1])
 
-    def __call__(self, ids: Sequence[int], patches: mx.array | None = None, grids: Sequence[Grid] = ()) -> mx.array:
+    def __call__(
+        self,
+        ids: Sequence[int],
+        patches: mx.array | None = None,
+        grids: Sequence[Grid] = (),
+        *,
+        image_token: int | None = None,
+    ) -> mx.array:
         """Hidden states of one prompt's tokens, (1, L, hidden_size).
 
         Args:
             ids: with one image token for each token that a picture becomes.
             patches: of all pictures, (N, channels · time · height · width); None without pictures.
             grids: rows and columns of patches of each picture.
+            image_token: the token that stands for a picture, where the tokenizer has another than the configuration.
 
         Raises:
             ValueError: tokens and pictures do not match.
         """
-        merge, token = self.config.vision_config.spatial_merge_size, self.config.image_token_id
+        merge = self.config.vision_config.spatial_merge_size
+        token = self.config.image_token_id if image_token is None else image_token
         positions, _ = prompt_positions(ids, token, [(rows // merge, columns // merge) for rows, columns in grids])
         embeddings = embedded(self.model.embed_tokens, mx.array(ids))
         if grids:

@@ -13,7 +13,7 @@ import PIL.Image
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
-from mflux.errors import UsageError
+from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.qwen_tokenizer import chat
 from mflux.models.qwen.family import EDIT_COMPONENTS
@@ -63,6 +63,13 @@ class QwenImageEdit(QwenBase):
         self.processor = PictureProcessor.from_dict(
             read_json(processor) if processor.is_file() else {}, source=processor
         )
+        token = self.tokenizer.encode(_PICTURE_TOKEN)
+        if len(token) != 1:
+            raise CheckpointError(
+                f"{self.root / 'tokenizer'} does not know {_PICTURE_TOKEN}, which stands for a picture: take the "
+                "tokenizer of a Qwen-Image-Edit"
+            )
+        self.image_token = token[0]
 
     def generate_image(
         self,
@@ -167,7 +174,7 @@ class QwenImageEdit(QwenBase):
             patches, grids = mx.array(np.concatenate([cut for cut, _ in seen])), [grid for _, grid in seen]
             for prompt in prompts:
                 ids = self._ids(prompt, grids)
-                embeds = self.text_encoder(ids, patches, grids)[:, _TEMPLATE_TOKENS:]
+                embeds = self.text_encoder(ids, patches, grids, image_token=self.image_token)[:, _TEMPLATE_TOKENS:]
                 mx.eval(embeds)
                 self.prompt_cache[prompt, about] = embeds
             self.encoded("text_encoder")
@@ -190,7 +197,7 @@ class QwenImageEdit(QwenBase):
             raise UsageError(f"the prompt contains {_PICTURE_TOKEN}, which stands for a picture: leave it out")
         merged = self.processor.merge_size**2
         counts = iter([rows * columns // merged for rows, columns in grids])
-        ids, token = [], self.text_encoder.config.image_token_id
+        ids, token = [], self.image_token
         for number in self.tokenizer.encode(chat(before + prompt, system=SYSTEM)):
             ids += [number] * (next(counts) if number == token else 1)
         return ids
