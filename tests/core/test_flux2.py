@@ -246,7 +246,7 @@ def test_the_small_text_encoder_is_for_4b_models(model):
         klein(model, small_text_encoder=True)
 
 
-def test_small_decoder(model, tmp_path, monkeypatch):
+def test_small_decoder(model, tmp_path, monkeypatch, cli):
     """Its decoder and post_quant_conv; encoder, quant_conv and statistics stay the model's own."""
     folder = tmp_path / "decoder"
     config = json.loads((model / "vae" / "config.json").read_text()) | {"decoder_block_out_channels": [4, 8, 8, 16]}
@@ -267,6 +267,12 @@ def test_small_decoder(model, tmp_path, monkeypatch):
     assert not np.array_equal(drawn(pipeline), drawn(plain))
     image = pipeline.generate_image(seed=1, prompt=PROMPT, **SIZE)
     assert image.generation_parameters["small_decoder"] is True
+    saved = image.save(tmp_path / "small.png")
+    words = ("--model", model, "--base-model", "flux2-klein-4b", "--output", tmp_path / "again.png")
+    result = cli("generate-flux2", "-C", saved, *words)
+    assert result.status == 0, result.err
+    with PIL.Image.open(result.paths[0]) as again:
+        assert np.array_equal(np.asarray(again), np.asarray(image.image))
     with pytest.raises(UsageError, match="small_decoder"):
         pipeline.save_model(str(tmp_path / "saved"))
 

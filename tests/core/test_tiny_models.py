@@ -5,6 +5,7 @@ The models are data: `TINY` in tests/families/<family>.py.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from families.cases import Tiny, every
 
 from mflux.backend import mx, nn, tree_flatten
-from mflux.errors import MfluxError
+from mflux.errors import MfluxError, NotBuiltError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.model_config import key_of
 from mflux.models.common.family import built, family_of
@@ -232,3 +233,14 @@ def test_numpy_s_numbers_are_numbers(folder, name, tmp_path):
     image = model.generate_image(seed=np.uint64(1), prompt=tiny.prompt, **sizes | dict(tiny.generate))
     saved = image.save(tmp_path / "image.png", export_json_metadata=True)
     assert MetadataReader.read_exif_metadata(saved)["seed"] == 1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_pid_is_refused_where_mflux_had_it(folder, name):
+    model = pipeline(name, folder(name))
+    if "pid_decode" not in inspect.signature(model.generate_image).parameters:
+        pytest.skip("mflux 0.24 has no PiD for it")
+    for asked in ({"pid_decode": True}, {"pid_degrade_sigma": 0.5}):
+        with pytest.raises(NotBuiltError, match="leave pid_decode"):
+            model.generate_image(1, TINY[name].prompt, **asked)
+    assert model.loaded() == {}

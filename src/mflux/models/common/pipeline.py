@@ -20,7 +20,7 @@ from mflux.checkpoints.loading import load_component
 from mflux.checkpoints.published import Alone, PublishedFolder
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
-from mflux.errors import CheckpointError, DownloadError, MfluxError, UsageError
+from mflux.errors import CheckpointError, DownloadError, MfluxError, NotBuiltError, UsageError
 from mflux.hub import resolve_model
 from mflux.models.common.autoencoders import tiling
 from mflux.models.common.config.config import Config
@@ -476,6 +476,15 @@ class Pipeline:
 
 def _load(component: Component, pipeline: Pipeline) -> nn.Module:
     return pipeline.load(component)
+
+
+def refuse_pid(decode: bool, degrade_sigma: float) -> None:
+    """
+    Raises:
+        NotBuiltError: PiD was asked for.
+    """
+    if decode or degrade_sigma:
+        raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
 
 
 def open_folder(root: Path, family: Family) -> PublishedFolder:

@@ -8,12 +8,12 @@ from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.published import PublishedFolder
-from mflux.errors import CheckpointError, NotBuiltError, UsageError
+from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.family import Component
-from mflux.models.common.pipeline import Pipeline, resolve
+from mflux.models.common.pipeline import Pipeline, refuse_pid, resolve
 from mflux.models.common.qwen_tokenizer import chat, qwen_tokenizer
 from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
@@ -143,8 +143,7 @@ class ZImage(Pipeline):
             MfluxError: sizes, steps, picture or weights are unusable; the message says which.
             StopImageGenerationException: Ctrl-C, or a callback, stopped it.
         """
-        if pid_decode or pid_degrade_sigma:
-            raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
+        refuse_pid(pid_decode, pid_degrade_sigma)
         config = self.settings(
             seed=seed,
             prompt=prompt,

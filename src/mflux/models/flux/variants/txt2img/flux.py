@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx
-from mflux.errors import CheckpointError, NotBuiltError
+from mflux.errors import CheckpointError
 from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.common.pipeline import Pipeline
+from mflux.models.common.pipeline import Pipeline, refuse_pid
 from mflux.models.common.tokenizers import PromptTokenizer, clip_tokenizer, t5_tokenizer
 from mflux.models.flux.family import FAMILY
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
@@ -106,8 +106,7 @@ class Flux1(Pipeline):
             MfluxError: sizes, steps, picture or weights are unusable; the message says which.
             StopImageGenerationException: Ctrl-C, or a callback, stopped it.
         """
-        if pid_decode or pid_degrade_sigma:
-            raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
+        refuse_pid(pid_decode, pid_degrade_sigma)
         if negative_prompt:
             log.warning("--negative-prompt is ignored: FLUX.1 has no negative branch")
         config = self.settings(

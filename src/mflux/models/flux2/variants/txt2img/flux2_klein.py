@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mflux.errors import NotBuiltError
+from mflux.models.common.pipeline import refuse_pid
 from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
 from mflux.models.flux2.variants.klein import Klein
 from mflux.utils.generated_image import GeneratedImage
@@ -44,8 +44,7 @@ class Flux2Klein(Klein):
             MfluxError: sizes, steps, picture or weights are unusable; the message says which.
             StopImageGenerationException: Ctrl-C, or a callback, stopped it.
         """
-        if pid_decode or pid_degrade_sigma:
-            raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
+        refuse_pid(pid_decode, pid_degrade_sigma)
         config = self.settings(
             seed=seed,
             prompt=prompt,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux.backend import mx
-from mflux.errors import CheckpointError, NotBuiltError
+from mflux.errors import CheckpointError
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.common.pipeline import Pipeline
+from mflux.models.common.pipeline import Pipeline, refuse_pid
 from mflux.models.common.qwen_tokenizer import chat, qwen_tokenizer
 from mflux.models.qwen.family import FAMILY
 from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
@@ -139,8 +139,7 @@ class QwenImage(QwenBase):
             MfluxError: sizes, steps, picture or weights are unusable; the message says which.
             StopImageGenerationException: Ctrl-C, or a callback, stopped it.
         """
-        if pid_decode or pid_degrade_sigma:
-            raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
+        refuse_pid(pid_decode, pid_degrade_sigma)
         config = self.settings(
             seed=seed,
             prompt=prompt,
