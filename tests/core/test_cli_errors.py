@@ -18,7 +18,7 @@ from mflux.backend import mx
 
 SUGGESTION = (
     "use --model with demo, which needs no download, schnell, dev or another that mflux --help lists, "
-    "a Hugging Face repository or a folder"
+    "a Hugging Face repository (org/name) or a folder"
 )
 SEE = "(see mflux-generate --help)"
 BASIC = ["--prompt", "a red circle", "--width", 32, "--height", 32, "--steps", 1, "--seed", 1]
@@ -55,8 +55,18 @@ def test_no_model_at_all(refused):
 
 
 def test_an_unknown_model(refused):
-    told = "a repository or folder whose name does not tell needs --base-model (schnell, dev or krea-dev)"
+    families = "schnell, flux2-klein-4b, qwen-image, fibo, z-image-turbo"
+    told = f"a repository or folder whose name does not tell needs --base-model ({families})"
     refused(model="nonsense", status=2, message=f"the model 'nonsense' is not known: {SUGGESTION}; {told}")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("DEVV", "dev"), ("shcnell-dev", "schnell"), ("devkontext", "dev-kontext"), ("z-image-turob", "z-image-turbo")],
+)
+def test_a_mistyped_model_that_contains_another_s_name(refused, name, near):
+    message = f"there is no model and no folder '{name}' (did you mean {near}?): {SUGGESTION}"
+    refused(model=name, status=2, message=message)
 
 
 def test_an_unknown_base_model(refused, tiny_schnell):
@@ -491,7 +501,7 @@ def test_settings_that_are_not_there(refused):
     refused("-C", "none.json", status=2, message=message)
 
 
-@pytest.mark.parametrize("content", ["", "garbage", "[1, 2]", "null", '{"steps": ', "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "garbage", "[1, 2]", "null", "[" * 100_000])
 def test_settings_that_are_none(refused, tmp_path, content):
     (tmp_path / "old.json").write_text(content)
     message = "old.json holds no settings: it is neither a .metadata.json nor a picture made with mflux"
@@ -514,7 +524,6 @@ def test_a_picture_without_settings(refused, tmp_path):
         ("seed", [1, 2], "'[1, 2]' is not a number", "--seed"),
         ("seed", -3, "-3 is too small: at least 0", "--seed"),
         ("guidance", {"a": 1}, "\"{'a': 1}\" is not a number", "--guidance"),
-        ("guidance", float("nan"), "'nan' is not a number", "--guidance"),
         ("width", "wide", "'wide' is not a number", "--width"),
         ("height", 8, "8 is too small: at least 16", "--height"),
         ("height", 64.0, "'64.0' is not a whole number", "--height"),
@@ -534,6 +543,21 @@ def test_a_setting_of_the_wrong_type(refused, tmp_path, name, value, told, optio
         status=2,
         message=f"old.json: its {name} makes no sense, {told}: say {option} yourself",
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"guidance": NaN}', "is damaged: it holds NaN, which is no number in JSON"),
+        ('{"seed": 1, "seed": 2}', "is damaged: it says seed twice"),
+        ('{"seed": 1', "is truncated: it ends in the middle of its JSON"),
+        ('{"seed": ' * 3000, "is damaged: its JSON is nested too deep"),
+        ('{"seed": ' * 300 + "1" + "}" * 300, "is damaged: its JSON is nested too deep"),
+    ],
+)
+def test_settings_that_are_no_json(refused, tmp_path, content, told):
+    (tmp_path / "old.json").write_text(content)
+    refused("-C", "old.json", status=2, message=f"the settings in old.json cannot be read: it {told}")
 
 
 def test_settings_that_would_import(refused, tmp_path):

@@ -421,7 +421,7 @@ def test_caches_are_measured_without_counting_links_twice(cli, quick, monkeypatc
     assert found["hugging_face"]["bytes"] == 3_000_000
     assert found["mflux"]["bytes"] == 0
     assert found["mflux"]["free"] > 0
-    assert f"{tmp_path / 'hub'}: 3.0 MB, " in cli("doctor").out
+    assert f"{tmp_path / 'hub'}: 3 MB, " in cli("doctor").out
 
 
 def test_sizes_are_those_of_the_files_that_a_distribution_brought(site, cli, quick):
@@ -456,7 +456,7 @@ def test_a_container_s_limit_is_told(monkeypatch):
     monkeypatch.setattr(doctor, "_lines", files.get)
     part = doctor.memory_part()
     assert (part["available"], part["limit"]) == (2048 * 1024, 1048576)
-    assert "2.1 MB available, limited to 1.0 MB for this container" in doctor._memory_text(part)
+    assert "2.1 MB available, limited to 1 MB for this container" in doctor._memory_text(part)
     files["/sys/fs/cgroup/memory.max"] = ["max"]
     assert doctor.memory_part()["limit"] is None
 

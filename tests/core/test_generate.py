@@ -729,7 +729,8 @@ def test_earlier_settings_with_what_lies_elsewhere(draw, cli, tiny_dev, photo):
     assert result.errors == ["error: the image photo.png does not exist: check its path"]
     result = cli("generate", "-C", "first.png", "--image", "elsewhere/photo.png", 0.5)
     assert result.errors == [
-        "error: there is no folder tiny-dev here, and a Hugging Face repository is written org/name"
+        "error: there is no model and no folder 'tiny-dev': use --model with demo, which needs no download, schnell, "
+        "dev or another that mflux --help lists, a Hugging Face repository (org/name) or a folder"
     ]
     again = ["-C", "first.png", "--image", "elsewhere/photo.png", 0.5, "--model", tiny_dev, "--output", "again.png"]
     assert cli("generate", *again).status == 0

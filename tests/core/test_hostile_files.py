@@ -17,11 +17,11 @@ from mflux.checkpoints.loading import FolderTensors, fill
 from mflux.checkpoints.opening import load_checkpoint, open_checkpoint
 from mflux.checkpoints.plain_files import LARGEST_TEXT, Unchanged, read_text
 from mflux.checkpoints.safetensors_file import SafetensorsFile, read_header
-from mflux.checkpoints.strict_json import DEEPEST, NotJSON, parse
 from mflux.errors import CheckpointError, MfluxError
 from mflux.models.common.config.saved_model import FILE_NAME, recorded_base_model
 from mflux.models.common.tokenizers import clip_tokenizer, t5_tokenizer
 from mflux.models.depth_pro.weights import load as load_depth_pro
+from mflux.utils.strict_json import DEEPEST, NotJSON, parse
 
 # ---- the same broken file, one message
 

@@ -504,7 +504,7 @@ def test_info_of_a_sidecar(cli, tmp_path):
     result = cli("info", path)
     assert result.status == 0
     assert cli("info", path.with_suffix(".metadata.json")).out == result.out
-    for content, told in (("[1]", "is not a picture"), ("{", "it is damaged"), ('{"a": ' * 3000, "it is damaged")):
+    for content, told in (("[1]", "is not a picture"), ("{", "it is truncated"), ('{"a": ' * 3000, "it is damaged")):
         (tmp_path / "bad.json").write_text(content)
         result = cli("info", tmp_path / "bad.json")
         assert result.status == 1 and told in result.errors[0]

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from mflux.checkpoints.strict_json import NotJSON, parse
 from mflux.errors import CheckpointError
 from mflux.text import shown, size
+from mflux.utils.strict_json import NotJSON, parse
 
 # Of a configuration, an index or a tokenizer. The largest published one is Gemma's tokenizer, of 34 MB.
 LARGEST_TEXT = 64 << 20

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.checkpoints.plain_files import HEAD, Unchanged, naming_the_copy, open_file, what_else
-from mflux.checkpoints.strict_json import NotJSON, parse
 from mflux.errors import CheckpointError
 from mflux.text import shown
+from mflux.utils.strict_json import NotJSON, parse
 
 # Bits per element, by the format's own dtype names.
 _WIDTHS = {

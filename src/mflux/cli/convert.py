@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mflux.cli.parser import MfluxParser, run, say
 from mflux.errors import OutputError, UsageError
+from mflux.text import some
 from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
@@ -178,18 +179,9 @@ def _total(specs: dict[str, Spec]) -> int:
 
 def _report(checkpoint: Checkpoint, overflowing: list[str]) -> None:
     if checkpoint.dropped:
-        _log.info("left out what is not a tensor: %s", _some(checkpoint.dropped))
+        _log.info("left out what is not a tensor: %s", some(checkpoint.dropped))
     if overflowing:
-        _log.warning(
-            "values beyond float16's range became infinite in %s; bfloat16 would hold them", _some(overflowing)
-        )
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    from mflux.checkpoints.unpickler import shown
-
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name) for name in names[:most]) + more
+        _log.warning("values beyond float16's range became infinite in %s; bfloat16 would hold them", some(overflowing))
 
 
 def list_tensors(source: str | Path, key: str | None = None) -> None:

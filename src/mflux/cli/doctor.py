@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflux.cli.parser import MfluxParser, run, say
+from mflux.text import size
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, PackagePath
@@ -537,14 +538,6 @@ def _size_lines(part: Part) -> list[str]:
     for name, distribution in part["distributions"].items():
         lines.append(f"{size(distribution['bytes']):>9}  {name} {distribution['version']}")
     return lines
-
-
-def size(number: int) -> str:
-    """Bytes as a person reads them: "12.3 MB"."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return f"{number} B"
 
 
 if __name__ == "__main__":

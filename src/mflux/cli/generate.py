@@ -223,6 +223,7 @@ class Generate:
             DEFAULT_STEPS,
             ModelConfig,
             built_key,
+            check_is_somewhere,
             key_of,
             suggestion,
         )
@@ -240,6 +241,7 @@ class Generate:
                 args.model = meant
         key = built_key(args.model, args.base_model)
         if key not in self.models:
+            check_is_somewhere(args.model)
             raise UsageError(f"{self.prog} does not draw with {key}: use {built()[key]} --model {args.model}")
         if "image" not in self.leave_out:
             check_strength(args)

@@ -505,15 +505,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: there is no such file, or it holds no settings.
     """
-    import json
+    from mflux.utils.strict_json import NotJSON, parse
 
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the settings in {path}: {error.strerror or error}") from None
     try:
-        settings = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        settings = parse(content)
+    except NotJSON as error:
+        if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            raise UsageError(f"the settings in {path} cannot be read: it {error}") from None
         from mflux.utils.metadata_reader import MetadataReader
 
         settings = MetadataReader.read_exif_metadata(path)

@@ -10,6 +10,7 @@ from mflux.utils.atomic_files import write_atomically
 from mflux.utils.paths import recorded_source, user_path
 from mflux.utils.picture_files import save_picture
 from mflux.utils.settings import settings_of
+from mflux.utils.strict_json import NotJSON, parse
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -134,11 +135,11 @@ class GeneratedImage:
 
     def _save_prompt(self, path: Path, overwrite: bool) -> None:
         """Write the prompt for a person to change, unless it was taken from this very file."""
-        prompt = json.loads(self.prompt)
+        prompt = parse(self.prompt)
         try:
-            if json.loads(path.read_bytes()) == prompt:
+            if parse(path.read_bytes()) == prompt:
                 return
-        except (OSError, ValueError, RecursionError):
+        except (OSError, NotJSON):
             pass
         text = json.dumps(prompt, indent=2, ensure_ascii=False)
         # Half a character, which JSON may escape, is no UTF-8.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,6 +11,7 @@ from mflux.errors import ImageError, MfluxError
 from mflux.utils.metadata_builder import COMMENT_PREFIX, XMP_KEY
 from mflux.utils.paths import user_path
 from mflux.utils.picture_files import opened
+from mflux.utils.strict_json import NotJSON, parse
 
 _EXIF_IFD = 0x8769
 _USER_COMMENT = 0x9286
@@ -68,9 +68,9 @@ def _read_sidecar(path: Path) -> dict | None:
     if len(content) > _LARGEST_SIDECAR:
         raise ImageError(f"the settings in {path} cannot be read: it is larger than any .metadata.json")
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ImageError(f"the settings in {path} cannot be read ({error}): it is damaged") from None
+        return parse(content)
+    except NotJSON as error:
+        raise ImageError(f"the settings in {path} cannot be read: it {error}") from None
 
 
 class MetadataReader:
@@ -86,8 +86,8 @@ class MetadataReader:
         if isinstance(comment, str):
             comment = comment.encode(errors="surrogatepass")
         try:
-            settings = json.loads(bytes(comment).removeprefix(COMMENT_PREFIX).decode())
-        except (ValueError, TypeError, RecursionError):
+            settings = parse(bytes(comment).removeprefix(COMMENT_PREFIX))
+        except (NotJSON, TypeError):
             return None
         return settings if isinstance(settings, dict) else None
 

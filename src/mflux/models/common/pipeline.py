@@ -16,15 +16,15 @@ from typing import Any, ClassVar
 
 from mflux.backend import has_gpu, mx, nn, tree_flatten
 from mflux.callbacks.callback_registry import CallbackRegistry
-from mflux.checkpoints.loading import load_component
+from mflux.checkpoints.loading import build, load_component
 from mflux.checkpoints.published import Alone, PublishedFolder
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
-from mflux.errors import CheckpointError, DownloadError, MfluxError, NotBuiltError, UsageError
+from mflux.errors import CheckpointError, MfluxError, NotBuiltError, UsageError
 from mflux.hub import resolve_model
 from mflux.models.common.autoencoders import tiling
 from mflux.models.common.config.config import Config
-from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig
+from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig, check_is_somewhere
 from mflux.models.common.config.saved_model import FILE_NAME, record
 from mflux.models.common.family import STAGES, Component, Family, families, found
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
@@ -232,10 +232,13 @@ class Pipeline:
         for component in self.components:
             if component.lora:
                 # Its arrays are never computed: only the layers' names and shapes are wanted.
-                module_class, folder = component.module_class(), self.folder_of(component)
-                source = folder.root / component.folder
-                config = module_class.config_class.from_dict(folder.config(component.folder), source=source)
-                modules[component.folder] = module_class(config)
+                folder, part = self.folder_of(component), component.folder
+                modules[part] = build(
+                    component.module_class(),
+                    folder.config(part),
+                    folder.tensors(part),
+                    source=folder.root / part / "config.json",
+                )
         names: LoraNames = found(self.family.lora)
         return Loras(files, scales, spellings=names.spellings, layouts=names.layouts, modules=modules)
 
@@ -498,7 +501,9 @@ def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> 
 
     Raises:
         DownloadError: it cannot be had.
+        ModelConfigError: the name is no folder's and no repository's.
     """
+    check_is_somewhere(name)
     # Most repositories also hold the transformer as one file in another layout.
     parts = [f"{component.folder}/" if component.folder else "" for component in components]
     files = [entry if "." in entry else f"{entry}/*" for entry in beside]
@@ -507,15 +512,9 @@ def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> 
     def required(settings: str) -> list[str]:
         return [f"{part}{file}" for part in parts for file in (settings, "*.safetensors")]
 
-    try:
-        return resolve_model(name, files, required=required("config.json"))
-    except DownloadError:
-        try:
-            # A repository that holds what mflux 0.24 saved has no configurations.
-            return resolve_model(name, files, required=required("model.safetensors.index.json"))
-        except DownloadError:
-            pass
-        raise
+    # What mflux 0.24 saved has no configurations.
+    saved_by_024 = required("model.safetensors.index.json")
+    return resolve_model(name, files, required=required("config.json"), alternatives=[saved_by_024])
 
 
 def _who_draws(kind: str) -> str:

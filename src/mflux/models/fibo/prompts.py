@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from mflux.errors import UsageError
+from mflux.utils.strict_json import NotJSON, parse
 
 # What FIBO-VLM's answers depend on beside the words, as in mflux 0.24.
 VLM_SEED = 42
@@ -21,8 +22,8 @@ MATTE_PROMPT = json.dumps({"edit_instruction": MATTE_INSTRUCTION})
 def as_object(prompt: str) -> dict[str, Any] | None:
     """The JSON object that a prompt is; None if it is anything else."""
     try:
-        value = json.loads(prompt)
-    except (ValueError, RecursionError):
+        value = parse(prompt)
+    except NotJSON:
         return None
     return value if isinstance(value, dict) else None
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, UsageError
 from mflux.models.common.config.registry import MODELS
+from mflux.text import shown
+from mflux.utils.paths import user_path
 
 if TYPE_CHECKING:
     from mflux.backend import mx
@@ -187,13 +190,36 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
         return key
     raise ModelConfigError(
         f"the model {model_name!r} is not known{_nearest(model_name)}: {suggestion()}; "
-        "a repository or folder whose name does not tell needs --base-model (schnell, dev or krea-dev)"
+        f"a repository or folder whose name does not tell needs --base-model ({', '.join(_first_of_each_family())})"
     )
+
+
+def _first_of_each_family() -> list[str]:
+    """What `base_model` may be, one for each family that is built."""
+    from mflux.models.common.family import built
+
+    first = {MODELS[key]["family"]: key for key in reversed(built()) if key != "demo"}
+    return [key for key in built() if key in first.values()]
+
+
+def check_is_somewhere(name: str | Path) -> None:
+    """
+    Raises:
+        ModelConfigError: a name that is no built-in model's stands for no folder and no repository either, as a
+            mistyped one that contains a model's name does.
+    """
+    name = str(name)
+    if name and not re.search(r"[/\\]", name) and not is_builtin(name) and not user_path(name).exists():
+        raise ModelConfigError(
+            f"there is no model and no folder {shown(repr(name), 300)}{_nearest(name)}: {suggestion()}"
+        )
 
 
 def _nearest(name: str) -> str:
     """What was perhaps meant, as a part of a sentence."""
-    names = [alias for model in MODELS.values() for alias in model["aliases"]]
+    from mflux.models.common.family import built
+
+    names = [alias for key in built() for alias in MODELS[key]["aliases"]]
     near = difflib.get_close_matches(name.lower(), names, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -225,7 +251,7 @@ def suggestion() -> str:
     """What to type for a model, for messages."""
     return (
         "use --model with demo, which needs no download, schnell, dev or another that mflux --help lists, "
-        "a Hugging Face repository or a folder"
+        "a Hugging Face repository (org/name) or a folder"
     )
 
 

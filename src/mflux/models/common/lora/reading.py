@@ -20,7 +20,6 @@ from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import finite, not_finite
 from mflux.checkpoints.opening import Checkpoint, open_checkpoint
 from mflux.checkpoints.safetensors_file import SafetensorsFile
-from mflux.checkpoints.strict_json import parse
 from mflux.errors import CheckpointError
 from mflux.models.common.lora.adapters import (
     Adapter,
@@ -36,6 +35,7 @@ from mflux.models.common.lora.adapters import (
 )
 from mflux.models.common.lora.peft_patterns import Pattern
 from mflux.text import shown, some
+from mflux.utils.strict_json import parse
 
 log = logging.getLogger(__name__)
 

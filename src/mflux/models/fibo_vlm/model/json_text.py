@@ -18,6 +18,7 @@ from mflux.errors import MfluxError
 from mflux.models.fibo_vlm.model.prompts import FIELDS
 from mflux.utils.exceptions import PromptFileReadError
 from mflux.utils.paths import user_path
+from mflux.utils.strict_json import NotJSON, parse
 
 # A prompt has three levels; an answer that goes beyond this is brackets and nothing else.
 _DEEPEST = 64
@@ -241,11 +242,9 @@ def read_structured_prompt(path: str | Path) -> str:
     if not text:
         raise PromptFileReadError(f"the prompt file {path} is empty")
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise PromptFileReadError(f"the prompt file {path} is not JSON: {error}") from None
-    except RecursionError:
-        raise PromptFileReadError(f"the prompt file {path} is not a prompt: its brackets go too deep") from None
+        value = parse(text)
+    except NotJSON as error:
+        raise PromptFileReadError(f"the prompt file {path} {error}") from None
     if not isinstance(value, dict):
         raise PromptFileReadError(f"the prompt file {path} is not a prompt: it holds no JSON object")
     return text

@@ -7,6 +7,8 @@ from typing import Any
 
 import PIL.Image
 
+from mflux.utils.strict_json import NotJSON, parse
+
 # The fields of FIBO's structured prompt, in their order, and the kind of value that each holds.
 FIELDS: dict[str, type] = {
     "short_description": str,
@@ -105,8 +107,8 @@ def edit_instructions(*, use_mask: bool) -> str:
 def compact(structured_prompt: str) -> str:
     """JSON without blanks between its parts; other text as it is."""
     try:
-        return json.dumps(json.loads(structured_prompt), separators=(",", ":"), ensure_ascii=False)
-    except (ValueError, RecursionError):
+        return json.dumps(parse(structured_prompt), separators=(",", ":"), ensure_ascii=False)
+    except NotJSON:
         return structured_prompt.strip()
 
 
