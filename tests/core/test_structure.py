@@ -32,8 +32,6 @@ SHARED = {
     ("fibo_vlm", "fibo"),  # the prompt's form
     ("flux", "depth_pro"),  # the depth of a photo
     ("z_image", "depth_pro"),  # likewise
-    ("qwen", "flux"),  # the same packing of latents
-    ("z_image", "flux"),  # the same autoencoder in mflux 0.24's folders
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mflux.checkpoints.saved_by_024 import Layout024, Renames, Tensors024
+from mflux.models.common.autoencoders import kl_024
 
 _NAMES: dict[str, Renames] = {
     "transformer": ((r"\.linear1\.", ".net.0.proj."), (r"\.linear2\.", ".net.2.")),
@@ -19,7 +20,7 @@ _NAMES: dict[str, Renames] = {
         (r"^t5_blocks\.(\d+)\.attention\.", r"encoder.block.\1.layer.0."),
         (r"^t5_blocks\.(\d+)\.ff\.", r"encoder.block.\1.layer.1."),
     ),
-    "vae": ((r"\.(conv_in|conv_out)\.conv2d\.", r".\1."), (r"\.conv_norm_out\.norm\.", ".conv_norm_out.")),
+    "vae": kl_024.NAMES,
 }
 # The first block's bias on distances was saved with every block.
 _REPEATED = r"^t5_blocks\.(?!0\.)\d+\.attention\.SelfAttention\.relative_attention_bias\."
@@ -29,7 +30,7 @@ _SQUARE = (
     ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.0.layer_norm.weight"),
     ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.q_proj.bias"),
     ("redux_down", "redux_up.bias"),
-    ("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),
+    *kl_024.SQUARE,
 )
 
 _SCHEDULER = {
@@ -121,29 +122,6 @@ def _t5(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _vae(tensors: Tensors024) -> dict[str, Any]:
-    levels = tensors.count(r"encoder\.down_blocks\.(\d+)\.")
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
-        "out_channels": tensors.rows("decoder.conv_out.bias"),
-        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
-        "block_out_channels": [
-            tensors.rows(f"encoder.down_blocks.{level}.resnets.0.conv1.bias") for level in range(levels)
-        ],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": tensors.count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "norm_num_groups": 32,
-        "act_fn": "silu",
-        "mid_block_add_attention": True,
-        "use_quant_conv": "quant_conv.weight" in tensors,
-        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-    }
-
-
 def _siglip(tensors: Tensors024) -> dict[str, Any]:
     width = tensors.rows("post_layernorm.weight")
     patch = tensors["embeddings.patch_embedding.weight"].shape[-1]
@@ -169,7 +147,7 @@ def _redux(tensors: Tensors024) -> dict[str, Any]:
 
 
 _CONFIGS = {"transformer_controlnet": _controlnet, "image_encoder": _siglip, "image_embedder": _redux}
-_CONFIGS |= {"transformer": _transformer, "text_encoder": _clip, "text_encoder_2": _t5, "vae": _vae}
+_CONFIGS |= {"transformer": _transformer, "text_encoder": _clip, "text_encoder_2": _t5, "vae": kl_024.config}
 
 LAYOUT = Layout024(
     title="FLUX.1",

@@ -18,8 +18,8 @@ from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.published import PublishedFolder
 from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, Renames, Shapes
 from mflux.errors import CheckpointError
+from mflux.models.common.autoencoders import kl_024
 from mflux.models.common.config.saved_model import recorded_base_model
-from mflux.models.flux.weights_024 import LAYOUT as FLUX_LAYOUT
 
 # Of Z-Image-Turbo and of Z-Image.
 TURBO_SHIFT, BASE_SHIFT = 3.0, 6.0
@@ -51,14 +51,14 @@ _NAMES: dict[str, Renames] = {
         (r"^(all_final_layer\.[^.]+\.adaLN_modulation)\.0\.", r"\1.1."),
     ),
     "text_encoder": ((r"^(?!model\.)", "model."),),
-    "vae": (*FLUX_LAYOUT.names["vae"], (r"\.(conv_in|conv_out)\.conv\.", r".\1.")),
+    "vae": (*kl_024.NAMES, (r"\.(conv_in|conv_out)\.conv\.", r".\1.")),
     "controlnet": (),
 }
 _SQUARE = (
     ("layers.0.attention.to_q", "layers.0.attention_norm1.weight"),
     ("model.layers.0.self_attn.q_proj", "model.layers.0.input_layernorm.weight"),
     ("control_layers.0.attention.to_q", "control_layers.0.attention_norm1.weight"),
-    *FLUX_LAYOUT.square,
+    *kl_024.SQUARE,
 )
 
 
@@ -149,7 +149,7 @@ LAYOUT = Layout024(
     configs={
         "transformer": _transformer,
         "text_encoder": _text_encoder,
-        "vae": FLUX_LAYOUT.configs["vae"],
+        "vae": kl_024.config,
         "controlnet": controlnet_config,
     },
     scheduler=lambda _: static_schedule(TURBO_SHIFT),

@@ -1,0 +1,33 @@
+"""The KL autoencoder in folders that mflux 0.24 or earlier saved, of FLUX.1 and of Z-Image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mflux.checkpoints.saved_by_024 import Renames, Tensors024
+
+NAMES: Renames = ((r"\.(conv_in|conv_out)\.conv2d\.", r".\1."), (r"\.conv_norm_out\.norm\.", ".conv_norm_out."))
+SQUARE = (("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),)
+
+
+def config(tensors: Tensors024) -> dict[str, Any]:
+    levels = tensors.count(r"encoder\.down_blocks\.(\d+)\.")
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "out_channels": tensors.rows("decoder.conv_out.bias"),
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+        "block_out_channels": [
+            tensors.rows(f"encoder.down_blocks.{level}.resnets.0.conv1.bias") for level in range(levels)
+        ],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": tensors.count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "norm_num_groups": 32,
+        "act_fn": "silu",
+        "mid_block_add_attention": True,
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    }
