@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mflux.backend import compute_dtype, has_gpu, mx, nn, tree_flatten
+from mflux.backend import compute_dtype, has_gpu, mx, nn, settle_compiling, tree_flatten
 from mflux.checkpoints.folders import read_json, weight_files
 from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack, planned
 from mflux.checkpoints.safetensors_file import SafetensorsFile
@@ -175,6 +175,7 @@ def fill(
         CheckpointError: a tensor is damaged, missing, left over, of another shape than the module's parameter, or
             holds numbers that are not finite.
     """
+    settle_compiling()
     packed = _packed_layers(module, tensors, source, stored)
     make_room(module, packed)
     if quantization is not None and packed:

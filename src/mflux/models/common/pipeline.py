@@ -367,10 +367,12 @@ class Pipeline:
                     if not mx.isfinite(latents).all().item():
                         raise _not_finite(f"the latents after step {step + 1} of {config.num_inference_steps}")
                     context.in_loop(step, latents, denoised=before - sigma * prediction)
-                except KeyboardInterrupt:
+                except KeyboardInterrupt as interrupt:
                     context.interruption(step, latents)
                     raise StopImageGenerationException(
-                        f"stopped at step {step + 1} of {config.num_inference_steps}", exit_code=130
+                        f"stopped at step {step + 1} of {config.num_inference_steps}",
+                        # A command's process is ended by other signals as well, see `cli.process.Ended`.
+                        exit_code=getattr(interrupt, "status", 130),
                     ) from None
             context.after_loop(latents)
         finally:

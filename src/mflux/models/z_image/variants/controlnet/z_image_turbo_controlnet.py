@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -185,10 +183,7 @@ def depth_image(image: PIL.Image.Image) -> PIL.Image.Image:
     """How far everything on a picture is, from Depth Pro, which is loaded for it and let go."""
     from mflux.models.depth_pro.model.depth_pro import DepthPro
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture.png"
-        image.convert("RGB").save(path)
-        depth = DepthPro().create_depth_map(path).depth_image.convert("RGB")
+    depth = DepthPro().depth_of(image.convert("RGB")).depth_image.convert("RGB")
     give_back_memory()
     return depth
 
