@@ -373,6 +373,11 @@ def was_given(args: argparse.Namespace, *names: str) -> bool:
     return any(name in args.given for name in names)
 
 
+def was_said(args: argparse.Namespace, *names: str) -> bool:
+    """Whether one of them stands there, or in the settings that `-C` names."""
+    return was_given(args, *names) or any(name in getattr(args, "taken", ()) for name in names)
+
+
 _NO_PID = "PiD decoding is not built yet in this version: leave --pid-decode out"
 # Options that are refused, by their destinations, and with what.
 NOT_BUILT_OPTIONS = {

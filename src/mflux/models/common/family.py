@@ -122,12 +122,13 @@ def families() -> dict[str, Family]:
 
 @cache
 def built() -> dict[str, str]:
-    """The models that this version draws with, as keys of `registry.MODELS`, and the command for each."""
-    commands = [command for family in families().values() for command in family.commands]
-    drawn = {key: f"mflux-{command.name}" for command in reversed(commands) for key in command.models}
-    # A command's first model is its own, also where another one draws with it as well.
-    own = {command.models[0]: f"mflux-{command.name}" for command in reversed(commands) if command.models}
-    return {key: (drawn | own)[key] for command in commands for key in command.models}
+    """The models that this version draws with, as keys of `registry.MODELS`, and the first command for each."""
+    drawn: dict[str, str] = {}
+    for family in families().values():
+        for command in family.commands:
+            for key in command.models:
+                drawn.setdefault(key, f"mflux-{command.name}")
+    return drawn
 
 
 def family_of(key: str) -> Family | None:
