@@ -187,8 +187,17 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
         return key
     raise ModelConfigError(
         f"the model {model_name!r} is not known{_nearest(model_name)}: {suggestion()}; "
-        "a repository or folder whose name does not tell needs --base-model (schnell, dev or krea-dev)"
+        f"a repository or folder whose name does not tell needs --base-model, as {_base_models()}"
     )
+
+
+def _base_models() -> str:
+    """A model of each family that draws, as the end of a sentence."""
+    from mflux.models.common.family import families
+
+    drawn = [command.models for family in families().values() for command in family.commands[:1] if command.models]
+    names = [next(key for key in models if key != "demo") for models in drawn]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _nearest(name: str) -> str:
