@@ -210,7 +210,9 @@ class Generate:
         return arguments | (self.draw(args) if self.draw else {})
 
     def _schedule_is_said(self, args: argparse.Namespace) -> bool:
-        return not self.published_schedule or was_given(args, "scheduler") or getattr(args, "of_old_picture", False)
+        if not self.published_schedule or was_given(args, "scheduler"):
+            return True
+        return getattr(args, "schedule_is_recorded", False) or getattr(args, "of_old_picture", False)
 
     def _check(self, args: argparse.Namespace):
         """The model's configuration, once all that needs no weights has been found in order.
@@ -335,7 +337,7 @@ def take_settings(args: argparse.Namespace) -> None:
     args.taken = frozenset()
     # Its schedule is the command's of then, or the one that is written down.
     args.schedule_is_recorded = settings.get("scheduler") is not None
-    args.of_old_picture = args.schedule_is_recorded or is_old(settings.get("mflux_version"))
+    args.of_old_picture = is_old(settings.get("mflux_version"))
     for setting in SETTINGS:
         value = settings.get(setting.name)
         if setting.read is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
