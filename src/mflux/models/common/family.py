@@ -91,6 +91,9 @@ class Family:
         lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.reading.LoraNames`.
         open_folder: reads folders in other layouts than the published one, "package.module:function": takes the folder,
             gives a `checkpoints.published.PublishedFolder`, or None where the folder is not in that layout.
+        alone: for a family that is one model without components: whether a folder or file is that model,
+            "package.module:function"; raises `CheckpointError` where it is and something is wrong with it. Nothing is
+            read but headers.
     """
 
     title: str
@@ -100,6 +103,7 @@ class Family:
     beside: tuple[str, ...] = ("model_index.json", "scheduler", "tokenizer")
     lora: str | None = None
     open_folder: str | None = None
+    alone: str | None = None
 
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)
