@@ -4,6 +4,20 @@ Importing this package imports nothing heavy; the classes live at the paths that
 `mflux.models.flux.variants.txt2img.flux.Flux1`. Other distributions add to it: `mflux.web`, `mflux.extras`.
 """
 
+import os
+import sys
+
+if any(os.path.basename(word).startswith("mflux") for word in sys.orig_argv[1:3]):  # noqa: PTH119
+    # A command, as itself or behind -m. Ctrl-C may come while its imports run, before anything can catch it.
+    def _excepthook(kind, error, trace, *, show=sys.excepthook):
+        # What is raised while a class is made has it for its cause.
+        if not issubclass(kind, KeyboardInterrupt) and not isinstance(error.__cause__, KeyboardInterrupt):
+            show(kind, error, trace)
+        elif sys.stderr is not None:
+            print("error: stopped", file=sys.stderr)
+
+    sys.excepthook = _excepthook
+
 from pathlib import Path
 from pkgutil import extend_path
 

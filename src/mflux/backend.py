@@ -4,6 +4,11 @@ On Linux MLX's CPU wheel is linked against the reference BLAS, which multiplies 
 slower than OpenBLAS. Symbols of a library that is already loaded process-wide win, so the system's OpenBLAS, if there
 is one, is loaded before MLX is. A program that imports MLX before mflux is told, once, that this was too late.
 `MFLUX_BLAS=off` leaves MLX as it is.
+
+On a CPU, MLX's compiler is turned off: it writes C++ into a temporary folder that users may share, under names that
+anybody can tell, has a shell start g++, and loads whatever library lies there. For the activations that mflux could
+have compiled it gains next to nothing (benchmarks/README.md). A program that wants it for functions of its own calls
+`mx.enable_compile()` afterwards.
 """
 
 from __future__ import annotations
@@ -56,12 +61,33 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
-__all__ = ["BLAS", "blas_advice", "compute_dtype", "has_gpu", "mx", "nn", "tree_flatten", "tree_map"]
+__all__ = [
+    "BLAS",
+    "blas_advice",
+    "compute_dtype",
+    "has_gpu",
+    "mx",
+    "nn",
+    "settle_compiling",
+    "tree_flatten",
+    "tree_map",
+]
 
 
 def has_gpu() -> bool:
     """Whether MLX computes on a GPU (Metal or CUDA) unless told otherwise."""
     return mx.default_device().type == mx.gpu
+
+
+_is_settled = False
+
+
+def settle_compiling() -> None:
+    """Turn MLX's compiler off, once, if MLX computes on a CPU: now, or when a program has chosen that since."""
+    global _is_settled
+    if not _is_settled and not has_gpu():
+        mx.disable_compile()
+        _is_settled = True
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
@@ -91,5 +117,6 @@ def blas_advice() -> str | None:
     return f"this CPU would compute 20 times faster with OpenBLAS: {command} (MFLUX_BLAS=off: say this no more)"
 
 
+settle_compiling()
 if _TOO_LATE and (_advice := blas_advice()) is not None:
     log.warning(_advice)

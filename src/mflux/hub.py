@@ -18,7 +18,8 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -39,6 +40,22 @@ _AGAIN = "run the same command again"
 # A connection that brings less than so many bytes in so many seconds is given up.
 _PATIENCE_S = 60
 _LEAST_BYTES = 64_000
+# Why nothing is to be sent, as the end of a sentence; see `offline`.
+_OFFLINE: ContextVar[str | None] = ContextVar("offline", default=None)
+
+
+@contextmanager
+def offline(why: str) -> Iterator[None]:
+    """Within the block nothing is sent, as with HF_HUB_OFFLINE.
+
+    Args:
+        why: what the message about something that is not in the cache ends with.
+    """
+    token = _OFFLINE.set(why)
+    try:
+        yield
+    finally:
+        _OFFLINE.reset(token)
 
 
 @dataclass(frozen=True)
@@ -141,6 +158,22 @@ def resolve_model(
     return _fetch(_Repository(name, revision if at else None, tuple(patterns), layouts))
 
 
+def cached_copy(name: str) -> Path | None:
+    """The folder of a repository's revision in the cache, complete or not, or None. Nothing is sent.
+
+    Args:
+        name: `org/name`, or `org/name@revision`.
+
+    Raises:
+        DownloadError: this is no repository's name.
+    """
+    hub = _hub()
+    repository_id, at, revision = name.partition("@")
+    repository = _Repository(repository_id, revision if at else None, ())
+    _check_names(hub, repository)
+    return _cached(hub, repository)
+
+
 def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> Path:
     """One file of a Hugging Face repository, from the cache if the newest is there.
 
@@ -207,12 +240,12 @@ def _fetched(hub: ModuleType, repository: _Repository) -> Path:
     found = _matching(hub, _files(cached), repository.patterns) if cached else []
     spoiled = [name for name in found if _is_something_else(cached / name)]
 
-    if hub.constants.HF_HUB_OFFLINE:
+    if _OFFLINE.get() is not None or hub.constants.HF_HUB_OFFLINE:
         if complete:
             return cached
         variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
-        state = _state_of_cache(hub, repository, lacking)
-        raise DownloadError(f"{state}, and {variable} is set: unset it and {_AGAIN} to fetch what is missing")
+        why = _OFFLINE.get() or f"{variable} is set: unset it and {_AGAIN} to fetch what is missing"
+        raise DownloadError(f"{_state_of_cache(hub, repository, lacking)}, and {why}")
 
     try:
         commit, names = _ask(hub, repository)

@@ -55,9 +55,26 @@ def test_no_model_at_all(refused):
 
 
 def test_an_unknown_model(refused):
-    families = "schnell, flux2-klein-4b, qwen-image, fibo, z-image-turbo"
-    told = f"a repository or folder whose name does not tell needs --base-model ({families})"
+    told = (
+        "a repository or folder whose name does not tell needs --base-model, as schnell, flux2-klein-4b, qwen-image, "
+        "fibo or z-image-turbo"
+    )
     refused(model="nonsense", status=2, message=f"the model 'nonsense' is not known: {SUGGESTION}; {told}")
+
+
+def test_every_family_that_draws_is_named_for_a_folder_that_does_not_tell():
+    from mflux.errors import ModelConfigError
+    from mflux.models.common.config.model_config import ModelConfig
+    from mflux.models.common.config.registry import MODELS
+    from mflux.models.common.family import families
+
+    with pytest.raises(ModelConfigError) as failure:
+        ModelConfig.from_name("nonsense")
+    named = set(re.findall(r"[\w-]+", str(failure.value).partition("needs --base-model, as ")[2])) - {"or"}
+    for family in families().values():
+        models = {model for command in family.commands for model in command.models}
+        assert not models or models & named, family.title
+    assert named <= set(MODELS)
 
 
 @pytest.mark.parametrize(

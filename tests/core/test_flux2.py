@@ -212,7 +212,7 @@ def small_encoder(tmp_path, monkeypatch, model) -> dict[str, str]:
     return metadata
 
 
-def test_small_text_encoder(model, tmp_path, small_encoder):
+def test_small_text_encoder(model, tmp_path, small_encoder, cli):
     """It needs nothing of the model's own text encoder."""
     without = tmp_path / "without"
     shutil.copytree(model, without, ignore=shutil.ignore_patterns("text_encoder"))
@@ -224,6 +224,11 @@ def test_small_text_encoder(model, tmp_path, small_encoder):
     assert not np.array_equal(drawn(pipeline), drawn(klein(model)))
     image = pipeline.generate_image(seed=1, prompt=PROMPT, **SIZE)
     assert image.generation_parameters["small_text_encoder"] is True
+    saved = image.save(tmp_path / "small.png")
+    words = ("--model", without, "--base-model", "flux2-klein-4b", "--output", tmp_path / "again.png")
+    result = cli("generate-flux2", "-C", saved, *words)
+    assert result.status == 0, result.err
+    assert np.array_equal(pixels(result.paths[0]), np.asarray(image.image))
     with pytest.raises(UsageError, match="small_text_encoder"):
         pipeline.save_model(str(tmp_path / "saved"))
 

@@ -9,17 +9,15 @@ import numpy as np
 import PIL.Image
 import pytest
 from families.cases import Tiny
-from families.fibo import mask, photo
-from families.flux_variants import VARIANTS
+from families.fibo import photo
+from families.flux_variants import TINY, write_pictures
 
-from mflux.cli.commands import COMMANDS
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config import ModelConfig
-from mflux.models.common.stages import is_loaded
 from mflux.utils.metadata_reader import MetadataReader
 
 SMALL = ("--steps", 2, "--width", 48, "--height", 32, "--seed", 1)
-BY_NAME = {case.command: case for case in VARIANTS}
+BY_NAME = {case.command: case for case in TINY}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +35,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    photo(64, 48).save("photo.png")
-    photo(40, 56).save("other.png")
-    mask(64, 48).save("mask.png")
+    write_pictures(tmp_path)
     return tmp_path
 
 
@@ -59,56 +55,6 @@ def draw(cli, here, models):
 
 def pixels(path: str | Path) -> np.ndarray:
     return np.asarray(PIL.Image.open(path)).astype(int)
-
-
-cases = pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.command)
-
-
-@cases
-def test_it_draws_and_notes_how(draw, case):
-    result = draw(case, "--metadata")
-    assert result.errors == result.warnings == []
-    assert 10 < pixels("image.png").std() < 120
-    settings = MetadataReader.read_exif_metadata("image.png")
-    assert (settings["seed"], settings["steps"], settings["prompt"]) == (1, 2, "a red circle")
-    # No folder of the machine it was made on.
-    assert str(Path.cwd()) not in Path("image.metadata.json").read_text()
-
-
-@cases
-def test_its_settings_draw_it_again(draw, case):
-    draw(case, "--output", "a.png")
-    parser = __import__(COMMANDS[case.command].module, fromlist=["COMMAND"]).COMMAND
-    if "settings" in parser.leave_out:
-        return
-    draw(case, "-C", "a.png", "--output", "b.png", small=(), prompt=())
-    assert (pixels("a.png") == pixels("b.png")).all()
-
-
-@cases
-def test_a_saved_model_draws_the_same(cli, draw, here, models, case):
-    draw(case, "--output", "a.png")
-    saved = cli("save", "--model", models(case), "--base-model", case.base_model, "--path", "saved")
-    assert saved.status == 0, saved.err
-    assert draw(case, "--output", "b.png", model=here / "saved").warnings == []
-    assert (pixels("a.png") == pixels("b.png")).all()
-
-
-@cases
-def test_a_class_draws_what_its_command_draws(draw, models, case):
-    draw(case)
-    settings = dict(seed=1, prompt=case.prompt, num_inference_steps=2, height=32, width=48, **case.generate)
-    config = ModelConfig.from_name(str(models(case)), case.base_model)
-    pipeline = case.pipeline_class()(model_path=str(models(case)), model_config=config)
-    assert not pipeline.loaded()
-    picture = pipeline.generate_image(**settings)
-    written = picture.get_right_half() if picture.image.width == 2 * 48 else picture
-    assert (np.asarray(written.image).astype(int) == pixels("image.png")).all()
-    # Text encoders have done their work; the transformer stays for the next picture, unless there is none.
-    assert is_loaded(pipeline, "transformer") and not is_loaded(pipeline, "t5_text_encoder")
-    pipeline.is_last_picture = True
-    pipeline.generate_image(**settings)
-    assert not is_loaded(pipeline, "transformer")
 
 
 # ---- Kontext

@@ -20,7 +20,7 @@ MODULES = {
 LEVELS = (
     ("errors", "text"),
     ("backend", "optional", "utils", "compat"),
-    ("checkpoints", "hub", "demo"),
+    ("checkpoints", "hub", "hub_cache", "demo"),
     ("callbacks",),
     ("models.common",),
     ("callbacks.instances", "models"),

@@ -17,8 +17,13 @@ class Local:
 
     spatial_scale = 2
 
-    def __init__(self):
+    def __init__(self, dtype: mx.Dtype | None = None):
         self.sizes = []
+        self.dtype = dtype
+
+    def parameters(self) -> dict:
+        """Integers that some have beside their weights tell nothing."""
+        return {"counted": mx.zeros(1, mx.int64)} | ({"weight": mx.zeros(1, self.dtype)} if self.dtype else {})
 
     def decode(self, latents: mx.array) -> mx.array:
         self.sizes.append(latents.shape[2:])
@@ -95,3 +100,15 @@ def test_two_tiles_meet_halfway():
     assert (row[:8] == 1).all() and (row[16:] == 2).all()
     assert (np.diff(row[8:16]) > 0).all()
     np.testing.assert_allclose(row[8:16] + row[8:16][::-1], 3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("tiling", [None, tiles(8, 1)])
+@pytest.mark.parametrize("run", [decode, encode])
+def test_it_computes_in_its_weights_dtype(run, tiling, dtype, monkeypatch):
+    seen = set()
+    vae = Local(dtype)
+    method = getattr(vae, run.__name__)
+    monkeypatch.setattr(vae, run.__name__, lambda x: seen.add(x.dtype) or method(x))
+    assert run(vae, latents(16, 16), tiling).dtype == mx.float32
+    assert seen == {dtype}

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mflux.backend import mx, nn, tree_flatten
-from mflux.checkpoints.loading import layout_turns
+from mflux.checkpoints.loading import published_turns
 from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.text_encoders.t5 import T5Encoder
@@ -91,7 +91,7 @@ def write_checkpoint(
 def published(module: nn.Module, *, seed: int, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
     """Random tensors for all parameters of a module, as a published file holds them."""
     key = mx.random.key(seed)
-    kernels = layout_turns(module)
+    kernels = published_turns(module)
     tensors = {}
     for name, parameter in tree_flatten(module.parameters()):
         key, draw = mx.random.split(key)
@@ -102,8 +102,8 @@ def published(module: nn.Module, *, seed: int, dtype: mx.Dtype = mx.float32) -> 
             # Variance-preserving, so that the picture neither fades nor saturates.
             value = value * (parameter.size / parameter.shape[0]) ** -0.5
         if name in kernels:
-            # The inverse of what loading does to a kernel: O…I → OI….
-            value = mx.moveaxis(value, -1, 1)
+            # The inverse of what loading does to a kernel.
+            value = kernels[name](value)
         tensors[name] = mx.contiguous(value.astype(dtype))
     mx.eval(tensors)
     return tensors

@@ -96,9 +96,10 @@ class Tiny:
         base_model: what `--base-model` says.
         words: what else the command line needs, beside model, prompt, seed, size and steps.
         pipeline: the class, "module:Name".
-        stages: part by part, what is in memory while each stage runs.
         generate: keywords for `generate_image` beside seed, prompt, size and steps.
         prompt: one that the model takes.
+        pictures: writes what `words` and `generate` name into a folder, which is the working directory.
+        right_half: whether the command writes the right half of what the class draws.
         patches: what stands at a path while the tests run, so that they take seconds: "module.name" → value.
     """
 
@@ -109,6 +110,8 @@ class Tiny:
     pipeline: str
     generate: Settings = field(default_factory=dict)
     prompt: str = "a red circle"
+    pictures: Callable[[Path], None] | None = None
+    right_half: bool = False
     patches: Mapping[str, Any] = field(default_factory=dict)
 
     def pipeline_class(self) -> type:

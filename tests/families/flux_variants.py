@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -629,8 +629,15 @@ def tiny_redux(folder: Path, *, wide: bool = False) -> Path:
     return add_component(folder, ReduxEmbedder, "image_embedder", seed=8, **embedder)
 
 
-VARIANTS = (
-    Tiny(
+def write_pictures(folder: Path) -> None:
+    photo(64, 48).save(folder / "photo.png")
+    photo(40, 56).save(folder / "other.png")
+    mask(64, 48).save(folder / "mask.png")
+
+
+Variant = partial(Tiny, pictures=write_pictures)
+TINY = (
+    Variant(
         write=tiny(),
         command="generate-kontext",
         base_model="dev-kontext",
@@ -638,7 +645,7 @@ VARIANTS = (
         pipeline=f"{_VARIANTS}.kontext.flux_kontext:Flux1Kontext",
         generate={"image_path": "photo.png", "guidance": 2.5},
     ),
-    Tiny(
+    Variant(
         write=tiny(in_channels=384, out_channels=64),
         command="generate-fill",
         base_model="dev-fill",
@@ -646,9 +653,10 @@ VARIANTS = (
         pipeline=f"{_VARIANTS}.fill.flux_fill:Flux1Fill",
         generate={"image_path": "photo.png", "masked_image_path": "mask.png", "guidance": 30.0},
     ),
-    Tiny(
+    Variant(
         write=tiny(in_channels=384, out_channels=64),
         command="generate-in-context-catvton",
+        right_half=True,
         base_model="dev-fill-catvton",
         words=("--garment-image", "other.png", "--person-image", "photo.png", "--person-mask", "mask.png"),
         pipeline=f"{_VARIANTS}.in_context.flux_in_context_fill:Flux1InContextFill",
@@ -659,7 +667,7 @@ VARIANTS = (
             "guidance": 30.0,
         },
     ),
-    Tiny(
+    Variant(
         write=tiny(in_channels=128, out_channels=64),
         command="generate-depth",
         base_model="dev-depth",
@@ -667,7 +675,7 @@ VARIANTS = (
         pipeline=f"{_VARIANTS}.depth.flux_depth:Flux1Depth",
         generate={"depth_image_path": "photo.png", "guidance": 10.0},
     ),
-    Tiny(
+    Variant(
         write=tiny_controlled,
         command="generate-controlnet",
         base_model="dev-controlnet-canny",
@@ -675,7 +683,7 @@ VARIANTS = (
         pipeline=f"{_VARIANTS}.controlnet.flux_controlnet:Flux1Controlnet",
         generate={"controlnet_image_path": "photo.png", "controlnet_strength": 0.4, "guidance": 3.5},
     ),
-    Tiny(
+    Variant(
         write=tiny_controlled,
         command="upscale-controlnet",
         base_model="dev-controlnet-upscaler",
@@ -683,7 +691,7 @@ VARIANTS = (
         pipeline=f"{_VARIANTS}.controlnet.flux_controlnet:Flux1Controlnet",
         generate={"controlnet_image_path": "photo.png", "controlnet_strength": 0.4, "guidance": 4.0},
     ),
-    Tiny(
+    Variant(
         write=tiny_redux,
         command="generate-redux",
         base_model="dev-redux",
@@ -695,12 +703,21 @@ VARIANTS = (
             "guidance": 3.5,
         },
     ),
-    Tiny(
+    Variant(
         write=tiny(),
         command="generate-in-context",
+        right_half=True,
         base_model="dev",
         words=("--reference-image", "photo.png"),
         pipeline=f"{_VARIANTS}.in_context.flux_in_context_dev:Flux1InContextDev",
         generate={"image_path": "photo.png", "guidance": 3.5},
+    ),
+    Variant(
+        write=tiny(num_layers=3),
+        command="concept",
+        base_model="dev",
+        words=("--concept", "circle"),
+        pipeline=f"{_VARIANTS}.concept_attention.flux_concept:Flux1Concept",
+        generate={"concept": "circle", "guidance": 3.5},
     ),
 )

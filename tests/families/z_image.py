@@ -535,12 +535,21 @@ PIPELINES = (
 # ---- a model for the tests that need no reference
 
 
-def write_tiny(folder: Path, *, wide: bool = False, controlnet: bool = False) -> Path:
+def write_tiny(
+    folder: Path,
+    *,
+    wide: bool = False,
+    controlnet: bool = False,
+    shift: float = TURBO_SHIFT,
+    changes: dict[str, dict] | None = None,
+    dtype: mx.Dtype = mx.float32,
+) -> Path:
+    """`changes` to the configurations, by component; `dtype` is what the files hold."""
     from tiny import published, write_json, write_qwen_tokenizer
 
     vocabulary = write_qwen_tokenizer(folder / "tokenizer")
     write_json(folder / "model_index.json", _INDEX)
-    write_json(folder / "scheduler" / "scheduler_config.json", static_schedule(TURBO_SHIFT))
+    write_json(folder / "scheduler" / "scheduler_config.json", static_schedule(shift))
     # Three thirds of 64 make 192, whose feed-forward is 512 wide: all divide by 64.
     dim, text = (192, 64) if wide else (48, 24)
     common = dict(dim=dim, n_heads=3, n_kv_heads=3, n_refiner_layers=1)
@@ -565,8 +574,9 @@ def write_tiny(folder: Path, *, wide: bool = False, controlnet: bool = False) ->
             "control_refiner_layers_places": [0], "control_in_dim": 33, **common,
         }  # fmt: skip
     for number, (name, (module_class, file, config)) in enumerate(parts.items()):
+        config |= (changes or {}).get(name, {})
         write_json(folder / name / "config.json", config)
-        tensors = published(module_class(module_class.config_class.from_dict(config)), seed=number)
+        tensors = published(module_class(module_class.config_class.from_dict(config)), seed=number, dtype=dtype)
         mx.save_safetensors(str(folder / name / f"{file}.safetensors"), tensors, metadata={"format": "pt"})
     return folder
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mflux.backend import compute_dtype, has_gpu, mx, nn, tree_flatten
+from mflux.backend import compute_dtype, has_gpu, mx, nn, settle_compiling, tree_flatten
 from mflux.checkpoints.folders import read_json, weight_files
 from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack, planned
 from mflux.checkpoints.safetensors_file import SafetensorsFile
@@ -78,6 +78,7 @@ def load_component(
     adjust: Adjust | None = None,
     config: Mapping[str, Any] | None = None,
     tensors: Mapping[str, mx.array] | None = None,
+    read: bool = True,
 ) -> nn.Module:
     """Build a component from its own `config.json` and fill it, tensor by tensor.
 
@@ -91,6 +92,7 @@ def load_component(
         adjust: changes tensors on the way, see `fill`.
         config: what `config.json` would say, for a folder without one.
         tensors: the folder's tensors, where they have other names in it than published ones.
+        read: False only finds out whether they fit; the module stays without its numbers.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is missing, left over, or of another shape than the config says.
@@ -101,13 +103,17 @@ def load_component(
     values = read_json(folder / "config.json") if config is None else config
     tensors = FolderTensors(folder) if tensors is None else tensors
     module = build(module_class, values, tensors, source=folder / "config.json")
+    stored = None if Quantization.is_mixed(values) else Quantization.stored(values, folder / "config.json")
+    if not read:
+        fit(module, tensors, source=folder, stored=stored)
+        return module
     fill(
         module,
         tensors,
         source=folder,
         dtype=dtype,
         quantization=wanted,
-        stored=None if Quantization.is_mixed(values) else Quantization.stored(values, folder / "config.json"),
+        stored=stored,
         keep_dtypes=keep_dtypes,
         adjust=adjust,
     )
@@ -175,16 +181,14 @@ def fill(
         CheckpointError: a tensor is damaged, missing, left over, of another shape than the module's parameter, or
             holds numbers that are not finite.
     """
-    packed = _packed_layers(module, tensors, source, stored)
-    make_room(module, packed)
+    settle_compiling()
+    packed, parameters, plan = _settled(module, tensors, source, stored)
     if quantization is not None and packed:
         # A few layers may have more, see `planned`.
         bits = Counter(found.bits for found in packed.values()).most_common(1)[0][0]
         if bits != quantization.bits:
             log.warning("%s is stored in %d bits: it stays so, not in %d", source, bits, quantization.bits)
         quantization = None
-    parameters = dict(tree_flatten(module.parameters()))
-    plan = match(module, parameters, tensors, source=source)
     turns = layout_turns(module)
     to_pack: dict[str, Quantization] = {}
     if quantization is not None:
@@ -219,16 +223,8 @@ def fill(
             ahead, pending = pending, []
             to_read = 0
         to_read += value.nbytes
-        expected = parameters[name]
-        if (turn := turns.get(name)) and (value.ndim == expected.ndim or turn is not _channels_last):
-            value = turn(value)
-        if value.shape != expected.shape:
-            turned = " (as MLX lays them out)" if turn else ""
-            raise _misfit(
-                module, source, f"{key} has the shape {list(value.shape)} instead of {list(expected.shape)}{turned}"
-            )
-        if not mx.issubdtype(value.dtype, mx.floating) and mx.issubdtype(expected.dtype, mx.floating):
-            raise _misfit(module, source, f"{key} holds {value.dtype} where floating-point numbers belong")
+        turn = turns.get(name)
+        value = _fitting(module, source, key, value, parameters[name], turn)
         if adjust is not None and mx.issubdtype(value.dtype, mx.floating):
             # What is packed is rounded first, as it would be between being saved and loaded.
             kept = value.dtype if keep_dtypes or name in to_pack else dtype or compute_dtype(value.dtype)
@@ -243,6 +239,55 @@ def fill(
     _finish(ahead + pending, source)
     module.eval()
     module.freeze()
+
+
+def fit(
+    module: nn.Module, tensors: Mapping[str, mx.array], *, source: object, stored: Quantization | None = None
+) -> None:
+    """Find out whether `fill` would take these tensors, as far as it can be told without reading their numbers.
+
+    Raises:
+        CheckpointError: as `fill`.
+    """
+    _, parameters, plan = _settled(module, tensors, source, stored)
+    turns = layout_turns(module)
+    for name, key in plan.items():
+        _fitting(module, source, key, tensors[key], parameters[name], turns.get(name))
+
+
+def _settled(
+    module: nn.Module, tensors: Mapping[str, mx.array], source: object, stored: Quantization | None
+) -> tuple[dict[str, Quantization], dict[str, mx.array], dict[str, str]]:
+    """What is packed, with room made for it in the module; the parameters; and which tensor fills which of them."""
+    packed = _packed_layers(module, tensors, source, stored)
+    make_room(module, packed)
+    parameters = dict(tree_flatten(module.parameters()))
+    return packed, parameters, match(module, parameters, tensors, source=source)
+
+
+def _fitting(
+    module: nn.Module,
+    source: object,
+    key: str,
+    value: mx.array,
+    expected: mx.array,
+    turn: Callable[[mx.array], mx.array] | None,
+) -> mx.array:
+    """A tensor in MLX's layout.
+
+    Raises:
+        CheckpointError: it does not fit the parameter that it is for.
+    """
+    if turn and (value.ndim == expected.ndim or turn is not _channels_last):
+        value = turn(value)
+    if value.shape != expected.shape:
+        turned = " (as MLX lays them out)" if turn else ""
+        raise _misfit(
+            module, source, f"{key} has the shape {list(value.shape)} instead of {list(expected.shape)}{turned}"
+        )
+    if not mx.issubdtype(value.dtype, mx.floating) and mx.issubdtype(expected.dtype, mx.floating):
+        raise _misfit(module, source, f"{key} holds {value.dtype} where floating-point numbers belong")
+    return value
 
 
 class _Read:

@@ -10,6 +10,7 @@ _OF_NO_FAMILY = (
     Command("convert", "mflux.cli.convert", "turn PyTorch weights into safetensors"),
     Command("lora-library", "mflux.models.common.cli.lora_library", "list the LoRAs in LORA_LIBRARY_PATH"),
     Command("info", "mflux.cli.info", "show the settings that a picture carries"),
+    Command("check", "mflux.cli.check", "find out whether a model is whole, offline"),
     Command("doctor", "mflux.cli.doctor", "show what this installation is made of, and how to mend it"),
     Command("capabilities", "mflux.cli.capabilities", "show every command's options, for programs"),
     Command("completions", "mflux.cli.completions", "install tab completion for the shell"),

@@ -210,7 +210,9 @@ class Generate:
         return arguments | (self.draw(args) if self.draw else {})
 
     def _schedule_is_said(self, args: argparse.Namespace) -> bool:
-        return not self.published_schedule or was_given(args, "scheduler") or getattr(args, "of_old_picture", False)
+        if not self.published_schedule or was_given(args, "scheduler"):
+            return True
+        return getattr(args, "schedule_is_recorded", False) or getattr(args, "of_old_picture", False)
 
     def _check(self, args: argparse.Namespace):
         """The model's configuration, once all that needs no weights has been found in order.
@@ -244,7 +246,7 @@ class Generate:
             check_is_somewhere(args.model)
             raise UsageError(f"{self.prog} does not draw with {key}: use {built()[key]} --model {args.model}")
         if "image" not in self.leave_out:
-            check_strength(args)
+            check_strength(args, self.size_source)
         for name, why in self.ignored.items():
             if was_given(args, name) and getattr(args, name) not in (None, ""):
                 log.warning("--%s is ignored: %s", name.replace("_", "-"), why)
@@ -307,12 +309,12 @@ class Generate:
         return on_grid(width, "width"), on_grid(height, "height")
 
 
-def check_strength(args: argparse.Namespace) -> None:
+def check_strength(args: argparse.Namespace, source: str) -> None:
     """
     Raises:
         UsageError: a strength without a picture.
     """
-    if args.image_path is None and was_given(args, "image_strength"):
+    if args.image_path is None and not getattr(args, source, None) and was_given(args, "image_strength"):
         raise UsageError(
             "--image-strength says how much of a picture to keep, and there is none: use --image PATH STRENGTH"
         )
@@ -332,9 +334,10 @@ def take_settings(args: argparse.Namespace) -> None:
             f"{source}: the model of that picture is decoded with PiD, which is not built yet: --no-pid-decode does "
             "without"
         )
+    args.taken = frozenset()
     # Its schedule is the command's of then, or the one that is written down.
     args.schedule_is_recorded = settings.get("scheduler") is not None
-    args.of_old_picture = args.schedule_is_recorded or is_old(settings.get("mflux_version"))
+    args.of_old_picture = is_old(settings.get("mflux_version"))
     for setting in SETTINGS:
         value = settings.get(setting.name)
         if setting.read is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
@@ -351,6 +354,7 @@ def take_settings(args: argparse.Namespace) -> None:
             )
         try:
             setattr(args, setting.name, setting.read(value))
+            args.taken |= {setting.name}
         except argparse.ArgumentTypeError as error:
             raise UsageError(
                 f"{source}: its {setting.name} makes no sense, {error}: say {setting.option} yourself"

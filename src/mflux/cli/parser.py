@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mflux.cli.process import open_standard_streams, signals_raise, status_of
 from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.lora.library import settle_scales
 from mflux.models.flux.lora_styles import STYLES, style_path
@@ -105,12 +106,13 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
     """Run a command's body and turn every expected failure into one `error:` line and an exit status.
 
     Returns:
-        0, or the failure's status: 1, 2 for usage, 130 for Ctrl-C.
+        0, or the failure's status: 1, 2 for usage, 130 for Ctrl-C, 143 for SIGTERM.
     """
+    # Nothing is to be opened before.
+    _Output.failure = None if open_standard_streams() else OSError("it is closed")
     _log_to_stderr(argv)
-    _Output.failure = None
     try:
-        with warnings.catch_warnings():
+        with signals_raise(), warnings.catch_warnings():
             # What a library warns of is one line like our own.
             warnings.showwarning = lambda message, *_: log.warning(one_line(str(message)))
             status = command(argv) or 0
@@ -124,9 +126,9 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
         # One line, whatever a library's own message had in it.
         complain(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         complain("stopped")
-        return 130
+        return status_of(interrupt)
     except (MemoryError, RuntimeError) as error:
         # MLX has no exception of its own for memory that it cannot have.
         if isinstance(error, RuntimeError) and "alloc" not in str(error):
@@ -371,6 +373,11 @@ def was_given(args: argparse.Namespace, *names: str) -> bool:
     return any(name in args.given for name in names)
 
 
+def was_said(args: argparse.Namespace, *names: str) -> bool:
+    """Whether one of them stands there, or in the settings that `-C` names."""
+    return was_given(args, *names) or any(name in getattr(args, "taken", ()) for name in names)
+
+
 _NO_PID = "PiD decoding is not built yet in this version: leave --pid-decode out"
 # Options that are refused, by their destinations, and with what.
 NOT_BUILT_OPTIONS = {
@@ -536,6 +543,10 @@ def read_prompt(args: argparse.Namespace) -> str:
     try:
         if args.prompt == "-":
             source = "standard input"
+            if sys.stdin is None:
+                raise PromptFileReadError(
+                    'there is no prompt: standard input is closed: say it with --prompt "…", or pipe it in'
+                )
             prompt = sys.stdin.read().removeprefix("\ufeff").strip()
         elif args.prompt_file is not None:
             source = f"the prompt file {args.prompt_file}"

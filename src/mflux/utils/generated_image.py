@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflux.utils.atomic_files import write_atomically
-from mflux.utils.paths import recorded_source, user_path
+from mflux.utils.paths import recorded_source
 from mflux.utils.picture_files import save_picture
 from mflux.utils.settings import settings_of
 from mflux.utils.strict_json import NotJSON, parse
@@ -153,10 +153,9 @@ class GeneratedImage:
         embed_metadata: bool = True,
     ) -> Path:
         """Write the picture and, if there is one, its concept heatmap as `name_heatmap.png`."""
-        path = user_path(path)
         saved = self.save(path, export_json_metadata, overwrite, embed_metadata)
         if self.concept_heatmap:
-            beside = path.with_stem(path.stem + "_heatmap")
+            beside = saved.with_stem(saved.stem + "_heatmap")
             self.save_concept_heatmap(beside, export_json_metadata, overwrite, embed_metadata)
         return saved
 

@@ -121,6 +121,17 @@ def _within(value, name: str, least, most):
     return value
 
 
+def indices(value: Any, count: int, name: str, of: str) -> list[int]:
+    """Numbers of some of so many things, each once and in order; [] where nothing is said."""
+    if not isinstance(value, (list, tuple, range, type(None))):
+        raise UsageError(f"{name} is {_shown(value)}, which is not a list of whole numbers")
+    chosen = sorted({whole(one, name) for one in value or ()})
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
+        wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
+        raise UsageError(f"{name} says {wrong}, and the {of} are 0 to {count - 1}")
+    return chosen
+
+
 def side(value: Any, name: str) -> int | ScaleFactor | None:
     """A side of a picture: pixels, a scale factor, or None."""
     return value if isinstance(value, ScaleFactor) else whole(value, name, optional=True)

@@ -91,6 +91,9 @@ class Family:
         lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.reading.LoraNames`.
         open_folder: reads folders in other layouts than the published one, "package.module:function": takes the folder,
             gives a `checkpoints.published.PublishedFolder`, or None where the folder is not in that layout.
+        alone: for a family that is one model without components: whether a folder or file is that model,
+            "package.module:function"; raises `CheckpointError` where it is and something is wrong with it. Nothing is
+            read but headers.
     """
 
     title: str
@@ -100,6 +103,7 @@ class Family:
     beside: tuple[str, ...] = ("model_index.json", "scheduler", "tokenizer")
     lora: str | None = None
     open_folder: str | None = None
+    alone: str | None = None
 
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)
@@ -122,12 +126,13 @@ def families() -> dict[str, Family]:
 
 @cache
 def built() -> dict[str, str]:
-    """The models that this version draws with, as keys of `registry.MODELS`, and the command for each."""
-    commands = [command for family in families().values() for command in family.commands]
-    drawn = {key: f"mflux-{command.name}" for command in reversed(commands) for key in command.models}
-    # A command's first model is its own, also where another one draws with it as well.
-    own = {command.models[0]: f"mflux-{command.name}" for command in reversed(commands) if command.models}
-    return {key: (drawn | own)[key] for command in commands for key in command.models}
+    """The models that this version draws with, as keys of `registry.MODELS`, and the first command for each."""
+    drawn: dict[str, str] = {}
+    for family in families().values():
+        for command in family.commands:
+            for key in command.models:
+                drawn.setdefault(key, f"mflux-{command.name}")
+    return drawn
 
 
 def family_of(key: str) -> Family | None:

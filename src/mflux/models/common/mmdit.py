@@ -7,6 +7,8 @@ blocks run one stream of both, with attention and feed-forward side by side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mflux.backend import mx, nn
 from mflux.models.common.layers import (
     FeedForward,
@@ -60,26 +62,27 @@ class JointAttention(nn.Module):
         self.add_v_proj = nn.Linear(width, width)
         self.to_add_out = nn.Linear(width, width)
 
-    def __call__(self, image: mx.array, text: mx.array, rotary: Rotary) -> tuple[mx.array, mx.array]:
-        q = mx.concatenate(
-            [
-                self.norm_added_q(split_heads(self.add_q_proj(text), self.heads)),
-                self.norm_q(split_heads(self.to_q(image), self.heads)),
-            ],
-            axis=2,
-        )
-        k = mx.concatenate(
-            [
-                self.norm_added_k(split_heads(self.add_k_proj(text), self.heads)),
-                self.norm_k(split_heads(self.to_k(image), self.heads)),
-            ],
-            axis=2,
-        )
-        v = mx.concatenate(
-            [split_heads(self.add_v_proj(text), self.heads), split_heads(self.to_v(image), self.heads)], 2
-        )
-        out = merge_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v))
+    def image_heads(self, image: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values of picture tokens, (B, heads, L, D) each, before their positions turn them."""
+        q, k, v = (split_heads(layer(image), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def text_heads(self, text: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """The same of text tokens."""
+        layers = self.add_q_proj, self.add_k_proj, self.add_v_proj
+        q, k, v = (split_heads(layer(text), self.heads) for layer in layers)
+        return self.norm_added_q(q), self.norm_added_k(k), v
+
+    def __call__(
+        self, image: mx.array, text: mx.array, rotary: Rotary, watch: Callable[..., None] | None = None
+    ) -> tuple[mx.array, mx.array]:
+        pairs = zip(self.text_heads(text), self.image_heads(image), strict=True)
+        q, k, v = (mx.concatenate(pair, axis=2) for pair in pairs)
+        q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
+        out = merge_heads(attention(q, k, v))
         length = text.shape[1]
+        if watch is not None:
+            watch(k[:, :, length:], v[:, :, length:], out[:, length:])
         return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
 
 
@@ -111,16 +114,59 @@ class TransformerBlock(nn.Module):
         self.ff_context = FeedForward(width)
 
     def __call__(
-        self, image: mx.array, text: mx.array, condition: mx.array, rotary: Rotary
+        self,
+        image: mx.array,
+        text: mx.array,
+        condition: mx.array,
+        rotary: Rotary,
+        watch: Callable[..., None] | None = None,
     ) -> tuple[mx.array, mx.array]:
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(condition)
-        shift_t, scale_t, gate_t, shift_ff_t, scale_ff_t, gate_ff_t = self.norm1_context(condition)
-        image_out, text_out = self.attn(modulate(image, shift, scale), modulate(text, shift_t, scale_t), rotary)
-        image = image + gate * image_out
-        image = image + gate_ff * self.ff(modulate(image, shift_ff, scale_ff))
-        text = text + gate_t * text_out
-        text = text + gate_ff_t * self.ff_context(modulate(text, shift_ff_t, scale_ff_t))
-        return image, text
+        """Picture and text after the block.
+
+        Args:
+            image, text: (B, L, width) and (B, T, width).
+            condition: (B, width), what modulates both.
+            rotary: of text and picture, one behind the other.
+            watch: called with the picture's keys, turned, and values, (B, heads, L, D) each, and with what the
+                attention gives its tokens, (B, L, width), before it is projected.
+        """
+        shift, scale, *image_rest = self.norm1(condition)
+        shift_t, scale_t, *text_rest = self.norm1_context(condition)
+        image_out, text_out = self.attn(modulate(image, shift, scale), modulate(text, shift_t, scale_t), rotary, watch)
+        return _rest(image, image_out, self.ff, *image_rest), _rest(text, text_out, self.ff_context, *text_rest)
+
+    def read_along(
+        self, text: mx.array, condition: mx.array, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Another text, which sees the picture and itself, and which neither the picture nor the prompt sees.
+
+        Args:
+            text: (B, T, width), all at position zero, where nothing is turned.
+            condition: (B, width), what modulates it.
+            keys, values: the picture's, as `watch` is told them.
+
+        Returns:
+            The text after the block, and what the attention gave its tokens, before it is projected.
+        """
+        shift, scale, *rest = self.norm1_context(condition)
+        q, k, v = self.attn.text_heads(modulate(text, shift, scale))
+        k, v = mx.concatenate([k, keys], axis=2), mx.concatenate([v, values], axis=2)
+        out = merge_heads(attention(q, k, v))
+        return _rest(text, self.attn.to_add_out(out), self.ff_context, *rest), out
+
+
+def _rest(
+    x: mx.array,
+    attended: mx.array,
+    feed_forward: nn.Module,
+    gate: mx.array,
+    shift: mx.array,
+    scale: mx.array,
+    gate_ff: mx.array,
+) -> mx.array:
+    """What a block does with a stream behind its attention."""
+    x = x + gate * attended
+    return x + gate_ff * feed_forward(modulate(x, shift, scale))
 
 
 class SingleTransformerBlock(nn.Module):

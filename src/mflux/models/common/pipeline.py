@@ -365,12 +365,14 @@ class Pipeline:
                         latents = after_step(latents, step)
                     mx.eval(latents)
                     if not mx.isfinite(latents).all().item():
-                        raise _not_finite(f"the latents after step {step + 1} of {config.num_inference_steps}")
+                        raise not_finite(f"the latents after step {step + 1} of {config.num_inference_steps}")
                     context.in_loop(step, latents, denoised=before - sigma * prediction)
-                except KeyboardInterrupt:
+                except KeyboardInterrupt as interrupt:
                     context.interruption(step, latents)
                     raise StopImageGenerationException(
-                        f"stopped at step {step + 1} of {config.num_inference_steps}", exit_code=130
+                        f"stopped at step {step + 1} of {config.num_inference_steps}",
+                        # A command's process is ended by other signals as well, see `cli.process.Ended`.
+                        exit_code=getattr(interrupt, "status", 130),
                     ) from None
             context.after_loop(latents)
         finally:
@@ -387,7 +389,7 @@ class Pipeline:
         decoded = tiling.decode(self.vae, unpacked, None if self.vae_full_precision else self.tiling_config)
         mx.eval(decoded)
         if not mx.isfinite(decoded).all().item():
-            raise _not_finite("what the autoencoder makes of the latents")
+            raise not_finite("what the autoencoder makes of the latents")
         return decoded
 
     def picture(
@@ -525,7 +527,8 @@ def _who_draws(kind: str) -> str:
     return "another command draws with it"
 
 
-def _not_finite(what: str) -> MfluxError:
+def not_finite(what: str) -> MfluxError:
+    """The error that what was computed is no picture, and what may help."""
     return MfluxError(
         f"{what} hold numbers that are not finite, so there is no picture: take another copy of the weights, or "
         "--quantize with more bits, or another LoRA scale"

@@ -15,7 +15,7 @@ from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import SUFFIXES, read_json
-from mflux.checkpoints.loading import build, fill
+from mflux.checkpoints.loading import build, fill, fit
 from mflux.checkpoints.opening import open_checkpoint
 from mflux.checkpoints.quantization import Quantization
 from mflux.errors import CheckpointError
@@ -173,6 +173,37 @@ def load(path: Path, quantize: int | None = None) -> tuple[DepthProForDepthEstim
         UsageError: no such number of bits.
     """
     wanted = Quantization.asked(quantize)
+    network, tensors, preprocessing = _opened(path)
+    fill(network, tensors, source=path, quantization=wanted)
+    return network, preprocessing
+
+
+def check(path: Path) -> bool:
+    """Whether a file or folder is Depth Pro; its numbers are not read.
+
+    Raises:
+        CheckpointError: it is, and something is wrong with it.
+    """
+    try:
+        is_it = (
+            read_json(path / "config.json").get("model_type") == "depth_pro"
+            if path.is_dir()
+            else any(
+                name.startswith(("encoder.patch_encoder.", "depth_pro.encoder.")) for name in open_checkpoint(path)
+            )
+        )
+    except CheckpointError:
+        # What is damaged is told by whoever looks at files alone.
+        return False
+    if not is_it:
+        return False
+    network, tensors, _ = _opened(path)
+    fit(network, tensors, source=path)
+    return True
+
+
+def _opened(path: Path) -> tuple[DepthProForDepthEstimation, Mapping[str, mx.array], Preprocessing]:
+    """The network without its weights, these by its names, and the settings beside them."""
     config, preprocessing = _settings(path if path.is_dir() else path.parent)
     tensors: Mapping[str, mx.array] = open_checkpoint(path)
     if any(name.startswith("encoder.patch_encoder.") for name in tensors):
@@ -181,9 +212,7 @@ def load(path: Path, quantize: int | None = None) -> tuple[DepthProForDepthEstim
         raise CheckpointError(
             f"{path} does not hold Depth Pro: give Apple's depth_pro.pt or a copy of apple/DepthPro-hf, or leave it out"
         )
-    network = build(DepthProForDepthEstimation, config, tensors, source=path)
-    fill(network, tensors, source=path, quantization=wanted)
-    return network, preprocessing
+    return build(DepthProForDepthEstimation, config, tensors, source=path), tensors, preprocessing
 
 
 def _settings(folder: Path) -> tuple[DepthProConfig, Preprocessing]:

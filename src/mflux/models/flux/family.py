@@ -117,6 +117,18 @@ FAMILY = Family(
             models=("dev",),
         ),
         Command(
+            "concept",
+            f"{_CLI}.flux_concept",
+            "draw with FLUX.1, and show where a concept is",
+            models=("demo", "schnell", "dev", "krea-dev"),
+        ),
+        Command(
+            "concept-from-image",
+            f"{_CLI}.flux_concept_from_image",
+            "show where a concept is in a picture",
+            models=("demo", "schnell", "dev", "krea-dev"),
+        ),
+        Command(
             "upscale-controlnet",
             f"{_CLI}.flux_upscale",
             "draw a picture anew with more pixels",

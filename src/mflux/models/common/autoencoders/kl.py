@@ -1,7 +1,7 @@
 """The convolutional autoencoder of latent diffusion (Rombach et al. 2022, arxiv.org/abs/2112.10752).
 
 Reference class: diffusers' `AutoencoderKL`. Pictures and latents are (B, C, H, W) outside, as in mflux; inside,
-everything is channels-last, as MLX's convolutions want it.
+everything is channels-last, as MLX's convolutions want it, and computed in strips of rows (`strips.Map`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
+from mflux.models.common.autoencoders.kernels import attention
+from mflux.models.common.autoencoders.strips import Map
 from mflux.models.common.config.component_config import ComponentConfig
 
 _EPS = 1e-6
@@ -77,10 +79,11 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
-        x = self.conv1(nn.silu(self.norm1(x)))
-        return skip + self.conv2(nn.silu(self.norm2(x)))
+    def __call__(self, x: Map) -> Map:
+        y = x.group_norm(self.norm1, silu=True).conv(self.conv1)
+        y = y.group_norm(self.norm2, silu=True).conv(self.conv2)
+        skip = x.conv(self.conv_shortcut) if "conv_shortcut" in self else x
+        return (skip + y).store()
 
 
 class AttentionBlock(nn.Module):
@@ -94,13 +97,11 @@ class AttentionBlock(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = [nn.Linear(channels, channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        batch, height, width, channels = x.shape
-        flat = self.group_norm(x).reshape(batch, 1, height * width, channels)
-        y = mx.fast.scaled_dot_product_attention(
-            self.to_q(flat), self.to_k(flat), self.to_v(flat), scale=channels**-0.5
-        )
-        return x + self.to_out[0](y).reshape(x.shape)
+    def __call__(self, x: Map) -> Map:
+        batch, _, _, channels = x.shape
+        flat = x.group_norm(self.group_norm).array(keep=True).reshape(batch, -1, channels)
+        y = attention(self.to_q(flat), self.to_k(flat), self.to_v(flat))
+        return x + Map.of(self.to_out[0](y).reshape(x.shape))
 
 
 class Downsampler(nn.Module):
@@ -110,8 +111,8 @@ class Downsampler(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+    def __call__(self, x: Map) -> Map:
+        return x.halve(self.conv)
 
 
 class Upsampler(nn.Module):
@@ -121,8 +122,8 @@ class Upsampler(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2))
+    def __call__(self, x: Map) -> Map:
+        return x.double(self.conv)
 
 
 class DownBlock(nn.Module):
@@ -135,7 +136,7 @@ class DownBlock(nn.Module):
         if not is_last:
             self.downsamplers = [Downsampler(out_channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Map) -> Map:
         for resnet in self.resnets:
             x = resnet(x)
         return self.downsamplers[0](x) if "downsamplers" in self else x
@@ -151,7 +152,7 @@ class UpBlock(nn.Module):
         if not is_last:
             self.upsamplers = [Upsampler(out_channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Map) -> Map:
         for resnet in self.resnets:
             x = resnet(x)
         return self.upsamplers[0](x) if "upsamplers" in self else x
@@ -164,7 +165,7 @@ class MidBlock(nn.Module):
         if config.mid_block_add_attention:
             self.attentions = [AttentionBlock(config, channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Map) -> Map:
         x = self.resnets[0](x)
         if "attentions" in self:
             x = self.attentions[0](x)
@@ -184,11 +185,11 @@ class Encoder(nn.Module):
         self.conv_norm_out = _norm(config, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.conv_in(x)
+    def __call__(self, x: Map) -> Map:
+        x = x.conv(self.conv_in)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.mid_block(x).group_norm(self.conv_norm_out, silu=True).conv(self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -204,11 +205,11 @@ class Decoder(nn.Module):
         self.conv_norm_out = _norm(config, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.mid_block(self.conv_in(x))
+    def __call__(self, x: Map) -> Map:
+        x = self.mid_block(x.conv(self.conv_in))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return x.group_norm(self.conv_norm_out, silu=True).conv(self.conv_out)
 
 
 class AutoencoderKL(nn.Module):
@@ -243,7 +244,7 @@ class AutoencoderKL(nn.Module):
         Returns:
             (B, latent_channels, H / spatial_scale, W / spatial_scale).
         """
-        moments = self.encoder(image.transpose(0, 2, 3, 1))
+        moments = self.encoder(Map.of(image.transpose(0, 2, 3, 1))).array()
         if "quant_conv" in self:
             moments = self.quant_conv(moments)
         mean = moments[..., : self.config.latent_channels]
@@ -254,4 +255,4 @@ class AutoencoderKL(nn.Module):
         x = (latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)).transpose(0, 2, 3, 1)
         if "post_quant_conv" in self:
             x = self.post_quant_conv(x)
-        return self.decoder(x).transpose(0, 3, 1, 2)
+        return self.decoder(Map.of(x)).array().transpose(0, 3, 1, 2)

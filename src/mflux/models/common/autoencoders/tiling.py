@@ -1,5 +1,8 @@
 """Large pictures in overlapping tiles, so that an autoencoder's memory depends on the tile and not on the picture.
 
+An autoencoder computes in its weights' dtype: latents and pictures are float32 here, and would make float32 of all that
+it computes.
+
 Group norms see one tile at a time, so tiles differ a little from the whole; they overlap and fade into each other.
 """
 
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mflux.backend import mx
+from mflux.backend import mx, tree_flatten
 from mflux.errors import UsageError
 
 
@@ -56,20 +59,29 @@ class TilingConfig:
 
 def decode(vae, latents: mx.array, tiling: TilingConfig | None) -> mx.array:
     """Decode (1, C, h, w) to (1, 3, H, W); at once if `tiling` is None or one tile covers it."""
+    run = _in_its_dtype(vae, vae.decode)
     if tiling is None or (tiling.vae_decode_tiles_per_dim or 1) <= 1:
-        return vae.decode(latents)
+        return run(latents)
     scale = vae.spatial_scale
     tile = tiling.vae_decode_tile_size // scale
-    return _in_tiles(vae.decode, latents, tile, tiling.vae_decode_overlap, into=1, out=scale)
+    return _in_tiles(run, latents, tile, tiling.vae_decode_overlap, into=1, out=scale)
 
 
 def encode(vae, image: mx.array, tiling: TilingConfig | None) -> mx.array:
     """Encode (1, 3, H, W) to (1, C, h, w); at once if `tiling` does not ask for tiles or one covers it."""
+    run = _in_its_dtype(vae, vae.encode)
     if tiling is None or not tiling.vae_encode_tiled:
-        return vae.encode(image)
+        return run(image)
     scale = vae.spatial_scale
     tile, overlap = tiling.vae_encode_tile_size // scale, tiling.vae_encode_tile_overlap // scale
-    return _in_tiles(vae.encode, image, tile, overlap, into=scale, out=1)
+    return _in_tiles(run, image, tile, overlap, into=scale, out=1)
+
+
+def _in_its_dtype(vae, run: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """`run` in the dtype of the autoencoder's weights; what comes out has that of what goes in."""
+    floats = (value.dtype for _, value in tree_flatten(vae.parameters()) if mx.issubdtype(value.dtype, mx.floating))
+    dtype = next(floats, None)
+    return run if dtype is None else lambda x: run(x.astype(dtype)).astype(x.dtype)
 
 
 def _in_tiles(

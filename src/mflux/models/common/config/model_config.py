@@ -190,16 +190,17 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
         return key
     raise ModelConfigError(
         f"the model {model_name!r} is not known{_nearest(model_name)}: {suggestion()}; "
-        f"a repository or folder whose name does not tell needs --base-model ({', '.join(_first_of_each_family())})"
+        f"a repository or folder whose name does not tell needs --base-model, as {_base_models()}"
     )
 
 
-def _first_of_each_family() -> list[str]:
-    """What `base_model` may be, one for each family that is built."""
-    from mflux.models.common.family import built
+def _base_models() -> str:
+    """A model of each family that draws, as the end of a sentence."""
+    from mflux.models.common.family import families
 
-    first = {MODELS[key]["family"]: key for key in reversed(built()) if key != "demo"}
-    return [key for key in built() if key in first.values()]
+    drawn = [command.models for family in families().values() for command in family.commands[:1] if command.models]
+    names = [next(key for key in models if key != "demo") for models in drawn]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def check_is_somewhere(name: str | Path) -> None:

@@ -73,7 +73,10 @@ class DepthPro:
         Raises:
             ImageError: there is no such file, or it is not a picture that can be read.
         """
-        photo = open_photo(image_path)
+        return self.depth_of(open_photo(image_path))
+
+    def depth_of(self, photo: Image.Image) -> DepthResult:
+        """The same of an RGB picture that is open already."""
         depth, degrees = self._network(self._pixels(photo))
         depth = depth[:, None].astype(mx.float32)
         low, high = depth.min().item(), depth.max().item()

@@ -57,6 +57,22 @@ def load(folder: Path, *, quantize: int | None = None) -> Qwen3VLForConditionalG
     return load_component(Qwen3VLForConditionalGeneration, folder, quantize=quantize)
 
 
+def check(path: Path) -> bool:
+    """Whether a folder holds a model that can be FIBO-VLM; its numbers are not read.
+
+    Raises:
+        CheckpointError: it does, and something is wrong with it.
+    """
+    try:
+        if not path.is_dir() or read_json(path / "config.json").get("model_type") != "qwen3_vl":
+            return False
+    except CheckpointError:
+        # What is damaged is told by whoever looks at files alone.
+        return False
+    load_component(Qwen3VLForConditionalGeneration, path, read=False)
+    return True
+
+
 def check_head(folder: Path) -> None:
     """Where the head is tied to the token embedding and the file holds both, make sure that they are the same.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
@@ -137,8 +138,7 @@ class FluxTransformer(FluxTrunk):
             image_ids: (L, 3), see `latent_image_ids`.
             guidance: (B,); needed by guidance-distilled models (`guidance_embeds`), unused by others.
             residuals: what a ControlNet adds.
-            watch: called before each double block with its number, the block, picture and text as they enter it, the
-                condition (B, inner_dim) and the rotary embedding of both.
+            watch: called in each double block with its number, the block, and what `TransformerBlock` tells.
 
         Returns:
             (B, L, out_channels).
@@ -151,9 +151,8 @@ class FluxTransformer(FluxTrunk):
         residuals = residuals or Residuals()
 
         for number, block in enumerate(self.transformer_blocks):
-            if watch is not None:
-                watch(number, block, image, text, condition, rotary)
-            image, text = block(image, text, condition, rotary)
+            told = None if watch is None else partial(watch, number, block)
+            image, text = block(image, text, condition, rotary, told)
             if residuals.double:
                 image = image + _share(residuals.double, number, len(self.transformer_blocks))
         x = mx.concatenate([text, image], axis=1)

@@ -81,14 +81,14 @@ class AutoencoderKLFlux2(AutoencoderKL):
         x = x.reshape(batch, channels, height // side, side, width // side, side)
         x = x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, height // side, width // side)
         mean, deviation = self._statistics()
-        return (x - mean) / deviation
+        return ((x - mean) / deviation).astype(image.dtype)
 
     def decode(self, latents: mx.array) -> mx.array:
         """Latents (B, latent_channels, h, w) to pictures (B, out_channels, h · scale, w · scale), about [-1, 1]."""
         mean, deviation = self._statistics()
         batch, _, height, width = latents.shape
         side = self.config.patch_size[0]
-        x = (latents * deviation + mean).reshape(batch, -1, side, side, height, width)
+        x = (latents * deviation + mean).astype(latents.dtype).reshape(batch, -1, side, side, height, width)
         x = x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * side, width * side)
         return super().decode(x)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mflux.cli import parser as options
 from mflux.cli.generate import Generate
+from mflux.cli.parser import was_given
 from mflux.models.z_image.family import FAMILY
 
 
@@ -29,6 +30,12 @@ def compute_dtype(args: argparse.Namespace):
     return getattr(mx, args.compute_precision)
 
 
+def draw(args: argparse.Namespace) -> dict[str, Any]:
+    """mflux 0.24 guided above 1 only, and not at all where nothing was said: its pictures are drawn again so."""
+    old = getattr(args, "of_old_picture", False) and not was_given(args, "guidance")
+    return {"guidance": 0.0} if old and (args.guidance or 0) <= 1 else {}
+
+
 COMMAND = Generate(
     prog="mflux-generate-z-image",
     description="Draw with Z-Image from a prompt, or from a prompt and a picture.",
@@ -40,6 +47,7 @@ COMMAND = Generate(
     guidance=None,
     add_options=add_options,
     build=build,
+    draw=draw,
 )
 build_parser, main = COMMAND.build_parser, COMMAND.main
 

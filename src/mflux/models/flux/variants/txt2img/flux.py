@@ -162,19 +162,29 @@ class Flux1(Pipeline):
 
     def encode_prompt(self, prompt: str) -> tuple[mx.array, mx.array]:
         """T5's embeddings (1, T, D) and CLIP's pooled embedding (1, P) of a prompt, from the cache if it was seen."""
-        if prompt not in self.prompt_cache:
+        return self.encode_prompts(prompt)[0]
+
+    def encode_prompts(self, *prompts: str) -> list[tuple[mx.array, mx.array]]:
+        """The same of several prompts, for which each encoder is loaded once."""
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prompt_cache]:
             self.enter("encode")
-            length = self.model_config.max_sequence_length
-            if self.tokenizers["t5"].is_cut(prompt, max_length=length):
-                log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", length)
-            prompt_embeds = self.t5_text_encoder(self.tokenizers["t5"](prompt, max_length=length))
-            mx.eval(prompt_embeds)
+            embeds = [self._encode_with_t5(prompt) for prompt in new]
             self.encoded("t5_text_encoder")
-            clip = self.clip_text_encoder
-            ids = self.tokenizers["clip"](prompt, max_length=clip.config.max_position_embeddings)
-            _, pooled_prompt_embeds = clip(ids)
-            mx.eval(pooled_prompt_embeds)
-            del clip
+            pooled = [self._encode_with_clip(prompt) for prompt in new]
             self.encoded("clip_text_encoder")
-            self.prompt_cache[prompt] = prompt_embeds, pooled_prompt_embeds
-        return self.prompt_cache[prompt]
+            self.prompt_cache.update(zip(new, zip(embeds, pooled, strict=True), strict=True))
+        return [self.prompt_cache[prompt] for prompt in prompts]
+
+    def _encode_with_t5(self, prompt: str) -> mx.array:
+        length = self.model_config.max_sequence_length
+        if self.tokenizers["t5"].is_cut(prompt, max_length=length):
+            log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", length)
+        embeds = self.t5_text_encoder(self.tokenizers["t5"](prompt, max_length=length))
+        mx.eval(embeds)
+        return embeds
+
+    def _encode_with_clip(self, prompt: str) -> mx.array:
+        clip = self.clip_text_encoder
+        _, pooled = clip(self.tokenizers["clip"](prompt, max_length=clip.config.max_position_embeddings))
+        mx.eval(pooled)
+        return pooled

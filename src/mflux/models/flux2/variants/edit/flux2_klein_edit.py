@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mflux.backend import mx
 from mflux.errors import ImageError, UsageError
+from mflux.models.common.autoencoders import tiling
 from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
 from mflux.models.flux2.model.transformer import grid_ids
 from mflux.models.flux2.variants.klein import Klein
@@ -109,7 +110,7 @@ class Flux2KleinEdit(Klein):
         """Pictures as tokens (1, R, 128), one picture after the other, and their positions (R, 4)."""
         tokens, ids = [], []
         for number, picture in enumerate(pictures, start=1):
-            latents = self.vae.encode(ImageUtil.to_array(picture)).astype(mx.float32)
+            latents = tiling.encode(self.vae, ImageUtil.to_array(picture), self.tiling_config).astype(mx.float32)
             tokens.append(Flux2LatentCreator.pack_latents(latents))
             ids.append(grid_ids(*latents.shape[2:], time=TIME * number))
             mx.eval(tokens)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -25,6 +23,7 @@ from mflux.models.z_image.variants.z_image import ZImage
 from mflux.utils import values
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
+from mflux.utils.paths import recorded_file
 
 BUILT = (ControlType.canny, ControlType.depth)
 
@@ -111,8 +110,7 @@ class ZImageTurboControlnet(ZImage):
         prompt_embeds = self.encode_prompt(prompt)
         self.encoded("text_encoder")
         images = [control_image(control, config.width, config.height) for control in controls]
-        latents_of_controls = [self.vae.encode(ImageUtil.to_array(image)).astype(mx.float32) for image in images]
-        mx.eval(latents_of_controls)
+        latents_of_controls = [self.encode_pixels(ImageUtil.to_array(image)) for image in images]
 
         # 2. Start from noise
         latents = ZImageLatentCreator.create_noise(seed, config.height, config.width)
@@ -185,14 +183,11 @@ def depth_image(image: PIL.Image.Image) -> PIL.Image.Image:
     """How far everything on a picture is, from Depth Pro, which is loaded for it and let go."""
     from mflux.models.depth_pro.model.depth_pro import DepthPro
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture.png"
-        image.convert("RGB").save(path)
-        depth = DepthPro().create_depth_map(path).depth_image.convert("RGB")
+    depth = DepthPro().depth_of(image.convert("RGB")).depth_image.convert("RGB")
     give_back_memory()
     return depth
 
 
 def as_text(control: ControlSpec) -> str:
-    """As `--control` takes it: "canny:photo.jpg:0.8"."""
-    return f"{ControlType(control.type).value}:{control.image_path}:{control.strength:g}"
+    """As `--control` takes it, without the folders of this machine: "canny:photo.jpg:0.8"."""
+    return f"{ControlType(control.type).value}:{recorded_file(control.image_path)}:{control.strength:g}"

@@ -1,0 +1,85 @@
+"""`mflux-check`: whether a model is whole, without drawing with it and without a network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mflux.cli import parser as options
+from mflux.errors import MfluxError
+from mflux.text import one_line, size
+
+
+def build_parser() -> options.MfluxParser:
+    """The command's parser; completions use it as well."""
+    parser = options.MfluxParser(
+        prog="mflux-check", description="Find out whether a model is whole, offline, before drawing with it."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="model", required=True)
+    model = commands.add_parser(
+        "model",
+        help="check a folder, or what the cache holds of a repository",
+        description="Check headers, indexes, shards, names and shapes of a model's weights as loading does, and its "
+        "entry in Hugging Face's cache. Nothing is sent, and no numbers are read. Exit status 1: something is wrong.",
+    )
+    model.add_argument(
+        "model_reference", metavar="MODEL", help="a folder or file, a model's name, or a repository (org/name)"
+    )
+    model.add_argument(
+        "--base-model", help="the model it derives from, when the repository's or folder's name does not tell"
+    )
+    model.add_argument(
+        "--fix",
+        "--repair",
+        action="store_true",
+        help="remove what is broken in Hugging Face's cache, to be fetched again, or take it from another snapshot",
+    )
+    return parser
+
+
+def check(argv: Sequence[str] | None) -> int:
+    """
+    Returns:
+        0, or 1 where something is wrong with the model.
+
+    Raises:
+        MfluxError: there is no such model, or something cannot be removed.
+    """
+    args = build_parser().parse_args(argv)
+
+    from mflux.hub_cache import repair
+    from mflux.models.common.checking import check_model
+
+    report = check_model(args.model_reference, args.base_model)
+    done: list[str] = []
+    if args.fix and report.holder is not None and report.broken:
+        done = repair(report.holder, report.broken)
+        try:
+            report = check_model(args.model_reference, args.base_model)
+        except MfluxError as error:
+            # Nothing of it is left.
+            report.problems, report.broken = [str(error)], []
+    options.say(f"check: {'pass' if report.passed else 'fail'}")
+    for name in ("model", "layout", "root"):
+        if (value := getattr(report, name)) is not None:
+            options.say(f"{'format' if name == 'layout' else name}: {value}")
+    options.say(f"size: {size(report.size)}")
+    for problem in report.problems:
+        options.say(f"problem: {one_line(problem)}")
+    for entry in report.broken:
+        options.say(f"{'broken' if entry.is_fault else 'leftover'}: {one_line(entry)}")
+    for line in done:
+        options.say(f"fixed: {one_line(line)}")
+    if report.broken and not args.fix:
+        options.say(f"fix: mflux-check model --fix {one_line(args.model_reference)}")
+    if args.fix and report.holder is None:
+        options.say("fixed: nothing, since only Hugging Face's cache is changed and this is a folder of your own")
+    return 0 if report.passed else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return options.run(check, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

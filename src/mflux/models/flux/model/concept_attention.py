@@ -1,0 +1,59 @@
+"""Where a picture shows a concept, as FLUX.1's transformer sees it.
+
+Source: Helbling et al. 2025, https://arxiv.org/abs/2502.04320 (ConceptAttention). The concept goes through the double
+blocks as a second text, which sees the picture's tokens and is seen by nobody. How alike what the attention gives a
+token of the picture and a token of the concept are says how much of the concept is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from mflux.backend import mx
+from mflux.models.common.mmdit import TransformerBlock
+from mflux.models.flux.model.transformer import FluxTransformer
+
+
+class ConceptStream:
+    """A concept beside what a transformer draws; keeps one sum over all steps and blocks that are looked at.
+
+    Args:
+        transformer: what draws.
+        embeds: the concept as T5 encodes it, (1, T, joint_attention_dim).
+        pooled: as CLIP does, (1, pooled_projection_dim).
+        layers: the numbers of the double blocks to look at.
+    """
+
+    def __init__(self, transformer: FluxTransformer, embeds: mx.array, pooled: mx.array, layers: Collection[int]):
+        self._transformer = transformer
+        self._embeds, self._pooled = embeds, pooled
+        self._layers = frozenset(layers)
+        self._sum: mx.array = mx.array(0.0)
+        self._looks = 0
+
+    def watch(self, sigma: mx.array, guidance: mx.array | None) -> Callable[..., None]:
+        """What `FluxTransformer` is to call during one step.
+
+        Args:
+            sigma, guidance: as the transformer is told them.
+        """
+        condition = self._transformer.time_text_embed(sigma, guidance, self._pooled)
+        concept = self._transformer.context_embedder(self._embeds)
+
+        def look(number: int, block: TransformerBlock, keys: mx.array, values: mx.array, picture: mx.array) -> None:
+            nonlocal concept
+            if number > max(self._layers):
+                return
+            concept, seen = block.read_along(concept, condition, keys, values)
+            if number in self._layers:
+                alike = seen[0].astype(mx.float32) @ picture[0].astype(mx.float32).T
+                self._sum = self._sum + mx.softmax(alike, axis=0)
+                self._looks += 1
+
+        return look
+
+    @property
+    def heat(self) -> mx.array:
+        """How much of each of the concept's tokens there is in each of the picture's: (T, L), float32, 0 to 1; the mean
+        over the steps and blocks so far."""
+        return self._sum / self._looks
