@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -375,3 +377,226 @@ def test_components_that_024_saved(models, tmp_path, command, part):
     ours, theirs = (dict(tree_flatten(module.parameters())) for module in (loaded, expected))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- concept attention
+
+
+def concept(cli, model: Path, *words, command="concept"):
+    start = (command, "--model", model, "--base-model", "dev", "--prompt", "a red circle", "--concept", "circle")
+    return cli(*start, *SMALL, *words)
+
+
+def look(cli, model: Path, *words):
+    return concept(cli, model, "--input-image-path", "photo.png", *words, command="concept-from-image")
+
+
+def test_a_heatmap_stands_beside_the_picture_with_how_it_was_found(cli, here, models):
+    model = models(BY_NAME["concept"])
+    result = concept(cli, model, "--metadata", "--output", "a.png")
+    assert (result.status, result.errors, result.warnings) == (0, [], []), result.err
+    assert [path.name for path in result.paths] == ["a.png", "a_heatmap.png"]
+    told = {"concept_prompt": "circle", "layer_indices": [0, 1, 2], "timesteps": [0, 1], "height": 32, "width": 48}
+    assert MetadataReader.read_exif_metadata("a_heatmap.png") == told
+    assert json.loads(Path("a_heatmap.metadata.json").read_text()) == told
+    heat = pixels("a_heatmap.png")
+    assert heat.shape == (32, 48, 3)
+    assert (heat == heat[::16, ::16].repeat(16, axis=0).repeat(16, axis=1)).all()
+    # A name that is taken: both files get the same free one.
+    result = concept(cli, model, "--no-metadata", "--output", "a.png")
+    assert [path.name for path in result.paths] == ["a_1.png", "a_1_heatmap.png"]
+    assert MetadataReader.read_exif_metadata("a_1_heatmap.png") is None
+    result = concept(cli, model, "--seed", 1, 2, "--output", "b.jpg")
+    names = ["b_seed_1.jpg", "b_seed_1_heatmap.jpg", "b_seed_2.jpg", "b_seed_2_heatmap.jpg"]
+    assert [path.name for path in result.paths] == names
+    assert (pixels("b_seed_1_heatmap.jpg") != pixels("b_seed_2_heatmap.jpg")).any()
+
+
+def test_looking_does_not_change_what_is_drawn(cli, here, models):
+    model = models(BY_NAME["concept"])
+    concept(cli, model, "--output", "seen.png")
+    plain = ("generate", "--model", model, "--base-model", "dev", "--prompt", "a red circle", *SMALL)
+    assert cli(*plain, "--output", "plain.png").status == 0
+    assert (pixels("seen.png") == pixels("plain.png")).all()
+    # Its settings say nothing that `mflux-generate` has no option for.
+    assert cli("generate", "-C", "seen.png", "--model", model, "--base-model", "dev", "--output", "c.png").status == 0
+    assert (pixels("seen.png") == pixels("c.png")).all()
+
+
+def test_what_is_looked_for_and_where_matters(cli, here, models):
+    model = models(BY_NAME["concept"])
+    calls = [
+        (), ("--concept", "square"), ("--heatmap-layer-indices", 0), ("--heatmap-timesteps", 1),
+        ("--scheduler", "flow_match_euler_discrete", "--steps", 3, "--heatmap-timesteps", 2),
+        ("--steps", 3, "--heatmap-timesteps", 2),
+    ]  # fmt: skip
+    heats = []
+    for number, words in enumerate(calls):
+        result = concept(cli, model, *words, "--output", f"{number}.png")
+        assert result.status == 0, result.err
+        heats.append(pixels(f"{number}_heatmap.png").tobytes())
+    assert len(set(heats)) >= 5
+    told = MetadataReader.read_exif_metadata("2_heatmap.png")
+    assert (told["layer_indices"], told["timesteps"]) == ([0], [0, 1])
+    concept(cli, model, "--heatmap-layer-indices", 2, 0, 2, "--heatmap-timesteps", "--output", "many.png")
+    told = MetadataReader.read_exif_metadata("many_heatmap.png")
+    assert (told["layer_indices"], told["timesteps"]) == ([0, 2], [0, 1])
+
+
+def test_a_schedule_is_honoured(cli, here, models, tmp_path, monkeypatch):
+    (tmp_path / "own_schedule.py").write_text(
+        "from mflux.models.common.schedulers.linear_scheduler import LinearScheduler\n"
+        "from mflux.backend import mx\n\n\nclass Early(LinearScheduler):\n"
+        "    def _get_sigmas(self):\n        return mx.array([1.0, 0.99, 0.0])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = models(BY_NAME["concept"])
+    for name, run in (("drawn", concept), ("seen", look)):
+        for words in ((), ("--scheduler", "own_schedule.Early")):
+            assert run(cli, model, *words, "--output", f"{name}{len(words)}.png").status == 0
+        assert (pixels(f"{name}0_heatmap.png") != pixels(f"{name}2_heatmap.png")).any()
+
+
+@pytest.mark.parametrize("run", [concept, look])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("--heatmap-timesteps 2", "--heatmap-timesteps says 2, and the steps are 0 to 1"),
+        ("--heatmap-timesteps -1", "says -1"),
+        ("--heatmap-layer-indices 3", "says 3, and the double blocks are 0 to 2"),
+        ("--heatmap-layer-indices 15 16 17 18", "the double blocks are 0 to 2"),
+        ("--concept= ", "nothing to look for"),
+    ],
+)
+def test_what_there_is_not_to_look_at_is_refused(cli, here, models, run, words, told):
+    result = run(cli, models(BY_NAME["concept"]), *words.split(maxsplit=1 if "=" in words else -1))
+    assert (result.status, len(result.errors), result.paths) == (2, 1, [])
+    assert told in result.err
+    assert {path.name for path in here.iterdir()} == {"photo.png", "other.png", "mask.png"}
+
+
+def test_steps_are_counted_among_those_that_are_taken(cli, here, models):
+    """Of four steps a strength of 0.5 leaves two; mflux 0.24 looked for the other two by default, and failed."""
+    model = models(BY_NAME["concept"])
+    drawn = ("--steps", 4, "--image", "photo.png", 0.5)
+    seen = ("--steps", 4, "--image-strength", 0.5)
+    for name, run, words in (("drawn", concept, drawn), ("seen", look, seen)):
+        result = run(cli, model, *words, "--output", f"{name}.png")
+        assert result.status == 0, result.err
+        assert MetadataReader.read_exif_metadata(f"{name}_heatmap.png")["timesteps"] == [0, 1]
+        result = run(cli, model, *words, "--heatmap-timesteps", 2)
+        assert (result.status, len(result.errors)) == (2, 1)
+        assert "2, and the steps that are taken are 0 to 1" in result.err
+    drawn, seen = ("--image", "photo.png", 1), ("--image-strength", 1)
+    for run, words in ((concept, drawn), (look, seen)):
+        result = run(cli, model, *words)
+        assert (result.status, len(result.errors)) == (2, 1)
+        assert "leaves no step to look at" in result.err
+
+
+def test_looking_at_a_picture(cli, here, models):
+    """What comes out is the picture as the autoencoder gives it back, whatever the noise; its heat depends on it."""
+    model = models(BY_NAME["concept"])
+    for seed in (1, 2):
+        assert look(cli, model, "--seed", seed, "--output", f"{seed}.png").status == 0
+    assert (pixels("1.png") == pixels("2.png")).all()
+    assert (pixels("1_heatmap.png") != pixels("2_heatmap.png")).any()
+    settings = MetadataReader.read_exif_metadata("1.png")
+    assert settings["image_path"] == "photo.png"
+    assert settings["image_strength"] is None
+    assert (settings["width"], settings["height"]) == (48, 32)
+    again = ("concept-from-image", "-C", "1.png", "--model", model, "--base-model", "dev", "--concept", "circle")
+    result = cli(*again, "--input-image-path", "photo.png", "--output", "again.png")
+    assert result.status == 0, result.err
+    for name in ("", "_heatmap"):
+        assert (pixels(f"again{name}.png") == pixels(f"1{name}.png")).all()
+    # A strength that a picture notes is a strength that was said.
+    look(cli, model, "--steps", 4, "--image-strength", 0.5, "--output", "half.png")
+    again = ("concept-from-image", "-C", "half.png", "--model", model, "--base-model", "dev", "--concept", "circle")
+    cli(*again, "--input-image-path", "photo.png", "--output", "half_again.png")
+    assert (pixels("half_again_heatmap.png") == pixels("half_heatmap.png")).all()
+    assert look(cli, model, "--image-strength", 0, "--output", "none.png").warnings == []
+    assert (pixels("none_heatmap.png") == pixels("1_heatmap.png")).all()
+
+
+def test_the_blocks_behind_the_last_one_are_not_computed(here, models, monkeypatch):
+    """Of a picture that is given nothing is drawn: only what is looked at is computed."""
+    from mflux.models.common.mmdit import SingleTransformerBlock
+    from mflux.models.flux.variants.concept_attention.flux_concept_from_image import Flux1ConceptFromImage
+
+    def nothing(self, x, condition, rotary):
+        return x + float("nan")
+
+    monkeypatch.setattr(SingleTransformerBlock, "__call__", nothing)
+    pipeline = Flux1ConceptFromImage(model_path=str(models(BY_NAME["concept"])), model_config=ModelConfig.dev())
+    drawn = pipeline.generate_image(
+        seed=1, prompt="x", concept="circle", image_path="photo.png", num_inference_steps=2, height=32, width=48
+    )
+    assert np.asarray(drawn.concept_heatmap.image).std() > 0
+
+
+@pytest.mark.parametrize("words", ["--image photo.png", "--image photo.png 0.5", "--image-path photo.png"])
+def test_one_picture_is_said_in_one_way(cli, here, models, words):
+    result = look(cli, models(BY_NAME["concept"]), *words.split())
+    assert (result.status, len(result.errors)) == (2, 1)
+    assert "--input-image-path says which picture" in result.err
+
+
+def test_a_picture_to_look_at_is_for_the_other_command(cli, here, models):
+    result = concept(cli, models(BY_NAME["concept"]), "--input-image-path", "photo.png")
+    assert (result.status, len(result.errors)) == (2, 1)
+    assert "mflux-concept-from-image" in result.err
+
+
+def test_concepts_without_a_model_s_name(cli, here):
+    """mflux 0.24 could not do without it."""
+    for command in ("concept", "concept-from-image"):
+        picture = ("--input-image-path", "photo.png") if "from" in command else ()
+        result = cli(command, "--prompt", "x", "--concept", "y", *picture)
+        assert (result.status, len(result.errors)) == (1, 1)
+        assert "black-forest-labs/FLUX.1-schnell" in result.err
+
+
+def test_the_embedded_model_looks_for_concepts_at_its_own_size(cli, here):
+    result = cli("concept", "--model", "demo", "--prompt", "a red circle", "--concept", "circle", "--steps", 1)
+    assert result.status == 0, result.err
+    assert [PIL.Image.open(path).size for path in result.paths] == [(128, 128)] * 2
+    told = MetadataReader.read_exif_metadata("image_heatmap.png")
+    assert (told["layer_indices"], told["timesteps"]) == ([0], [0])
+
+
+def test_concepts_in_python(here, models):
+    pipeline = BY_NAME["concept"].pipeline_class()(
+        model_path=str(models(BY_NAME["concept"])), model_config=ModelConfig.dev()
+    )
+    settings = dict(seed=1, prompt="x", num_inference_steps=2, height=32, width=48)
+    for wrong in ("0", [0.5], [True], 3):
+        with pytest.raises(UsageError, match="heatmap_layer_indices"):
+            pipeline.generate_image(concept="y", heatmap_layer_indices=wrong, **settings)
+    with pytest.raises(UsageError):
+        pipeline.generate_image(concept=None, **settings)
+    assert not pipeline.loaded()
+    drawn = pipeline.generate_image(concept="y", heatmap_timesteps=np.array([1]).tolist(), **settings)
+    assert drawn.concept_heatmap.timesteps == [1]
+    assert drawn.save_with_heatmap("drawn.png").name == "drawn.png"
+    assert drawn.concept_heatmap.save("own.png").name == "own.png"
+    assert (pixels("own.png") == pixels("drawn_heatmap.png")).all()
+    # Both were encoded at once, and are kept.
+    assert set(pipeline.prompt_cache) == {"x", "y"}
+
+
+def test_heat_is_shown_in_plasma_s_colours():
+    """Read off matplotlib 3.9: its `plasma` at whole numbers of 255ths, and the digest of all 256 colours."""
+    from mflux.models.flux.variants.concept_attention.attention_data import heat_picture
+
+    heat = np.zeros((2, 256), np.float32)
+    heat[0] = np.arange(256) / 255
+    shown = np.asarray(heat_picture(heat, 16, 256 * 16))[0, ::16]
+    some = [(12, 7, 134), (126, 3, 167), (203, 71, 119), (248, 149, 64), (239, 248, 33)]
+    assert [tuple(colour) for colour in shown[[0, 64, 128, 192, 255]].tolist()] == some
+    digest = hashlib.sha256(shown.tobytes()).hexdigest()
+    assert digest == "3c079586af5e937166b831cf38703adbeb1198aa6bb3f176495e231423a3c14c"
+    # Least and most are those of all the concept's tokens, of which the first is shown.
+    heat[1] = 2
+    assert (np.asarray(heat_picture(heat, 16, 256 * 16))[0, ::16][-1] == shown[128]).all()
+    assert np.asarray(heat_picture(np.ones((2, 6), np.float32), 32, 48)).shape == (32, 48, 3)
