@@ -287,6 +287,51 @@ def test_a_plain_model_stands_for_its_controlnet(monkeypatch, here, cli, said, k
     assert result.errors == [f"error: {key} and InstantX/FLUX.1-dev-Controlnet-Canny"]
 
 
+def test_a_saved_model_says_which_controlnet_it_has(here, models, tmp_path, monkeypatch):
+    from mflux.models.common import pipeline as module
+
+    case = BY_NAME["generate-controlnet"]
+    bare = shutil.copytree(models(case), tmp_path / "bare")
+    shutil.rmtree(bare / "transformer_controlnet")
+    net = models(case) / "transformer_controlnet"
+    revision = tmp_path / "models--InstantX--FLUX.1-dev-Controlnet-Canny" / "snapshots" / "0123"
+    shutil.copytree(net, revision)
+    monkeypatch.setattr(module, "resolve", lambda name, *_: revision if "InstantX" in name else Path(name))
+    instant, own = "InstantX/FLUX.1-dev-Controlnet-Canny", shutil.copytree(net, tmp_path / "secret" / "my-net")
+    place = {"repo_id": instant, "revision": "0123"}
+    recorded = [
+        (bare, None, {"source": instant, "upstream": place}),
+        (bare, str(own), {"source": "my-net", "upstream": None}),
+        # As it says itself; and where nothing is known, nothing is said.
+        (Path("saved0"), None, {"source": instant, "upstream": place}),
+        (models(case), None, None),
+    ]
+    for number, (folder, path, expected) in enumerate(recorded):
+        config = ModelConfig.dev_controlnet_canny()
+        pipeline = case.pipeline_class()(model_path=str(folder), controlnet_path=path, model_config=config)
+        pipeline.save_model(f"saved{number}")
+        text = Path(f"saved{number}", "mflux_model.json").read_text()
+        assert "secret" not in text
+        assert json.loads(text).get("components", {}).get("transformer_controlnet") == expected
+
+
+def test_the_settings_of_a_control_picture_are_kept(cli, draw, here):
+    """As mflux 0.24 does: those that it was made with stand beside the new ones, as `original_…`."""
+    assert cli("generate", "--model", "demo", "--prompt", "a red square", "--seed", 9, "--steps", 3).status == 0
+    for command in ("generate-controlnet", "upscale-controlnet"):
+        # `--controlnet-image-path` stands twice, and the later one counts.
+        draw(BY_NAME[command], "--controlnet-image-path", "image.png", "--output", f"{command}.png")
+        settings = MetadataReader.read_exif_metadata(f"{command}.png")
+        kept = {name: value for name, value in settings.items() if name.startswith("original_")}
+        assert kept == {
+            "original_seed": 9, "original_steps": 3, "original_model": "demo", "original_width": 128,
+            "original_height": 128,
+        }  # fmt: skip
+        assert (settings["seed"], settings["prompt"]) == (1, "a red circle")
+    draw(BY_NAME["upscale-controlnet"], "--output", "plain.png")
+    assert not [name for name in MetadataReader.read_exif_metadata("plain.png") if name.startswith("original_")]
+
+
 def test_upscaling_by_a_factor(draw):
     draw(BY_NAME["upscale-controlnet"], small=("--steps", 1, "--width", "2x", "--height", "2x"))
     assert PIL.Image.open("image.png").size == (128, 96)
@@ -304,27 +349,81 @@ def test_redux_counts_strengths(cli, here, models):
     assert (result.status, len(result.errors)) == (2, 1) and "2" in result.err
 
 
+def processor_of(model: Path, folder: Path, **changes) -> Path:
+    """A copy of a Redux model that says how pictures are shown to it, as its repository does."""
+    shutil.copytree(model, folder)
+    settings = {
+        "do_convert_rgb": None, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3, "image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor",
+        "resample": 3, "rescale_factor": 0.00392156862745098, "size": {"height": 56, "width": 56},
+    }  # fmt: skip
+    (folder / "feature_extractor").mkdir()
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(settings | changes))
+    return folder
+
+
+def test_redux_shows_pictures_as_its_folder_says(draw, models, tmp_path):
+    case = BY_NAME["generate-redux"]
+    shown = [{}, {"resample": 2}, {"image_mean": [0.4, 0.5, 0.6]}, {"image_std": [0.3] * 3}, {"rescale_factor": 0.002}]
+    draw(case, "--output", "plain.png")
+    drawn = []
+    for number, changes in enumerate(shown):
+        folder = processor_of(models(case), tmp_path / f"model{number}", **changes)
+        draw(case, "--base-model", "dev-redux", "--output", f"{number}.png", model=folder)
+        drawn.append(pixels(f"{number}.png"))
+    assert (drawn[0] == pixels("plain.png")).all(), "Redux's own are what is taken where nothing is said"
+    assert len({picture.tobytes() for picture in drawn}) == len(shown)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"size": {"height": 384, "width": 384}}, "the image encoder takes 56 x 56"),
+        ({"resample": 7}, "resample is 7"),
+        ({"image_std": [0.5, 0, 0.5]}, "divides by zero"),
+        ({"image_mean": "grey"}, "image_mean is 'grey'"),
+    ],
+)
+def test_redux_refuses_what_it_cannot_show(cli, here, models, tmp_path, changes, told):
+    case = BY_NAME["generate-redux"]
+    folder = processor_of(models(case), tmp_path / "model", **changes)
+    result = cli(case.command, "--model", folder, "--base-model", case.base_model, "--prompt", "x", *case.words, *SMALL)
+    assert (result.status, len(result.errors)) == (1, 1)
+    assert told in result.err and "preprocessor_config.json" in result.err
+
+
 def test_redux_takes_what_reads_pictures_from_its_own_repository(here, models, tmp_path, monkeypatch):
     from mflux.models.common import pipeline as module
+    from mflux.models.flux.family import FAMILY
     from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 
-    whole = models(BY_NAME["generate-redux"])
+    whole = processor_of(models(BY_NAME["generate-redux"]), tmp_path / "whole")
+    processor = ("feature_extractor",)
     base = shutil.copytree(whole, tmp_path / "base")
-    for part in ("image_encoder", "image_embedder"):
+    for part in ("image_encoder", "image_embedder", "feature_extractor"):
         shutil.rmtree(base / part)
-    asked = []
+    asked, redux = [], "black-forest-labs/FLUX.1-Redux-dev"
 
     def resolve(name, components, beside):
-        asked.append((name, [component.folder for component in components]))
-        return whole if "Redux" in name else base
+        asked.append((name, [component.folder for component in components], beside))
+        return {redux: whole, "black-forest-labs/FLUX.1-dev": base}.get(name) or Path(name)
 
     monkeypatch.setattr(module, "resolve", resolve)
     pipeline = Flux1Redux()
     own = ["text_encoder", "text_encoder_2", "transformer", "vae"]
-    assert asked == [("black-forest-labs/FLUX.1-dev", own)]
+    expected = [("black-forest-labs/FLUX.1-dev", own, FAMILY.beside), (redux, ["image_encoder"], processor)]
+    # How pictures are shown is checked before anything is encoded.
+    assert asked == expected
     assert pipeline.image_encoder and pipeline.image_embedder
-    redux = "black-forest-labs/FLUX.1-Redux-dev"
-    assert asked[1:] == [(redux, ["image_encoder"]), (redux, ["image_embedder"])]
+    assert asked == [*expected, (redux, ["image_embedder"], ())]
+    pipeline.save_model("saved")
+    record = json.loads(Path("saved", "mflux_model.json").read_text())["components"]
+    assert record == {part: {"source": redux, "upstream": None} for part in ("image_encoder", "image_embedder")}
+    assert Path("saved", "feature_extractor", "preprocessor_config.json").is_file()
+    # What it says of them stays true when it is saved anew.
+    Flux1Redux(model_path="saved", quantize=8).save_model("again")
+    assert json.loads(Path("again", "mflux_model.json").read_text())["components"] == record
+    assert Path("again", "feature_extractor", "preprocessor_config.json").is_file()
 
 
 # ---- what mflux 0.24 saved

@@ -587,12 +587,12 @@ def concept_heat(module: str):
     draw = ours(f"concept_attention.{module}", "dev")
 
     def heat(folder: Path, settings):
-        from mflux.models.flux.variants.concept_attention import flux_concept
+        from mflux.models.flux.variants.concept_attention import attention_data
 
-        with mock.patch.object(flux_concept, "heat_picture", wraps=flux_concept.heat_picture) as seen:
+        with mock.patch.object(attention_data, "heat_picture", wraps=attention_data.heat_picture) as seen:
             draw(folder, settings)
         ((heat, height, width), _) = seen.call_args
-        return heat, np.asarray(flux_concept.heat_picture(heat, height, width))
+        return heat, np.asarray(attention_data.heat_picture(heat, height, width))
 
     return heat
 
