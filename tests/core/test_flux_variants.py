@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,17 @@ from families.cases import Tiny
 from families.fibo import photo
 from families.flux_variants import TINY, write_pictures
 
+import mflux
+from mflux.backend import mx, tree_flatten
+from mflux.checkpoints.quantization import Quantization
+from mflux.checkpoints.saving import estimated_bytes
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config import ModelConfig
+from mflux.models.flux.family import CONTROLNET, FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
+from mflux.models.flux.model.redux import SiglipConfig, SiglipProcessor
 from mflux.utils.metadata_reader import MetadataReader
 
+SURFACE = Path(__file__).parents[1] / "data" / "surface"
 SMALL = ("--steps", 2, "--width", 48, "--height", 32, "--seed", 1)
 BY_NAME = {case.command: case for case in TINY}
 
@@ -375,6 +384,13 @@ def test_redux_shows_pictures_as_its_folder_says(draw, models, tmp_path):
     assert len({picture.tobytes() for picture in drawn}) == len(shown)
 
 
+def test_redux_s_own_pictures_are_the_default():
+    published = json.loads((SURFACE / "configs.json").read_text())["FLUX.1-Redux-dev/feature_extractor"]
+    read = SiglipProcessor.from_dict(published)
+    assert replace(read, size=None) == SiglipProcessor()
+    assert read.fits(SiglipConfig()) is None
+
+
 @pytest.mark.parametrize(
     "changes, told",
     [
@@ -424,6 +440,30 @@ def test_redux_takes_what_reads_pictures_from_its_own_repository(here, models, t
     Flux1Redux(model_path="saved", quantize=8).save_model("again")
     assert json.loads(Path("again", "mflux_model.json").read_text())["components"] == record
     assert Path("again", "feature_extractor", "preprocessor_config.json").is_file()
+
+
+# ---- memory
+
+
+README = Path(mflux.__file__).parent / "models" / "flux" / "README.md"
+
+
+def test_the_readme_s_sizes_are_those_of_the_published_models():
+    """Counted from our own modules' shapes, which parity tests compare with the reference's."""
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README.read_text(), re.M)
+    sizes = {name: tuple(map(float, numbers)) for name, *numbers in rows}
+    components = (*FAMILY.components, CONTROLNET, IMAGE_ENCODER, IMAGE_EMBEDDER)
+    assert sizes.keys() == {component.name for component in components}
+    for component in components:
+        kind = component.module_class()
+        # A configuration's defaults are the published model's; nothing of the module is computed.
+        parameters = tree_flatten(kind(kind.config_class()).parameters())
+        tensors = {name: value.astype(mx.bfloat16) for name, value in parameters}
+        found = tuple(
+            estimated_bytes(tensors, Quantization.asked(bits), getattr(kind, "least_bits", None))
+            for bits in (None, 8, 4)
+        )
+        assert tuple(round(size / 1e9, 1) for size in found) == sizes[component.name], component.name
 
 
 # ---- what mflux 0.24 saved
