@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -16,7 +17,6 @@ from families.cases import Tiny
 from families.fibo import photo
 from families.flux_variants import TINY, write_pictures
 
-import mflux
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import estimated_bytes
@@ -98,6 +98,22 @@ def test_a_large_picture_is_drawn_at_a_megapixel(here, caplog):
     width, height = fitted_size("large.jpg")
     assert (width, height) == (1168, 880)
     assert "4032 x 3024" in caplog.text
+
+
+@pytest.mark.parametrize("words", [(), ("--width", "auto", "--height", "auto")])
+def test_a_photo_from_a_phone_is_fitted(draw, here, monkeypatch, words):
+    """Larger than the model was made for, and lying on its side with a note to turn it."""
+    from mflux.models.flux import sources
+
+    monkeypatch.setattr(sources, "_MOST_PIXELS", 48 * 64)
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    photo(192, 128).save("photo.png", exif=turned)
+    result = draw(BY_NAME["generate-kontext"], *words, small=("--steps", 1))
+    assert PIL.Image.open("image.png").size == (32, 64)
+    (warning,) = result.warnings
+    assert "128 x 192" in warning and "32 x 64" in warning
+    assert draw(BY_NAME["generate-kontext"], small=SMALL).warnings == [], "a size of one's own is taken"
 
 
 # ---- Fill
@@ -442,10 +458,40 @@ def test_redux_takes_what_reads_pictures_from_its_own_repository(here, models, t
     assert Path("again", "feature_extractor", "preprocessor_config.json").is_file()
 
 
+# ---- LoRAs
+
+
+def test_a_lora_for_another_entrance_is_refused(cli, here, models):
+    """FLUX.1-dev's tokens have fewer channels than Fill's and Depth's; those of Depth's and Canny's LoRAs have more."""
+    for channels, command in ((64, "generate-fill"), (64, "generate-depth"), (128, "generate-kontext")):
+        case = BY_NAME[command]
+        shapes = {"lora_A": (2, channels), "lora_B": (48, 2)}
+        tensors = {f"transformer.x_embedder.{part}.weight": mx.ones(shape) for part, shape in shapes.items()}
+        mx.save_safetensors("entrance.safetensors", tensors)
+        which = ("--model", models(case), "--base-model", case.base_model, "--prompt", "x", *case.words)
+        result = cli(command, *which, *SMALL, "--lora", "entrance.safetensors")
+        assert (result.status, len(result.errors), result.paths) == (1, 1, [])
+        assert "entrance.safetensors" in result.err and "x_embedder" in result.err
+
+
+def test_a_lora_and_a_controlnet(cli, here, models):
+    """A ControlNet takes none: a file that is for one is refused, whatever it is applied to."""
+    case = BY_NAME["generate-controlnet"]
+    tensors = {
+        f"controlnet.controlnet_blocks.0.{part}.weight": mx.ones(shape)
+        for part, shape in {"lora_A": (2, 48), "lora_B": (48, 2)}.items()
+    }
+    mx.save_safetensors("control.safetensors", tensors)
+    which = ("--model", models(case), "--base-model", case.base_model, "--prompt", "x", *case.words)
+    result = cli(case.command, *which, *SMALL, "--lora", "control.safetensors")
+    assert (result.status, len(result.errors), result.paths) == (1, 1, [])
+    assert "control.safetensors" in result.err
+
+
 # ---- memory
 
 
-README = Path(mflux.__file__).parent / "models" / "flux" / "README.md"
+README = Path(__file__).parents[2] / "src" / "mflux" / "models" / "flux" / "README.md"
 
 
 def test_the_readme_s_sizes_are_those_of_the_published_models():
@@ -672,6 +718,32 @@ def test_the_blocks_behind_the_last_one_are_not_computed(here, models, monkeypat
         seed=1, prompt="x", concept="circle", image_path="photo.png", num_inference_steps=2, height=32, width=48
     )
     assert np.asarray(drawn.concept_heatmap.image).std() > 0
+
+
+def test_a_lora_changes_what_is_seen(cli, here, models, ic_edit_lora):
+    model = models(BY_NAME["concept"])
+    for scale in (0, 1):
+        assert look(cli, model, "--lora", ic_edit_lora.name, scale, "--output", f"{scale}.png").status == 0
+    assert (pixels("0.png") == pixels("1.png")).all()
+    assert (pixels("0_heatmap.png") != pixels("1_heatmap.png")).any()
+
+
+@pytest.mark.parametrize("name", ["flux_concept.Flux1Concept", "flux_concept_from_image.Flux1ConceptFromImage"])
+def test_more_steps_to_look_at_take_no_more_memory(here, models, name):
+    """One sum is kept; all that is looked at would be some 50 kB a step here."""
+    module, _, name = name.partition(".")
+    kind = getattr(importlib.import_module(f"mflux.models.flux.variants.concept_attention.{module}"), name)
+    pipeline = kind(model_path=str(models(BY_NAME["concept"])), model_config=ModelConfig.dev())
+    held = []
+
+    class Watch:
+        def call_in_loop(self, **_):
+            held.append(mx.get_active_memory())
+
+    pipeline.callbacks.register(Watch())
+    settings = dict(seed=1, prompt="x", concept="y", image_path="photo.png", height=128, width=128)
+    pipeline.generate_image(num_inference_steps=12, **settings)
+    assert abs(held[-1] - held[2]) < 50_000, held
 
 
 @pytest.mark.parametrize("words", ["--image photo.png", "--image photo.png 0.5", "--image-path photo.png"])
