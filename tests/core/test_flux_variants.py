@@ -20,7 +20,7 @@ from families.flux_variants import TINY, write_pictures
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import estimated_bytes
-from mflux.errors import CheckpointError, UsageError
+from mflux.errors import CheckpointError, ImageError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.flux.family import CONTROLNET, FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
 from mflux.models.flux.model.redux import SiglipConfig, SiglipProcessor
@@ -259,6 +259,16 @@ def test_depth_is_found_once_and_written_only_where_asked(cli, here, models, dep
     assert (pixels("b.png") == pixels("image.png")).all()
 
 
+def test_depth_of_what_is_no_picture(here, models, depth_pro):
+    pipeline = BY_NAME["generate-depth"].pipeline_class()(
+        model_path=str(models(BY_NAME["generate-depth"])), model_config=ModelConfig.dev_depth()
+    )
+    for path in ("missing.png", "."):
+        with pytest.raises(ImageError):
+            pipeline.generate_image(seed=1, prompt="x", image_path=path, height=32, width=48)
+    assert depth_pro.made == []
+
+
 def test_depth_needs_a_picture(cli, here, models):
     model = models(BY_NAME["generate-depth"])
     result = cli("generate-depth", "--model", model, "--prompt", "x")
@@ -280,6 +290,9 @@ def test_edges_are_followed_and_written(draw, here):
     draw(case, "--controlnet-strength", 0, "--output", "none.png")
     draw(case, "--controlnet-strength", 1, "--output", "all.png")
     assert (pixels("none.png") != pixels("all.png")).any()
+    # No strength at all is one that was said.
+    draw(case, "-C", "none.png", "--output", "again.png", small=(), prompt=())
+    assert (pixels("again.png") == pixels("none.png")).all()
 
 
 def test_a_controlnet_of_ones_own(here, models, tmp_path):
