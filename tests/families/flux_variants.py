@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -437,6 +439,168 @@ COMPONENTS += (
 )  # fmt: skip
 
 
+# ---- concept attention
+
+
+class Beside:
+    """The paper's formula on the reference's transformer: while it draws, a concept goes through its double blocks.
+
+    What the picture is to it comes from hooks on the reference's own attention: the picture's keys and values, and what
+    attention gives its tokens. The concept goes through the reference's own block, whose attention is written out here.
+    """
+
+    def __init__(self, transformer, embeds, pooled, layers):
+        self.transformer, self.embeds, self.pooled, self.layers = transformer, embeds, pooled, layers
+        self.looking = False
+        self.heat: list[dict[int, Any]] = []
+        self.hooks = [
+            transformer.time_text_embed.register_forward_pre_hook(self.step),
+            *(
+                block.register_forward_hook(partial(self.after, number), with_kwargs=True)
+                for number, block in enumerate(transformer.transformer_blocks)
+            ),
+        ]
+        for block in transformer.transformer_blocks:
+            told = {"keys": block.attn.norm_k, "values": block.attn.to_v}
+            self.hooks += [part.register_forward_hook(partial(self.note, name)) for name, part in told.items()]
+            self.hooks.append(block.attn.to_out[0].register_forward_pre_hook(partial(self.note, "picture")))
+        self.seen: dict[str, Any] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def note(self, name: str, part, told, out=None) -> None:
+        if not self.looking:
+            self.seen[name] = told[0] if out is None else out
+
+    def step(self, part, told) -> None:
+        if self.looking:
+            return
+        self.looking = True
+        self.temb = part(*told[:-1], self.pooled)
+        self.looking = False
+        self.concept = self.transformer.context_embedder(self.embeds)
+        self.heat.append({})
+
+    def after(self, number: int, block, args, kwargs, out) -> None:
+        if self.looking:
+            return
+        import torch
+
+        self.looking, given = True, block.attn.processor
+        block.attn.processor = self.attend
+        told = kwargs | {"encoder_hidden_states": self.concept, "temb": self.temb}
+        self.concept, _ = block(*args, **told)
+        block.attn.processor, self.looking = given, False
+        if number in self.layers:
+            alike = torch.einsum("tc,lc->tl", self.attended[0], self.seen["picture"][0])
+            self.heat[-1][number] = alike.exp() / alike.exp().sum(dim=0, keepdim=True)
+
+    def attend(self, attn, hidden_states, encoder_hidden_states, mask, rotary):
+        """Of concept and picture only the concept's rows, queries at position zero."""
+        import torch
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        def heads(x):
+            return x.unflatten(-1, (-1, attn.head_dim))
+
+        q = attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states)))
+        k = attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states)))
+        v = heads(attn.add_v_proj(encoder_hidden_states))
+        count = self.seen["keys"].shape[1]
+        turned = apply_rotary_emb(self.seen["keys"], tuple(part[-count:] for part in rotary), sequence_dim=1)
+        k, v = torch.cat([k, turned], dim=1), torch.cat([v, heads(self.seen["values"])], dim=1)
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(attn.head_dim**0.5).softmax(dim=-1)
+        self.attended = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2, 3)
+        return torch.zeros_like(hidden_states), attn.to_add_out(self.attended)
+
+
+def heat_of(seen: Beside, settings) -> tuple[Any, Any]:
+    """The mean over the blocks and steps that are asked for, and its picture."""
+    import torch
+
+    from mflux.models.flux.variants.concept_attention.attention_data import heat_picture
+
+    steps = settings.get("heatmap_timesteps") or range(len(seen.heat))
+    heat = torch.stack([seen.heat[step][layer] for step in steps for layer in seen.layers]).mean(dim=0).numpy()
+    return heat, np.asarray(heat_picture(heat, settings["height"], settings["width"]))
+
+
+def beside(pipeline, settings) -> Beside:
+    embeds, pooled, _ = pipeline.encode_prompt(settings["concept"], None, max_sequence_length=64)
+    blocks = len(pipeline.transformer.transformer_blocks)
+    layers = settings.get("heatmap_layer_indices") or range(max(0, blocks - 4), blocks)
+    return Beside(pipeline.transformer, embeds, pooled, layers)
+
+
+def concept_reference(folder: Path, settings):
+    pipeline = reference(folder, "FluxPipeline")
+    with beside(pipeline, settings) as seen:
+        both(pipeline, settings)
+    return heat_of(seen, settings)
+
+
+def concept_in_picture_reference(folder: Path, settings):
+    """The picture with the noise of each step over it, and the transformer's answers unused."""
+    import torch
+
+    pipeline = reference(folder, "FluxPipeline")
+    height, width, vae = settings["height"], settings["width"], pipeline.vae
+    pixels = pipeline.image_processor.preprocess(settings["image_path"], height=height, width=width)
+    with torch.no_grad():
+        mean = vae.encode(pixels).latent_dist.mode()
+        embeds, pooled, text_ids = pipeline.encode_prompt(settings["prompt"], None, max_sequence_length=64)
+    clean = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    clean = pipeline._pack_latents(clean, 1, 16, height // 8, width // 8)
+    pipeline.scheduler.set_timesteps(
+        sigmas=np.linspace(1, 1 / settings["num_inference_steps"], settings["num_inference_steps"]),
+        mu=calculate_shift(clean.shape[1]),
+    )
+    ids = pipeline._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32)
+    left_out = int(settings["num_inference_steps"] * settings.get("image_strength", 0))
+    with beside(pipeline, settings) as seen, torch.no_grad():
+        for sigma in pipeline.scheduler.sigmas[left_out:-1]:
+            pipeline.transformer(
+                hidden_states=(1 - sigma) * clean + sigma * noise(settings),
+                timestep=sigma[None],
+                guidance=torch.tensor([settings["guidance"]]),
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                txt_ids=text_ids,
+                img_ids=ids,
+            )
+    return heat_of(seen, settings)
+
+
+def calculate_shift(length: int) -> float:
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    return calculate_shift(length, 256, 4096, 0.5, 1.15)
+
+
+def concept_heat(module: str):
+    """The heat and its picture, in place of latents and what is drawn."""
+    draw = ours(f"concept_attention.{module}", "dev")
+
+    def heat(folder: Path, settings):
+        from mflux.models.flux.variants.concept_attention import attention_data
+
+        with mock.patch.object(attention_data, "heat_picture", wraps=attention_data.heat_picture) as seen:
+            draw(folder, settings)
+        ((heat, height, width), _) = seen.call_args
+        return heat, np.asarray(attention_data.heat_picture(heat, height, width))
+
+    return heat
+
+
+def deep_model(folder: Path) -> Path:
+    return write_model(folder, layers=(6, 1))
+
+
 def fill_model(folder: Path) -> Path:
     return write_model(folder, channels=384)
 
@@ -582,6 +746,39 @@ PIPELINES = (
         },
         ours=ours("controlnet.flux_controlnet:Flux1Controlnet", "dev-controlnet-upscaler"),
         theirs=controlnet_reference,
+    ),
+    Pipeline(
+        name="a concept in what is drawn",
+        folders={"deep": deep_model, "shallow": write_model},
+        pictures={
+            "the last four blocks, all steps": ("deep", _picture(concept="a café")),
+            "some of both": (
+                "deep",
+                _picture(
+                    concept="Zürich 🐱", heatmap_layer_indices=[1, 4], heatmap_timesteps=[0, 3], seed=4, height=48,
+                    num_inference_steps=5,
+                ),
+            ),
+            "one block": ("shallow", _picture(concept="oil", num_inference_steps=1)),
+        },
+        ours=concept_heat("flux_concept:Flux1Concept"),
+        theirs=concept_reference,
+    ),
+    Pipeline(
+        name="a concept in a picture",
+        folders={"deep": deep_model},
+        pictures={
+            "all steps": ("deep", _picture(concept="a café", image_path=photo(96, 64))),
+            "some are left out": (
+                "deep",
+                _picture(
+                    concept="oil", image_path=photo(70, 121), image_strength=0.5, num_inference_steps=4, height=80,
+                    width=48, heatmap_layer_indices=[0, 5],
+                ),
+            ),
+        },
+        ours=concept_heat("flux_concept_from_image:Flux1ConceptFromImage"),
+        theirs=concept_in_picture_reference,
     ),
 )  # fmt: skip
 

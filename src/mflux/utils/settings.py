@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 from mflux.utils import values
@@ -139,7 +140,12 @@ SETTINGS = (
         "controlnet_image_path", "Control picture", _file("controlnet_image_path"), _text, "--controlnet-image-path"
     ),
     Setting(
-        "controlnet_strength", "Control strength", _as_is("controlnet_strength"), _floating, "--controlnet-strength"
+        # 0, too, says something.
+        "controlnet_strength",
+        "Control strength",
+        attrgetter("controlnet_strength"),
+        _floating,
+        "--controlnet-strength",
     ),
     Setting("masked_image_path", "Mask", _file("masked_image_path"), _text, "--masked-image-path"),
     Setting("depth_image_path", "Depth picture", _file("depth_image_path"), _text, "--depth-image-path"),

@@ -43,6 +43,7 @@ class Component:
             does not ("controlnet_model"), or such a repository; None where it always lies in the model's folder.
         at_root: whether its files lie in that repository without a folder of their own.
         optional: whether a model may do without it.
+        beside: folders that lie beside it and are fetched and saved with it, where there are such.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Component:
     repository: str | None = None
     at_root: bool = False
     optional: bool = False
+    beside: tuple[str, ...] = ()
 
     def module_class(self) -> type:
         return found(self.module)

@@ -99,6 +99,8 @@ class Pipeline:
         self._lora_files = [find_lora(str(path)) for path in lora_paths or ()]
         model_config = model_config or ModelConfig.from_name(self.default_model)
         self._folders: dict[str, PublishedFolder] = {}
+        # What does not come from the model's folder, and where it comes from.
+        self._sources: dict[str, str] = {}
         self.root = self.resolve_folder(model_path, model_config)
         self.folder = self.open_folder()
         self.folder.overrides["transformer"] = model_config.transformer_overrides
@@ -195,8 +197,9 @@ class Pipeline:
             DownloadError: it cannot be had.
         """
         if component.name not in self._folders:
-            root = resolve(name, [replace(component, folder="") if at_root else component], ())
+            root = resolve(name, [replace(component, folder="") if at_root else component], component.beside)
             self._folders[component.name] = Alone(root) if at_root else PublishedFolder(root)
+            self._sources[component.folder] = name
         return self._folders[component.name]
 
     # ---- components
@@ -465,6 +468,7 @@ class Pipeline:
                     note.append(f"{size / 1e9:.2f} GB")
                     del component
                     give_back_memory()
+                    copy_beside(self.folder_of(part).root, target, part.beside)
             copy_beside(self.root, target, self.family.beside)
             for path, content in self.folder.lacking().items():
                 write_json(target / path, content)
@@ -475,6 +479,11 @@ class Pipeline:
                 bits=self.bits,
                 size=size_of(target),
                 loras=list(zip(self.lora_paths or (), self.lora_scales or (), self._lora_files, strict=True)),
+                sources={
+                    part.folder: (self._sources[part.folder], self.folder_of(part).root)
+                    for part in parts
+                    if part.folder in self._sources
+                },
             )
             write_json(target / FILE_NAME, content)
 

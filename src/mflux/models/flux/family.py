@@ -24,6 +24,7 @@ IMAGE_ENCODER = Component(
     stage="encode",
     stem="model",
     repository="black-forest-labs/FLUX.1-Redux-dev",
+    beside=("feature_extractor",),
 )
 IMAGE_EMBEDDER = Component(
     "image_embedder",

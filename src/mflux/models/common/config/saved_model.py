@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def record(
     bits: int | None,
     size: int,
     loras: Sequence[tuple[str, float, Path]] = (),
+    sources: Mapping[str, tuple[str, Path]] | None = None,
 ) -> dict[str, Any]:
     """What `mflux_model.json` is to hold.
 
@@ -55,13 +56,16 @@ def record(
         bits: what it is quantized to.
         size: bytes of the folder.
         loras: what the weights hold of LoRAs: their names, scales, and files.
+        sources: of components that do not come from `root`, by their folders: the folder or repository that each was
+            taken from, and where it was read.
     """
     import mflux
 
-    repository, revision = _in_cache(root)
-    if source is not None and user_path(source).exists():
-        # The folder may be published, and a whole path names its owner.
-        source = repository or user_path(source).resolve().name
+    source, upstream = _origin(source, root)
+    components = _recorded_components(root)
+    for part, taken in (sources or {}).items():
+        name, place = _origin(*taken)
+        components[part] = {"source": name, "upstream": place}
     return {
         "format_version": _FORMAT,
         "mflux_version": mflux.__version__,
@@ -70,7 +74,7 @@ def record(
         "base_model": key,
         "quantize": bits,
         "size_gb": round(size / 1e9, 2),
-        "upstream": {"repo_id": repository, "revision": revision} if repository else None,
+        "upstream": upstream,
         "loras": [
             {
                 # As above, a whole path is nobody's business.
@@ -80,7 +84,25 @@ def record(
             }
             for name, scale, file in loras
         ],
-    }
+    } | ({"components": components} if components else {})
+
+
+def _origin(source: str | None, root: Path) -> tuple[str | None, dict[str, str | None] | None]:
+    """What to call the folder or repository that something was taken from, and its place on Hugging Face."""
+    repository, revision = _in_cache(root)
+    if source is not None and user_path(source).exists():
+        # The folder may be published, and a whole path names its owner.
+        source = repository or user_path(source).resolve().name
+    return source, {"repo_id": repository, "revision": revision} if repository else None
+
+
+def _recorded_components(root: Path) -> dict[str, Any]:
+    """What a folder that is saved anew says of its own components."""
+    try:
+        found = read_json(root / FILE_NAME).get("components")
+    except CheckpointError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _sha256(path: Path) -> str:

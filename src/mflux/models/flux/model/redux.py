@@ -6,8 +6,10 @@ Reference classes: transformers' `SiglipVisionModel` (Zhai et al. 2023, https://
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import PIL.Image
 
 from mflux.backend import mx, nn
@@ -15,7 +17,6 @@ from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.layers import ACTIVATIONS
 from mflux.models.common.text_encoders.clip import CLIPEncoder
-from mflux.utils.image_util import ImageUtil
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,40 @@ class SiglipVision(nn.Module):
         tower = self.vision_model
         return tower.post_layernorm(tower.encoder(tower.embeddings(pixels)))
 
-    def pixels(self, picture: PIL.Image.Image) -> mx.array:
-        """A picture in RGB as the tower takes it; squeezed to a square, as it was trained."""
-        size = self.config.image_size
-        return ImageUtil.to_array(picture.resize((size, size), PIL.Image.Resampling.BICUBIC))
+
+@dataclass(frozen=True)
+class SiglipProcessor(ComponentConfig):
+    """`preprocessor_config.json` of SigLIP's pictures; defaults are Redux's.
+
+    Attributes:
+        size: height and width of what the tower takes; None for the tower's own.
+        resample: how a picture is resized, as Pillow numbers it; 3 is bicubic.
+    """
+
+    size: Mapping[str, int] | None = None
+    resample: int = field(default=3, metadata={"least": 0, "most": 5})
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def check(self) -> str | None:
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
+            return "image_mean and image_std are not three numbers, or one divides by zero"
+        return None
+
+    def fits(self, config: SiglipConfig) -> str | None:
+        """Why the tower cannot take such pictures, as the rest of a sentence, or None."""
+        side = config.image_size
+        if self.size is not None and dict(self.size) != {"height": side, "width": side}:
+            return f"size is {dict(self.size)}, and the image encoder takes {side} x {side}"
+        return None
+
+    def __call__(self, picture: PIL.Image.Image, config: SiglipConfig) -> mx.array:
+        """A picture in RGB as the tower takes it, (1, 3, H, W); squeezed to a square, as it was trained."""
+        side = config.image_size
+        pixels = np.asarray(picture.resize((side, side), PIL.Image.Resampling(self.resample)), np.float32)
+        pixels = (pixels * np.float32(self.rescale_factor) - np.float32(self.image_mean)) / np.float32(self.image_std)
+        return mx.array(pixels.transpose(2, 0, 1)[None])
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from mflux.models.common.pipeline import not_finite
 from mflux.utils.picture_files import save_picture
 
 # The colours of matplotlib's plasma (Smith and van der Walt 2015, CC0) from cold to hot: 256 times red, green, blue.
@@ -49,6 +50,16 @@ class ConceptHeatmap:
     timesteps: list[int]
     height: int
     width: int
+
+    def show(self, heat: np.ndarray) -> None:
+        """Make the picture of it; see `heat_picture`.
+
+        Raises:
+            MfluxError: it holds numbers that are not finite.
+        """
+        if not np.isfinite(heat).all():
+            raise not_finite("the heatmap's sums")
+        self.image = heat_picture(heat, self.height, self.width)
 
     def save(
         self,

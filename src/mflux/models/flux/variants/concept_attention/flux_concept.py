@@ -11,11 +11,11 @@ import numpy as np
 from mflux.backend import mx
 from mflux.errors import UsageError
 from mflux.models.common.config.config import Config
-from mflux.models.common.pipeline import Velocity, not_finite
+from mflux.models.common.pipeline import Velocity
 from mflux.models.common.tokenizer_checks import check_prompt
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.concept_attention import ConceptStream
-from mflux.models.flux.variants.concept_attention.attention_data import ConceptHeatmap, heat_picture
+from mflux.models.flux.variants.concept_attention.attention_data import ConceptHeatmap
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils import values
 from mflux.utils.generated_image import GeneratedImage
@@ -89,7 +89,7 @@ class Flux1Concept(Flux1):
         # 3. Denoise, and look for the concept
         velocity, stream = self.watched(config, embeds, of_concept, heatmap)
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
-        show(heatmap, stream)
+        heatmap.show(np.array(stream.heat))
 
         # 4. Decode
         return self.picture(config, latents, seed=seed, prompt=prompt, concept_heatmap=heatmap)
@@ -97,7 +97,7 @@ class Flux1Concept(Flux1):
     def heatmap(
         self, config: Config, concept: str, layers: Sequence[int] | None, steps: Sequence[int] | None
     ) -> ConceptHeatmap:
-        """What is to be found where, before any work; its picture comes with `show`.
+        """What is to be found where, before any work; its picture comes with `ConceptHeatmap.show`.
 
         Raises:
             UsageError: there is no such block or step, or no step at all.
@@ -137,15 +137,3 @@ class Flux1Concept(Flux1):
             return prediction
 
         return velocity, stream
-
-
-def show(heatmap: ConceptHeatmap, stream: ConceptStream) -> None:
-    """Give a heatmap its picture.
-
-    Raises:
-        MfluxError: it holds numbers that are not finite.
-    """
-    heat = np.array(stream.heat)
-    if not np.isfinite(heat).all():
-        raise not_finite("the heatmap's sums")
-    heatmap.image = heat_picture(heat, heatmap.height, heatmap.width)

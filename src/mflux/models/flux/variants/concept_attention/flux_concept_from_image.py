@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from mflux.backend import mx
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.sources import needed
-from mflux.models.flux.variants.concept_attention.flux_concept import Flux1Concept, show
+from mflux.models.flux.variants.concept_attention.flux_concept import Flux1Concept
 from mflux.utils.generated_image import GeneratedImage
 
 
@@ -82,7 +84,7 @@ class Flux1ConceptFromImage(Flux1Concept):
         velocity, stream = self.watched(config, embeds, of_concept, heatmap)
         start = noisy(clean, config.init_time_step - 1)
         latents = self.denoise(config, start, velocity, seed=seed, prompt=prompt, after_step=noisy)
-        show(heatmap, stream)
+        heatmap.show(np.array(stream.heat))
 
         # 4. Decode
         return self.picture(config, latents, seed=seed, prompt=prompt, concept_heatmap=heatmap)

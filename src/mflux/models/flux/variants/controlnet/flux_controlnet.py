@@ -21,6 +21,7 @@ from mflux.models.flux.sources import needed, picture
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils import values
 from mflux.utils.generated_image import GeneratedImage
+from mflux.utils.metadata_reader import MetadataReader
 
 
 class Flux1Controlnet(Flux1):
@@ -131,6 +132,7 @@ class Flux1Controlnet(Flux1):
 
         # 4. Decode
         about = {"image_path": None, "controlnet_image_path": source}
+        about["init_metadata"] = MetadataReader.read_all_metadata(source)
         image = self.picture(config, latents, seed=seed, prompt=prompt, **about)
         image.canny_image = edges
         return image

@@ -13,6 +13,7 @@ from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreat
 from mflux.models.flux.sources import refuse_strength
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.generated_image import GeneratedImage
+from mflux.utils.image_util import ImageUtil
 
 
 class Flux1Depth(Flux1):
@@ -99,7 +100,8 @@ class Flux1Depth(Flux1):
 
     def find_depth(self, image_path: Path | str) -> PIL.Image.Image:
         """A picture's depth map; found once, and Depth Pro is let go of before the transformer is loaded."""
-        key = "depth", str(image_path), Path(image_path).stat().st_mtime_ns
+        picture = ImageUtil.load_image(image_path)
+        key = "depth", picture.size, picture.tobytes()
         if key not in self.prompt_cache:
             from mflux.models.depth_pro.model.depth_pro import DepthPro
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux.backend import mx
-from mflux.errors import UsageError
+from mflux.checkpoints.folders import read_json
+from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux.family import FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
+from mflux.models.flux.model.redux import SiglipConfig, SiglipProcessor
 from mflux.models.flux.sources import refuse_strength
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils import values
@@ -30,6 +32,24 @@ class Flux1Redux(Flux1):
 
     def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
         return super().resolve_folder(model_path or _BASE, model_config)
+
+    def __init__(
+        self,
+        quantize: int | None = None,
+        model_path: str | None = None,
+        lora_paths: list[str] | None = None,
+        lora_scales: list[float] | None = None,
+        bake_lora: bool = True,
+        model_config: ModelConfig | None = None,
+    ):
+        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+        # Told now and not after the prompt is encoded.
+        folder = self.folder_of(IMAGE_ENCODER)
+        settings = folder.root / "feature_extractor" / "preprocessor_config.json"
+        self.processor = SiglipProcessor.from_dict(read_json(settings) if settings.is_file() else {}, source=settings)
+        encoder = SiglipConfig.from_dict(folder.config(IMAGE_ENCODER.folder), source=folder.root / IMAGE_ENCODER.folder)
+        if problem := self.processor.fits(encoder):
+            raise CheckpointError(f"{settings}: {problem}; fetch both again")
 
     def generate_image(
         self,
@@ -97,9 +117,11 @@ class Flux1Redux(Flux1):
         key = picture.size, picture.tobytes()
         if key not in self.prompt_cache:
             self.enter("encode")
-            states = self.image_encoder(self.image_encoder.pixels(picture))
+            encoder = self.image_encoder
+            states = encoder(self.processor(picture, encoder.config))
             embeds = self.image_embedder(states)
             mx.eval(embeds)
+            del encoder
             self.encoded("image_encoder", "image_embedder")
             self.prompt_cache[key] = embeds
         return self.prompt_cache[key]
