@@ -378,6 +378,17 @@ def test_an_extra_that_is_there_comes_with_its_versions(cli, quick, monkeypatch)
     assert "vlm: installed (transformers ?, jinja2 ?)" in cli("doctor").out
 
 
+@pytest.mark.parametrize("user", ["me:geheim", "hf_geheim"])
+def test_a_password_in_the_endpoint_is_not_told(cli_process, user):
+    for address in (f"https://{user}@hub.example", f"https://{user}@hub.example:[/"):
+        for words in ([], ["--json"]):
+            result = cli_process("doctor", *words, env=os.environ | {"HF_ENDPOINT": address})
+            assert result.status == 0
+            assert "geheim" not in result.out + result.err
+            told = result.out.replace(r"\u2026", "…")
+            assert "https://…@hub.example" in told or "Invalid IPv6 URL" in told
+
+
 @pytest.mark.parametrize("kind", ["variable", "file", "none", "empty"])
 def test_where_the_token_comes_from_is_told_and_the_token_is_not(cli, quick, monkeypatch, tmp_path, kind):
     import huggingface_hub.constants as constants

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import MfluxParser, run, say
+from mflux.cli.parser import MfluxParser, run, say, say_line
 from mflux.errors import OutputError, UsageError
 from mflux.utils.values import QUANTIZE_CHOICES
 
@@ -219,7 +219,7 @@ def _convert(argv: Sequence[str] | None) -> None:
     if args.destination is None:
         raise UsageError("name the file to write: mflux-convert SRC DST.safetensors")
     options = {"dtype": args.dtype, "key": args.key, "force": args.force, "quantize": args.quantize}
-    say(str(convert(args.source, args.destination, **options)))
+    say_line(convert(args.source, args.destination, **options))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflux.cli.parser import MfluxParser, run, say
+from mflux.text import one_line
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, PackagePath
@@ -74,7 +75,7 @@ def _safely(ask: Callable[[], Part]) -> Part:
     try:
         return ask()
     except Exception as error:
-        text = str(error).strip() or "no reason given"
+        text = one_line(error) or "no reason given"
         return {"error": text if type(error) is RuntimeError else f"{type(error).__name__}: {text}"}
 
 
@@ -182,7 +183,7 @@ def hugging_face_part() -> Part:
     named = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name, "").strip()), None)
     stored = Path(constants.HF_TOKEN_PATH)
     source = named or (str(stored) if stored.is_file() and stored.read_text().strip() else None)
-    return {"token": source, "offline": bool(constants.HF_HUB_OFFLINE), "endpoint": constants.ENDPOINT}
+    return {"token": source, "offline": bool(constants.HF_HUB_OFFLINE), "endpoint": one_line(constants.ENDPOINT)}
 
 
 def _hub_constants():

@@ -20,7 +20,7 @@ from mflux.cli.process import open_standard_streams, signals_raise, status_of
 from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.lora.library import settle_scales
 from mflux.models.flux.lora_styles import STYLES, style_path
-from mflux.text import one_line
+from mflux.text import lines_shown, one_line, shown
 from mflux.utils import values
 from mflux.utils.paths import user_path
 from mflux.utils.values import number
@@ -98,7 +98,7 @@ class _Version(argparse.Action):
 
 class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
+        message = one_line(super().format(record))
         return f"warning: {message}" if record.levelno >= logging.WARNING else message
 
 
@@ -114,7 +114,7 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
     try:
         with signals_raise(), warnings.catch_warnings():
             # What a library warns of is one line like our own.
-            warnings.showwarning = lambda message, *_: log.warning(one_line(str(message)))
+            warnings.showwarning = lambda message, *_: log.warning("%s", message)
             status = command(argv) or 0
         if _Output.failure is None:
             return status
@@ -143,11 +143,13 @@ class _Output:
     failure: Exception | None = None
 
 
-def say(line: str) -> None:
-    """One line of a command's result on stdout. What the terminal cannot show is escaped; where stdout takes nothing
-    more (its device is full, its reader has gone) work goes on, and the command ends with a failure."""
+def say(text: object) -> None:
+    """A command's result on stdout, in one line or in several. What would move the cursor, and what the terminal cannot
+    show, is escaped; where stdout takes nothing more (its device is full, its reader has gone) work goes on, and the
+    command ends with a failure."""
     if _Output.failure is not None:
         return
+    line = lines_shown(text)
     try:
         try:
             print(line, flush=True)
@@ -159,6 +161,11 @@ def say(line: str) -> None:
         # What is left in its buffer would fail again while Python shuts down.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_line(text: object) -> None:
+    """A result that is one line, such as where a picture went, whatever is in its name."""
+    say(shown(text, most=10_000))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -473,7 +480,7 @@ def save_picture(image, args: argparse.Namespace, seed: int, pixels=None) -> Pat
         export_json_metadata=args.metadata,
         embed_metadata=not args.no_metadata,
     )
-    say(str(path))
+    say_line(path)
     return path
 
 

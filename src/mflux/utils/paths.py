@@ -68,6 +68,14 @@ def recorded_source(name: str | os.PathLike) -> str:
     return _last_part(text) if local else text
 
 
+def is_repository(name: str) -> bool:
+    """Whether a model's or LoRA's name is written as a repository, `org/name`, and nothing here has it."""
+    try:
+        return re.fullmatch(r"(hf:)?[^\s/.~:][^\s/:]*/[^\s/].*", name) is not None and not os.path.lexists(name)
+    except ValueError:
+        return False
+
+
 def _last_part(path: str) -> str:
     """`a/b.png`, `a\\b.png` and `a/b.png/` → `b.png`; what has no name of its own, such as `..`, → the folder's."""
     name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -46,7 +46,7 @@ def list_loras(argv: Sequence[str] | None) -> None:
         raise UsageError(f"none of the folders of {'--paths' if args.paths else VARIABLE} is there: check their paths")
     found = library(folders)
     for name, path in sorted(found.items()):
-        options.say(f"{name} -> {path}")
+        options.say_line(f"{name} -> {path}")
     log.info("%d LoRAs in %d folders", len(found), len(folders))
 
 

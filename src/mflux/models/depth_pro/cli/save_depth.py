@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import MfluxParser, run, say
+from mflux.cli.parser import MfluxParser, run, say_line
 from mflux.errors import UsageError
 from mflux.utils.values import QUANTIZE_CHOICES
 
@@ -74,7 +74,7 @@ def save_depth(argv: Sequence[str] | None) -> None:
     data = encode(result, kind, args.colormap or "gray")
     log.debug("loaded in %.1f s, estimated in %.1f s", loaded - started, time.perf_counter() - loaded)
     log.debug("%s", _describe(result))
-    say(str(write_atomically(output, lambda file: file.write(data), overwrite=False)))
+    say_line(write_atomically(output, lambda file: file.write(data), overwrite=False))
 
 
 def encode(result: DepthResult, kind: str, colormap: str = "gray") -> bytes:

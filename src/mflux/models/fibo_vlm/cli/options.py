@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mflux.errors import OutputError, UsageError
 from mflux.models.fibo_vlm.packages import check_installed
+from mflux.text import lines_shown
 from mflux.utils.values import QUANTIZE_CHOICES, number, seed
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def make_model(args: argparse.Namespace) -> FiboVLM:
 
 
 def stream(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
+    print(lines_shown(text), end="", file=sys.stderr, flush=True)
 
 
 def write(path: Path, text: str) -> Path:
