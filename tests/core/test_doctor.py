@@ -460,11 +460,11 @@ def test_this_package_is_measured_wherever_it_lies():
 
 def test_a_container_s_limit_is_told(monkeypatch):
     files = {
-        "/proc/meminfo": ["MemTotal: 1 kB", "MemAvailable:    2048 kB"],
+        "/proc/meminfo": ["MemTotal: 1 kB", "MemAvailable:    2048 kB", "HugePages_Total:   0", "odd"],
         "/sys/fs/cgroup/memory.max": ["1048576"],
         "/sys/fs/cgroup/memory/memory.limit_in_bytes": [],
     }
-    monkeypatch.setattr(doctor, "_lines", files.get)
+    monkeypatch.setattr("mflux.utils.memory.lines_of", files.get)
     part = doctor.memory_part()
     assert (part["available"], part["limit"]) == (2048 * 1024, 1048576)
     assert "2.1 MB available, limited to 1.0 MB for this container" in doctor._memory_text(part)

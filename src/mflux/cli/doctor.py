@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mflux.cli.parser import MfluxParser, run, say
 from mflux.text import one_line
+from mflux.utils.memory import lines_of, machine_memory
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, PackagePath
@@ -103,22 +104,8 @@ def _cores() -> int | None:
 
 def memory_part() -> Part:
     """Bytes in all, bytes that are free to use, and the limit that a container sets; None where that cannot be told."""
-    part: Part = {"total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "available": None, "limit": None}
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            part["available"] = int(line.split()[1]) * 1024
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        for line in _lines(path):
-            if line.isdigit() and int(line) < part["total"]:
-                part["limit"] = int(line)
-    return part
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    memory = machine_memory()
+    return {"total": memory.total, "available": memory.available, "limit": memory.limit}
 
 
 def extras_part() -> Part:
@@ -293,7 +280,7 @@ def _mapped_file(library: str | None) -> str | None:
     """The file that a loaded library came from."""
     if library is None:
         return None
-    files = {line.split()[-1] for line in _lines("/proc/self/maps") if "openblas" in line}
+    files = {line.split()[-1] for line in lines_of("/proc/self/maps") if "openblas" in line}
     return min(files, default=None)
 
 
