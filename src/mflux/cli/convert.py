@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mflux.cli.parser import MfluxParser, run, say, say_line
 from mflux.errors import OutputError, UsageError
+from mflux.utils.paths import is_there
 from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
@@ -86,10 +87,10 @@ def convert(
 
     quantization = Quantization.asked(quantize)
     destination = _with_suffix(Path(destination))
-    if destination.exists() and not force:
+    if is_there(destination) and not force:
         raise OutputError(f"{destination} exists already: choose another name, or --force to replace it")
     checkpoint = open_checkpoint(source, key)
-    if any(destination.exists() and destination.samefile(file.path) for file in checkpoint.files):
+    if any(is_there(destination) and destination.samefile(file.path) for file in checkpoint.files):
         raise OutputError(f"{destination} is the source itself: choose another name")
     specs = _specs(checkpoint, dtype)
     described = {name: checkpoint.describe(name) for name in checkpoint}

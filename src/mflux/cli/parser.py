@@ -20,7 +20,7 @@ from mflux.cli.process import open_standard_streams, signals_raise, status_of
 from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.lora.library import settle_scales
 from mflux.models.flux.lora_styles import STYLES, style_path
-from mflux.text import lines_shown, one_line, shown
+from mflux.text import lines_shown, one_line, shown, size
 from mflux.utils import values
 from mflux.utils.paths import user_path
 from mflux.utils.values import number
@@ -374,6 +374,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 # ---- what options mean together
 
+# Of a prompt's file, or of a `.metadata.json`: nobody's has more.
+_LARGEST = 16 << 20
+
 
 def was_given(args: argparse.Namespace, *names: str) -> bool:
     """Whether one of these options, by their destinations, stands on the command line."""
@@ -508,6 +511,19 @@ def settle_seeds(args: argparse.Namespace) -> None:
         args.output = str(output.with_stem(output.stem + "_seed_{seed}")) if output.name else args.output
 
 
+def read_bounded(path: Path, most: int = _LARGEST) -> bytes:
+    """A file's bytes, at most one more than `most`: a device has no end. What a shell's `<(…)` gives is read as well; a
+    pipe that nothing writes to is empty.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        os.set_blocking(descriptor, True)
+        return file.read(most + 1)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a `.metadata.json`, or those that a picture carries.
 
@@ -517,11 +533,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     import json
 
     try:
-        content = path.read_bytes()
+        content = read_bounded(path)
     except OSError as error:
         raise UsageError(f"cannot read the settings in {path}: {error.strerror or error}") from None
     try:
-        settings = json.loads(content.decode("utf-8-sig"))
+        # A picture may be larger, and is none of JSON's.
+        settings = json.loads(content.decode("utf-8-sig") if len(content) <= _LARGEST else "")
     except (ValueError, RecursionError):
         from mflux.utils.metadata_reader import MetadataReader
 
@@ -550,7 +567,10 @@ def read_prompt(args: argparse.Namespace) -> str:
             prompt = sys.stdin.read().removeprefix("\ufeff").strip()
         elif args.prompt_file is not None:
             source = f"the prompt file {args.prompt_file}"
-            prompt = args.prompt_file.read_text(encoding="utf-8-sig").strip()
+            content = read_bounded(args.prompt_file)
+            if len(content) > _LARGEST:
+                raise PromptFileReadError(f"{source} has more than {size(_LARGEST)}: no prompt is as long")
+            prompt = content.decode("utf-8-sig").strip()
         else:
             prompt = args.prompt or ""
         # What the shell passed on in another encoding comes as surrogates.
