@@ -16,19 +16,21 @@ import os
 import posixpath
 import re
 import shutil
+import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.plain_files import HEAD, what_else
 from mflux.errors import CheckpointError, DownloadError, UsageError
-from mflux.text import shown, size
+from mflux.text import one_line, shown, size, without_password
 from mflux.utils.paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -126,7 +128,8 @@ def resolve_model(
         raise DownloadError("the model's name is empty: give a folder, or a Hugging Face repository as org/name")
     if re.match(r"\w+://", text):
         raise DownloadError(
-            f"{shown(text, 300)} is an address: give the repository's name instead, as {_name_in_address(text)}"
+            f"{shown(without_password(text), 300)} is an address: give the repository's name instead, as "
+            f"{_name_in_address(text)}"
         )
     try:
         path = user_path(text)
@@ -263,6 +266,9 @@ def _fetched(hub: ModuleType, repository: _Repository) -> Path:
     wanted = None
     if names is not None:
         wanted = _matching(hub, names, repository.patterns)
+        if odd := [name for name in wanted if not name.isprintable()]:
+            # Progress would show it as it is.
+            raise DownloadError(f"{repository} holds a file called {shown(odd[0])}: name another repository")
         _check_contents(hub, repository, names, wanted)
         if complete and not spoiled and cached.name == commit and set(wanted) <= set(_files(cached)):
             return cached
@@ -369,15 +375,40 @@ def _watched(response) -> None:
 
 
 def _without_secrets(hub: ModuleType, text: str) -> str:
-    """A message without the token and without a password in HF_ENDPOINT, which a server may have echoed."""
-    secrets = [os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
-    with suppress(OSError, ValueError):
-        secrets.append(hub.utils.get_token())
-    if password := re.search(r"//[^/@]*?:([^/@]+)@", hub.constants.ENDPOINT):
-        secrets.append(password[1])
-    for secret in secrets:
-        text = text.replace(secret, "…") if secret and len(secret) > 3 else text
+    """A text without the token and without what HF_ENDPOINT has of a name and password, which a server may echo."""
+    text = without_password(text)
+    for secret in _secrets(hub):
+        text = text.replace(secret, "…")
     return text
+
+
+def _secrets(hub: ModuleType) -> list[str]:
+    """The tokens and passwords that are sent, as they are and as messages and servers may write them."""
+    secrets = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    with suppress(OSError, ValueError):
+        secrets.append(Path(hub.constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
+    with suppress(Exception):
+        # A token of another source. What goes wrong with it is told where it is sent.
+        secrets.append(hub.utils.get_token() or "")
+    user, _, password = hub.constants.ENDPOINT.partition("://")[2].rpartition("@")[0].partition(":")
+    # Alone, the name is a token.
+    secret = password or user
+    secrets += [secret, unquote(secret), b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()]
+    found = {form for secret in secrets for form in (secret, secret.strip(), repr(secret.strip())[1:-1])}
+    # Two or three letters are everywhere, and no secret; the longest first, lest a part of one is left.
+    return sorted((secret for secret in found if len(secret) > 3), key=len, reverse=True)
+
+
+class _Cleaned(logging.Filter):
+    """What huggingface_hub logs by itself, such as a server's warnings, is one line without secrets as well."""
+
+    def __init__(self, hub: ModuleType):
+        super().__init__()
+        self._hub = hub
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = one_line(_without_secrets(self._hub, record.getMessage())), ()
+        return True
 
 
 def _hub() -> ModuleType:
@@ -386,12 +417,16 @@ def _hub() -> ModuleType:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
-        import huggingface_hub.utils
+        import huggingface_hub.utils.logging
     except ValueError as error:
         # It reads its numbers and addresses while it is imported.
         raise DownloadError(
-            f"huggingface_hub cannot use one of the HF_ environment variables ({error}): correct or unset it"
+            f"huggingface_hub cannot use one of the HF_ environment variables ({one_line(error)}): correct or unset it"
         ) from None
+    # Its own handler is there from the first time that a logger is asked for.
+    for handler in huggingface_hub.utils.logging.get_logger("huggingface_hub").handlers:
+        if not any(isinstance(one, _Cleaned) for one in handler.filters):
+            handler.addFilter(_Cleaned(huggingface_hub))
     return huggingface_hub
 
 
@@ -670,7 +705,10 @@ def _reason(error: Exception) -> str:
 
 
 def _first_line(text: str, most: int = 200) -> str:
-    return shown(next((line.strip() for line in text.splitlines() if line.strip()), ""), most)
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    # Secrets go first: half of one that is cut off would not be known again.
+    hub = sys.modules.get("huggingface_hub")
+    return shown(_without_secrets(hub, line[:10_000]) if hasattr(hub, "constants") else line, most)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sized
 
 # What holds an emoji or a word of some scripts together; the other invisible characters can reorder a line.
 _JOINERS = "\u200c\u200d"
+# What stands before the host of an address: a name and a password, or a token.
+_USER_INFORMATION = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/]*@")
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
@@ -19,9 +22,19 @@ def shown(text: object, most: int = 120) -> str:
 
 
 def one_line(text: object, most: int = 2000) -> str:
-    """A whole message as one line of a terminal, its line breaks as spaces."""
+    """A whole message as one line of a terminal, its line breaks as spaces, and addresses without passwords."""
     # Cut first: a megabyte is not worth splitting.
-    return shown(" ".join(str(text)[: 4 * most].split()), most)
+    return shown(without_password(" ".join(str(text)[: 4 * most].split())), most)
+
+
+def lines_shown(text: object, most: int = 10**6) -> str:
+    """As `shown`, of a text whose line breaks and tabs are meant; `most` is for each line."""
+    return "".join(part if part in ("\n", "\t") else shown(part, most) for part in re.split(r"([\n\t])", str(text)))
+
+
+def without_password(text: str) -> str:
+    """A text whose addresses have "…" in place of a name, a password or a token: "https://…@example.org"."""
+    return _USER_INFORMATION.sub(r"\1…@", text)
 
 
 def some(items: Iterable[object], most: int = 5, each: int = 120) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -516,6 +517,48 @@ def test_a_scheduler_that_is_hardly_a_name(cli, in_folder, tiny_schnell, name):
 def test_settings_that_are_not_there(refused):
     message = "cannot read the settings in none.json: No such file or directory"
     refused("-C", "none.json", status=2, message=message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model": "schnell", "model_path": "stranger/thing"}, "stranger/thing"),
+        ({"model": "stranger/flux-schnell"}, "stranger/flux-schnell"),
+        ({"model": "dev", "lora_paths": ["stranger/lora", "o/n:a.safetensors"]}, "stranger/lora, o/n:a.safetensors"),
+        ({"model": "stranger/dev", "lora_paths": ["hf:o/n/a.safetensors"]}, "stranger/dev, hf:o/n/a.safetensors"),
+    ],
+)
+def test_repositories_that_settings_name_are_told_before_one_is_asked(cli, in_folder, monkeypatch, settings, told):
+    import mflux.hub
+
+    asked = []
+
+    def ask(*args, **kwargs):
+        asked.append(log.records[-1:])
+        raise mflux.hub.DownloadError("asked")
+
+    log = logging.Handler()
+    log.records = []
+    log.emit = log.records.append
+    monkeypatch.setattr(mflux.hub, "_fetch", ask)
+    monkeypatch.setattr("mflux.cli.generate.log.handlers", [log])
+    (in_folder / "old.json").write_text(json.dumps(settings | {"prompt": "x"}))
+    result = cli("generate", "-C", "old.json")
+    assert result.errors == ["error: asked"]
+    line = f"old.json names {told}: Hugging Face is asked for what is not here yet"
+    assert line in result.err.splitlines()
+    assert asked[0][0].getMessage() == line
+
+
+def test_what_was_said_and_what_is_here_is_not_told(cli, in_folder, tiny_schnell):
+    (in_folder / "org").mkdir()
+    (in_folder / "org" / "name").symlink_to(tiny_schnell)
+    (in_folder / "old.json").write_text(json.dumps({"model": "org/name", "base_model": "schnell", "prompt": "x"}))
+    small = ("--width", 16, "--height", 16, "--steps", 1)
+    for words in ((), ("--model", tiny_schnell)):
+        result = cli("generate", "-C", "old.json", *small, *words)
+        assert result.status == 0
+        assert "Hugging Face" not in result.err
 
 
 @pytest.mark.parametrize("content", ["", "garbage", "[1, 2]", "null", "[" * 100_000])

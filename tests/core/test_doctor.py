@@ -378,6 +378,17 @@ def test_an_extra_that_is_there_comes_with_its_versions(cli, quick, monkeypatch)
     assert "vlm: installed (transformers ?, jinja2 ?)" in cli("doctor").out
 
 
+@pytest.mark.parametrize("user", ["me:geheim", "hf_geheim"])
+def test_a_password_in_the_endpoint_is_not_told(cli_process, user):
+    for address in (f"https://{user}@hub.example", f"https://{user}@hub.example:[/"):
+        for words in ([], ["--json"]):
+            result = cli_process("doctor", *words, env=os.environ | {"HF_ENDPOINT": address})
+            assert result.status == 0
+            assert "geheim" not in result.out + result.err
+            told = result.out.replace(r"\u2026", "…")
+            assert "https://…@hub.example" in told or "Invalid IPv6 URL" in told
+
+
 @pytest.mark.parametrize("kind", ["variable", "file", "none", "empty"])
 def test_where_the_token_comes_from_is_told_and_the_token_is_not(cli, quick, monkeypatch, tmp_path, kind):
     import huggingface_hub.constants as constants
@@ -449,11 +460,11 @@ def test_this_package_is_measured_wherever_it_lies():
 
 def test_a_container_s_limit_is_told(monkeypatch):
     files = {
-        "/proc/meminfo": ["MemTotal: 1 kB", "MemAvailable:    2048 kB"],
+        "/proc/meminfo": ["MemTotal: 1 kB", "MemAvailable:    2048 kB", "HugePages_Total:   0", "odd"],
         "/sys/fs/cgroup/memory.max": ["1048576"],
         "/sys/fs/cgroup/memory/memory.limit_in_bytes": [],
     }
-    monkeypatch.setattr(doctor, "_lines", files.get)
+    monkeypatch.setattr("mflux.utils.memory.lines_of", files.get)
     part = doctor.memory_part()
     assert (part["available"], part["limit"]) == (2048 * 1024, 1048576)
     assert "2.1 MB available, limited to 1 MB for this container" in doctor._memory_text(part)

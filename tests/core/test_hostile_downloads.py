@@ -139,14 +139,53 @@ def test_nothing_of_a_server_reaches_a_terminal_as_it_came(hub, start, text):
     assert len(error) < 600
 
 
-def test_a_password_in_the_endpoint_is_not_told(hub, start):
-    address = hub.address.replace("://", "://me:geheim@")
-    for outcome in (
-        start(HF_ENDPOINT=address).resolve("org/none"),
-        start(HF_ENDPOINT="x://me:geheim@y").resolve("a/b"),
-    ):
-        assert outcome.error
-        assert "geheim" not in outcome.error
+# HF_ENDPOINT's name and password, a token in their place, and what a server that echoes them may make of them.
+@pytest.mark.parametrize("user", ["me:geheim", "me:ge%3Aheim", "hf_verysecret", "me:hf_verysecret"])
+@pytest.mark.parametrize("kind", ["missing", "echoed", "warned of", "no address", "nobody there"])
+def test_a_password_in_the_endpoint_is_not_told(hub, start, user, kind):
+    from base64 import b64encode
+    from urllib.parse import unquote
+
+    secret = user.rpartition(":")[2]
+    basic = b64encode(unquote(user if ":" in user else f"{user}:").encode()).decode()
+    said = f"{'x' * 190}{secret} {unquote(secret)} http://{user}@host/ {basic} Bearer hf_mytoken"
+    headers = {"X-Error-Message": said} if kind == "echoed" else {"X-HF-Warning": f"a; {said}"}
+    hub.add("org/echo", faults={"info": (500, headers)} if kind == "echoed" else {})
+    if kind == "warned of":
+        hub.add("org/echo", faults={"info": (404, headers)})
+    address = {"no address": f"x://{user}@y", "nobody there": f"http://{user}@127.0.0.1:9"}.get(
+        kind, hub.address.replace("://", f"://{user}@")
+    )
+    program = start(HF_ENDPOINT=address, HF_TOKEN="hf_mytoken")
+    outcome = program.resolve("org/none" if kind == "missing" else "org/echo")
+    assert outcome.error
+    for hidden in (secret, unquote(secret), basic, "hf_mytoken"):
+        assert hidden not in outcome.error + outcome.stderr
+        # Nor the beginning of one that was cut off.
+        assert hidden[:6] not in outcome.error + outcome.stderr
+
+
+def test_a_token_from_a_file_is_not_told(hub, start, tmp_path):
+    (tmp_path / "token").write_text("hf_fromafile\n")
+    hub.add("org/echo", faults={"info": (500, {"X-Error-Message": "no hf_fromafile here"})})
+    outcome = start().resolve("org/echo")
+    assert "(no … here)" in outcome.error
+    assert hub.tokens == {"Bearer hf_fromafile"}
+
+
+def test_a_file_whose_name_moves_the_cursor(hub, start):
+    hub.add("org/odd", model_files() | {"transformer/\x1b[2J.json": b"{}"})
+    outcome = start().resolve("org/odd")
+    assert outcome.error == r"org/odd holds a file called transformer/\x1b[2J.json: name another repository"
+    assert outcome.fetched() == []
+
+
+def test_an_address_with_a_password_is_no_name():
+    with pytest.raises(DownloadError) as error:
+        resolve_model("https://me:geheim@huggingface.co/org/name", ["*"])
+    assert str(error.value) == (
+        "https://…@huggingface.co/org/name is an address: give the repository's name instead, as org/name"
+    )
 
 
 def test_an_index_from_a_stranger(hub, start):

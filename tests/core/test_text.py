@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mflux.text import count, one_line, shown, size, some
+from mflux.text import count, lines_shown, one_line, shown, size, some, without_password
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,21 @@ def test_counts():
     assert count(["a"], "tensor") == "1 tensor"
     assert count([], "tensor") == "0 tensors"
     assert count(12_345, "tensor") == "12,345 tensors"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("no connection to https://me:geheim@hub:80/x (gone)", "no connection to https://…@hub:80/x (gone)"),
+        ("http://hf_token@host", "http://…@host"), ("http://a:p@ss@host/x@y", "http://…@host/x@y"),
+        ("org/name@main and me@example.org", "org/name@main and me@example.org"), ("https://host/a@b", "https://host/a@b"),
+        ("socks5://a:b@c, http://d:e@f", "socks5://…@c, http://…@f"),
+    ],
+)  # fmt: skip
+def test_addresses_are_told_without_passwords(text, told):
+    assert without_password(text) == one_line(text) == told
+
+
+def test_several_lines():
+    assert lines_shown("a\tb\n\x1b[2Jc\r\n") == "a\tb\n\\x1b[2Jc\\r\n"
+    assert lines_shown("x" * 9 + "\n" + "y" * 9, 5) == "xxxx…\nyyyy…"

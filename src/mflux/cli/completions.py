@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mflux.cli.commands import COMMANDS
-from mflux.cli.parser import MfluxParser, run
+from mflux.cli.parser import MfluxParser, run, say, say_line
 from mflux.errors import MfluxError, OutputError
+
+log = logging.getLogger(__name__)
 
 _SHELLS = ("bash", "zsh", "tcsh")
 # Options whose value is, or may be, a path without being declared as one.
@@ -39,7 +42,7 @@ def complete(argv: Sequence[str] | None) -> None:
     shell = args.shell or guess_shell()
     script = completion_script(shell)
     if args.show:
-        print(script)
+        say(script)
         return
     path = (args.dir or usual_folder(shell)) / file_name(shell)
     if args.check:
@@ -49,15 +52,15 @@ def complete(argv: Sequence[str] | None) -> None:
             raise MfluxError(f"completions for {shell} are not installed in {path.parent}: mflux-completions") from None
         if not current:
             raise MfluxError(f"{path} is from another version: mflux-completions --update")
-        print(f"{path} is current")
+        say_line(f"{path} is current")
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(script)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error} (--dir chooses another folder)") from None
-    print(path)
-    print(hint(shell, path), file=sys.stderr)
+    say_line(path)
+    log.info("%s", hint(shell, path))
 
 
 def completion_script(shell: str) -> str:

@@ -9,9 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import MfluxParser, run, say
+from mflux.cli.parser import MfluxParser, run, say, say_line
 from mflux.errors import OutputError, UsageError
 from mflux.text import some
+from mflux.utils.paths import is_there
 from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
@@ -87,10 +88,10 @@ def convert(
 
     quantization = Quantization.asked(quantize)
     destination = _with_suffix(Path(destination))
-    if destination.exists() and not force:
+    if is_there(destination) and not force:
         raise OutputError(f"{destination} exists already: choose another name, or --force to replace it")
     checkpoint = open_checkpoint(source, key)
-    if any(destination.exists() and destination.samefile(file.path) for file in checkpoint.files):
+    if any(is_there(destination) and destination.samefile(file.path) for file in checkpoint.files):
         raise OutputError(f"{destination} is the source itself: choose another name")
     specs = _specs(checkpoint, dtype)
     described = {name: checkpoint.describe(name) for name in checkpoint}
@@ -211,7 +212,7 @@ def _convert(argv: Sequence[str] | None) -> None:
     if args.destination is None:
         raise UsageError("name the file to write: mflux-convert SRC DST.safetensors")
     options = {"dtype": args.dtype, "key": args.key, "force": args.force, "quantize": args.quantize}
-    say(str(convert(args.source, args.destination, **options)))
+    say_line(convert(args.source, args.destination, **options))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflux.cli.parser import MfluxParser, run, say
-from mflux.text import size
+from mflux.text import one_line, size
+from mflux.utils.memory import lines_of, machine_memory
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, PackagePath
@@ -75,7 +76,7 @@ def _safely(ask: Callable[[], Part]) -> Part:
     try:
         return ask()
     except Exception as error:
-        text = str(error).strip() or "no reason given"
+        text = one_line(error) or "no reason given"
         return {"error": text if type(error) is RuntimeError else f"{type(error).__name__}: {text}"}
 
 
@@ -103,22 +104,8 @@ def _cores() -> int | None:
 
 def memory_part() -> Part:
     """Bytes in all, bytes that are free to use, and the limit that a container sets; None where that cannot be told."""
-    part: Part = {"total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "available": None, "limit": None}
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            part["available"] = int(line.split()[1]) * 1024
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        for line in _lines(path):
-            if line.isdigit() and int(line) < part["total"]:
-                part["limit"] = int(line)
-    return part
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    memory = machine_memory()
+    return {"total": memory.total, "available": memory.available, "limit": memory.limit}
 
 
 def extras_part() -> Part:
@@ -183,7 +170,7 @@ def hugging_face_part() -> Part:
     named = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name, "").strip()), None)
     stored = Path(constants.HF_TOKEN_PATH)
     source = named or (str(stored) if stored.is_file() and stored.read_text().strip() else None)
-    return {"token": source, "offline": bool(constants.HF_HUB_OFFLINE), "endpoint": constants.ENDPOINT}
+    return {"token": source, "offline": bool(constants.HF_HUB_OFFLINE), "endpoint": one_line(constants.ENDPOINT)}
 
 
 def _hub_constants():
@@ -293,7 +280,7 @@ def _mapped_file(library: str | None) -> str | None:
     """The file that a loaded library came from."""
     if library is None:
         return None
-    files = {line.split()[-1] for line in _lines("/proc/self/maps") if "openblas" in line}
+    files = {line.split()[-1] for line in lines_of("/proc/self/maps") if "openblas" in line}
     return min(files, default=None)
 
 

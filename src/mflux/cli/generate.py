@@ -16,7 +16,9 @@ from mflux.cli import parser as options
 from mflux.cli.parser import was_given
 from mflux.errors import NotBuiltError, UsageError
 from mflux.models.common.family import STAGES, built, found
+from mflux.text import some
 from mflux.utils import values
+from mflux.utils.paths import is_repository
 from mflux.utils.scale_factor import ScaleFactor
 from mflux.utils.settings import SETTINGS
 
@@ -362,6 +364,16 @@ def take_settings(args: argparse.Namespace) -> None:
     if args.scheduler and "." in args.scheduler and not was_given(args, "scheduler"):
         raise UsageError(f"{source}: its scheduler {args.scheduler} would be imported: say --scheduler yourself")
     _take_model(args, settings)
+    _tell_repositories(args)
+
+
+def _tell_repositories(args: argparse.Namespace) -> None:
+    """Say which repositories the settings name, before one is asked: whoever made the picture chose them."""
+    named = [] if was_given(args, "model") or args.model is None else [args.model]
+    if not was_given(args, "lora", "lora_paths", "lora_style"):
+        named += getattr(args, "lora_paths", None) or ()
+    if named := [name for name in named if is_repository(name)]:
+        log.info("%s names %s: Hugging Face is asked for what is not here yet", args.config_from_metadata, some(named))
 
 
 def is_old(version: Any) -> bool:

@@ -20,7 +20,7 @@ from mflux.cli.process import open_standard_streams, signals_raise, status_of
 from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.lora.library import settle_scales
 from mflux.models.flux.lora_styles import STYLES, style_path
-from mflux.text import one_line
+from mflux.text import lines_shown, one_line, shown, size
 from mflux.utils import values
 from mflux.utils.paths import user_path
 from mflux.utils.values import number
@@ -98,7 +98,7 @@ class _Version(argparse.Action):
 
 class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
+        message = one_line(super().format(record))
         return f"warning: {message}" if record.levelno >= logging.WARNING else message
 
 
@@ -114,7 +114,7 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
     try:
         with signals_raise(), warnings.catch_warnings():
             # What a library warns of is one line like our own.
-            warnings.showwarning = lambda message, *_: log.warning(one_line(str(message)))
+            warnings.showwarning = lambda message, *_: log.warning("%s", message)
             status = command(argv) or 0
         if _Output.failure is None:
             return status
@@ -143,11 +143,13 @@ class _Output:
     failure: Exception | None = None
 
 
-def say(line: str) -> None:
-    """One line of a command's result on stdout. What the terminal cannot show is escaped; where stdout takes nothing
-    more (its device is full, its reader has gone) work goes on, and the command ends with a failure."""
+def say(text: object) -> None:
+    """A command's result on stdout, in one line or in several. What would move the cursor, and what the terminal cannot
+    show, is escaped; where stdout takes nothing more (its device is full, its reader has gone) work goes on, and the
+    command ends with a failure."""
     if _Output.failure is not None:
         return
+    line = lines_shown(text)
     try:
         try:
             print(line, flush=True)
@@ -159,6 +161,11 @@ def say(line: str) -> None:
         # What is left in its buffer would fail again while Python shuts down.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_line(text: object) -> None:
+    """A result that is one line, such as where a picture went, whatever is in its name."""
+    say(shown(text, most=10_000))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -367,6 +374,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 # ---- what options mean together
 
+# Of a prompt's file, or of a `.metadata.json`: nobody's has more.
+_LARGEST = 16 << 20
+
 
 def was_given(args: argparse.Namespace, *names: str) -> bool:
     """Whether one of these options, by their destinations, stands on the command line."""
@@ -478,7 +488,7 @@ def save_picture(image, args: argparse.Namespace, seed: int, pixels=None) -> Pat
         export_json_metadata=args.metadata,
         embed_metadata=not args.no_metadata,
     )
-    say(str(path))
+    say_line(path)
     return path
 
 
@@ -506,6 +516,19 @@ def settle_seeds(args: argparse.Namespace) -> None:
         args.output = str(output.with_stem(output.stem + "_seed_{seed}")) if output.name else args.output
 
 
+def read_bounded(path: Path, most: int = _LARGEST) -> bytes:
+    """A file's bytes, at most one more than `most`: a device has no end. What a shell's `<(…)` gives is read as well; a
+    pipe that nothing writes to is empty.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        os.set_blocking(descriptor, True)
+        return file.read(most + 1)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a `.metadata.json`, or those that a picture carries.
 
@@ -515,11 +538,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     from mflux.utils.strict_json import NotJSON, parse
 
     try:
-        content = path.read_bytes()
+        content = read_bounded(path)
     except OSError as error:
         raise UsageError(f"cannot read the settings in {path}: {error.strerror or error}") from None
     try:
-        settings = parse(content)
+        # A picture may be larger, and is none of JSON's.
+        settings = parse(content if len(content) <= _LARGEST else b"")
     except NotJSON as error:
         if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             raise UsageError(f"the settings in {path} cannot be read: it {error}") from None
@@ -550,7 +574,10 @@ def read_prompt(args: argparse.Namespace) -> str:
             prompt = sys.stdin.read().removeprefix("\ufeff").strip()
         elif args.prompt_file is not None:
             source = f"the prompt file {args.prompt_file}"
-            prompt = args.prompt_file.read_text(encoding="utf-8-sig").strip()
+            content = read_bounded(args.prompt_file)
+            if len(content) > _LARGEST:
+                raise PromptFileReadError(f"{source} has more than {size(_LARGEST)}: no prompt is as long")
+            prompt = content.decode("utf-8-sig").strip()
         else:
             prompt = args.prompt or ""
         # What the shell passed on in another encoding comes as surrogates.

@@ -74,7 +74,7 @@ def save(argv: Sequence[str] | None) -> None:
     else:
         target = with_loras(parent / folder_name(key, model_path, pipeline.bits), bool(args.lora_paths))
     pipeline.save_model(str(target))
-    options.say(str(target))
+    options.say_line(target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

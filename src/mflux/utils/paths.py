@@ -68,6 +68,32 @@ def recorded_source(name: str | os.PathLike) -> str:
     return _last_part(text) if local else text
 
 
+# Python's own raise an error for a name that is longer than a file can have.
+
+
+def is_file(path: str | os.PathLike) -> bool:
+    """Whether there is such a file; False as well for what no path can be."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether there is such a folder; False as well for what no path can be."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_there(path: str | os.PathLike) -> bool:
+    """Whether something has this name; False as well for what no path can be."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_repository(name: str) -> bool:
+    """Whether a model's or LoRA's name is written as a repository, `org/name`, and nothing here has it."""
+    try:
+        return re.fullmatch(r"(hf:)?[^\s/.~:][^\s/:]*/[^\s/].*", name) is not None and not os.path.lexists(name)
+    except ValueError:
+        return False
+
+
 def _last_part(path: str) -> str:
     """`a/b.png`, `a\\b.png` and `a/b.png/` → `b.png`; what has no name of its own, such as `..`, → the folder's."""
     name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]

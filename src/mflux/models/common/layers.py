@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from mflux.backend import mx, nn
+from mflux.backend import has_gpu, mx, nn
 from mflux.errors import CheckpointError
 
 # Channels of a time or guidance value's sinusoid, in every model here.
@@ -65,6 +65,11 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = No
     """Scaled dot-product attention over (B, heads, L, D); `scale` defaults to 1/√D."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def attention_bytes(heads: int, queries: int, keys: int) -> int:
+    """What `attention` holds at least beside its arguments and its result: on a CPU all scores, float32."""
+    return 0 if has_gpu() else 4 * heads * queries * keys
 
 
 # ---- rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864)

@@ -23,6 +23,7 @@ from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, s
 from mflux.errors import CheckpointError, MfluxError, NotBuiltError, UsageError
 from mflux.hub import resolve_model
 from mflux.models.common.autoencoders import tiling
+from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig, check_is_somewhere
 from mflux.models.common.config.saved_model import FILE_NAME, record
@@ -31,6 +32,7 @@ from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.common.lora.library import find_lora, settle_scales
 from mflux.models.common.lora.reading import LoraNames, Loras
 from mflux.models.common.noise import check_seed
+from mflux.models.common.room import check_room
 from mflux.models.common.stages import Part, give_back_memory, is_loaded, release, timed
 from mflux.models.common.tokenizer_checks import check_prompt
 from mflux.utils.exceptions import StopImageGenerationException
@@ -302,11 +304,24 @@ class Pipeline:
         """How one picture is to be made, from `generate_image`'s arguments, all of them checked before any work.
 
         Raises:
-            UsageError: one is of the wrong type, or makes no sense.
+            UsageError: one is of the wrong type, or makes no sense, or there is no memory for such a size.
         """
         check_seed(seed)
         check_prompt(prompt)
-        return Config(model_config=self.model_config, **settings)
+        config = Config(model_config=self.model_config, **settings)
+        check_room(self.configuration("transformer"), config.width, config.height)
+        return config
+
+    def configuration(self, name: str) -> ComponentConfig:
+        """A component's configuration, without loading it.
+
+        Raises:
+            CheckpointError: it asks for something that cannot be built.
+        """
+        component = self.component(name)
+        folder = self.folder_of(component)
+        source = folder.root / component.folder
+        return component.module_class().config_class.from_dict(folder.config(component.folder), source=source)
 
     def start(self, config: Config, noise: mx.array) -> mx.array:
         """The latents to start from: noise, or the source picture with as much noise over it as its step has."""

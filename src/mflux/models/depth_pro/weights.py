@@ -23,7 +23,7 @@ from mflux.hub import resolve_model
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.depth_pro.download import cache_folder, fetch_archive
 from mflux.models.depth_pro.model.depth_pro_model import DepthProConfig, DepthProForDepthEstimation
-from mflux.utils.paths import user_path
+from mflux.utils.paths import is_file, is_there, user_path
 
 APPLE_URL = "https://ml-site.cdn-apple.com/models/depth-pro/depth_pro.pt"
 # What to fetch of a repository in the layout of DepthPro-hf, and what it must have.
@@ -154,9 +154,9 @@ def locate(model_path: str | Path | None = None) -> Path:
         remedy = "fetch that file by other means and name it with --model (in Python: model_path)"
         return fetch_archive(APPLE_URL, cache_folder() / "depth_pro" / Path(APPLE_URL).name, remedy=remedy)
     path = user_path(model_path)
-    if path.is_file():
+    if is_file(path):
         return path
-    if path.suffix in SUFFIXES and not path.exists():
+    if path.suffix in SUFFIXES and not is_there(path):
         raise CheckpointError(f"there is no file {path}: check the path, or leave it out for Apple's published weights")
     return resolve_model(model_path, _PATTERNS, required=_REQUIRED)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mflux.cli import parser as options
 from mflux.errors import UsageError
 from mflux.models.common.lora.library import VARIABLE, library, library_folders
+from mflux.utils.paths import is_folder
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def list_loras(argv: Sequence[str] | None) -> None:
     named = args.paths or library_folders()
     if not named:
         raise UsageError(f"{VARIABLE} is not set: set it to folders with LoRAs, or name some with --paths")
-    folders = [folder for folder in named if folder.is_dir()]
+    folders = [folder for folder in named if is_folder(folder)]
     for folder in named:
         if folder not in folders:
             log.warning("%s is not a folder", folder)
@@ -46,7 +47,7 @@ def list_loras(argv: Sequence[str] | None) -> None:
         raise UsageError(f"none of the folders of {'--paths' if args.paths else VARIABLE} is there: check their paths")
     found = library(folders)
     for name, path in sorted(found.items()):
-        options.say(f"{name} -> {path}")
+        options.say_line(f"{name} -> {path}")
     log.info("%d LoRAs in %d folders", len(found), len(folders))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, UsageError
 from mflux.models.common.config.registry import MODELS
 from mflux.text import shown
-from mflux.utils.paths import user_path
+from mflux.utils.paths import is_there, user_path
 
 if TYPE_CHECKING:
     from mflux.backend import mx
@@ -210,7 +210,7 @@ def check_is_somewhere(name: str | Path) -> None:
             mistyped one that contains a model's name does.
     """
     name = str(name)
-    if name and not re.search(r"[/\\]", name) and not is_builtin(name) and not user_path(name).exists():
+    if name and not re.search(r"[/\\]", name) and not is_builtin(name) and not is_there(user_path(name)):
         raise ModelConfigError(
             f"there is no model and no folder {shown(repr(name), 300)}{_nearest(name)}: {suggestion()}"
         )

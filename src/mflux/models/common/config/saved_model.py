@@ -13,7 +13,7 @@ from typing import Any
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, OutputError, UsageError
 from mflux.models.common.config.registry import MODELS
-from mflux.utils.paths import user_path
+from mflux.utils.paths import is_folder, is_there, user_path
 
 FILE_NAME = "mflux_model.json"
 # Where mflux-save puts models when no --path is given, as in mflux 0.24.
@@ -78,7 +78,7 @@ def record(
         "loras": [
             {
                 # As above, a whole path is nobody's business.
-                "source": user_path(name).name if user_path(name).exists() else name,
+                "source": user_path(name).name if is_there(user_path(name)) else name,
                 "scale": scale,
                 "sha256": _sha256(file) if file.is_file() else None,
             }
@@ -90,7 +90,7 @@ def record(
 def _origin(source: str | None, root: Path) -> tuple[str | None, dict[str, str | None] | None]:
     """What to call the folder or repository that something was taken from, and its place on Hugging Face."""
     repository, revision = _in_cache(root)
-    if source is not None and user_path(source).exists():
+    if source is not None and is_there(user_path(source)):
         # The folder may be published, and a whole path names its owner.
         source = repository or user_path(source).resolve().name
     return source, {"repo_id": repository, "revision": revision} if repository else None
@@ -121,7 +121,7 @@ def models_folder() -> Path:
     if not value:
         raise UsageError(f"name the folder to write with --path, or set {FOLDER_VARIABLE} to the folder for all models")
     folder = user_path(value)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise OutputError(f"{FOLDER_VARIABLE} is {folder}, which is not a folder: create it, or name one with --path")
     if not os.access(folder, os.W_OK):
         raise OutputError(f"{FOLDER_VARIABLE} is {folder}, which cannot be written to: name another with --path")
@@ -145,7 +145,7 @@ def with_loras(folder: Path, has_loras: bool) -> Path:
 def _source_name(source: str) -> str:
     path = user_path(source)
     name = source.rstrip("/").split("/")[-1]
-    if path.exists():
+    if is_there(path):
         path = path.resolve()
         name = (_in_cache(path)[0] or path.name).split("/")[-1]
     # "org--name" folders: Hugging Face allows no "--" in a name of its own.

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import MfluxParser, run, say
+from mflux.cli.parser import MfluxParser, run, say_line
 from mflux.errors import UsageError
+from mflux.utils.paths import is_folder
 from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def save_depth(argv: Sequence[str] | None) -> None:
     data = encode(result, kind, args.colormap or "gray")
     log.debug("loaded in %.1f s, estimated in %.1f s", loaded - started, time.perf_counter() - loaded)
     log.debug("%s", _describe(result))
-    say(str(write_atomically(output, lambda file: file.write(data), overwrite=False)))
+    say_line(write_atomically(output, lambda file: file.write(data), overwrite=False))
 
 
 def encode(result: DepthResult, kind: str, colormap: str = "gray") -> bytes:
@@ -120,13 +121,13 @@ def _plan(args: argparse.Namespace) -> tuple[str, Path]:
     """The format and the path, from what was said and what follows from it."""
     photo = args.image_path
     output = args.output
-    suffix = "" if output is None or output.is_dir() else output.suffix.lower()
+    suffix = "" if output is None or is_folder(output) else output.suffix.lower()
     kind = args.format or ("npy" if suffix == ".npy" else "png")
     if suffix and suffix != _SUFFIXES[kind]:
         raise UsageError(f"--output {args.output} does not fit --format {kind}: end it in {_SUFFIXES[kind]}")
     if args.colormap and kind != "png":
         raise UsageError(f"--colormap works with --format png only, not with {kind}")
-    if output is None or output.is_dir():
+    if output is None or is_folder(output):
         folder = photo.parent if output is None else output
         output = folder / f"{photo.stem}_depth"
         # Not with_suffix: a dot in the photo's own name is part of it.

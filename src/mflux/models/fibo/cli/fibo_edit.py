@@ -82,9 +82,9 @@ def pixels(image, args: argparse.Namespace):
 
 def write_matte(image, path: Path, args: argparse.Namespace) -> None:
     if args.removes and args.matte_output is not None:
-        from mflux.cli.parser import say
+        from mflux.cli.parser import say_line
 
-        say(str(image.save(matte_path(args, image.seed), embed_metadata=not args.no_metadata)))
+        say_line(image.save(matte_path(args, image.seed), embed_metadata=not args.no_metadata))
 
 
 def matte_path(args: argparse.Namespace, seed: int) -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mflux.cli.parser import MfluxParser, run, say
+from mflux.cli.parser import MfluxParser, run, say_line
 from mflux.models.fibo_vlm.cli import options
 
 
@@ -43,7 +43,7 @@ def inspire(argv: Sequence[str] | None) -> None:
         max_tokens=args.max_tokens,
         seed=args.seed,
     )
-    say(str(options.write(args.output, answer)))
+    say_line(options.write(args.output, answer))
 
 
 if __name__ == "__main__":

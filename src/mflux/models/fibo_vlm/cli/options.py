@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from mflux.errors import OutputError, UsageError
 from mflux.models.fibo_vlm.packages import check_installed
+from mflux.text import lines_shown
+from mflux.utils.paths import is_folder
 from mflux.utils.values import QUANTIZE_CHOICES, number, seed
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def check_before_loading(args: argparse.Namespace) -> None:
     import tempfile
 
     check_installed()
-    if args.output.is_dir():
+    if is_folder(args.output):
         raise UsageError(f"--output {args.output} is a folder: name the file to write in it")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def make_model(args: argparse.Namespace) -> FiboVLM:
 
 
 def stream(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
+    print(lines_shown(text), end="", file=sys.stderr, flush=True)
 
 
 def write(path: Path, text: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import say
+from mflux.cli.parser import say_line
 from mflux.errors import UsageError
 from mflux.models.flux.cli.words import IGNORED, add_controlnet_options, draw_controlled
 
@@ -33,7 +33,7 @@ def save_edges(image: Any, path: Path, args: argparse.Namespace) -> None:
     if args.controlnet_save_canny:
         from mflux.utils.image_util import ImageUtil
 
-        say(str(ImageUtil.save_image(image.canny_image, path.with_stem(path.stem + "_controlnet_canny"))))
+        say_line(ImageUtil.save_image(image.canny_image, path.with_stem(path.stem + "_controlnet_canny")))
 
 
 COMMAND = Generate(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import say, was_given
+from mflux.cli.parser import say_line, was_given
 from mflux.errors import UsageError
 from mflux.models.flux.cli.words import IGNORED
 
@@ -37,7 +37,7 @@ def save_map(image: Any, path: Path, args: argparse.Namespace) -> None:
     if args.save_depth_map:
         from mflux.utils.image_util import ImageUtil
 
-        say(str(ImageUtil.save_image(image.depth_image, path.with_stem(path.stem + "_depth_map"))))
+        say_line(ImageUtil.save_image(image.depth_image, path.with_stem(path.stem + "_depth_map")))
 
 
 COMMAND = Generate(

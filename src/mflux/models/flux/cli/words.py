@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mflux.cli.parser import say, was_given
+from mflux.cli.parser import say_line, was_given
 from mflux.errors import UsageError
 from mflux.utils import values
 
@@ -47,7 +47,7 @@ def right_half(image: Any, args: argparse.Namespace) -> Any:
 
 def save_full_image(image: Any, path: Path, args: argparse.Namespace) -> None:
     if args.save_full_image:
-        say(str(image.save(path.with_stem(path.stem + "_full"), embed_metadata=not args.no_metadata)))
+        say_line(image.save(path.with_stem(path.stem + "_full"), embed_metadata=not args.no_metadata))
 
 
 def add_controlnet_options(parser: argparse.ArgumentParser, *, required: bool = False) -> Any:

@@ -56,6 +56,14 @@ class BlockConfig(ComponentConfig):
         return f"{self.patch}-{self.all_f_patch_size[0]}"
 
     @property
+    def inner_dim(self) -> int:
+        return self.dim
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.n_heads
+
+    @property
     def condition_dim(self) -> int:
         return min(self.dim, _CONDITION)
 
