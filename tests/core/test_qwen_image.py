@@ -207,6 +207,11 @@ def lightning(folder: Path, name: str) -> Path:
     return path
 
 
+def pixels(path: Path) -> np.ndarray:
+    with PIL.Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
 def settings_of(path: Path) -> dict:
     from mflux.utils.metadata_reader import MetadataReader
 
@@ -226,6 +231,15 @@ def test_a_lightning_lora_brings_its_schedule(cli, in_folder, model):
     assert result.status == 0, result.err
     assert "is a Lightning LoRA" not in result.err
     assert settings_of(in_folder / "b.png")["steps"] == 2
+    # Drawn again, each is as it was; with another LoRA, which is said now, as that one asks for.
+    for name in ("a", "b"):
+        again = cli(*call[:5], "-C", f"{name}.png", "--output", "again.png")
+        assert again.status == 0, again.err
+        assert "is a Lightning LoRA" not in again.err
+        assert np.array_equal(pixels(again.paths[0]), pixels(in_folder / f"{name}.png"))
+    other = lightning(in_folder, "lightning-8steps.safetensors")
+    result = cli(*call[:5], "-C", "b.png", "--lora-paths", other, "--output", "c.png")
+    assert settings_of(result.paths[0])["steps"] == 8
 
 
 def test_the_lightning_schedule_is_a_shift_of_three(model):
