@@ -304,6 +304,23 @@ def test_the_last_picture_gives_the_shape(model, pictures):
     assert edit(model, narrow, tall, width=32, height=None).shape == (64, 32, 3)
 
 
+def test_auto_is_the_first_picture_s_size_where_it_is_said(cli, in_folder, model, pictures):
+    """As with mflux 0.24; where nothing is said, it is the trained area in the last one's shape."""
+    call = ["generate-qwen-edit", "--model", model, "--base-model", "qwen-image-edit", "--prompt", "x", "--steps", 1]
+    call += ["--image-paths", *pictures, "--guidance", 1]
+
+    def size(*words) -> tuple[int, int]:
+        result = cli(*call, *words)
+        assert result.status == 0, result.err
+        height, width, _ = pixels(result.paths[0]).shape
+        return width, height
+
+    assert size() == (64, 64)
+    assert size("--width", "auto", "--height", "auto") == (32, 16)
+    assert size("--height", "auto", "--width", 64) == (64, 16)
+    assert size("--width", "2x", "--height", "2x") == (80, 32)
+
+
 def test_edits_that_are_refused(model, pictures, cli):
     with pytest.raises(UsageError, match="no list of pictures"):
         edit(model)
