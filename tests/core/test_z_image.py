@@ -283,6 +283,11 @@ def test_a_single_file_through_the_command(cli, in_folder, model, elsewhere):
     assert single.status == 0, single.err
     whole = cli(*call, "--model", model, "--base-model", "z-image-turbo")
     assert np.array_equal(pixels(single.paths[0]), pixels(whole.paths[0]))
+    saved = cli("save", "--model", "mine.safetensors", "--base-model", "z-image-turbo", "--path", "saved")
+    assert saved.status == 0, saved.err
+    again = cli(*call, "--model", "saved")
+    assert again.status == 0, again.err
+    assert np.array_equal(pixels(again.paths[0]), pixels(whole.paths[0]))
 
 
 @pytest.mark.parametrize("content", [{"x": mx.zeros(3)}, {"x_embedder.weight": mx.zeros((3, 3))}], ids=["x", "part"])
