@@ -16,7 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests" / "core")]
 ROWS = COLUMNS = 16
-LEAST = {"all layers at 4 bits": {}, "img_mod at 8 bits, as here": {r"\.img_mod\.": 8}, "all layers at 8 bits": {"": 8}}
+# What is quantized, to four bits unless a pattern of layers asks for more; 16 is not at all.
+LEAST = {
+    "all layers at 4 bits": {},
+    "img_mod at 8 bits, as here": {r"\.img_mod\.": 8},
+    "all layers at 8 bits": {"": 8},
+    "img_mod alone at 4 bits": {r"^(?!.*\.img_mod\.)": 16},
+    "img_mod alone at 8 bits": {r"^(?!.*\.img_mod\.)": 16, r"\.img_mod\.": 8},
+}
 
 
 def build(blocks: int):
