@@ -89,6 +89,7 @@ def test_a_family_s_own_table_is_true(family, rows):
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
         if line.startswith("| ") and len(cells) == 4 and re.fullmatch(r"[\d.]+", cells[1]):
-            quoted[cells[0].partition(" (")[0]] = cells[1:]
+            # The first table; what was measured stands below.
+            quoted.setdefault(cells[0].partition(" (")[0], cells[1:])
     for label, key in rows.items():
         assert quoted[label] == counted[key], label
