@@ -169,15 +169,33 @@ def enlarge(folder: Path, name: str) -> None:
         mx.clear_cache()
 
 
-def draw(name: str, folder: Path, size: int, bits: int | None) -> list[dict]:
-    """One picture, as a command draws it; for each component, bytes beside what was held when all began."""
+def distinct(name: str) -> dict[str, object]:
+    """A family's smallest models by command, one for each set of components."""
     import importlib
 
+    kept = {}
+    for tiny in importlib.import_module(f"families.{name}").TINY:
+        kept.setdefault(tuple(component.module for component in tiny.pipeline_class().components), tiny)
+    return {tiny.command: tiny for tiny in kept.values()}
+
+
+def patched(path: str, value: object) -> None:
+    """Set what stands at "module.name"."""
+    import importlib
+
+    module, _, name = path.rpartition(".")
+    setattr(importlib.import_module(module), name, value)
+
+
+def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> list[dict]:
+    """One picture, as a command draws it; for each component, bytes beside what was held when all began."""
     from mflux.backend import mx
     from mflux.models.common import stages
     from mflux.models.common.config import ModelConfig
 
-    tiny = importlib.import_module(f"families.{name}").TINY[0]
+    tiny = distinct(name)[command]
+    for path, value in tiny.patches.items():
+        patched(path, value)
     config = ModelConfig.from_name(str(folder), tiny.base_model)
     pipeline = tiny.pipeline_class()(model_path=str(folder), model_config=config, quantize=bits)
     pipeline.keep_transformer = False
@@ -212,17 +230,17 @@ def draw(name: str, folder: Path, size: int, bits: int | None) -> list[dict]:
     return found
 
 
-def measured(name: str, folder: Path, size: int) -> Iterator[tuple[str, ...]]:
+def measured(name: str, command: str, folder: Path, size: int) -> Iterator[tuple[str, ...]]:
     """Rows of the table, MB: run, component, held before, weights, peak while it loads, peak while it works."""
     for bits in (None, *BITS):
-        call = [sys.executable, __file__, "--child", name, str(folder), str(size), str(bits or 0)]
+        call = [sys.executable, __file__, "--child", name, command, str(folder), str(size), str(bits or 0)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(call)} failed:\n{done.stderr}")
         for stage in json.loads(done.stdout.splitlines()[-1]):
             cells = [f"{stage[key] / 1e6:,.0f}" for key in ("before", "weights", "load", "work")]
-            yield f"{name} -q {bits}" if bits else name, stage["component"], *cells
+            yield f"{command} -q {bits}" if bits else command, stage["component"], *cells
 
 
 # ---- the tables
@@ -243,24 +261,21 @@ def report(names: list[str], size: int, paper: bool) -> str:
     lines += ["", f"Measured on smaller models, {size} x {size} pixels, MB:", ""]
 
     def rows() -> Iterator[tuple[str, ...]]:
-        import importlib
-
         for name in names:
-            if name not in LARGER:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                importlib.import_module(f"families.{name}").TINY[0].write(Path(folder), wide=True)
-                enlarge(Path(folder), name)
-                yield from measured(name, Path(folder), size)
+            for command, tiny in (distinct(name) if name in LARGER else {}).items():
+                with tempfile.TemporaryDirectory() as folder:
+                    tiny.write(Path(folder), wide=True)
+                    enlarge(Path(folder), name)
+                    yield from measured(name, command, Path(folder), size)
 
-    heads = "run | component | held before | weights | peak while it loads | peak while it works"
+    heads = "command | component | held before | weights | peak while it loads | peak while it works"
     return "\n".join([*lines, *table(heads, rows())]) + "\n"
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        name, folder, size, bits = sys.argv[2:]
-        print(json.dumps(draw(name, Path(folder), int(size), int(bits) or None)))
+        name, command, folder, size, bits = sys.argv[2:]
+        print(json.dumps(draw(name, command, Path(folder), int(size), int(bits) or None)))
         return
     from mflux.models.common.family import families
 
