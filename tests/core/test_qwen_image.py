@@ -207,6 +207,11 @@ def lightning(folder: Path, name: str) -> Path:
     return path
 
 
+def pixels(path: Path) -> np.ndarray:
+    with PIL.Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
 def settings_of(path: Path) -> dict:
     from mflux.utils.metadata_reader import MetadataReader
 
@@ -226,6 +231,15 @@ def test_a_lightning_lora_brings_its_schedule(cli, in_folder, model):
     assert result.status == 0, result.err
     assert "is a Lightning LoRA" not in result.err
     assert settings_of(in_folder / "b.png")["steps"] == 2
+    # Drawn again, each is as it was; with another LoRA, which is said now, as that one asks for.
+    for name in ("a", "b"):
+        again = cli(*call[:5], "-C", f"{name}.png", "--output", "again.png")
+        assert again.status == 0, again.err
+        assert "is a Lightning LoRA" not in again.err
+        assert np.array_equal(pixels(again.paths[0]), pixels(in_folder / f"{name}.png"))
+    other = lightning(in_folder, "lightning-8steps.safetensors")
+    result = cli(*call[:5], "-C", "b.png", "--lora-paths", other, "--output", "c.png")
+    assert settings_of(result.paths[0])["steps"] == 8
 
 
 def test_the_lightning_schedule_is_a_shift_of_three(model):
@@ -288,6 +302,23 @@ def test_the_last_picture_gives_the_shape(model, pictures):
     assert edit(model, tall, narrow, **size).shape == (32, 96, 3)
     assert edit(model, narrow, tall, **size).shape == (64, 64, 3)
     assert edit(model, narrow, tall, width=32, height=None).shape == (64, 32, 3)
+
+
+def test_auto_is_the_first_picture_s_size_where_it_is_said(cli, in_folder, model, pictures):
+    """As with mflux 0.24; where nothing is said, it is the trained area in the last one's shape."""
+    call = ["generate-qwen-edit", "--model", model, "--base-model", "qwen-image-edit", "--prompt", "x", "--steps", 1]
+    call += ["--image-paths", *pictures, "--guidance", 1]
+
+    def size(*words) -> tuple[int, int]:
+        result = cli(*call, *words)
+        assert result.status == 0, result.err
+        height, width, _ = pixels(result.paths[0]).shape
+        return width, height
+
+    assert size() == (64, 64)
+    assert size("--width", "auto", "--height", "auto") == (32, 16)
+    assert size("--height", "auto", "--width", 64) == (64, 16)
+    assert size("--width", "2x", "--height", "2x") == (80, 32)
 
 
 def test_edits_that_are_refused(model, pictures, cli):

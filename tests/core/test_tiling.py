@@ -102,13 +102,15 @@ def test_two_tiles_meet_halfway():
     np.testing.assert_allclose(row[8:16] + row[8:16][::-1], 3, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+@pytest.mark.parametrize(
+    ("dtype", "computed"), [(mx.bfloat16, mx.bfloat16), (mx.float32, mx.float32), (mx.float16, mx.float32)]
+)
 @pytest.mark.parametrize("tiling", [None, tiles(8, 1)])
 @pytest.mark.parametrize("run", [decode, encode])
-def test_it_computes_in_its_weights_dtype(run, tiling, dtype, monkeypatch):
+def test_it_computes_in_its_weights_dtype(run, tiling, dtype, computed, monkeypatch):
     seen = set()
     vae = Local(dtype)
     method = getattr(vae, run.__name__)
     monkeypatch.setattr(vae, run.__name__, lambda x: seen.add(x.dtype) or method(x))
     assert run(vae, latents(16, 16), tiling).dtype == mx.float32
-    assert seen == {dtype}
+    assert seen == {computed}

@@ -283,6 +283,11 @@ def test_a_single_file_through_the_command(cli, in_folder, model, elsewhere):
     assert single.status == 0, single.err
     whole = cli(*call, "--model", model, "--base-model", "z-image-turbo")
     assert np.array_equal(pixels(single.paths[0]), pixels(whole.paths[0]))
+    saved = cli("save", "--model", "mine.safetensors", "--base-model", "z-image-turbo", "--path", "saved")
+    assert saved.status == 0, saved.err
+    again = cli(*call, "--model", "saved")
+    assert again.status == 0, again.err
+    assert np.array_equal(pixels(again.paths[0]), pixels(whole.paths[0]))
 
 
 @pytest.mark.parametrize("content", [{"x": mx.zeros(3)}, {"x_embedder.weight": mx.zeros((3, 3))}], ids=["x", "part"])
@@ -353,23 +358,23 @@ VERSIONS = {
 }
 
 
-def controlnet_file(folder: Path, version: str) -> Path:
+def controlnet_file(folder: Path, version: str, dim: int = SMALL["dim"]) -> Path:
     """As the authors publish it: one file, no configuration."""
-    config = ZImageControlNetConfig.from_dict(VERSIONS[version])
+    config = ZImageControlNetConfig.from_dict(VERSIONS[version] | {"dim": dim})
     tensors = published(ZImageControlNet(config), seed=8)
     if version == "2.0":
-        rest = published(ZImageControlNet(ZImageControlNetConfig.from_dict(SMALL)), seed=9)
+        rest = published(ZImageControlNet(ZImageControlNetConfig.from_dict(SMALL | {"dim": dim})), seed=9)
         tensors |= {name: value for name, value in rest.items() if name.startswith("control_noise_refiner.")}
-        tensors[BEFORE] = mx.zeros((48, 48))
+        tensors[BEFORE] = mx.zeros((dim, dim))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "Z-Image-Turbo-Fun-Controlnet-Union-2.1.safetensors"
     mx.save_safetensors(str(file), tensors)
     return file
 
 
-def after(folder: Path, picture: Path, kind=ControlType.canny, **settings) -> np.ndarray:
-    pipeline = ZImageTurboControlnet(model_path=str(folder))
-    controls = [ControlSpec(kind, picture)]
+def after(folder: Path, picture: Path, quantize: int | None = None, **settings) -> np.ndarray:
+    pipeline = ZImageTurboControlnet(model_path=str(folder), quantize=quantize)
+    controls = [ControlSpec(ControlType.canny, picture)]
     image = pipeline.generate_image(seed=1, prompt=PROMPT, controls=controls, **SIZE | settings).image
     return np.asarray(image).astype(int)
 
@@ -400,6 +405,26 @@ def test_the_file_of_the_repository_draws_what_a_folder_with_its_configuration_d
     assert np.array_equal(after(own, picture), found)
     assert asked == []
     assert not np.array_equal(found, after(own, picture, controlnet_strength=0.0))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_saved_model_takes_its_controlnet_along(tmp_path, monkeypatch, picture, cli, bits):
+    base = write_tiny(tmp_path / "base", wide=True, changes={"transformer": {"n_refiner_layers": 2}})
+    file = controlnet_file(tmp_path / "repository", "2.0", dim=192)
+    monkeypatch.setattr(controlled, "fetch_file", lambda *_: file)
+    call = ("save", "--model", base, "--base-model", "z-image-controlnet", "--path", tmp_path / "saved")
+    result = cli(*call, *(("-q", bits) if bits else ()))
+    assert result.status == 0, result.err
+    config = json.loads((tmp_path / "saved" / "controlnet" / "config.json").read_text())
+    assert config["add_control_noise_refiner"] == "control_layers"
+    names = FolderTensors(tmp_path / "saved" / "controlnet")
+    assert not any(name.startswith("control_noise_refiner.") for name in names)
+    # Its embedder takes 132 values, which do not fall into groups of 64.
+    assert "control_all_x_embedder.2-1.scales" not in names
+    assert ("control_layers.0.attention.to_q.scales" in names) is (bits is not None)
+    expected = after(base, picture, quantize=bits)
+    monkeypatch.setattr(controlled, "fetch_file", None)
+    assert np.array_equal(after(tmp_path / "saved", picture), expected)
 
 
 def test_a_controlnet_folder_without_a_configuration(tmp_path, picture):

@@ -50,7 +50,8 @@ class Generate:
         add_options: adds the command's own options to the parser.
         sources: destinations of options, beside `image_path`, that name pictures: one path, or a list of them.
         size_source: the destination whose picture (the first, if several) gives the size for `auto` and `2x`.
-        own_size: whether the class chooses the size where none is said, although there is a source picture.
+        own_size: whether the class chooses the size where none is said, although there is a source picture; `auto`, if
+            it is said, is the picture's then, as with mflux 0.24.
         ignored: destination → why the option is ignored; said as a warning where it is given.
         check: the command's own checks of its options, before anything heavy: called with the options and the model's
             configuration; may fill in what is not said, and raises `UsageError`.
@@ -113,6 +114,8 @@ class Generate:
                 action.help = f"{action.help} (default: {self.default_model})"
             if action.dest in PLAIN_SIZES and isinstance(self.defaults.get(action.dest), int):
                 action.type, action.help = values.pixels, f"pixels (default: {self.defaults[action.dest]})"
+            elif action.dest == "width" and self.own_size:
+                action.help = f"pixels, or 2x or auto of the source picture (default: {self.default_size})"
         parser.set_defaults(**self.defaults)
         return parser
 
@@ -290,9 +293,8 @@ class Generate:
             sources = getattr(args, name)
             for source in sources if isinstance(sources, list) else [sources]:
                 open_image(source)
-        if self.own_size and all(
-            isinstance(side, ScaleFactor) and side.value == 1 for side in (args.width, args.height)
-        ):
+        said = was_given(args, "width", "height")
+        if self.own_size and not said and not any(isinstance(side, int) for side in (args.width, args.height)):
             return None, None
         reference = getattr(args, self.size_source, None) or None
         if isinstance(reference, list):

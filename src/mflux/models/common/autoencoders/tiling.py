@@ -78,10 +78,15 @@ def encode(vae, image: mx.array, tiling: TilingConfig | None) -> mx.array:
 
 
 def _in_its_dtype(vae, run: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """`run` in the dtype of the autoencoder's weights; what comes out has that of what goes in."""
+    """`run` in the dtype of the autoencoder's weights; what comes out has that of what goes in.
+
+    Not in float16, whose range an autoencoder's sums of squares leave.
+    """
     floats = (value.dtype for _, value in tree_flatten(vae.parameters()) if mx.issubdtype(value.dtype, mx.floating))
     dtype = next(floats, None)
-    return run if dtype is None else lambda x: run(x.astype(dtype)).astype(x.dtype)
+    if dtype is None or dtype == mx.float16:
+        return run
+    return lambda x: run(x.astype(dtype)).astype(x.dtype)
 
 
 def _in_tiles(

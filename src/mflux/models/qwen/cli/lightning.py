@@ -14,7 +14,11 @@ log = logging.getLogger(__name__)
 
 def settle_lightning(args: argparse.Namespace, config=None) -> None:
     """Where a LoRA's name says that it is one, and the command line leaves them open: the schedule it was made on, as
-    many steps as its name says, and no guidance, which is in its weights."""
+    many steps as its name says, and no guidance, which is in its weights.
+
+    A picture that is drawn again with its own LoRAs has its own settings."""
+    if args.config_from_metadata and not was_given(args, "lora", "lora_paths"):
+        return
     name = next((name for path in args.lora_paths or () if "lightning" in (name := PurePath(path).name.lower())), None)
     if name is None:
         return

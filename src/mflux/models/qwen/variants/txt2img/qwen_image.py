@@ -131,7 +131,7 @@ class QwenImage(QwenBase):
             guidance: how far to go away from the negative prompt; each step takes two passes above 1, one otherwise.
             image_path: a picture to start from.
             image_strength: how much of it to keep: the share of steps that are left out, from 0 (nothing is kept) to 1.
-            scheduler: "linear", "flow_match_euler_discrete", or "package.module.Class".
+            scheduler: "linear", "flow_match_euler_discrete", "lightning", or "package.module.Class".
             negative_prompt: what not to draw; a single space if nothing is said.
             pid_decode, pid_degrade_sigma: not built in this version.
 
