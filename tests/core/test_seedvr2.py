@@ -120,11 +120,24 @@ def test_pictures_of_a_batch_do_not_see_each_other(name):
     assert relative_error(together[0], together[1]) > 0.1
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_latents_keep_their_dtype(dtype):
-    data = Data("transformer_3b")
-    latents = data.inputs["small.latents"][None].astype(dtype)
-    assert data.module()(latents, data.inputs["small.text"].astype(mx.float16), 1000).dtype == dtype
+@pytest.mark.parametrize("dtype, bound", [(mx.float16, 3e-3), (mx.bfloat16, 3e-2)])
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *AUTOENCODERS])
+def test_in_16_bits_as_on_gpus(name, dtype, bound):
+    """Whatever they are given, modules compute in their weights' dtype and give the result in that of the latents."""
+    data = Data(name)
+    module = data.module(dtype)
+    if name in TRANSFORMERS:
+        inputs = [data.inputs[f"strip.{part}"] for part in ("latents", "text", "time")]
+        pairs = [(module(inputs[0][None].astype(dtype), *inputs[1:])[0], data.outputs["strip"])]
+    else:
+        pixels, latents = data.inputs["pixels"].astype(dtype), data.inputs["latents"].astype(dtype)
+        pairs = [
+            (module.encode(pixels), data.outputs["encoded"]),
+            (module.decode(latents), data.outputs["decoded"]),
+        ]
+    for ours, theirs in pairs:
+        assert ours.dtype == dtype
+        assert PARITY < relative_error(ours, theirs) < bound
 
 
 def test_the_text():

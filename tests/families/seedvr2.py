@@ -40,12 +40,10 @@ class Data:
         )
         self.inputs = {name: value.astype(mx.float32) for name, value in self.inputs.items()}
 
-    def module(self) -> nn.Module:
+    def module(self, dtype: mx.Dtype = mx.float32) -> nn.Module:
         """Ours, with these weights."""
         module_class = SeedVR2Transformer if self.name in TRANSFORMERS else SeedVR2Autoencoder
-        return load_component(
-            module_class, DATA / self.name, dtype=mx.float32, config=self.config, tensors=self.weights
-        )
+        return load_component(module_class, DATA / self.name, dtype=dtype, config=self.config, tensors=self.weights)
 
 
 def whole_model() -> dict[str, tuple[dict[str, Any], dict[str, mx.array]]]:
