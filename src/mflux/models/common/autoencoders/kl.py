@@ -7,6 +7,7 @@ everything is channels-last, as MLX's convolutions want it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
@@ -17,6 +18,10 @@ _EPS = 1e-6
 @dataclass(frozen=True)
 class AutoencoderKLConfig(ComponentConfig):
     """`config.json` of an AutoencoderKL; defaults are FLUX.1's."""
+
+    # What convolves: a class that is made of the same blocks may read its kernels in another way.
+    conv: ClassVar[type[nn.Conv2d]] = nn.Conv2d
+    block_types: ClassVar[tuple[str, str]] = ("DownEncoderBlock2D", "UpDecoderBlock2D")
 
     in_channels: int = 3
     out_channels: int = 3
@@ -36,8 +41,9 @@ class AutoencoderKLConfig(ComponentConfig):
     latents_std: tuple[float, ...] | None = None
 
     def check(self) -> str | None:
-        if set(self.down_block_types) != {"DownEncoderBlock2D"} or set(self.up_block_types) != {"UpDecoderBlock2D"}:
-            return "only DownEncoderBlock2D and UpDecoderBlock2D are built"
+        down, up = self.block_types
+        if set(self.down_block_types) != {down} or set(self.up_block_types) != {up}:
+            return f"only {down} and {up} are built"
         if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
             return "block types and block_out_channels differ in number"
         if self.act_fn != "silu":
@@ -71,11 +77,11 @@ class ResnetBlock(nn.Module):
     def __init__(self, config: AutoencoderKLConfig, in_channels: int, out_channels: int):
         super().__init__()
         self.norm1 = _norm(config, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = config.conv(in_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(config, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = config.conv(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.conv_shortcut = config.conv(in_channels, out_channels, 1)
 
     def __call__(self, x: mx.array) -> mx.array:
         skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
@@ -106,9 +112,9 @@ class AttentionBlock(nn.Module):
 class Downsampler(nn.Module):
     """Halves the sides; padded on the right and at the bottom only."""
 
-    def __init__(self, channels: int):
+    def __init__(self, config: AutoencoderKLConfig, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = config.conv(channels, channels, 3, stride=2)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
@@ -117,9 +123,9 @@ class Downsampler(nn.Module):
 class Upsampler(nn.Module):
     """Doubles the sides by repeating pixels, then convolves."""
 
-    def __init__(self, channels: int):
+    def __init__(self, config: AutoencoderKLConfig, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = config.conv(channels, channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.conv(mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2))
@@ -133,7 +139,7 @@ class DownBlock(nn.Module):
             for index in range(config.layers_per_block)
         ]
         if not is_last:
-            self.downsamplers = [Downsampler(out_channels)]
+            self.downsamplers = [Downsampler(config, out_channels)]
 
     def __call__(self, x: mx.array) -> mx.array:
         for resnet in self.resnets:
@@ -142,14 +148,16 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    def __init__(self, config: AutoencoderKLConfig, in_channels: int, out_channels: int, is_last: bool):
+    def __init__(
+        self, config: AutoencoderKLConfig, in_channels: int, out_channels: int, upsampler: nn.Module | None = None
+    ):
         super().__init__()
         self.resnets = [
             ResnetBlock(config, in_channels if index == 0 else out_channels, out_channels)
             for index in range(config.layers_per_block + 1)
         ]
-        if not is_last:
-            self.upsamplers = [Upsampler(out_channels)]
+        if upsampler is not None:
+            self.upsamplers = [upsampler]
 
     def __call__(self, x: mx.array) -> mx.array:
         for resnet in self.resnets:
@@ -175,14 +183,14 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
         channels = config.block_out_channels
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = config.conv(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = [
             DownBlock(config, channels[max(index - 1, 0)], width, is_last=index == len(channels) - 1)
             for index, width in enumerate(channels)
         ]
         self.mid_block = MidBlock(config, channels[-1])
         self.conv_norm_out = _norm(config, channels[-1])
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = config.conv(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x)
@@ -195,14 +203,19 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
         channels = config.decoder_channels[::-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.conv_in = config.conv(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(config, channels[0])
+        upsamplers = [self.upsampler(config, index, width) for index, width in enumerate(channels[:-1])]
         self.up_blocks = [
-            UpBlock(config, channels[max(index - 1, 0)], width, is_last=index == len(channels) - 1)
-            for index, width in enumerate(channels)
+            UpBlock(config, channels[max(index - 1, 0)], width, upsampler)
+            for index, (width, upsampler) in enumerate(zip(channels, [*upsamplers, None], strict=True))
         ]
         self.conv_norm_out = _norm(config, channels[-1])
-        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+        self.conv_out = config.conv(channels[-1], config.out_channels, 3, padding=1)
+
+    def upsampler(self, config: AutoencoderKLConfig, level: int, channels: int) -> nn.Module:
+        """What doubles the sides behind a level, counted from the smallest."""
+        return Upsampler(config, channels)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.mid_block(self.conv_in(x))
@@ -215,16 +228,17 @@ class AutoencoderKL(nn.Module):
     """Pictures in [-1, 1] ↔ the diffusion model's latents, shifted and scaled to about unit variance."""
 
     config_class = AutoencoderKLConfig
+    decoder_class: ClassVar[type[Decoder]] = Decoder
 
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.decoder = self.decoder_class(config)
         if config.use_quant_conv:
-            self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+            self.quant_conv = config.conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
         if config.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+            self.post_quant_conv = config.conv(config.latent_channels, config.latent_channels, 1)
 
     @property
     def latent_channels(self) -> int:
