@@ -128,11 +128,15 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
         complain("stopped")
         return 130
     except (MemoryError, RuntimeError) as error:
-        # MLX has no exception of its own for memory that it cannot have.
-        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+        if not is_out_of_memory(error):
             raise
         complain("not enough memory: try --low-ram, or a smaller --width and --height")
         return 1
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """MLX has no exception of its own for memory that it cannot have."""
+    return isinstance(error, MemoryError) or "alloc" in str(error)
 
 
 class _Output:
@@ -463,10 +467,11 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def save_picture(image, args: argparse.Namespace, seed: int, pixels=None) -> Path:
-    """Write a picture, or other pixels with its settings, where the options say, and tell where it went."""
+def save_picture(image, args: argparse.Namespace, seed: int, pixels=None, output: str | None = None) -> Path:
+    """Write a picture, or other pixels with its settings, to `output` or where the options say, and tell where it
+    went."""
     path = image.save_with_image(
-        args.output.replace("{seed}", str(seed)),
+        output or args.output.replace("{seed}", str(seed)),
         image.image if pixels is None else pixels,
         export_json_metadata=args.metadata,
         embed_metadata=not args.no_metadata,
@@ -493,10 +498,16 @@ def settle_seeds(args: argparse.Namespace) -> None:
         args.seed = random.sample(range(10**9), args.auto_seeds)
     if args.seed is None:
         args.seed = [int(time.time())]
-    if len(args.seed) > 1 and "{seed}" not in args.output:
-        output = Path(args.output)
-        # A name that is none is refused with the others, see `check_output`.
-        args.output = str(output.with_stem(output.stem + "_seed_{seed}")) if output.name else args.output
+    if len(args.seed) > 1:
+        add_to_name(args, "_seed_", "{seed}")
+
+
+def add_to_name(args: argparse.Namespace, words: str, placeholder: str) -> None:
+    """Let `--output` give each of several pictures a name, unless it does."""
+    output = Path(args.output)
+    # A name that is none is refused with the others, see `check_output`.
+    if placeholder not in args.output and output.name:
+        args.output = str(output.with_stem(output.stem + words + placeholder))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

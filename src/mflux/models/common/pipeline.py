@@ -360,9 +360,7 @@ class Pipeline:
                     latents = scheduler.step(noise=prediction, timestep=step, latents=before)
                     if after_step is not None:
                         latents = after_step(latents, step)
-                    mx.eval(latents)
-                    if not mx.isfinite(latents).all().item():
-                        raise _not_finite(f"the latents after step {step + 1} of {config.num_inference_steps}")
+                    check_finite(latents, f"the latents after step {step + 1} of {config.num_inference_steps}")
                     context.in_loop(step, latents, denoised=before - sigma * prediction)
                 except KeyboardInterrupt:
                     context.interruption(step, latents)
@@ -382,9 +380,7 @@ class Pipeline:
         """
         unpacked = self.latent_creator.unpack_latents(latents, config.height, config.width)
         decoded = tiling.decode(self.vae, unpacked, None if self.vae_full_precision else self.tiling_config)
-        mx.eval(decoded)
-        if not mx.isfinite(decoded).all().item():
-            raise _not_finite("what the autoencoder makes of the latents")
+        check_finite(decoded, "what the autoencoder makes of the latents")
         return decoded
 
     def picture(
@@ -406,6 +402,19 @@ class Pipeline:
         self.enter("decode")
         with timed("decode"):
             decoded = self.decode(latents, config)
+        return self.finished(config, decoded, seed=seed, prompt=prompt, parameters=parameters, **about)
+
+    def finished(
+        self,
+        config: Config,
+        decoded: mx.array,
+        *,
+        seed: int,
+        prompt: str,
+        parameters: Mapping[str, Any] | None = None,
+        **about: Any,
+    ) -> GeneratedImage:
+        """What has been decoded, (1, 3, H, W), as a picture that knows how it was made; see `picture`."""
         parameters = {"vae_full_precision": self.vae_full_precision} | dict(parameters or {})
         unusual = {name: value for name, value in parameters.items() if value not in (None, False)}
         if config.scheduler_name not in ("linear", "LinearScheduler"):
@@ -526,8 +535,15 @@ def _who_draws(kind: str) -> str:
     return "another command draws with it"
 
 
-def _not_finite(what: str) -> MfluxError:
-    return MfluxError(
-        f"{what} hold numbers that are not finite, so there is no picture: take another copy of the weights, or "
-        "--quantize with more bits, or another LoRA scale"
-    )
+def check_finite(array: mx.array, what: str) -> None:
+    """Compute it.
+
+    Raises:
+        MfluxError: it holds numbers that are not finite.
+    """
+    mx.eval(array)
+    if not mx.isfinite(array).all().item():
+        raise MfluxError(
+            f"{what} hold numbers that are not finite, so there is no picture: take another copy of the weights, or "
+            "--quantize with more bits, or another LoRA scale"
+        )
