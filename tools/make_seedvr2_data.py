@@ -41,7 +41,6 @@ def main() -> None:
         if args.only in (None, name):
             path = FOLDER / f"{name}.safetensors"
             tensors, metadata = make(args.checkout)
-            metadata |= {"source": "numz/ComfyUI-SeedVR2_VideoUpscaler at 4490bd1"}
             save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
             print(f"{path}: {path.stat().st_size:,} bytes")
     if args.only is None:
@@ -174,7 +173,7 @@ TRANSFORMERS = {
     ),
     "transformer_7b": SMALL
     | dict(
-        mlp_type="normal", rope_type=None, vid_out_norm=None, num_layers=4, mm_layers=4, head_dim=36, rope_dim=18,
+        mlp_type="normal", rope_type=None, vid_out_norm=None, num_layers=2, mm_layers=2, head_dim=36, rope_dim=18,
     ),
 }  # fmt: skip
 # Rows and columns of latents, words, and time. In patches: more windows than one along each side and borders between
@@ -219,7 +218,7 @@ def autoencoder(config: dict) -> torch.nn.Module:
 
 TINY_AUTOENCODER = dict(
     act_fn="silu", block_out_channels=[4, 8, 8, 12], in_channels=3, out_channels=3, latent_channels=2,
-    layers_per_block=1, norm_num_groups=4, temporal_scale_num=2, inflation_mode="pad", spatial_downsample_factor=8,
+    layers_per_block=1, norm_num_groups=2, temporal_scale_num=2, inflation_mode="pad", spatial_downsample_factor=8,
     temporal_downsample_factor=4, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.9152,
 )  # fmt: skip
 AUTOENCODERS = {

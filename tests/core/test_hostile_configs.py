@@ -23,6 +23,8 @@ from mflux.models.depth_pro.model.depth_pro_model import DepthProForDepthEstimat
 from mflux.models.depth_pro.model.dinov2 import Dinov2Model
 from mflux.models.fibo_vlm.model.qwen3_vl import Qwen3VLForConditionalGeneration
 from mflux.models.flux.model.transformer import FluxTransformer
+from mflux.models.seedvr2.model.autoencoder import SeedVR2Autoencoder
+from mflux.models.seedvr2.model.transformer import SeedVR2Transformer
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 # Small enough that a published default in place of a value changes a shape, and costs nothing.
@@ -56,6 +58,19 @@ COMPONENTS: dict[type[nn.Module], dict[str, Any]] = {
         "merge_padding_value": 1, "fusion_hidden_size": 8, "use_batch_norm_in_fusion_residual": False,
         "use_bias_in_fusion_residual": True, "use_fov_model": True, "num_fov_head_layers": 2,
         "patch_model_config": VIT, "image_model_config": VIT, "fov_model_config": VIT,
+    },
+    SeedVR2Transformer: {
+        "vid_in_channels": 5, "vid_out_channels": 2, "vid_dim": 12, "txt_in_dim": 10, "txt_dim": 12, "emb_dim": 72,
+        "heads": 2, "head_dim": 16, "expand_ratio": 4, "norm_eps": 1e-5, "qk_bias": False, "patch_size": [1, 2, 2],
+        "num_layers": 3, "mm_layers": 2, "mlp_type": "normal", "rope_type": "mmrope3d", "rope_dim": 12,
+        "vid_out_norm": "fusedrms", "window": [4, 3, 3],
+    },
+    SeedVR2Autoencoder: {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [8, 16],
+        "down_block_types": ["DownEncoderBlock3D"] * 2, "up_block_types": ["UpDecoderBlock3D"] * 2,
+        "layers_per_block": 1, "decoder_layers_per_block": 2, "norm_num_groups": 4, "act_fn": "silu",
+        "temporal_scale_num": 1, "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.5,
+        "shift_factor": 0.0,
     },
     Qwen3VLForConditionalGeneration: {
         "model_type": "qwen3_vl", "image_token_id": 5, "tie_word_embeddings": True,
