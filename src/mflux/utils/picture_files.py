@@ -148,7 +148,8 @@ def as_rgb(image: PIL.Image.Image, *, on_white: bool) -> PIL.Image.Image:
     if on_white and image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    elif image.mode == "RGBa":
+    elif image.has_transparency_data and image.mode in ("RGBa", "P"):
+        # Nor a way without a warning from a palette.
         image = image.convert("RGBA")
     return image.convert("RGB")
 

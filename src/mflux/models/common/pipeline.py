@@ -134,9 +134,8 @@ class Pipeline:
 
     @property
     def key(self) -> str:
-        """The registry's name of this model, or of the one it derives from. Its aliases tell: several models share a
-        repository."""
-        return next(key for key, model in AVAILABLE_MODELS.items() if model.aliases == self.model_config.aliases)
+        """The registry's name of this model, or of the one it derives from."""
+        return key_in_registry(self.model_config)
 
     # ---- the folder
 
@@ -481,6 +480,11 @@ class Pipeline:
                 loras=list(zip(self.lora_paths or (), self.lora_scales or (), self._lora_files, strict=True)),
             )
             write_json(target / FILE_NAME, content)
+
+
+def key_in_registry(model_config: ModelConfig) -> str:
+    """The registry's name of a model. Its aliases tell: several models share a repository."""
+    return next(key for key, model in AVAILABLE_MODELS.items() if model.aliases == model_config.aliases)
 
 
 def _load(component: Component, pipeline: Pipeline) -> nn.Module:
