@@ -604,7 +604,8 @@ def test_what_is_wrong_for_all_is_told_once(upscale, in_folder, tiny):
     assert (result.status, len(result.errors), result.warnings) == (1, 1, [])
     assert "diffusion_pytorch_model.safetensors" in result.errors[0]
     result = upscale("-i", "a.png", "b.png", "--output", "nowhere")
-    assert result.status != 0
+    assert (result.status, result.warnings) == (2, [])
+    assert "its name has no ending; use .png, .jpg or .webp" in result.errors[0]
     assert not [path for path in in_folder.iterdir() if path.name.startswith(("nowhere", "image"))]
 
 

@@ -7,12 +7,12 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mflux.cli import parser as options
 from mflux.cli.generate import prepare_machine, settle_model
-from mflux.errors import CheckpointError, DownloadError, MfluxError, UsageError
+from mflux.errors import CheckpointError, DownloadError, MfluxError, OutputError, UsageError
 from mflux.models.seedvr2.family import FAMILY
 from mflux.text import shown
 from mflux.utils import values
@@ -164,6 +164,10 @@ class Batch:
         from mflux.models.seedvr2.pictures import target_size
         from mflux.utils.picture_files import TRANSPARENT, alpha_of, check_output, open_image, opened, oriented_size
 
+        if self.pictures:
+            # A name that is none is so for all of them.
+            with suppress(OutputError):
+                check_output(self.output(self.pictures[0], self.args.seed[0]))
         for path in self.pictures:
             with self.apart(path):
                 size = oriented_size(path)
