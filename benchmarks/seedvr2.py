@@ -21,7 +21,7 @@ from mflux.models.seedvr2.model.transformer import SeedVR2Transformer
 from mflux.models.seedvr2.text import text_embeds
 from mflux.models.seedvr2.variants.upscale.seedvr2 import _ChannelsFirst
 
-HEIGHT, WIDTH = 512, 960
+HEIGHT, WIDTH, TILE = 256, 448, 256
 
 
 def photo(height: int, width: int) -> np.ndarray:
@@ -60,7 +60,7 @@ def tiles() -> None:
     vae = SeedVR2Autoencoder(SeedVR2Autoencoder.config_class())
     mx.eval(vae.parameters())
     planes, source = _ChannelsFirst(vae), photo(HEIGHT, WIDTH)
-    config = tiling.TilingConfig()
+    config = tiling.TilingConfig(vae_decode_tile_size=TILE, vae_encode_tile_size=TILE)
     pictures = {}
     pixels = mx.array(source)[None]
     whole = measured(f"encode {WIDTH}x{HEIGHT} whole", lambda: tiling.encode(planes, pixels, None))
@@ -71,8 +71,9 @@ def tiles() -> None:
     compare("decoded", pictures["in tiles"], pictures["whole"])
     corrected = {name: colour.correct(picture, source) for name, picture in pictures.items()}
     compare("in the source's colours", corrected["in tiles"], corrected["whole"])
-    starts = tiling._starts(WIDTH // 8, 64, 8)
-    columns = sorted({8 * edge for start in starts for edge in (start, start + 64) if 0 < edge < WIDTH // 8})
+    side = TILE // 8
+    starts = tiling._starts(WIDTH // 8, side, config.vae_decode_overlap)
+    columns = sorted({8 * edge for start in starts for edge in (start, start + side) if 0 < edge < WIDTH // 8})
     for name in corrected:
         print(f"step at the tiles' borders by the median one, {name}: {jump(corrected[name], columns):.2f}")
 

@@ -557,6 +557,13 @@ def test_a_folder_without_pictures(upscale, in_folder):
     assert result.errors == ["error: 1 of 2 could not be drawn, the warnings say why: photos"]
 
 
+def test_an_empty_name_is_not_the_folder_one_is_in(upscale, in_folder):
+    saved(photo(), in_folder / "a.png")
+    result = upscale("-i", "")
+    assert (result.status, result.out) == (2, "")
+    assert "argument --image-path/-i: a path is empty" in result.errors[0]
+
+
 def test_one_picture_that_fails_is_told_before_anything_is_loaded(upscale, in_folder):
     whole = saved(photo(400, 300), in_folder / "a.png").read_bytes()
     (in_folder / "a.png").write_bytes(whole[: len(whole) // 2])
@@ -566,6 +573,7 @@ def test_one_picture_that_fails_is_told_before_anything_is_loaded(upscale, in_fo
         "text.png": "the image text.png is not a picture that can be read",
         "none.png": "the image none.png does not exist: check its path",
     }
+    told["x" * 300] = "cannot be read (File name too long)"
     for name, sentence in told.items():
         result = upscale("-i", name, model=in_folder / "no-model")
         assert (result.status, result.out, result.warnings) == (1, "", [])

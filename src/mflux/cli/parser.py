@@ -72,11 +72,11 @@ class MfluxParser(argparse.ArgumentParser):
 
     def _get_value(self, action, arg_string):
         """`~` stands for a home folder in every option that takes a path."""
-        value = super()._get_value(action, arg_string)
         if action.type is not Path:
-            return value
+            return super()._get_value(action, arg_string)
         try:
-            return user_path(value)
+            # From the text: of an empty one `Path` would make the folder that one is in.
+            return user_path(arg_string)
         except UsageError as error:
             raise argparse.ArgumentError(action, str(error)) from None
 

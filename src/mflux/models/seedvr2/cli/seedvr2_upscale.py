@@ -126,7 +126,7 @@ class Batch:
         self.pictures: list[Path] = []
         self.sizes: dict[Path, str] = {}
         self.failed: list[Path] = []
-        self.alone = len(args.image_path) == 1 and not args.image_path[0].is_dir()
+        self.alone = len(args.image_path) == 1 and not is_folder(args.image_path[0])
         for path in args.image_path:
             with self.apart(path):
                 self.pictures += pictures_in(path)
@@ -231,7 +231,7 @@ def pictures_in(path: Path) -> list[Path]:
     Raises:
         UsageError: a folder without pictures, or that cannot be read.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return [path]
     try:
         files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
@@ -241,6 +241,14 @@ def pictures_in(path: Path) -> list[Path]:
     if not files:
         raise UsageError(f"the folder {path} holds no pictures ({_KINDS}): give another, or the files themselves")
     return files
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; what cannot be looked at, or has too long a name, is told when it is opened."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _remaining(seconds: float | None) -> str:
