@@ -98,13 +98,13 @@ def upscale(argv: Sequence[str] | None) -> None:
     if args.stepwise_image_output_dir:
         check_output(f"{args.stepwise_image_output_dir}/step.png")
     batch.check()
-    if batch.sizes:
+    if batch.sound:
         pipeline = SeedVR2(
             quantize=args.quantize,
             model_path=None if is_builtin(args.model) else args.model,
             model_config=ModelConfig.from_name(args.model, args.base_model),
         )
-        memory = prepare_machine(args, pipeline, len(batch.sizes) * len(args.seed))
+        memory = prepare_machine(args, pipeline, len(batch.sound) * len(args.seed))
         options.advise()
         batch.draw(pipeline)
         if memory is not None:
@@ -117,14 +117,14 @@ class Batch:
 
     Attributes:
         pictures: the files.
-        sizes: "640x480 to 1280x960" for each file that is sound, as far as its header tells.
+        sound: those of them that can be drawn, as far as their headers tell.
         failed: the files, and folders without pictures, that could not be drawn.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.pictures: list[Path] = []
-        self.sizes: dict[Path, str] = {}
+        self.sound: list[Path] = []
         self.failed: list[Path] = []
         self.alone = len(args.image_path) == 1 and not is_folder(args.image_path[0])
         for path in args.image_path:
@@ -162,7 +162,7 @@ class Batch:
     def check(self) -> None:
         """Find what the headers of the files tell, and names that cannot be written, before anything is loaded."""
         from mflux.models.seedvr2.pictures import target_size
-        from mflux.utils.picture_files import TRANSPARENT, alpha_of, check_output, open_image, opened, oriented_size
+        from mflux.utils.picture_files import TRANSPARENT, alpha_of, check_output, open_image, opened
 
         if self.pictures:
             # A name that is none is so for all of them.
@@ -170,17 +170,17 @@ class Batch:
                 check_output(self.output(self.pictures[0], self.args.seed[0]))
         for path in self.pictures:
             with self.apart(path):
-                size = oriented_size(path)
-                target = target_size(size, self.args.resolution)
                 outputs = [check_output(self.output(path, seed)) for seed in self.args.seed]
-                lacking = [output for output in outputs if output.suffix.lower() not in TRANSPARENT]
+                opaque = [output for output in outputs if output.suffix.lower() not in TRANSPARENT]
                 with opened(path) as image:
-                    decode = self.alone or (lacking and image.has_transparency_data)
-                if decode and alpha_of(open_image(path)) is not None and lacking:
+                    target_size(image.size, self.args.resolution)
+                    decode = self.alone or (opaque and image.has_transparency_data)
+                # Not that of every file, which would take long where there are thousands.
+                if decode and alpha_of(open_image(path)) is not None and opaque:
                     raise UsageError(
-                        f"{lacking[0]} cannot hold transparency, and {path} has some: use .png, .webp or .tiff"
+                        f"{opaque[0]} cannot hold transparency, and {path} has some: use .png, .webp or .tiff"
                     )
-                self.sizes[path] = f"{size[0]}x{size[1]} to {target[0]}x{target[1]}"
+                self.sound.append(path)
 
     def output(self, path: Path, seed: int) -> str:
         # The seed first: a picture's own name may hold anything.
@@ -189,22 +189,27 @@ class Batch:
     def draw(self, pipeline) -> None:
         """A picture for each sound file and seed."""
         from mflux.models.common.stages import give_back_memory
+        from mflux.models.seedvr2.pictures import target_size
+        from mflux.utils.picture_files import oriented_size
 
-        args, paths = self.args, list(self.sizes)
+        args = self.args
         started = time.perf_counter()
-        for number, path in enumerate(paths):
-            left = (time.perf_counter() - started) / number * (len(paths) - number) if number else None
-            log.info("%d of %d: %s, %s%s", number + 1, len(paths), path.name, self.sizes[path], _remaining(left))
-            for seed in args.seed:
-                pipeline.is_last_picture = path is paths[-1] and seed == args.seed[-1]
-                before = len(self.failed)
-                with self.apart(path):
+        for number, path in enumerate(self.sound):
+            failed = len(self.failed)
+            with self.apart(path):
+                before = oriented_size(path)
+                after = target_size(before, args.resolution)
+                seconds = (time.perf_counter() - started) / number * (len(self.sound) - number) if number else None
+                log.info(
+                    "%d of %d: %s, %dx%d to %dx%d%s",
+                    *(number + 1, len(self.sound), path.name, *before, *after, _remaining(seconds)),
+                )
+                for seed in args.seed:
+                    pipeline.is_last_picture = path is self.sound[-1] and seed == args.seed[-1]
                     image = pipeline.generate_image(seed, path, args.resolution, args.softness)
                     options.save_picture(image, args, seed, output=self.output(path, seed))
-                if len(self.failed) > before:
-                    # Another seed would change nothing.
-                    give_back_memory()
-                    break
+            if len(self.failed) > failed:
+                give_back_memory()
 
     def tell_failures(self) -> None:
         """
@@ -214,15 +219,12 @@ class Batch:
         if not self.failed:
             return
         names = [shown(path, 200) for path in self.failed]
+        drawn = len(set(self.sound) - set(self.failed))
         more = [f"and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
         raise MfluxError(
-            f"{len(names)} of {len(names) + len(self.drawn)} could not be drawn, the warnings say why: "
+            f"{len(names)} of {len(names) + drawn} could not be drawn, the warnings say why: "
             f"{', '.join(names[:_MOST_NAMES] + more)}"
         )
-
-    @property
-    def drawn(self) -> list[Path]:
-        return [path for path in self.sizes if path not in self.failed]
 
 
 def pictures_in(path: Path) -> list[Path]:
