@@ -19,7 +19,6 @@ from mflux.models.seedvr2 import colour
 from mflux.models.seedvr2.model.autoencoder import SeedVR2Autoencoder
 from mflux.models.seedvr2.model.transformer import SeedVR2Transformer
 from mflux.models.seedvr2.text import text_embeds
-from mflux.models.seedvr2.variants.upscale.seedvr2 import _ChannelsFirst
 
 HEIGHT, WIDTH, TILE = 256, 448, 256
 
@@ -59,15 +58,15 @@ def tiles() -> None:
     mx.random.seed(1)
     vae = SeedVR2Autoencoder(SeedVR2Autoencoder.config_class())
     mx.eval(vae.parameters())
-    planes, source = _ChannelsFirst(vae), photo(HEIGHT, WIDTH)
+    source = photo(HEIGHT, WIDTH)
     config = tiling.TilingConfig(vae_decode_tile_size=TILE, vae_encode_tile_size=TILE)
     pictures = {}
     pixels = mx.array(source)[None]
-    whole = measured(f"encode {WIDTH}x{HEIGHT} whole", lambda: tiling.encode(planes, pixels, None))
-    tiled = measured("the same in tiles", lambda: tiling.encode(planes, pixels, config))
+    whole = measured(f"encode {WIDTH}x{HEIGHT} whole", lambda: tiling.encode(vae, pixels, None))
+    tiled = measured("the same in tiles", lambda: tiling.encode(vae, pixels, config))
     compare("latents", np.array(tiled), np.array(whole))
     for name, settings in {"whole": None, "in tiles": config}.items():
-        pictures[name] = np.array(measured(f"decode {name}", lambda: tiling.decode(planes, whole, settings)))[0]  # noqa: B023
+        pictures[name] = np.array(measured(f"decode {name}", lambda: tiling.decode(vae, whole, settings)))[0]  # noqa: B023
     compare("decoded", pictures["in tiles"], pictures["whole"])
     corrected = {name: colour.correct(picture, source) for name, picture in pictures.items()}
     compare("in the source's colours", corrected["in tiles"], corrected["whole"])

@@ -414,13 +414,13 @@ def test_pictures_are_encoded_and_decoded_in_tiles(tmp_path, tiny):
         spatial_scale = 8
 
         def encode(self, pixels):
-            sizes.append(pixels.shape[1:3])
-            squares = pixels.reshape(1, pixels.shape[1] // 8, 8, pixels.shape[2] // 8, 8, 3)
-            return squares.mean(axis=(2, 4))
+            sizes.append(pixels.shape[2:])
+            squares = pixels.reshape(1, 3, pixels.shape[2] // 8, 8, pixels.shape[3] // 8, 8)
+            return squares.mean(axis=(3, 5))
 
         def decode(self, latents):
-            sizes.append(latents.shape[1:3])
-            return mx.repeat(mx.repeat(latents, 8, axis=1), 8, axis=2)
+            sizes.append(latents.shape[2:])
+            return mx.repeat(mx.repeat(latents, 8, axis=2), 8, axis=3)
 
     model.vae = Local()
     pixels = mx.array(read_source(saved(photo(), tmp_path / "a.png"), 160).pixels())[None]
@@ -456,6 +456,13 @@ def test_a_folder_of_the_other_kind_is_what_it_is(tmp_path):
     assert model.key == "seedvr2-7b"
     image = model.generate_image(1, saved(photo(), tmp_path / "a.png"), 32)
     assert image.image.size == (52, 32)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "", "a\0b", "nowhere/at/all"])
+def test_folders_that_cannot_be(name):
+    with pytest.raises(MfluxError) as failure:
+        SeedVR2(model_path=name)
+    assert not isinstance(failure.value, NotBuiltError)
 
 
 def test_the_sharp_kind_is_refused(tmp_path, cli, in_folder):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mflux.backend import mx
 from mflux.errors import NotBuiltError
 from mflux.models.common.autoencoders import tiling
-from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.common.pipeline import Pipeline, check_finite, key_in_registry
+from mflux.models.common.pipeline import Pipeline, key_in_registry
 from mflux.models.common.stages import timed
 from mflux.models.seedvr2 import colour
 from mflux.models.seedvr2.family import FAMILY
@@ -116,24 +114,6 @@ class SeedVR2(Pipeline):
         image.image = source.dressed(image.image)
         return image
 
-    def encode_pixels(self, pixels: mx.array) -> mx.array:
-        """Pixels (1, 3, H, W), -1 to 1, as latents (1, rows, columns, channels), float32."""
-        latents = tiling.encode(_ChannelsFirst(self.vae), pixels, self.tiling_config).astype(mx.float32)
-        packed = SeedVR2LatentCreator.pack_latents(latents, *pixels.shape[-2:])
-        mx.eval(packed)
-        return packed
-
-    def decode(self, latents: mx.array, config: Config) -> mx.array:
-        """Latents as a picture (1, 3, H, W), about -1 to 1, with what it was filled up with.
-
-        Raises:
-            MfluxError: it holds numbers that are not finite.
-        """
-        unpacked = SeedVR2LatentCreator.unpack_latents(latents, config.height, config.width)
-        decoded = tiling.decode(_ChannelsFirst(self.vae), unpacked, self.tiling_config)
-        check_finite(decoded, "what the autoencoder makes of the latents")
-        return decoded
-
 
 def _refuse_sharp(model_path: str | None) -> None:
     """
@@ -143,24 +123,10 @@ def _refuse_sharp(model_path: str | None) -> None:
     if model_path is None:
         return
     folder = user_path(model_path)
-    if folder.is_dir():
-        names = [file.name for file in folder.glob("*.safetensors")]
-        sharp = not set(names) & set(TRANSFORMER_FILES.values()) and any("sharp" in name.lower() for name in names)
-    else:
-        sharp = "sharp" in folder.name.lower()
+    try:
+        names = [file.name for file in folder.glob("*.safetensors")] if folder.is_dir() else [folder.name]
+    except OSError:
+        return  # whoever opens it says what is wrong
+    sharp = any("sharp" in name.lower() for name in names) and not set(names) & set(TRANSFORMER_FILES.values())
     if sharp:
         raise NotBuiltError(f"{model_path} is SeedVR2 7B sharp, which is not built: use --model seedvr2-7b")
-
-
-class _ChannelsFirst:
-    """An autoencoder whose arrays have channels last, for the tiler, whose have them first."""
-
-    def __init__(self, vae: Any):
-        self._vae = vae
-        self.spatial_scale = vae.spatial_scale
-
-    def encode(self, image: mx.array) -> mx.array:
-        return self._vae.encode(image.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-
-    def decode(self, latents: mx.array) -> mx.array:
-        return self._vae.decode(latents.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
