@@ -624,6 +624,17 @@ def test_what_is_wrong_for_all_is_told_once(upscale, in_folder, tiny):
     assert not [path for path in in_folder.iterdir() if path.name.startswith(("nowhere", "image"))]
 
 
+def test_tiles_are_as_large_as_is_said(upscale, in_folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(SeedVR2, "encode_pixels", lambda self, pixels: seen.append(self.tiling_config) or 1 / 0)
+    saved(photo(), in_folder / "a.png")
+    for words in ((), ("--vae-tiling",), ("--low-ram",), ("--vae-tile-size", 256)):
+        with pytest.raises(ZeroDivisionError):
+            upscale("-i", "a.png", *words)
+    assert seen[:3] == [TilingConfig()] * 3
+    assert seen[3:] == [TilingConfig(vae_decode_tile_size=256, vae_encode_tile_size=256)]
+
+
 def test_steps_are_shown(upscale, in_folder):
     saved(photo(), in_folder / "a.png")
     assert upscale("-i", "a.png", "--stepwise-image-output-dir", "steps").status == 0

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from mflux.cli import parser as options
@@ -105,6 +106,9 @@ def upscale(argv: Sequence[str] | None) -> None:
             model_config=ModelConfig.from_name(args.model, args.base_model),
         )
         memory = prepare_machine(args, pipeline, len(batch.sound) * len(args.seed))
+        if args.vae_tile_size:
+            # Encoding would take the most memory otherwise.
+            pipeline.tiling_config = replace(pipeline.tiling_config, vae_encode_tile_size=args.vae_tile_size)
         options.advise()
         batch.draw(pipeline)
         if memory is not None:
