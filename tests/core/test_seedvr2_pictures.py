@@ -87,10 +87,17 @@ def test_what_is_drawn_in_other_colours_gets_the_sources():
     assert np.abs(corrected.mean(axis=(1, 2)) - source.mean(axis=(1, 2))).max() < 0.02
 
 
-def test_ranks_of_equal_values_follow_their_places():
-    values = np.array([3, 1, 3, 1, 2], np.float32)
-    colour.match_ranks(values, np.array([50, 40, 30, 20, 10], np.float32))
-    assert values.tolist() == [40, 10, 50, 20, 30]
+@given(
+    st.lists(st.sampled_from([-1e30, -2.5, -0.0, 0.0, 1e-30, 0.5, 128.0]) | st.floats(-99, 99, width=32), min_size=1)
+)
+def test_ranks_of_equal_values_follow_their_places(listed):
+    values = np.array(listed, np.float32)
+    wanted = RNG.permutation(values.size).astype(np.float32)
+    matched = values.copy()
+    colour.match_ranks(matched, wanted)
+    expected = np.empty_like(values)
+    expected[np.argsort(values, kind="stable")] = np.arange(values.size)
+    assert np.array_equal(matched, expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 9), (3, 8, 2)])

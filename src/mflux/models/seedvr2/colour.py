@@ -67,8 +67,13 @@ def _blur(picture: np.ndarray, reach: int, axis: int) -> np.ndarray:
 
 def match_ranks(values: np.ndarray, wanted: np.ndarray) -> None:
     """Replace, in place, the smallest value by the smallest that is wanted, the next by the next, and so on; of equal
-    ones the first counts as the smaller. Both are one row of the same length."""
-    values[np.argsort(values, kind="stable")] = np.sort(wanted)
+    ones the first counts as the smaller. Both are one row of the same length, float32 and finite."""
+    # A float's bits as a whole number of the same order, and its place below: numpy sorts those in a third of the time
+    # that a stable argsort takes. Adding zero makes one of the two zeros.
+    bits = (values + 0).view(np.int32)
+    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).astype(np.int64) << 32 | np.arange(values.size)
+    keys.sort()
+    values[keys & 0xFFFFFFFF] = np.sort(wanted)
 
 
 def _to_lab(rgb: np.ndarray) -> np.ndarray:
