@@ -359,7 +359,9 @@ class Pipeline:
                     latents = scheduler.step(noise=prediction, timestep=step, latents=before)
                     if after_step is not None:
                         latents = after_step(latents, step)
-                    check_finite(latents, f"the latents after step {step + 1} of {config.num_inference_steps}")
+                    mx.eval(latents)
+                    if not mx.isfinite(latents).all().item():
+                        raise _not_finite(f"the latents after step {step + 1} of {config.num_inference_steps}")
                     context.in_loop(step, latents, denoised=before - sigma * prediction)
                 except KeyboardInterrupt:
                     context.interruption(step, latents)
@@ -379,7 +381,9 @@ class Pipeline:
         """
         unpacked = self.latent_creator.unpack_latents(latents, config.height, config.width)
         decoded = tiling.decode(self.vae, unpacked, None if self.vae_full_precision else self.tiling_config)
-        check_finite(decoded, "what the autoencoder makes of the latents")
+        mx.eval(decoded)
+        if not mx.isfinite(decoded).all().item():
+            raise _not_finite("what the autoencoder makes of the latents")
         return decoded
 
     def picture(
@@ -539,15 +543,8 @@ def _who_draws(kind: str) -> str:
     return "another command draws with it"
 
 
-def check_finite(array: mx.array, what: str) -> None:
-    """Compute it.
-
-    Raises:
-        MfluxError: it holds numbers that are not finite.
-    """
-    mx.eval(array)
-    if not mx.isfinite(array).all().item():
-        raise MfluxError(
-            f"{what} hold numbers that are not finite, so there is no picture: take another copy of the weights, or "
-            "--quantize with more bits, or another LoRA scale"
-        )
+def _not_finite(what: str) -> MfluxError:
+    return MfluxError(
+        f"{what} hold numbers that are not finite, so there is no picture: take another copy of the weights, or "
+        "--quantize with more bits, or another LoRA scale"
+    )
