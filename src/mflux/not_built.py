@@ -74,11 +74,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "fibo.variants.edit.fibo_edit.FIBOEdit",
         "fibo.variants.txt2img.fibo.FIBO",
     ),
-    "SeedVR2": (
-        "seedvr2.SeedVR2",
-        "seedvr2.latent_creator.seedvr2_latent_creator.SeedVR2LatentCreator",
-        "seedvr2.variants.upscale.seedvr2.SeedVR2",
-    ),
     "Anima": (
         "anima.Anima",
         "anima.latent_creator.AnimaLatentCreator",

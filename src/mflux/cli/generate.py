@@ -14,7 +14,7 @@ from typing import Any
 
 from mflux.cli import parser as options
 from mflux.cli.parser import was_given
-from mflux.errors import NotBuiltError, UsageError
+from mflux.errors import ModelConfigError, NotBuiltError, UsageError
 from mflux.models.common.family import STAGES, built, found
 from mflux.text import some
 from mflux.utils import values
@@ -158,7 +158,7 @@ class Generate:
             and "guidance" not in self.ignored
         ):
             log.warning("--guidance is ignored: %s was made without guidance", args.model)
-        memory = prepare_machine(args, pipeline)
+        memory = prepare_machine(args, pipeline, len(args.seed))
         options.advise()
 
         if make_prompt is not None:
@@ -226,30 +226,16 @@ class Generate:
             UsageError: no model, no prompt, or a model that another command draws with.
             ModelConfigError: the model's name tells nothing.
         """
-        from mflux.models.common.config.model_config import (
-            DEFAULT_STEPS,
-            ModelConfig,
-            built_key,
-            check_is_somewhere,
-            key_of,
-            suggestion,
-        )
-        from mflux.models.common.config.saved_model import recorded_base_model
+        from mflux.models.common.config.model_config import DEFAULT_STEPS, ModelConfig
 
-        if args.model in (None, self.defaults.get("model")) and was_given(args, "base_model"):
-            args.model = args.base_model
-        args.model = args.model or args.base_model or self.default_model
-        if args.model is None:
-            raise UsageError(f"no model was named: {suggestion()}")
-        args.base_model = args.base_model or recorded_base_model(args.model)
-        if (meant := self._meant(args)) is not None:
-            args.base_model = meant
-            if key_of(args.model, meant) != meant:
-                args.model = meant
-        key = built_key(args.model, args.base_model)
-        if key not in self.models:
-            check_is_somewhere(args.model)
-            raise UsageError(f"{self.prog} does not draw with {key}: use {built()[key]} --model {args.model}")
+        settle_model(
+            args,
+            prog=self.prog,
+            models=self.models,
+            default_model=self.default_model,
+            default=self.defaults.get("model"),
+            stands_for=self.stands_for,
+        )
         if "image" not in self.leave_out:
             check_strength(args, self.size_source)
         for name, why in self.ignored.items():
@@ -263,18 +249,6 @@ class Generate:
         if "prompt" not in self.leave_out and args.prompt is None and args.prompt_file is None:
             raise UsageError('no prompt was given: use --prompt "…", --prompt - or --prompt-file FILE')
         return config
-
-    def _meant(self, args: argparse.Namespace) -> str | None:
-        """Which of the command's models stands behind a name that tells another one, or none."""
-        from mflux.errors import ModelConfigError
-        from mflux.models.common.config.model_config import key_of
-
-        try:
-            return self.stands_for.get(key_of(args.model, args.base_model))
-        except ModelConfigError:
-            if self.default_model is None:
-                raise
-            return self.default_model
 
     def _size(self, args: argparse.Namespace, model_config) -> tuple[int | None, int | None]:
         """Width and height in pixels.
@@ -311,6 +285,50 @@ class Generate:
             default=model_config.default_size,
         )
         return on_grid(width, "width"), on_grid(height, "height")
+
+
+def settle_model(
+    args: argparse.Namespace,
+    *,
+    prog: str,
+    models: Sequence[str],
+    default_model: str | None,
+    default: str | None = None,
+    stands_for: Mapping[str, str] | None = None,
+) -> None:
+    """Fill in `model` and `base_model`, which together name one of a command's models.
+
+    Args:
+        prog, models, default_model, stands_for: as `Generate` has them.
+        default: what `--model` says where nothing is said.
+
+    Raises:
+        UsageError: no model, or one that another command draws with.
+        ModelConfigError: the model's name tells nothing.
+    """
+    from mflux.models.common.config.model_config import built_key, check_is_somewhere, key_of, suggestion
+    from mflux.models.common.config.saved_model import recorded_base_model
+
+    if args.model in (None, default) and was_given(args, "base_model"):
+        args.model = args.base_model
+    args.model = args.model or args.base_model or default_model
+    if args.model is None:
+        raise UsageError(f"no model was named: {suggestion()}")
+    args.base_model = args.base_model or recorded_base_model(args.model)
+    try:
+        meant = (stands_for or {}).get(key_of(args.model, args.base_model))
+    except ModelConfigError:
+        if default_model is None:
+            raise
+        meant = default_model
+    if meant is not None:
+        args.base_model = meant
+        if key_of(args.model, meant) != meant:
+            args.model = meant
+    key = built_key(args.model, args.base_model)
+    if key not in models:
+        check_is_somewhere(args.model)
+        raise UsageError(f"{prog} does not draw with {key}: use {built()[key]} --model {args.model}")
 
 
 def check_strength(args: argparse.Namespace, source: str) -> None:
@@ -405,8 +423,12 @@ def _take_model(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
             args.base_model = names["base_model"]
 
 
-def prepare_machine(args: argparse.Namespace, pipeline):
-    """Register what watches over memory, battery and steps; returns the memory saver of `--low-ram`, or None."""
+def prepare_machine(args: argparse.Namespace, pipeline, pictures: int):
+    """Register what watches over memory, battery and steps; returns the memory saver of `--low-ram`, or None.
+
+    Args:
+        pictures: how many are drawn.
+    """
     from mflux.callbacks.instances.battery_saver import BatterySaver
     from mflux.callbacks.instances.memory_saver import MemorySaver, limit_cache
     from mflux.models.common.autoencoders.tiling import TilingConfig
@@ -424,7 +446,7 @@ def prepare_machine(args: argparse.Namespace, pipeline):
     pipeline.keep_transformer = False
     memory = None
     if args.low_ram:
-        memory = MemorySaver(pipeline, keep_transformer=len(args.seed) > 1)
+        memory = MemorySaver(pipeline, keep_transformer=pictures > 1)
         pipeline.callbacks.register(memory)
     if limit is not None:
         limit_cache(limit)

@@ -40,7 +40,7 @@ def lines(settings: dict[str, Any]) -> list[str]:
     labels = {setting.name: setting.label for setting in SETTINGS}
     for name in dict.fromkeys([*labels, *settings]):
         value = settings.get(name)
-        if value is None or value == []:
+        if value is None or value in ([], ""):
             continue
         if len(text) == _MOST_LINES:
             text.append(f"… and more: {len(settings)} settings in all")

@@ -73,11 +73,11 @@ class MfluxParser(argparse.ArgumentParser):
 
     def _get_value(self, action, arg_string):
         """`~` stands for a home folder in every option that takes a path."""
-        value = super()._get_value(action, arg_string)
         if action.type is not Path:
-            return value
+            return super()._get_value(action, arg_string)
         try:
-            return user_path(value)
+            # From the text: of an empty one `Path` would make the folder that one is in.
+            return user_path(arg_string)
         except UsageError as error:
             raise argparse.ArgumentError(action, str(error)) from None
 
@@ -130,11 +130,15 @@ def run(command: Callable[[Sequence[str] | None], int | None], argv: Sequence[st
         complain("stopped")
         return status_of(interrupt)
     except (MemoryError, RuntimeError) as error:
-        # MLX has no exception of its own for memory that it cannot have.
-        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+        if not is_out_of_memory(error):
             raise
         complain("not enough memory: try --low-ram, or a smaller --width and --height")
         return 1
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """MLX has no exception of its own for memory that it cannot have."""
+    return isinstance(error, MemoryError) or "alloc" in str(error)
 
 
 class _Output:
@@ -480,10 +484,11 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def save_picture(image, args: argparse.Namespace, seed: int, pixels=None) -> Path:
-    """Write a picture, or other pixels with its settings, where the options say, and tell where it went."""
+def save_picture(image, args: argparse.Namespace, seed: int, pixels=None, output: str | None = None) -> Path:
+    """Write a picture, or other pixels with its settings, to `output` or where the options say, and tell where it
+    went."""
     path = image.save_with_image(
-        args.output.replace("{seed}", str(seed)),
+        output or args.output.replace("{seed}", str(seed)),
         image.image if pixels is None else pixels,
         export_json_metadata=args.metadata,
         embed_metadata=not args.no_metadata,
@@ -510,10 +515,16 @@ def settle_seeds(args: argparse.Namespace) -> None:
         args.seed = random.sample(range(10**9), args.auto_seeds)
     if args.seed is None:
         args.seed = [int(time.time())]
-    if len(args.seed) > 1 and "{seed}" not in args.output:
-        output = Path(args.output)
-        # A name that is none is refused with the others, see `check_output`.
-        args.output = str(output.with_stem(output.stem + "_seed_{seed}")) if output.name else args.output
+    if len(args.seed) > 1:
+        add_to_name(args, "_seed_", "{seed}")
+
+
+def add_to_name(args: argparse.Namespace, words: str, placeholder: str) -> None:
+    """Let `--output` give each of several pictures a name, unless it does."""
+    output = Path(args.output)
+    # A name that is none is refused with the others, see `check_output`.
+    if placeholder not in args.output and output.name:
+        args.output = str(output.with_stem(output.stem + words + placeholder))
 
 
 def read_bounded(path: Path, most: int = _LARGEST) -> bytes:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+from PIL import ImageCms
 
 from mflux.errors import ImageError, OutputError, UsageError
 from mflux.utils.atomic_files import Temporary, write_atomically
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 # that start other programs (EPS) or that few have looked at. JPEG brings MPO, which cameras write, with it.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
 SIDECAR = ".metadata.json"
+# Endings of names of files that can hold how opaque pixels are, and formats that can say what colours they mean.
+TRANSPARENT = (".png", ".webp", ".tif", ".tiff", ".avif")
+_PROFILED = ("PNG", "JPEG", "WEBP", "TIFF", "AVIF", "MPO")
 
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
@@ -144,9 +148,60 @@ def as_rgb(image: PIL.Image.Image, *, on_white: bool) -> PIL.Image.Image:
     if on_white and image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    elif image.mode == "RGBa":
+    elif image.has_transparency_data and image.mode in ("RGBa", "P"):
+        # Nor a way without a warning from a palette.
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def alpha_of(image: PIL.Image.Image) -> PIL.Image.Image | None:
+    """How opaque the pixels of a picture of eight bits a channel are, in mode L; None where all are wholly opaque."""
+    if not image.has_transparency_data:
+        return None
+    image = image.convert("LA") if image.mode == "La" else image
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def in_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, bytes | None]:
+    """A picture of eight bits a channel in RGB, as if nothing of it were transparent, and what its numbers stand for.
+
+    Numbers that an ICC profile describes as red, green and blue stay as they are, so that no colour is lost that sRGB
+    does not have; grey and CMYK with a profile become sRGB.
+
+    Returns:
+        The picture, and its ICC profile; None is sRGB.
+
+    Raises:
+        ValueError: its colours cannot be turned into RGB.
+    """
+    profile = image.info.get("icc_profile")
+    described = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK", b"Lab ": "LAB"}.get((profile or b"")[16:20])
+    stored = {"CMYK": "CMYK", "LAB": "LAB"}.get(image.mode) or ("L" if image.mode[0] in "1L" else "RGB")
+    if described == "RGB" and stored in ("RGB", "L"):
+        return as_rgb(image, on_white=False), profile if _in_srgb(PIL.Image.new("RGB", (1, 1)), profile) else None
+    if described == stored:
+        # Pillow has no way from premultiplied grey straight to grey.
+        plain = (image.convert("LA") if image.mode == "La" else image).convert(stored)
+        if (converted := _in_srgb(plain, profile)) is not None:
+            return converted, None
+    return as_rgb(image, on_white=False), None
+
+
+def _in_srgb(image: PIL.Image.Image, profile: bytes) -> PIL.Image.Image | None:
+    """A picture whose numbers an ICC profile describes in sRGB; None, with a warning, where that cannot be done."""
+    try:
+        return ImageCms.profileToProfile(
+            image,
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError) as error:
+        log.warning("a picture's ICC profile cannot be used (%s): its colours are taken for sRGB", error)
+        return None
 
 
 def eight_bits(image: PIL.Image.Image, stored: str = "") -> PIL.Image.Image:
@@ -185,6 +240,8 @@ def eight_bits(image: PIL.Image.Image, stored: str = "") -> PIL.Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         result.putalpha(PIL.Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    if "icc_profile" in image.info:
+        result.info["icc_profile"] = image.info["icc_profile"]
     if (orientation := image.getexif().get(_ORIENTATION)) is not None:
         result.getexif()[_ORIENTATION] = orientation
     return result
@@ -294,7 +351,8 @@ def save_picture(
 ) -> Path:
     """Write a picture, its settings inside it, and if asked beside it as `name.metadata.json`. Complete or absent;
     existing files are left alone unless `overwrite`. Settings never cost the picture: what cannot be written of them
-    is left out, with a warning.
+    is left out, with a warning. An ICC profile in the picture's `info` goes along, or where the format has no room for
+    one, the colours become sRGB.
 
     Returns:
         Where the picture went: `path`, or the next free name beside it.
@@ -309,10 +367,15 @@ def save_picture(
     embedded = {}
     if settings is not None and embed_metadata:
         embedded = MetadataBuilder.save_arguments(settings, picture_format)
+    colours = {}
+    if (profile := image.info.get("icc_profile")) and picture_format in _PROFILED:
+        colours = {"icc_profile": profile}
+    elif profile and image.mode == "RGB":
+        image = _in_srgb(image, profile) or image
 
     def write(file: BinaryIO) -> None:
         try:
-            image.save(file, format=picture_format, **embedded)
+            image.save(file, format=picture_format, **embedded, **colours)
         except ValueError as error:
             if not embedded:
                 raise OutputError(f"cannot write {path}: {error}") from None
@@ -320,7 +383,7 @@ def save_picture(
             log.warning("the settings do not fit into %s (%s): it is written without them", path, error)
             file.seek(0)
             file.truncate()
-            image.save(file, format=picture_format)
+            image.save(file, format=picture_format, **colours)
 
     with_sidecar = export_json_metadata and settings is not None
     path = write_atomically(path, write, overwrite=overwrite, beside=SIDECAR if with_sidecar else None)

@@ -157,6 +157,8 @@ SETTINGS = (
         _list(_floating),
         "--redux-image-strengths",
     ),
+    Setting("resolution", "Resolution"),
+    Setting("softness", "Softness"),
     Setting("pid_decode", "Decoded with PiD", None, _switch, "--pid-decode"),
     Setting("generation_time_seconds", "Generation time (s)", lambda picture: round(picture.generation_time, 2)),
     Setting("created_at", "Created", lambda picture: datetime.now().isoformat()),

@@ -138,9 +138,8 @@ class Pipeline:
 
     @property
     def key(self) -> str:
-        """The registry's name of this model, or of the one it derives from. Its aliases tell: several models share a
-        repository."""
-        return next(key for key, model in AVAILABLE_MODELS.items() if model.aliases == self.model_config.aliases)
+        """The registry's name of this model, or of the one it derives from."""
+        return key_in_registry(self.model_config)
 
     # ---- the folder
 
@@ -429,6 +428,19 @@ class Pipeline:
         self.enter("decode")
         with timed("decode"):
             decoded = self.decode(latents, config)
+        return self.finished(config, decoded, seed=seed, prompt=prompt, parameters=parameters, **about)
+
+    def finished(
+        self,
+        config: Config,
+        decoded: mx.array,
+        *,
+        seed: int,
+        prompt: str,
+        parameters: Mapping[str, Any] | None = None,
+        **about: Any,
+    ) -> GeneratedImage:
+        """What has been decoded, (1, 3, H, W), as a picture that knows how it was made; see `picture`."""
         parameters = {"vae_full_precision": self.vae_full_precision} | dict(parameters or {})
         unusual = {name: value for name, value in parameters.items() if value not in (None, False)}
         if config.scheduler_name not in ("linear", "LinearScheduler"):
@@ -501,6 +513,11 @@ class Pipeline:
                 },
             )
             write_json(target / FILE_NAME, content)
+
+
+def key_in_registry(model_config: ModelConfig) -> str:
+    """The registry's name of a model. Its aliases tell: several models share a repository."""
+    return next(key for key, model in AVAILABLE_MODELS.items() if model.aliases == model_config.aliases)
 
 
 def _load(component: Component, pipeline: Pipeline) -> nn.Module:

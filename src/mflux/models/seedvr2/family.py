@@ -1,6 +1,6 @@
-"""SeedVR2 as data: its components."""
+"""SeedVR2 as data: its components and its command."""
 
-from mflux.models.common.family import Component, Family
+from mflux.models.common.family import Command, Component, Family
 
 _MODEL = "mflux.models.seedvr2.model"
 
@@ -14,6 +14,15 @@ COMPONENTS = (
 FAMILY = Family(
     title="SeedVR2",
     components=COMPONENTS,
+    commands=(
+        Command(
+            "upscale-seedvr2",
+            "mflux.models.seedvr2.cli.seedvr2_upscale",
+            "draw pictures again with more pixels, with SeedVR2",
+            ("seedvr2-3b", "seedvr2-7b"),
+        ),
+    ),
+    pipelines=(("*", "mflux.models.seedvr2.variants.upscale.seedvr2:SeedVR2"),),
     beside=(),
     open_folder="mflux.models.seedvr2.layouts:open_folder",
 )

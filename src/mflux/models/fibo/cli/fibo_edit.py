@@ -15,8 +15,6 @@ from mflux.models.fibo.family import FAMILY
 from mflux.models.fibo.prompts import MATTE_PROMPT, VLM_SEED, as_object, check_edit
 
 _REMOVER = "fibo-edit-rmbg"
-# Formats that hold transparency.
-_TRANSPARENT = (".png", ".webp", ".tif", ".tiff")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +45,9 @@ def check(args: argparse.Namespace, config) -> None:
         return
     if args.prompt is None and args.prompt_file is None:
         args.prompt = MATTE_PROMPT
-    if Path(args.output).suffix.lower() not in _TRANSPARENT:
+    from mflux.utils.picture_files import TRANSPARENT
+
+    if Path(args.output).suffix.lower() not in TRANSPARENT:
         raise UsageError(f"{args.output} cannot hold transparency, and a cut-out has some: use .png, .webp or .tiff")
     if args.matte_output is not None:
         from mflux.utils.picture_files import check_output

@@ -82,22 +82,7 @@ class StillDecoder(Decoder):
 
 
 class SeedVR2Autoencoder(AutoencoderKL):
-    """Pictures in [-1, 1] ↔ the diffusion model's latents, both with channels last, as the transformer takes them."""
+    """Pictures in [-1, 1] ↔ the diffusion model's latents, both with channels first as those of other autoencoders."""
 
     config_class = SeedVR2AutoencoderConfig
     decoder_class = StillDecoder
-
-    def encode(self, pixels: mx.array) -> mx.array:
-        """The mean of the posterior, as latents.
-
-        Args:
-            pixels: (B, H, W, in_channels) in [-1, 1]; H and W multiples of `spatial_scale`.
-
-        Returns:
-            (B, H / spatial_scale, W / spatial_scale, latent_channels).
-        """
-        return super().encode(pixels.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
-
-    def decode(self, latents: mx.array) -> mx.array:
-        """Latents (B, h, w, latent_channels) to pictures (B, h · scale, w · scale, out_channels), about [-1, 1]."""
-        return super().decode(latents.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
