@@ -299,10 +299,16 @@ def _silu(x: np.ndarray) -> None:
 
 
 def _taps(layer: nn.Conv2d) -> list[mx.array]:
-    """A kernel (O, 3, 3, C) as nine matrices (O, C), row by row."""
-    taps = mx.contiguous(layer.weight.transpose(1, 2, 0, 3)).reshape(9, *layer.weight.shape[::3])
-    mx.eval(taps)
-    return list(taps)
+    """A kernel (O, 3, 3, C) as nine matrices (O, C), row by row.
+
+    The layer's weight is replaced by the same values, in the same shape, that lie in memory one matrix after the other:
+    so the matrices are views, and nothing is in memory twice.
+    """
+    by_taps = mx.contiguous(layer.weight.transpose(1, 2, 0, 3))
+    layer.weight = by_taps.transpose(2, 0, 1, 3)
+    taps = list(by_taps.reshape(9, *layer.weight.shape[::3]))
+    mx.eval(layer.weight, taps)
+    return taps
 
 
 def _padded(x: np.ndarray, rows: int, pitch: int, left: int = 1) -> mx.array:
