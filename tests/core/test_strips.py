@@ -29,7 +29,7 @@ AUTOENCODERS = {
 }  # fmt: skip
 # Bytes of a strip: a row at a time, a few, many, all.
 HEIGHTS = (1, 2**12, 2**15, 2**40)
-SIZES = ((1, 5, 7), (2, 8, 3), (1, 1, 1), (1, 9, 4))
+SIZES = ((2, 5, 3), (1, 1, 1), (1, 4, 7))
 
 
 @pytest.fixture(params=["cpu", "cpu without BLAS", "gpu"])
@@ -238,7 +238,7 @@ def test_autoencoders_in_strips_equal_the_whole(name, room, kind, monkeypatch):
             patch.setattr(OnGPU, "strip_bytes", 2**40)
             decoded, encoded = vae.decode(latents), vae.encode(image)
         monkeypatch.setattr(strips, "ROOM", room)
-        for kind.strip_bytes in HEIGHTS:
+        for kind.strip_bytes in (1, 2**14, 2**40):
             assert error(vae.decode(latents), decoded) < 2e-6
             assert error(vae.encode(image), encoded) < 2e-6
 
@@ -248,13 +248,14 @@ def test_autoencoders_in_strips_equal_the_whole(name, room, kind, monkeypatch):
     [
         ("kl", {"block_out_channels": [64, 64, 64, 64]}, 2.6),
         ("wan 2.1", {"base_dim": 48}, 0.9),
-        ("wan 2.2", {"decoder_base_dim": 128}, 0.9),
+        ("wan 2.2", {"decoder_base_dim": 64, "dim_mult": [1, 1, 1, 1]}, 0.9),
     ],
 )
 def test_memory_is_that_of_few_maps(name, wider, limit, monkeypatch):
     """Counted in maps of the last level, of which the whole picture took five and more."""
     monkeypatch.setattr(strips, "kernels", lambda dtype: OnCPU)
-    monkeypatch.setattr(OnCPU, "strip_bytes", 2**16)
+    monkeypatch.setattr(OnCPU, "strip_bytes", 2**14)
+    monkeypatch.setattr(kernels, "_SCORES", 2**16)
     cls, settings = AUTOENCODERS[name]
     vae = randomized(cls(cls.config_class.from_dict(settings | wider)))
     latents = normal(1, 4, 320 // vae.spatial_scale, 320 // vae.spatial_scale)

@@ -1,4 +1,4 @@
-"""What is computed on one strip of a feature map, (B, rows, columns, channels): once for GPUs, once for MLX's CPU backend.
+"""What is computed on a strip of a feature map, (B, rows, columns, channels): once for GPUs, once for MLX on a CPU.
 
 On a CPU MLX copies nine shifted pictures before it multiplies, element by element, and takes ten times numpy's time for
 an exponential. There a strip is a numpy array; a convolution is one product of matrices for each tap of its kernel, on
@@ -290,7 +290,7 @@ def _blocks(x: np.ndarray):
 
 
 def _silu(x: np.ndarray) -> None:
-    """x / (1 + exp(-x)), in place. Where the exponential overflows, dividing by infinity gives the zero that is right."""
+    """x / (1 + exp(-x)), in place. Where the exponential overflows, dividing by infinity is zero, which is right."""
     with np.errstate(over="ignore"):
         y = np.negative(x)
         np.exp(y, out=y)

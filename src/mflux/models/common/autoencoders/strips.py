@@ -187,7 +187,7 @@ class Map:
         return factor.astype(np.float32), offset.astype(np.float32)
 
     def _count_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each channel, (B, C): its mean, and the sum of squared distances from it (Chan, Golub and LeVeque 1979)."""
+        """Each channel's mean and sum of squared distances from it, (B, C), added up as in Chan et al. (1979)."""
         mean = squares = np.zeros((self.shape[0], self.shape[3]))
         count = 0
         for strip in self._run(drain=False):
