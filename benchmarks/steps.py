@@ -1,12 +1,13 @@
 """Seconds and memory of each stage at published width, beside diffusers and transformers on torch.
 
-    python benchmarks/steps.py [--only qwen …] [--pixels 512 1024] [--decode 256] [--repeats 2] [--markdown steps.md]
+    python benchmarks/steps.py [--only qwen …] [--pixels 512 1024] [--decode 256] [--repeats 2] [--other-python PYTHON]
 
 Of each transformer one or two blocks of each kind, with the embedders before them and the layers after them; of each
 text encoder two layers, with a vocabulary of a thousand words; each autoencoder's whole decoder. Sizes are those of
 tests/data/surface/configs.json, weights are random. Each part has a process of its own, in which both sides run in
 turn; a ratio is the median over the turns, seconds the shortest. Memory is what a run adds to the process at most:
-activations, not weights. Needs the `test` group of packages.
+activations, not weights. Needs the `test` group of packages. `--other-python` names the Python of an environment with
+mflux 0.24.0, which then takes its turn as well, with transformers and decoders (steps_024.py).
 """
 
 from __future__ import annotations
@@ -256,6 +257,35 @@ def flux2_runs(module, reference, given: dict) -> Runs:
     }
 
 
+class Old:
+    """mflux 0.24 in a process of its own, which runs once whenever it is asked."""
+
+    def __init__(self, python: str, part: Part):
+        from mflux.backend import BLAS
+
+        family, _, kind = part.component.partition(" ")
+        name = f"{family} vae" if kind == "vae" else family
+        counts = [*part.changes.values(), 0, 0][:2]
+        call = [python, str(Path(__file__).with_name("steps_024.py")), name, BLAS or "", *map(str, counts)]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        self._process = subprocess.Popen(
+            call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        self._answer()
+
+    def run(self, pixels: int) -> float:
+        """Seconds."""
+        self._process.stdin.write(f"{pixels}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: mflux 0.24 in {self._process.args[0]} ended; steps_024.py says why")
+        return line
+
+
 class Added:
     """The most that the process's memory grew by while the block ran, looked at every few milliseconds."""
 
@@ -279,11 +309,12 @@ class Added:
         return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
-def measure(part: Part, pixels: int, repeats: int, runs: Runs) -> dict:
+def measure(part: Part, pixels: int, repeats: int, runs: Runs, old: Old | None) -> dict:
     from mflux.models.common.stages import give_back_memory
 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     added = dict.fromkeys(runs, 0)
+    others = []
     for turn in range(repeats):
         # Who runs second finds the processor as the first has left it, so they take turns at that as well.
         for name in list(runs)[:: 1 if turn % 2 else -1]:
@@ -293,13 +324,20 @@ def measure(part: Part, pixels: int, repeats: int, runs: Runs) -> dict:
                 runs[name]()
                 seconds[name].append(time.perf_counter() - start)
             added[name] = max(added[name], memory.bytes)
+        if old:
+            others.append(old.run(pixels))
     return {
         "part": part.name,
         "pixels": pixels,
         "seconds": {name: min(taken) for name, taken in seconds.items()},
-        "ratio": statistics.median(one / two for one, two in zip(*seconds.values(), strict=True)),
+        "ratio": ratio(seconds["ours"], seconds["torch"]),
+        "ratio_024": ratio(seconds["ours"], others) if others else None,
         "added": added,
     }
+
+
+def ratio(ours: list[float], others: list[float]) -> float:
+    return statistics.median(one / two for one, two in zip(ours, others, strict=True))
 
 
 # ---- the table
@@ -310,6 +348,7 @@ def row(found: dict, sized: str) -> str:
     seconds, added = found["seconds"], found["added"]
     cells = [
         found["part"], pixels, f"{seconds['ours']:.2f}", f"{seconds['torch']:.2f}", f"{found['ratio']:.2f}",
+        "–" if found["ratio_024"] is None else f"{found['ratio_024']:.2f}",
         f"{added['ours'] / 1e6:,.0f}", f"{added['torch'] / 1e6:,.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -321,6 +360,7 @@ def main() -> None:
     parser.add_argument("--pixels", nargs="*", type=int, default=[512, 1024], help="for transformers (default: both)")
     parser.add_argument("--decode", nargs="*", type=int, default=[256], help="for autoencoders (default: 256)")
     parser.add_argument("--repeats", type=int, default=2, help="turns for each part; one above 512 px (default: 2)")
+    parser.add_argument("--other-python", metavar="PYTHON", help="of an environment with mflux 0.24.0")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file, row by row")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -329,20 +369,24 @@ def main() -> None:
         at = sides(part)
         for run in at(64).values():
             run()
+        old = Old(args.other_python, part) if args.other_python and part.sized != "no" else None
+        if old:
+            old.run(64)
         for pixels in {"tokens": args.pixels, "decode": args.decode, "no": [0]}[part.sized]:
-            found = measure(part, pixels, args.repeats if pixels <= 512 else 1, at(pixels))
+            found = measure(part, pixels, args.repeats if pixels <= 512 else 1, at(pixels), old)
             print(json.dumps(found), flush=True)
         return
     lines = [
-        "| part | px | seconds | torch's | of torch's | MB added | torch's |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| part | px | seconds | torch's | of torch's | of 0.24's | MB added | torch's |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     print(*lines, sep="\n", flush=True)
     for number, part in enumerate(PARTS):
         if args.only and part.component.split()[0] not in args.only:
             continue
+        said = ["--other-python", args.other_python] if args.other_python else []
         sizes = ["--pixels", *args.pixels, "--decode", *args.decode, "--repeats", args.repeats]
-        call = [sys.executable, __file__, "--child", *map(str, (number, *sizes))]
+        call = [sys.executable, __file__, "--child", *map(str, (number, *sizes, *said))]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
