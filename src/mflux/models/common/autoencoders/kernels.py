@@ -27,7 +27,6 @@ class OnGPU:
     # The size of a layer's strips: large, since starting work costs more than memory traffic.
     strip_bytes = 2**26
     concatenate = staticmethod(mx.concatenate)
-    silu = staticmethod(nn.silu)
     evaluate = staticmethod(mx.eval)
     zeros = staticmethod(mx.zeros)
 
@@ -149,13 +148,6 @@ class OnCPU:
             into *= weight
             if silu:
                 _silu(into)
-        return y
-
-    @staticmethod
-    def silu(x: np.ndarray) -> np.ndarray:
-        y = np.array(x)
-        for _, rows in _blocks(y):
-            _silu(rows)
         return y
 
     @staticmethod

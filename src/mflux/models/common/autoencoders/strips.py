@@ -97,9 +97,6 @@ class Map:
         """RMS norm of each position's channels, and then SiLU if asked for."""
         return self._each(lambda x: self._kernels.rms_norm(x, weight, eps, silu))
 
-    def silu(self) -> Map:
-        return self._each(self._kernels.silu)
-
     def __add__(self, other: Map) -> Map:
         if other.shape != self.shape:
             raise ValueError(f"maps of {self.shape} and {other.shape} cannot be added")
