@@ -257,7 +257,7 @@ def test_autoencoders_in_strips_equal_the_whole(name, room, kind, monkeypatch):
 def test_memory_is_that_of_few_maps(name, wider, limit, monkeypatch):
     """Counted in maps of the last level, of which the whole picture took five and more."""
     monkeypatch.setattr(strips, "kernels", lambda dtype: OnCPU)
-    monkeypatch.setattr(OnCPU, "strip_bytes", 2**14)
+    monkeypatch.setattr(OnCPU, "strip_bytes", 2**16)
     monkeypatch.setattr(kernels, "_SCORES", 2**16)
     cls, settings = AUTOENCODERS[name]
     vae = randomized(cls(cls.config_class.from_dict(settings | wider)))
