@@ -97,9 +97,6 @@ class Map:
         """RMS norm of each position's channels, and then SiLU if asked for."""
         return self._each(lambda x: self._kernels.rms_norm(x, weight, eps, silu))
 
-    def silu(self) -> Map:
-        return self._each(self._kernels.silu)
-
     def __add__(self, other: Map) -> Map:
         if other.shape != self.shape:
             raise ValueError(f"maps of {self.shape} and {other.shape} cannot be added")
@@ -187,7 +184,7 @@ class Map:
         return factor.astype(np.float32), offset.astype(np.float32)
 
     def _count_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each channel, (B, C): its mean, and the squared distances from it (Chan, Golub and LeVeque 1979)."""
+        """Each channel's mean and sum of squared distances from it, (B, C), added up as in Chan et al. (1979)."""
         mean = squares = np.zeros((self.shape[0], self.shape[3]))
         count = 0
         for strip in self._run(drain=False):

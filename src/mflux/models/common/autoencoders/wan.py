@@ -3,7 +3,8 @@
 Reference classes: diffusers' `AutoencoderKLQwenImage` and `AutoencoderKLWan`. A convolution over time sees nothing
 before the first frame but zeros, so on one frame only the last slice of its kernel counts: what is three-dimensional
 in the file is two-dimensional here, and the layers that halve or double the number of frames never run. Pictures and
-latents are (B, C, H, W) outside; inside, everything is channels-last.
+latents are (B, C, H, W) outside; inside, everything is channels-last. Norms look at one position alone, so but for the
+attention in the middle rows run through all layers at once, in strips.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, Self
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
+from mflux.models.common.autoencoders.kernels import attention
+from mflux.models.common.autoencoders.strips import Map
 from mflux.models.common.config.component_config import ComponentConfig
 
 # The norm divides by a length, not by a mean square, and takes lengths below 1e-12 as that.
@@ -103,8 +106,8 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.gamma = mx.ones((channels, *[1] * trailing))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self.gamma.reshape(-1), _EPS)
+    def __call__(self, x: Map, *, silu: bool = False) -> Map:
+        return x.rms_norm(self.gamma.reshape(-1), _EPS, silu=silu)
 
 
 # ---- blocks
@@ -120,10 +123,10 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = FrameConv(in_channels, out_channels, 1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
-        x = self.conv1(nn.silu(self.norm1(x)))
-        return skip + self.conv2(nn.silu(self.norm2(x)))
+    def __call__(self, x: Map) -> Map:
+        skip = x.conv(self.conv_shortcut) if "conv_shortcut" in self else x
+        x = self.norm1(x, silu=True).conv(self.conv1)
+        return skip + self.norm2(x, silu=True).conv(self.conv2)
 
 
 class AttentionBlock(nn.Module):
@@ -135,12 +138,11 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        batch, height, width, channels = x.shape
-        flat = self.to_qkv(self.norm(x)).reshape(batch, 1, height * width, 3 * channels)
-        q, k, v = mx.split(flat, 3, axis=-1)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)
-        return x + self.proj(y.reshape(x.shape))
+    def __call__(self, x: Map) -> Map:
+        batch, _, _, channels = x.shape
+        flat = self.norm(x.store()).conv(self.to_qkv).array(keep=True).reshape(batch, -1, 3 * channels)
+        y = attention(*mx.split(flat, 3, axis=-1))
+        return x + Map.of(y.reshape(x.shape)).conv(self.proj)
 
 
 class Downsample(nn.Module):
@@ -150,8 +152,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.resample = [nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.resample[1](mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+    def __call__(self, x: Map) -> Map:
+        return x.halve(self.resample[1])
 
 
 class Upsample(nn.Module):
@@ -161,8 +163,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.resample = [nn.Identity(), nn.Conv2d(channels, out_channels, 3, padding=1)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.resample[1](mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2))
+    def __call__(self, x: Map) -> Map:
+        return x.double(self.resample[1])
 
 
 class MidBlock(nn.Module):
@@ -171,7 +173,7 @@ class MidBlock(nn.Module):
         self.resnets = [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
         self.attentions = [AttentionBlock(channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Map) -> Map:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
@@ -188,7 +190,7 @@ class UpBlock(nn.Module):
         if not is_last:
             self.upsamplers = [Upsample(out_channels, out_channels // 2)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Map) -> Map:
         for resnet in self.resnets:
             x = resnet(x)
         return self.upsamplers[0](x) if "upsamplers" in self else x
@@ -207,8 +209,8 @@ class ResidualDownBlock(nn.Module):
         if not self.is_last:
             self.downsampler = Downsample(out_channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        skip = self.gather(x)
+    def __call__(self, x: Map) -> Map:
+        skip = x.rearranged(self.gather, taken=1 if self.is_last else 2)
         for resnet in self.resnets:
             x = resnet(x)
         return skip + (x if self.is_last else self.downsampler(x))
@@ -234,11 +236,11 @@ class ResidualUpBlock(nn.Module):
         if not self.is_last:
             self.upsampler = Upsample(out_channels, out_channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        skip = None if self.is_last else self.spread(x)
+    def __call__(self, x: Map) -> Map:
+        y = x
         for resnet in self.resnets:
-            x = resnet(x)
-        return x if self.is_last else skip + self.upsampler(x)
+            y = resnet(y)
+        return y if self.is_last else x.rearranged(self.spread, given=2) + self.upsampler(y)
 
     def spread(self, x: mx.array) -> mx.array:
         """Channels, repeated, as squares of pixels. Where the number of frames is doubled, the second one is the
@@ -283,11 +285,11 @@ class Encoder(nn.Module):
         self.norm_out = ChannelNorm(widths[-1], 3)
         self.conv_out = FrameConv(widths[-1], 2 * config.z_dim, 3)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.conv_in(x)
+    def __call__(self, x: Map) -> Map:
+        x = x.conv(self.conv_in)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(nn.silu(self.norm_out(self.mid_block(x))))
+        return self.norm_out(self.mid_block(x), silu=True).conv(self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -307,11 +309,11 @@ class Decoder(nn.Module):
         self.norm_out = ChannelNorm(widths[-1], 3)
         self.conv_out = FrameConv(widths[-1], config.out_channels, 3)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.mid_block(self.conv_in(x))
+    def __call__(self, x: Map) -> Map:
+        x = self.mid_block(x.conv(self.conv_in))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(nn.silu(self.norm_out(x)))
+        return self.norm_out(x, silu=True).conv(self.conv_out)
 
 
 class AutoencoderWan(nn.Module):
@@ -346,14 +348,14 @@ class AutoencoderWan(nn.Module):
             (B, z_dim, H / spatial_scale, W / spatial_scale).
         """
         pixels = patchify(image.transpose(0, 2, 3, 1), self.config.patch)
-        moments = self.quant_conv(self.encoder(pixels))
+        moments = self.encoder(Map.of(pixels)).conv(self.quant_conv).array()
         mean = moments[..., : self.config.z_dim]
         return ((mean - self._mean) / self._std).transpose(0, 3, 1, 2).astype(image.dtype)
 
     def decode(self, latents: mx.array) -> mx.array:
         """Latents (B, z_dim, h, w) to pictures (B, out_channels / patch_size², h · scale, w · scale) in [-1, 1]."""
         x = (latents.transpose(0, 2, 3, 1) * self._std + self._mean).astype(latents.dtype)
-        pixels = unpatchify(self.decoder(self.post_quant_conv(x)), self.config.patch)
+        pixels = unpatchify(self.decoder(Map.of(x).conv(self.post_quant_conv)).array(), self.config.patch)
         return mx.clip(pixels, -1, 1).transpose(0, 3, 1, 2)
 
     @property

@@ -1,0 +1,402 @@
+"""Seconds and memory of each stage at published width, beside diffusers and transformers on torch.
+
+    python benchmarks/steps.py [--only qwen …] [--pixels 512 1024] [--decode 256] [--repeats 2] [--other-python PYTHON]
+
+Of each transformer one or two blocks of each kind, with the embedders before them and the layers after them; of each
+text encoder two layers, with a vocabulary of a thousand words; each autoencoder's whole decoder. Sizes are those of
+tests/data/surface/configs.json, weights are random. Each part has a process of its own, in which both sides run in
+turn; a ratio is the median over the turns, seconds the shortest. Memory is what a run adds to the process at most:
+activations, not weights. Needs the `test` group of packages. `--other-python` names the Python of an environment with
+mflux 0.24.0, which then takes its turn as well, with transformers and decoders (steps_024.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+# What the kernel counts memory in.
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to measure.
+
+    Attributes:
+        component: the name in tests/families, with its family: "flux transformer".
+        entry: in configs.json.
+        label: what is left of it.
+        changes: entries of the configuration that make it small; an inner mapping changes the entries of one.
+        inputs: from the reference's configuration and the pixels along a side.
+        sized: whether it depends on the pixels: "tokens", "decode" or "no".
+    """
+
+    component: str
+    entry: str
+    label: str
+    changes: dict[str, Any]
+    inputs: Callable[[Any, int], dict[str, Any]]
+    sized: str = "tokens"
+
+    @property
+    def name(self) -> str:
+        return f"{self.component}: {self.label}"
+
+
+def draw(*shape: int):
+    import numpy as np
+
+    return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
+
+
+def ids(config, length: int):
+    import numpy as np
+
+    return np.random.default_rng(0).integers(3, config.vocab_size - 3, (1, length))
+
+
+# ---- what each family's models are given, one picture and no padding
+
+
+def flux(config, pixels: int) -> dict:
+    side = pixels // 16
+    given = {
+        "latents": draw(1, side * side, config.in_channels),
+        "text": draw(1, 512, config.joint_attention_dim),
+        "pooled": draw(1, config.pooled_projection_dim),
+        "sigma": draw(1) * 0 + 0.5,
+        "grid": (side, side),
+    }
+    return given | ({"guidance": draw(1) * 0 + 3.5} if config.guidance_embeds else {})
+
+
+def flux2(config, pixels: int) -> dict:
+    side = pixels // 16
+    return {
+        "latents": draw(1, side * side, config.in_channels),
+        "text": draw(1, 512, config.joint_attention_dim),
+        "sigma": draw(1) * 0 + 0.5,
+        "grid": (side, side),
+    }
+
+
+def z_image(config, pixels: int) -> dict:
+    return {
+        "latents": draw(1, config.in_channels, pixels // 8, pixels // 8),
+        "prompt_embeds": draw(1, 512, config.cap_feat_dim),
+        "timestep": draw(1) * 0 + 0.5,
+    }
+
+
+def qwen(config, pixels: int) -> dict:
+    import numpy as np
+
+    side = pixels // 16
+    return {
+        "latents": draw(1, side * side, config.in_channels),
+        "text": draw(1, 512, config.joint_attention_dim),
+        "sigma": draw(1) * 0 + 0.5,
+        "grids": np.array([[side, side]]),
+    }
+
+
+def fibo(config, pixels: int) -> dict:
+    side = pixels // 16
+    layers = config.num_layers + config.num_single_layers
+    return {
+        "latents": draw(1, side * side, config.in_channels),
+        "states": draw(max(layers, 2), 1, 512, config.text_encoder_dim),
+        "lengths": [512],
+        "sigma": [0.5],
+        "grid": (side, side),
+    }
+
+
+def words(config, pixels: int) -> dict:
+    import numpy as np
+
+    found = ids(config, 512)
+    return {"ids": found, "mask": np.ones(found.shape, np.int32)}
+
+
+def qwen_words(config, pixels: int) -> dict:
+    return {"ids": ids(config.text_config, 512)[0]}
+
+
+def clip_words(config, pixels: int) -> dict:
+    return {"ids": ids(config, 77)}
+
+
+def latents(config, pixels: int) -> dict:
+    """What our decoder takes, and what the reference takes: a video of one frame, or not put together in squares."""
+    if hasattr(config, "temperal_downsample"):
+        side = pixels // (2 ** (len(config.dim_mult) - 1) * (getattr(config, "patch_size", None) or 1))
+        whole = draw(1, config.z_dim, side, side)
+        return {"whole": whole, "latents": whole[:, :, None]}
+    side = pixels // 2 ** (len(config.block_out_channels) - 1)
+    square = (getattr(config, "patch_size", None) or (1,))[0]
+    whole = draw(1, config.latent_channels * square**2, side // square, side // square)
+    return {"whole": whole, "latents": whole.reshape(1, -1, side, side)}
+
+
+FEW_WORDS = {"vocab_size": 1000}
+TWO_LAYERS = {"num_hidden_layers": 2} | FEW_WORDS
+PARTS = (
+    Part("flux transformer with guidance", "FLUX.1-dev/transformer", "a double block",
+         {"num_layers": 1, "num_single_layers": 0}, flux),
+    Part("flux transformer with guidance", "FLUX.1-dev/transformer", "a single block",
+         {"num_layers": 0, "num_single_layers": 1}, flux),
+    Part("flux text_encoder_2", "FLUX.1/text_encoder_2", "two layers, 512 words", {"num_layers": 2} | FEW_WORDS,
+         clip_words, "no"),
+    Part("flux text_encoder", "FLUX.1/text_encoder", "whole, 77 words", {}, clip_words, "no"),
+    Part("flux vae", "FLUX.1/vae", "decode", {}, latents, "decode"),
+    Part("flux2 transformer", "FLUX.2-klein-4B/transformer", "a double block",
+         {"num_layers": 1, "num_single_layers": 0}, flux2),
+    Part("flux2 transformer", "FLUX.2-klein-4B/transformer", "a single block",
+         {"num_layers": 0, "num_single_layers": 1}, flux2),
+    Part("flux2 vae", "FLUX.2/vae", "decode", {}, latents, "decode"),
+    Part("z_image transformer", "Z-Image/transformer", "a block and a refiner of each kind",
+         {"n_layers": 1, "n_refiner_layers": 1}, z_image),
+    Part("z_image text_encoder", "Z-Image/text_encoder", "two layers, 512 words",
+         {"num_hidden_layers": 3} | FEW_WORDS, words, "no"),
+    Part("qwen transformer", "Qwen-Image/transformer", "a block", {"num_layers": 1}, qwen),
+    Part("qwen text_encoder", "Qwen-Image/text_encoder (Qwen2.5-VL-7B)", "two layers, 512 words",
+         {"text_config": TWO_LAYERS, "vision_config": {"depth": 1, "fullatt_block_indexes": [0]}} | TWO_LAYERS,
+         qwen_words, "no"),
+    Part("qwen vae", "Qwen-Image/vae", "decode", {}, latents, "decode"),
+    Part("fibo transformer", "FIBO/transformer", "a double block", {"num_layers": 1, "num_single_layers": 0}, fibo),
+    Part("fibo transformer", "FIBO/transformer", "a single block", {"num_layers": 0, "num_single_layers": 1}, fibo),
+    Part("fibo text_encoder", "FIBO/text_encoder (SmolLM3-3B)", "two layers, 512 words",
+         TWO_LAYERS | {"no_rope_layers": [1, 1]}, words, "no"),
+    Part("fibo vae", "FIBO/vae (Wan 2.2)", "decode", {}, latents, "decode"),
+)  # fmt: skip
+
+
+# ---- both sides
+
+
+def changed(config: dict, changes: dict) -> dict:
+    merged = dict(config)
+    for name, value in changes.items():
+        merged[name] = changed(config[name], value) if isinstance(value, dict) else value
+    return {name: value for name, value in merged.items() if not name.startswith("_") or name == "_class_name"}
+
+
+Runs = dict[str, Callable[[], Any]]
+
+
+def sides(part: Part) -> Callable[[int], Runs]:
+    """Build both; gives a function from a number of pixels to what is to be run on each side, by its name."""
+    import torch
+
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+    from families.cases import every
+
+    from mflux.backend import has_gpu, mx, tree_map
+
+    if has_gpu():
+        raise SystemExit("error: this compares MLX and torch on a CPU, and MLX computes on a GPU here")
+    torch.set_grad_enabled(False)
+    components = every("COMPONENTS")
+    component = components[part.component]
+    published = next(case for case in components.values() if part.entry in case.published and case.full_size)
+    config = changed(json.loads((ROOT / "tests/data/surface/configs.json").read_text())[part.entry], part.changes)
+    reference = published.full_size(config).eval().float()
+    module = component.module(component.module.config_class.from_dict(config))
+    module.update(tree_map(lambda value: mx.random.normal(value.shape) * 0.02, module.parameters()))
+    mx.eval(module.parameters())
+
+    def at(pixels: int) -> Runs:
+        given = part.inputs(reference.config, pixels)
+        if part.sized == "decode":
+            whole, inside = mx.array(given["whole"]), torch.tensor(given["latents"])
+            return {"ours": lambda: mx.eval(module.decode(whole)), "torch": lambda: reference.decode(inside).sample}
+        if part.component == "flux2 transformer":
+            return flux2_runs(module, reference, given)
+        return {
+            "ours": lambda: mx.eval(next(iter(component.ours(module, given)))),
+            "torch": lambda: next(iter(component.theirs(reference, given))),
+        }
+
+    return at
+
+
+def flux2_runs(module, reference, given: dict) -> Runs:
+    """FLUX.2's transformer for itself; its test runs other things along with this."""
+    import torch
+    from diffusers import Flux2KleinPipeline
+    from families.flux2 import grid_ids, text_ids
+
+    from mflux.backend import mx
+
+    text = torch.tensor(given["text"])
+    arguments = {
+        "hidden_states": torch.tensor(given["latents"]),
+        "encoder_hidden_states": text,
+        "timestep": torch.tensor(given["sigma"]),
+        "img_ids": Flux2KleinPipeline._prepare_latent_ids(torch.empty(1, 1, *given["grid"])),
+        "txt_ids": Flux2KleinPipeline._prepare_text_ids(text),
+    }
+    places = {"text_ids": text_ids(text.shape[1]), "image_ids": grid_ids(*given["grid"])}
+    arrays = [mx.array(given[name]) for name in ("latents", "sigma", "text")]
+    return {
+        "ours": lambda: mx.eval(module(arrays[0], sigma=arrays[1], prompt_embeds=arrays[2], **places)),
+        "torch": lambda: reference(**arguments),
+    }
+
+
+class Old:
+    """mflux 0.24 in a process of its own, which runs once whenever it is asked."""
+
+    def __init__(self, python: str, part: Part):
+        from mflux.backend import BLAS
+
+        family, _, kind = part.component.partition(" ")
+        name = f"{family} vae" if kind == "vae" else family
+        counts = [*part.changes.values(), 0, 0][:2]
+        call = [python, str(Path(__file__).with_name("steps_024.py")), name, BLAS or "", *map(str, counts)]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        self._process = subprocess.Popen(
+            call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        self._answer()
+
+    def run(self, pixels: int) -> float:
+        """Seconds."""
+        self._process.stdin.write(f"{pixels}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: mflux 0.24 in {self._process.args[0]} ended; steps_024.py says why")
+        return line
+
+
+class Added:
+    """The most that the process's memory grew by while the block ran, looked at every few milliseconds."""
+
+    def __enter__(self) -> Added:
+        self._before = self._most = self._memory()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self.bytes = self._most - self._before
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.005):
+            self._most = max(self._most, self._memory())
+
+    def _memory(self) -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def measure(part: Part, pixels: int, repeats: int, runs: Runs, old: Old | None) -> dict:
+    from mflux.models.common.stages import give_back_memory
+
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    added = dict.fromkeys(runs, 0)
+    others = []
+    for turn in range(repeats):
+        # Who runs second finds the processor as the first has left it, so they take turns at that as well.
+        for name in list(runs)[:: 1 if turn % 2 else -1]:
+            give_back_memory()
+            with Added() as memory:
+                start = time.perf_counter()
+                runs[name]()
+                seconds[name].append(time.perf_counter() - start)
+            added[name] = max(added[name], memory.bytes)
+        if old:
+            others.append(old.run(pixels))
+    return {
+        "part": part.name,
+        "pixels": pixels,
+        "seconds": {name: min(taken) for name, taken in seconds.items()},
+        "ratio": ratio(seconds["ours"], seconds["torch"]),
+        "ratio_024": ratio(seconds["ours"], others) if others else None,
+        "added": added,
+    }
+
+
+def ratio(ours: list[float], others: list[float]) -> float:
+    return statistics.median(one / two for one, two in zip(ours, others, strict=True))
+
+
+# ---- the table
+
+
+def row(found: dict, sized: str) -> str:
+    pixels = f"{found['pixels']}" if sized != "no" else "–"
+    seconds, added = found["seconds"], found["added"]
+    cells = [
+        found["part"], pixels, f"{seconds['ours']:.2f}", f"{seconds['torch']:.2f}", f"{found['ratio']:.2f}",
+        "–" if found["ratio_024"] is None else f"{found['ratio_024']:.2f}",
+        f"{added['ours'] / 1e6:,.0f}", f"{added['torch'] / 1e6:,.0f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="families; all of them otherwise")
+    parser.add_argument("--pixels", nargs="*", type=int, default=[512, 1024], help="for transformers (default: both)")
+    parser.add_argument("--decode", nargs="*", type=int, default=[256], help="for autoencoders (default: 256)")
+    parser.add_argument("--repeats", type=int, default=2, help="turns for each part; one above 512 px (default: 2)")
+    parser.add_argument("--other-python", metavar="PYTHON", help="of an environment with mflux 0.24.0")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file, row by row")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child is not None:
+        part = PARTS[args.child]
+        at = sides(part)
+        for run in at(64).values():
+            run()
+        old = Old(args.other_python, part) if args.other_python and part.sized != "no" else None
+        if old:
+            old.run(64)
+        for pixels in {"tokens": args.pixels, "decode": args.decode, "no": [0]}[part.sized]:
+            found = measure(part, pixels, args.repeats if pixels <= 512 else 1, at(pixels), old)
+            print(json.dumps(found), flush=True)
+        return
+    lines = [
+        "| part | px | seconds | torch's | of torch's | of 0.24's | MB added | torch's |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    print(*lines, sep="\n", flush=True)
+    for number, part in enumerate(PARTS):
+        if args.only and part.component.split()[0] not in args.only:
+            continue
+        said = ["--other-python", args.other_python] if args.other_python else []
+        sizes = ["--pixels", *args.pixels, "--decode", *args.decode, "--repeats", args.repeats]
+        call = [sys.executable, __file__, "--child", *map(str, (number, *sizes, *said))]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(f"{part.name} failed:\n{done.stderr}")
+        new = [row(json.loads(line), part.sized) for line in done.stdout.splitlines() if line.startswith("{")]
+        print(*new, sep="\n", flush=True)
+        lines += new
+        if args.markdown:
+            args.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
