@@ -54,9 +54,9 @@ BLAS = _load_blas()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-from mlx.utils import tree_flatten, tree_map  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
-__all__ = ["BLAS", "blas_advice", "compute_dtype", "has_gpu", "mx", "nn", "tree_flatten", "tree_map"]
+__all__ = ["BLAS", "blas_advice", "compute_dtype", "has_gpu", "mx", "nn", "tree_flatten", "tree_map", "tree_unflatten"]
 
 
 def has_gpu() -> bool:
