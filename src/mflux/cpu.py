@@ -105,11 +105,13 @@ def _elementwise(kernel: Kernel, plain: Callable[[mx.array], mx.array]) -> Calla
     """`plain`, computed by a kernel (x, out, spare) where that serves."""
 
     def compute(x: mx.array) -> mx.array:
-        # Of the same strides as x: a half of a wider array is not copied.
-        source = np.asarray(x).reshape(-1, x.shape[-1])
         out, into = room(x.shape)
+        source = np.asarray(x)
+        if source.flags.c_contiguous:
+            source, step = source.reshape(-1), _BLOCK
+        else:  # such as a half of a wider array, which is not copied
+            source, step = source.reshape(-1, x.shape[-1]), max(1, _BLOCK // x.shape[-1])
         into = into.reshape(source.shape)
-        step = max(1, _BLOCK // source.shape[1])
 
         def work(start: int, stop: int) -> None:
             kernel(source[start:stop], into[start:stop], np.empty_like(into[start:stop]))

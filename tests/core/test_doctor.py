@@ -521,6 +521,7 @@ def test_the_openblas_of_the_extra_is_told_by_name_and_file(quick):
     part = doctor.blas_part(quick)
     assert (part["library"], part["file"]) == ("libopenblas.so.0", path)
 
+
 def test_nothing_is_told_where_openblas_would_not_help(slow_linux, monkeypatch):
     assert backend.blas_advice() is not None
     for change in (
