@@ -2,8 +2,8 @@
 
 On Linux MLX's CPU wheel is linked against the reference BLAS, which multiplies matrices some twenty to sixty times
 slower than OpenBLAS. Symbols of a library that is already loaded process-wide win, so OpenBLAS, the system's or that of
-the extra `openblas`, is loaded before MLX is. A program that imports MLX before mflux is told, once, that this was too late.
-`MFLUX_BLAS=off` leaves MLX as it is.
+the extra `openblas`, is loaded before MLX is. A program that imports MLX before mflux is told, once, that this was too
+late. `MFLUX_BLAS=off` leaves MLX as it is.
 """
 
 from __future__ import annotations

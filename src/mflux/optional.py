@@ -19,7 +19,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional dependency group: the modules it brings, what it is for, and the one system that has it, if not all."""
+    """An optional dependency group: the modules it brings, what for, and the one system that it is for, if not all."""
 
     packages: tuple[str, ...]
     purpose: str
@@ -45,7 +45,7 @@ EXTRAS["full"] = Extra(
     tuple(dict.fromkeys(package for extra in EXTRAS.values() for package in extra.packages)), "all of the above"
 )
 # What holds no module goes by the name of its distribution, and is there if a file of it is.
-_FILES = {"cmeel-openblas": os.path.join("cmeel.prefix", "lib", "libopenblas.so.0")}
+_FILES = {"cmeel-openblas": "cmeel.prefix/lib/libopenblas.so.0"}
 
 
 def is_installed(extra: str) -> bool:
@@ -57,8 +57,9 @@ def is_installed(extra: str) -> bool:
 
 def file_of(package: str) -> str | None:
     """Where the file lies that a package without a module is for, or None."""
-    candidates = (os.path.join(folder, _FILES[package]) for folder in sys.path)
-    return next((path for path in candidates if os.path.isfile(path)), None)
+    candidates = (f"{folder}/{_FILES[package]}" for folder in sys.path)
+    # Unlike a Path's, no error where a folder may not be looked into.
+    return next((path for path in candidates if os.path.isfile(path)), None)  # noqa: PTH113
 
 
 def require(package: str, *, extra: str, feature: str) -> ModuleType:
