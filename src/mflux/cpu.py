@@ -10,6 +10,7 @@ inside `mx.compile` or `mx.vmap`, where nothing can be computed at once, MLX's o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -95,7 +96,13 @@ def _with_gradient(function: Callable[..., mx.array], plain: Callable[..., mx.ar
         found = mx.vjp(plain, primals, [cotangent])[1]
         return found[0] if len(found) == 1 else tuple(found)
 
-    return traced
+    def call(*arrays: mx.array) -> mx.array:
+        result = traced(*arrays)
+        with contextlib.suppress(ValueError):
+            mx.eval(result)  # else it keeps what it was made of, in case of a gradient
+        return result
+
+    return call
 
 
 # ---- activations

@@ -109,6 +109,15 @@ def test_what_is_small_or_not_float32_stays_with_mlx(counted):
     assert not counted
 
 
+def test_a_result_does_not_keep_what_it_was_made_of():
+    x = mx.random.normal((1000, 1000))
+    mx.eval(x)
+    before = mx.get_active_memory()
+    for _ in range(4):
+        x = layers.silu(x)
+    assert mx.get_active_memory() - before < x.nbytes / 2
+
+
 # ---- rotary positions
 
 
