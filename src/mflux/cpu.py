@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -71,6 +72,18 @@ def share(work: Callable[[int, int], None], rows: int, step: int) -> None:
     list(_pool(workers).map(part, range(workers)))
 
 
+_spare = threading.local()
+
+
+def spare(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
+    """Memory of this thread's own that a kernel may write to, always the same: new pages cost more than the work."""
+    size = math.prod(shape)
+    buffers = _spare.__dict__
+    if number not in buffers or buffers[number].size < size:
+        buffers[number] = np.empty(max(size, _BLOCK), np.float32)
+    return buffers[number][:size].reshape(shape)
+
+
 def room(shape: tuple[int, ...]) -> tuple[mx.array, np.ndarray]:
     """A new float32 array, as MLX and as numpy know it."""
     array = mx.zeros(shape, mx.float32)
@@ -109,7 +122,7 @@ def _with_gradient(function: Callable[..., mx.array], plain: Callable[..., mx.ar
 
 
 def _elementwise(kernel: Kernel, plain: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """`plain`, computed by a kernel (x, out, spare) where that serves."""
+    """`plain`, computed by a kernel (x, out, free) where that serves."""
 
     def compute(x: mx.array) -> mx.array:
         out, into = room(x.shape)
@@ -121,7 +134,8 @@ def _elementwise(kernel: Kernel, plain: Callable[[mx.array], mx.array]) -> Calla
         into = into.reshape(source.shape)
 
         def work(start: int, stop: int) -> None:
-            kernel(source[start:stop], into[start:stop], np.empty_like(into[start:stop]))
+            part = into[start:stop]
+            kernel(source[start:stop], part, spare(part.shape))
 
         share(work, len(source), step)
         return out
@@ -139,26 +153,26 @@ def _elementwise(kernel: Kernel, plain: Callable[[mx.array], mx.array]) -> Calla
 def _times_sigmoid(factor: float) -> Kernel:
     """x · sigmoid(factor · x); a sigmoid is (1 + tanh of half of it) / 2, and tanh is numpy's fastest."""
 
-    def kernel(x: np.ndarray, out: np.ndarray, spare: np.ndarray) -> None:
-        np.multiply(x, np.float32(factor / 2), out=spare)
-        np.tanh(spare, out=out)
-        np.multiply(x, np.float32(0.5), out=spare)
-        np.multiply(out, spare, out=out)
-        np.add(out, spare, out=out)
+    def kernel(x: np.ndarray, out: np.ndarray, free: np.ndarray) -> None:
+        np.multiply(x, np.float32(factor / 2), out=free)
+        np.tanh(free, out=out)
+        np.multiply(x, np.float32(0.5), out=free)
+        np.multiply(out, free, out=out)
+        np.add(out, free, out=out)
 
     return kernel
 
 
-def _gelu_tanh(x: np.ndarray, out: np.ndarray, spare: np.ndarray) -> None:
+def _gelu_tanh(x: np.ndarray, out: np.ndarray, free: np.ndarray) -> None:
     slope = math.sqrt(2 / math.pi)
-    np.multiply(x, x, out=spare)
-    np.multiply(spare, np.float32(0.044715 * slope), out=spare)
-    np.add(spare, np.float32(slope), out=spare)
-    np.multiply(spare, x, out=spare)
-    np.tanh(spare, out=out)
-    np.multiply(x, np.float32(0.5), out=spare)
-    np.multiply(out, spare, out=out)
-    np.add(out, spare, out=out)
+    np.multiply(x, x, out=free)
+    np.multiply(free, np.float32(0.044715 * slope), out=free)
+    np.add(free, np.float32(slope), out=free)
+    np.multiply(free, x, out=free)
+    np.tanh(free, out=out)
+    np.multiply(x, np.float32(0.5), out=free)
+    np.multiply(out, free, out=out)
+    np.add(out, free, out=out)
 
 
 # erf(x) = 1 - (a1 t + … + a5 t⁵) exp(-x²), t = 1 / (1 + p x), for x ≥ 0; no further off than 1.5e-7. Abramowitz and
@@ -167,24 +181,24 @@ _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 _ERF_P = 0.3275911
 
 
-def _gelu(x: np.ndarray, out: np.ndarray, spare: np.ndarray) -> None:
+def _gelu(x: np.ndarray, out: np.ndarray, free: np.ndarray) -> None:
     # With z = |x| / √2: x Φ(x) = max(x, 0) - |x| / 2 · (1 - erf(z)).
-    np.abs(x, out=spare)
-    t = np.multiply(spare, np.float32(_ERF_P * math.sqrt(0.5)))
+    np.abs(x, out=free)
+    t = np.multiply(free, np.float32(_ERF_P * math.sqrt(0.5)), out=spare(x.shape, 1))
     np.add(t, np.float32(1), out=t)
     np.reciprocal(t, out=t)
     np.multiply(t, np.float32(_ERF[-1]), out=out)
     for coefficient in _ERF[-2::-1]:
         np.add(out, np.float32(coefficient), out=out)
         np.multiply(out, t, out=out)
-    np.multiply(out, spare, out=out)
-    np.multiply(spare, spare, out=spare)
-    np.multiply(spare, np.float32(-0.5), out=spare)
-    np.exp(spare, out=spare)
-    np.multiply(out, spare, out=out)
+    np.multiply(out, free, out=out)
+    np.multiply(free, free, out=free)
+    np.multiply(free, np.float32(-0.5), out=free)
+    np.exp(free, out=free)
+    np.multiply(out, free, out=out)
     np.multiply(out, np.float32(-0.5), out=out)
-    np.maximum(x, np.float32(0), out=spare)
-    np.add(out, spare, out=out)
+    np.maximum(x, np.float32(0), out=free)
+    np.add(out, free, out=out)
 
 
 def _quick_gelu(x: mx.array) -> mx.array:
