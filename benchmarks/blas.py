@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 ROUNDS = 2
 GOAL = 20
@@ -69,7 +70,7 @@ def main() -> None:
     for _ in range(ROUNDS):
         without.append(in_process(args.repeats, MFLUX_BLAS="off"))
         with_it.append(in_process(args.repeats))
-    library = with_it[0]["blas"]
+    library = with_it[0]["blas"] and Path(with_it[0]["blas"]).name
     if library is None:
         raise SystemExit("there is no OpenBLAS here to compare with: mflux doctor says how to get it")
     assert without[0]["blas"] is None

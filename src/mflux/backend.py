@@ -1,9 +1,9 @@
 """The door to MLX: every module takes `mx` and `nn` from here.
 
 On Linux MLX's CPU wheel is linked against the reference BLAS, which multiplies matrices some twenty to sixty times
-slower than OpenBLAS. Symbols of a library that is already loaded process-wide win, so the system's OpenBLAS, if there
-is one, is loaded before MLX is. A program that imports MLX before mflux is told, once, that this was too late.
-`MFLUX_BLAS=off` leaves MLX as it is.
+slower than OpenBLAS. Symbols of a library that is already loaded process-wide win, so OpenBLAS, the system's or that of
+the extra `openblas`, is loaded before MLX is. A program that imports MLX before mflux is told, once, that this was too
+late. `MFLUX_BLAS=off` leaves MLX as it is.
 
 On a CPU, MLX's compiler is turned off: it writes C++ into a temporary folder that users may share, under names that
 anybody can tell, has a shell start g++, and loads whatever library lies there. For the activations that mflux could
@@ -18,6 +18,8 @@ import logging
 import os
 import shutil
 import sys
+
+from mflux.optional import file_of, pip_command
 
 # The name that Debian's alternatives, Arch and a build of one's own have; Fedora's builds with threads and with OpenMP.
 _OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblaso.so.0", "libopenblas.so")
@@ -39,7 +41,7 @@ def _load_blas() -> str | None:
 
 
 def _find_blas() -> str | None:
-    for name in _OPENBLAS_NAMES:
+    for name in (*_OPENBLAS_NAMES, *_openblas_of_the_extra()):
         try:
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
@@ -48,18 +50,24 @@ def _find_blas() -> str | None:
     return None
 
 
+def _openblas_of_the_extra() -> list[str]:
+    """The library that `mflux[openblas]` brings, if it is installed; no linker looks where it lies."""
+    found = file_of("cmeel-openblas")
+    return [] if found is None else [found]
+
+
 def _mlx_was_first() -> bool:
     """Whether MLX is loaded already, with its own BLAS: nothing that is loaded now comes before that."""
     return "mlx.core" in sys.modules and not hasattr(ctypes.CDLL(None), "openblas_get_config")
 
 
 _TOO_LATE = sys.platform == "linux" and _mlx_was_first()
-# The library that was put before MLX's own BLAS, or None.
+# The library that was put before MLX's own BLAS, by name or by path, or None.
 BLAS = _load_blas()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-from mlx.utils import tree_flatten, tree_map  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 __all__ = [
     "BLAS",
@@ -71,6 +79,7 @@ __all__ = [
     "settle_compiling",
     "tree_flatten",
     "tree_map",
+    "tree_unflatten",
 ]
 
 
@@ -113,8 +122,11 @@ def blas_advice() -> str | None:
             f"LD_PRELOAD={found} (MFLUX_BLAS=off: say this no more)"
         )
     commands = (command for program, command in _OPENBLAS_COMMANDS.items() if shutil.which(program))
-    command = next(commands, "install OpenBLAS with the system's package manager")
-    return f"this CPU would compute 20 times faster with OpenBLAS: {command} (MFLUX_BLAS=off: say this no more)"
+    command = next(commands, "install it with the system's package manager")
+    return (
+        f"this CPU would compute 20 times faster with OpenBLAS: {pip_command('openblas')}, or {command} "
+        "(MFLUX_BLAS=off: say this no more)"
+    )
 
 
 settle_compiling()

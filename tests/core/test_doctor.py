@@ -59,7 +59,7 @@ def test_it_tells_every_part_of_this_installation(cli):
     assert found["blas"]["gflops"] > 0
     assert found["caches"]["hugging_face"]["free"] > 0
     assert found["hugging_face"]["offline"] is True
-    assert set(found["extras"]) == {"torch-lite", "vlm", "full"}
+    assert set(found["extras"]) == {"torch-lite", "vlm", "full"} | ({"openblas"} if sys.platform == "linux" else set())
     assert "sizes" not in found
     for part in found.values():
         assert "error" not in part
@@ -491,14 +491,46 @@ def slow_linux(monkeypatch):
     [
         ("apt-get", "apt-get install libopenblas0"),
         ("dnf", "dnf install openblas-threads"),
-        ("another", "install OpenBLAS with the system's package manager"),
+        ("another", "install it with the system's package manager"),
     ],
 )
 def test_how_to_get_openblas_is_told_where_it_helps(slow_linux, monkeypatch, program, command):
     monkeypatch.setattr(backend.shutil, "which", lambda name: name if name == program else None)
     assert backend.blas_advice() == (
-        f"this CPU would compute 20 times faster with OpenBLAS: {command} (MFLUX_BLAS=off: say this no more)"
+        'this CPU would compute 20 times faster with OpenBLAS: pip install "mflux[openblas]", or '
+        f"{command} (MFLUX_BLAS=off: say this no more)"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is loaded")
+def test_the_openblas_of_the_extra_is_taken_where_the_system_has_none(monkeypatch, tmp_path):
+    tried = []
+
+    def load(name, mode):
+        tried.append(name)
+        if not Path(name).is_absolute():
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(backend.ctypes, "CDLL", load)
+    monkeypatch.syspath_prepend(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [str(tmp_path)])
+        assert backend._find_blas() is None
+        library = tmp_path / "cmeel.prefix" / "lib" / "libopenblas.so.0"
+        library.parent.mkdir(parents=True)
+        library.write_bytes(b"")
+        tried.clear()
+        assert backend._find_blas() == str(library)
+    # The system's come first: they may be built for this very machine.
+    assert tried == [*backend._OPENBLAS_NAMES, str(library)]
+
+
+def test_the_openblas_of_the_extra_is_told_by_name_and_file(quick):
+    path = "/venv/lib/python3.11/site-packages/cmeel.prefix/lib/libopenblas.so.0"
+    quick["blas"] = quick["blas_file"] = path
+    assert doctor._mapped_file(path) == path
+    part = doctor.blas_part(quick)
+    assert (part["library"], part["file"]) == ("libopenblas.so.0", path)
 
 
 def test_nothing_is_told_where_openblas_would_not_help(slow_linux, monkeypatch):

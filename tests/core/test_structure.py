@@ -19,7 +19,7 @@ MODULES = {
 # package itself, which only says its version, to none. Each may import from its own level and from those below.
 LEVELS = (
     ("errors", "text"),
-    ("backend", "optional", "utils", "compat"),
+    ("backend", "cpu", "optional", "utils", "compat"),
     ("checkpoints", "hub", "hub_cache", "demo"),
     ("callbacks",),
     ("models.common",),

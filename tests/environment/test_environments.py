@@ -111,6 +111,7 @@ def test_doctor_finds_the_core_sound_and_no_extra(core):
     assert {name: extra["installed"] for name, extra in found["extras"].items()} == {
         "torch-lite": False,
         "vlm": False,
+        **({"openblas": False} if ON_LINUX else {}),
         "full": False,
     }
     sizes = found["sizes"]
@@ -218,7 +219,8 @@ def test_fibo_vlm_runs_without_torch(vlm, tmp_path):
 
 def test_full_is_all_of_it(full, vlm, torch_lite, sparse_file):
     versions = full.versions()
-    assert set(versions) == set(vlm.versions()) | set(torch_lite.versions())
+    openblas = {"cmeel", "cmeel-openblas"} if ON_LINUX else set()
+    assert set(versions) == set(vlm.versions()) | set(torch_lite.versions()) | openblas
     assert cuda_packages(versions) == []
     full.pip("check")
     found = full.doctor()
@@ -226,6 +228,7 @@ def test_full_is_all_of_it(full, vlm, torch_lite, sparse_file):
     assert {name: extra["installed"] for name, extra in found["extras"].items()} == {
         "torch-lite": True,
         "vlm": True,
+        **({"openblas": True} if ON_LINUX else {}),
         "full": True,
     }
     assert full.run("mflux-convert", sparse_file, "out.safetensors", folder=sparse_file.parent).status == 0

@@ -11,7 +11,7 @@ import pytest
 from environments import ROOT, Environment, cuda_packages, execute
 from packaging.markers import Marker
 
-EXTRAS = ("", "torch-lite", "vlm", "full")
+EXTRAS = ("", "torch-lite", "vlm", "openblas", "full")
 
 
 def locked() -> dict[str, str]:

@@ -19,10 +19,9 @@ from transformers import Qwen3VLForConditionalGeneration as Reference
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from mflux.backend import has_gpu, mx
+from mflux.backend import mx
 from mflux.checkpoints.loading import layout_turns
 from mflux.errors import CheckpointError
-from mflux.models.common.layers import attention
 from mflux.models.fibo_vlm.model import weights
 from mflux.models.fibo_vlm.model.generation import Sampling, choose, generate_tokens, likely_logits
 from mflux.models.fibo_vlm.model.qwen3_vl import (
@@ -31,7 +30,6 @@ from mflux.models.fibo_vlm.model.qwen3_vl import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLTextConfig,
     Qwen3VLVisionConfig,
-    VisionAttention,
 )
 
 VOCABULARY = 400
@@ -143,26 +141,6 @@ def test_vision_features(pair, grids):
     assert len(deepstack) == len(expected.deepstack_features) > 0
     for feature, theirs in zip(deepstack, expected.deepstack_features, strict=True):
         assert relative_error(feature, torch.cat(theirs)) <= COMPONENT
-
-
-def test_vision_in_bands(pair, monkeypatch):
-    model, ours = pair
-    _, patches = prompt(values_of(model), ONE)
-    whole, _ = ours.see(mx.array(patches), ONE)
-    heads, count = ours.config.vision_config.num_heads, len(patches)
-    called = []
-
-    def counted(q, k, v, mask):
-        called.append(q.shape[2])
-        return attention(q, k, v, mask=mask)
-
-    monkeypatch.setattr("mflux.models.common.vision.attention", counted)
-    # Bands of seven patches, and a last one of what is left.
-    monkeypatch.setattr(VisionAttention, "BAND", 7 * heads * count + 1)
-    banded, _ = ours.see(mx.array(patches), ONE)
-    assert relative_error(banded, whole) <= COMPONENT
-    if not has_gpu():
-        assert called[:11] == [7] * 10 + [2]
 
 
 @pytest.mark.parametrize("grids", PICTURES.values(), ids=PICTURES)

@@ -119,6 +119,7 @@ def extras_part() -> Part:
             "versions": {package: _version(package) for package in extra.packages},
         }
         for name, extra in EXTRAS.items()
+        if extra.is_for_this_system
     }
 
 
@@ -278,8 +279,8 @@ def answer_probe() -> None:
 
 def _mapped_file(library: str | None) -> str | None:
     """The file that a loaded library came from."""
-    if library is None:
-        return None
+    if library is None or Path(library).is_absolute():
+        return library
     files = {line.split()[-1] for line in lines_of("/proc/self/maps") if "openblas" in line}
     return min(files, default=None)
 
@@ -409,7 +410,8 @@ def blas_part(probe: Part) -> Part:
     if "error" in probe:
         raise RuntimeError("MLX could not be asked")
     measured = probe["gflops"]
-    part: Part = {"library": probe["blas"], "file": probe["blas_file"], "gflops": measured.get("value")}
+    library = probe["blas"] and Path(probe["blas"]).name
+    part: Part = {"library": library, "file": probe["blas_file"], "gflops": measured.get("value")}
     if part["library"] is None:
         part["library"] = "Accelerate" if sys.platform == "darwin" else "MLX's own"
     part["off"] = os.environ.get("MFLUX_BLAS") if probe["blas"] is None and sys.platform == "linux" else None

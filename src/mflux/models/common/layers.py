@@ -8,7 +8,9 @@ from functools import cache
 
 import numpy as np
 
+from mflux import cpu
 from mflux.backend import has_gpu, mx, nn
+from mflux.cpu import gelu, gelu_approx, quick_gelu, silu
 from mflux.errors import CheckpointError
 
 # Channels of a time or guidance value's sinusoid, in every model here.
@@ -33,21 +35,27 @@ def embedded(embedding: nn.Module, ids: mx.array) -> mx.array:
     return embedding(ids)
 
 
-def quick_gelu(x: mx.array) -> mx.array:
-    """x · sigmoid(1.702 x), as OpenAI's CLIP was trained."""
-    return x * mx.sigmoid(1.702 * x)
-
-
 # By the names that published configurations use.
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": nn.gelu,
-    "gelu_new": nn.gelu_approx,
-    "gelu_pytorch_tanh": nn.gelu_approx,
+    "gelu": gelu,
+    "gelu_new": gelu_approx,
+    "gelu_pytorch_tanh": gelu_approx,
     "quick_gelu": quick_gelu,
     "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
+    "silu": silu,
+    "swish": silu,
 }
+
+
+class Activation(nn.Module):
+    """One of `ACTIVATIONS` as a layer, where published names count it as one."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.function = ACTIVATIONS[name]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.function(x)
 
 
 def split_heads(x: mx.array, heads: int) -> mx.array:
@@ -64,12 +72,14 @@ def merge_heads(x: mx.array) -> mx.array:
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = None, mask=None) -> mx.array:
     """Scaled dot-product attention over (B, heads, L, D); `scale` defaults to 1/√D."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cpu.attention_serves(q, k, v):
+        return cpu.attention(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
 def attention_bytes(heads: int, queries: int, keys: int) -> int:
-    """What `attention` holds at least beside its arguments and its result: on a CPU all scores, float32."""
-    return 0 if has_gpu() else 4 * heads * queries * keys
+    """What `attention` holds at least beside its arguments and its result: on a CPU some of the scores, float32."""
+    return 0 if has_gpu() else min(4 * heads * queries * keys, cpu.ROOM)
 
 
 # ---- rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864)
@@ -84,7 +94,10 @@ def rotate_halves(x: mx.array, rotary: Rotary) -> mx.array:
 
 def rotate_pairs(x: mx.array, rotary: Rotary) -> mx.array:
     """Turn channel 2i of (…, L, D) together with channel 2i + 1, in float32: FLUX and its kin."""
-    cos, sin = rotary
+    return cpu.turned_pairs(x, *rotary, _rotate_pairs) if cpu.serves(x, *rotary) else _rotate_pairs(x, *rotary)
+
+
+def _rotate_pairs(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
@@ -148,7 +161,7 @@ class MLPEmbedder(nn.Module):
         self.linear_2 = nn.Linear(features, features, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_2(nn.silu(self.linear_1(x)))
+        return self.linear_2(silu(self.linear_1(x)))
 
 
 def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float = 1e-6) -> mx.array:
@@ -168,7 +181,7 @@ class FeedForward(nn.Module):
             self.proj = nn.Linear(features, hidden)
 
         def __call__(self, x: mx.array) -> mx.array:
-            return nn.gelu_approx(self.proj(x))
+            return gelu_approx(self.proj(x))
 
     def __init__(self, features: int):
         super().__init__()

@@ -14,9 +14,11 @@ from mflux.models.common.layers import (
     FeedForward,
     Rotary,
     attention,
+    gelu_approx,
     merge_heads,
     modulate,
     rotate_pairs,
+    silu,
     split_heads,
 )
 
@@ -39,7 +41,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(features, parts * features)
 
     def __call__(self, condition: mx.array) -> list[mx.array]:
-        return mx.split(self.linear(nn.silu(condition))[:, None], self.parts, axis=-1)
+        return mx.split(self.linear(silu(condition))[:, None], self.parts, axis=-1)
 
 
 class JointAttention(nn.Module):
@@ -181,5 +183,5 @@ class SingleTransformerBlock(nn.Module):
     def __call__(self, x: mx.array, condition: mx.array, rotary: Rotary) -> mx.array:
         shift, scale, gate = self.norm(condition)
         y = modulate(x, shift, scale)
-        y = mx.concatenate([self.attn(y, rotary), nn.gelu_approx(self.proj_mlp(y))], axis=-1)
+        y = mx.concatenate([self.attn(y, rotary), gelu_approx(self.proj_mlp(y))], axis=-1)
         return x + gate * self.proj_out(y)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mflux.backend import has_gpu, mx, nn
+from mflux.backend import mx, nn
 from mflux.models.common.layers import (
     Rotary,
     attention,
@@ -96,13 +96,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Every patch of a picture, or of a window of it, sees every other.
-
-    MLX's CPU backend writes all the scores down: 0.6 GB for a picture of FIBO-VLM's largest size. There it is worked
-    on in bands of patches, each within `BAND` scores.
-    """
-
-    BAND = 1 << 25
+    """Every patch of a picture, or of a window of it, sees every other."""
 
     def __init__(self, features: int, heads: int):
         super().__init__()
@@ -114,15 +108,7 @@ class VisionAttention(nn.Module):
         """Patches (B, N, features), each of the B on its own; `mask` is true where a patch may be seen."""
         q, k, v = (split_heads(part, self.heads) for part in mx.split(self.qkv(x), 3, axis=-1))
         q, k = rotate_halves(q, rotary), rotate_halves(k, rotary)
-        rows = max(1, self.BAND // (self.heads * k.shape[2]))
-        if has_gpu() or rows >= q.shape[2]:
-            return self.proj(merge_heads(attention(q, k, v, mask=mask)))
-        bands = []
-        for start in range(0, q.shape[2], rows):
-            bands.append(attention(q[:, :, start : start + rows], k, v, mask=mask))
-            # MLX makes room for several queued operations at once: one band after the other, or nothing is saved.
-            mx.eval(bands[-1])
-        return self.proj(merge_heads(mx.concatenate(bands, axis=2)))
+        return self.proj(merge_heads(attention(q, k, v, mask=mask)))
 
 
 def see(tower: Callable[[mx.array, Grid], Any], patches: mx.array, grids: Sequence[Grid]) -> list[Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import attention, merge_heads, split_heads
+from mflux.models.common.layers import attention, gelu, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(inner, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(nn.gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Layer(nn.Module):

@@ -18,7 +18,7 @@ from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.decoder import DecoderConfig, DecoderLayer
-from mflux.models.common.layers import ACTIVATIONS, Rotary, embedded, inverse_frequencies
+from mflux.models.common.layers import ACTIVATIONS, Rotary, embedded, gelu, inverse_frequencies
 from mflux.models.common.vision import (
     Grid,
     PatchEmbed,
@@ -178,7 +178,7 @@ class PatchMerger(nn.Module):
             x = self.norm(x.reshape(-1, self.width))
         else:
             x = self.norm(x).reshape(-1, self.width)
-        return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
+        return self.linear_fc2(gelu(self.linear_fc1(x)))
 
 
 class Qwen3VLVisionModel(nn.Module):

@@ -15,7 +15,7 @@ import PIL.Image
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import ACTIVATIONS
+from mflux.models.common.layers import ACTIVATIONS, silu
 from mflux.models.common.text_encoders.clip import CLIPEncoder
 
 
@@ -143,4 +143,4 @@ class ReduxEmbedder(nn.Module):
         self.redux_down = nn.Linear(3 * config.txt_in_features, config.txt_in_features)
 
     def __call__(self, states: mx.array) -> mx.array:
-        return self.redux_down(nn.silu(self.redux_up(states)))
+        return self.redux_down(silu(self.redux_up(states)))

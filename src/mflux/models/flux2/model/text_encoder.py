@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import attention, merge_heads, split_heads
+from mflux.models.common.layers import Activation, attention, merge_heads, split_heads
 from mflux.models.common.text_encoders.qwen3 import Qwen3TextEncoder
 
 _EPS = 1e-5
@@ -119,7 +119,11 @@ class AttentionBlock(nn.Module):
         self.n1 = nn.LayerNorm(features, eps=_EPS)
         self.attn = SelfAttention(features, heads)
         self.n2 = nn.LayerNorm(features, eps=_EPS)
-        self.ffn = [nn.Linear(features, 4 * features), nn.GELU("tanh"), nn.Linear(4 * features, features)]
+        self.ffn = [
+            nn.Linear(features, 4 * features),
+            Activation("gelu_pytorch_tanh"),
+            nn.Linear(4 * features, features),
+        ]
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.attn(self.n1(x))
@@ -158,9 +162,9 @@ class SmallTextAdapter(nn.Module):
         self.mlp = [
             HiddenStateNorm(config),
             nn.Linear(config.in_features, hidden),
-            nn.GELU("tanh"),
+            Activation("gelu_pytorch_tanh"),
             nn.Linear(hidden, hidden),
-            nn.GELU("tanh"),
+            Activation("gelu_pytorch_tanh"),
             nn.Linear(hidden, config.out_features),
         ]
         self.attn = AttentionMixer(config)

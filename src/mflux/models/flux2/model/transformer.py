@@ -19,6 +19,7 @@ from mflux.models.common.layers import (
     modulate,
     rotary_embedding,
     rotate_pairs,
+    silu,
     split_heads,
     waves,
 )
@@ -107,7 +108,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(features, parts * features, bias=False)
 
     def __call__(self, condition: mx.array) -> list[mx.array]:
-        return mx.split(self.linear(nn.silu(condition))[:, None], self.parts, axis=-1)
+        return mx.split(self.linear(silu(condition))[:, None], self.parts, axis=-1)
 
 
 class Interior(nn.Module):
@@ -129,7 +130,7 @@ class Interior(nn.Module):
 def gated(x: mx.array) -> mx.array:
     """SiLU of the first half of the channels times the second (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
     gate, up = mx.split(x, 2, axis=-1)
-    return nn.silu(gate) * up
+    return silu(gate) * up
 
 
 class FeedForward(Interior):

@@ -18,7 +18,7 @@ from mflux.checkpoints.loading import Exceptions
 from mflux.checkpoints.quantization import UNQUANTIZED
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.decoder import DecoderConfig, DecoderStack, unused_patterns
-from mflux.models.common.layers import ACTIVATIONS, Rotary, SwiGLU, embedded, inverse_frequencies
+from mflux.models.common.layers import ACTIVATIONS, Activation, Rotary, SwiGLU, embedded, inverse_frequencies
 from mflux.models.common.vision import (
     Grid,
     PatchEmbed,
@@ -187,7 +187,7 @@ class PatchMerger(nn.Module):
         super().__init__()
         width = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = nn.RMSNorm(config.hidden_size, eps=_VISION_EPS)
-        self.mlp = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.out_hidden_size)]
+        self.mlp = [nn.Linear(width, width), Activation("gelu"), nn.Linear(width, config.out_hidden_size)]
 
     def __call__(self, x: mx.array) -> mx.array:
         """(1, patches, hidden_size) to (tokens, out_hidden_size)."""

@@ -13,7 +13,15 @@ import numpy as np
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import TIME_CHANNELS, FeedForward, MLPEmbedder, modulate, rotary_embedding, waves
+from mflux.models.common.layers import (
+    TIME_CHANNELS,
+    Activation,
+    FeedForward,
+    MLPEmbedder,
+    modulate,
+    rotary_embedding,
+    waves,
+)
 from mflux.models.common.mmdit import JointAttention, Modulation
 
 _EPS = 1e-6
@@ -89,8 +97,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         width = config.inner_dim
         # SiLU stands at 0 in the reference, and has no weights.
-        self.img_mod = [nn.SiLU(), nn.Linear(width, 6 * width)]
-        self.txt_mod = [nn.SiLU(), nn.Linear(width, 6 * width)]
+        self.img_mod = [Activation("silu"), nn.Linear(width, 6 * width)]
+        self.txt_mod = [Activation("silu"), nn.Linear(width, 6 * width)]
         self.attn = JointAttention(config.num_attention_heads, config.attention_head_dim)
         self.img_mlp = FeedForward(width)
         self.txt_mlp = FeedForward(width)

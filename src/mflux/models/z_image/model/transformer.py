@@ -14,11 +14,13 @@ from mflux.backend import mx, nn, tree_map
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.layers import (
     TIME_CHANNELS,
+    Activation,
     Rotary,
     attention,
     merge_heads,
     rotary_embedding,
     rotate_pairs,
+    silu,
     split_heads,
     waves,
 )
@@ -165,9 +167,9 @@ class FeedForward(Interior):
     def __call__(self, x: mx.array) -> mx.array:
         dtype = x.dtype
         if self.interior is None:
-            return self.w2(nn.silu(self.w1(x)) * self.w3(x))
+            return self.w2(silu(self.w1(x)) * self.w3(x))
         x = x.astype(self.interior)
-        hidden = nn.silu(self.w1(x)) * self.w3(x / _GATED_SCALE)
+        hidden = silu(self.w1(x)) * self.w3(x / _GATED_SCALE)
         return self.outside(self.w2(hidden), _GATED_SCALE, dtype)
 
 
@@ -197,7 +199,7 @@ class TransformerBlock(nn.Module):
 class TimeEmbedder(nn.Module):
     def __init__(self, features: int):
         super().__init__()
-        self.mlp = [nn.Linear(TIME_CHANNELS, _TIME_HIDDEN), nn.SiLU(), nn.Linear(_TIME_HIDDEN, features)]
+        self.mlp = [nn.Linear(TIME_CHANNELS, _TIME_HIDDEN), Activation("silu"), nn.Linear(_TIME_HIDDEN, features)]
 
     def __call__(self, values: mx.array, dtype: mx.Dtype) -> mx.array:
         x = waves(values).astype(dtype)
@@ -210,7 +212,7 @@ class FinalLayer(nn.Module):
     def __init__(self, config: ZImageTransformerConfig):
         super().__init__()
         self.linear = nn.Linear(config.dim, config.patch**2 * config.in_channels)
-        self.adaLN_modulation = [nn.SiLU(), nn.Linear(config.condition_dim, config.dim)]
+        self.adaLN_modulation = [Activation("silu"), nn.Linear(config.condition_dim, config.dim)]
 
     def __call__(self, x: mx.array, condition: mx.array) -> mx.array:
         silu, scale = self.adaLN_modulation

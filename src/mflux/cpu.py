@@ -1,0 +1,431 @@
+"""What MLX's CPU backend computes slowly, computed by numpy on every core.
+
+MLX runs everything but matrix products on one thread, and its exponentials and its unpacking of quantized weights take
+five to thirty times as long as numpy's (benchmarks/README.md). Products stay MLX's: that is where OpenBLAS is. numpy
+works on MLX's own memory, in blocks that stay in a core's cache, so nothing is copied and little is allocated.
+
+What is computed here is computed at once and not put off as MLX would. Gradients pass through (`_with_gradient`), and
+inside `mx.compile` or `mx.vmap`, where nothing can be computed at once, MLX's own operation is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+
+from mflux.backend import has_gpu, mx, nn
+
+# Elements from which on it is worth leaving MLX.
+LEAST = 1 << 16
+# Elements of an array in a block: what a kernel touches stays in the second cache, and a thread seldom needs Python.
+_BLOCK = 1 << 17
+# Bytes of what is written down at once of attention's scores, or of a quantized layer's dense weights.
+ROOM = 16 << 20
+
+Kernel = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+
+
+def serves(*arrays: mx.array) -> bool:
+    """Whether numpy is to compute with these: on the CPU, in float32, and there is enough of the first."""
+    return not has_gpu() and arrays[0].size >= LEAST and all(array.dtype == mx.float32 for array in arrays)
+
+
+# ---- threads
+
+
+def threads() -> int:
+    """As many as this process may have, and as it lets BLAS have."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, int(asked)) if asked.isdecimal() else cores)
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="mflux-cpu")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def share(work: Callable[[int, int], None], rows: int, step: int) -> None:
+    """Call `work(start, stop)` for blocks of at most `step` rows, on all cores; numpy's functions leave Python free."""
+    workers = min(threads(), -(-rows // step))
+    if workers <= 1:
+        for start in range(0, rows, step):
+            work(start, min(start + step, rows))
+        return
+    bounds = [rows * number // workers for number in range(workers + 1)]
+
+    def part(number: int) -> None:
+        for start in range(bounds[number], bounds[number + 1], step):
+            work(start, min(start + step, bounds[number + 1]))
+
+    list(_pool(workers).map(part, range(workers)))
+
+
+_spare = threading.local()
+
+
+def spare(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
+    """Memory of this thread's own that a kernel may write to, always the same: new pages cost more than the work."""
+    size = math.prod(shape)
+    buffers = _spare.__dict__
+    if number not in buffers or buffers[number].size < size:
+        buffers[number] = np.empty(max(size, _BLOCK), np.float32)
+    return buffers[number][:size].reshape(shape)
+
+
+def room(shape: tuple[int, ...]) -> tuple[mx.array, np.ndarray]:
+    """A new float32 array, as MLX and as numpy know it."""
+    array = mx.zeros(shape, mx.float32)
+    mx.eval(array)
+    return array, np.asarray(array)
+
+
+def _with_gradient(function: Callable[..., mx.array], plain: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """`function` of arrays, with the gradient of what it stands for; that itself where nothing can be computed yet."""
+
+    def run(*arrays: mx.array) -> mx.array:
+        try:
+            mx.eval(arrays)
+        except ValueError:  # inside mx.compile or mx.vmap
+            return plain(*arrays)
+        return function(*arrays)
+
+    traced = mx.custom_function(run)
+
+    @traced.vjp
+    def gradient(primals, cotangent, _):
+        primals = list(primals) if isinstance(primals, (list, tuple)) else [primals]
+        found = mx.vjp(plain, primals, [cotangent])[1]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def call(*arrays: mx.array) -> mx.array:
+        result = traced(*arrays)
+        with contextlib.suppress(ValueError):
+            mx.eval(result)  # else it keeps what it was made of, in case of a gradient
+        return result
+
+    return call
+
+
+# ---- activations
+
+
+def _elementwise(kernel: Kernel, plain: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """`plain`, computed by a kernel (x, out, free) where that serves."""
+
+    def compute(x: mx.array) -> mx.array:
+        out, into = room(x.shape)
+        source = np.asarray(x)
+        if source.flags.c_contiguous:
+            source, step = source.reshape(-1), _BLOCK
+        else:  # such as a half of a wider array, which is not copied
+            source, step = source.reshape(-1, x.shape[-1]), max(1, _BLOCK // x.shape[-1])
+        into = into.reshape(source.shape)
+
+        def work(start: int, stop: int) -> None:
+            part = into[start:stop]
+            kernel(source[start:stop], part, spare(part.shape))
+
+        share(work, len(source), step)
+        return out
+
+    traced = _with_gradient(compute, plain)
+
+    def activation(x: mx.array) -> mx.array:
+        return traced(x) if serves(x) else plain(x)
+
+    activation.__name__ = activation.__qualname__ = plain.__name__
+    activation.__doc__ = plain.__doc__
+    return activation
+
+
+def _times_sigmoid(factor: float) -> Kernel:
+    """x · sigmoid(factor · x); a sigmoid is (1 + tanh of half of it) / 2, and tanh is numpy's fastest."""
+
+    def kernel(x: np.ndarray, out: np.ndarray, free: np.ndarray) -> None:
+        np.multiply(x, np.float32(factor / 2), out=free)
+        np.tanh(free, out=out)
+        np.multiply(x, np.float32(0.5), out=free)
+        np.multiply(out, free, out=out)
+        np.add(out, free, out=out)
+
+    return kernel
+
+
+def _gelu_tanh(x: np.ndarray, out: np.ndarray, free: np.ndarray) -> None:
+    slope = math.sqrt(2 / math.pi)
+    np.multiply(x, x, out=free)
+    np.multiply(free, np.float32(0.044715 * slope), out=free)
+    np.add(free, np.float32(slope), out=free)
+    np.multiply(free, x, out=free)
+    np.tanh(free, out=out)
+    np.multiply(x, np.float32(0.5), out=free)
+    np.multiply(out, free, out=out)
+    np.add(out, free, out=out)
+
+
+# erf(x) = 1 - (a1 t + … + a5 t⁵) exp(-x²), t = 1 / (1 + p x), for x ≥ 0; no further off than 1.5e-7. Abramowitz and
+# Stegun, Handbook of Mathematical Functions (1964), 7.1.26.
+_ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+_ERF_P = 0.3275911
+
+
+def _gelu(x: np.ndarray, out: np.ndarray, free: np.ndarray) -> None:
+    # With z = |x| / √2: x Φ(x) = max(x, 0) - |x| / 2 · (1 - erf(z)).
+    np.abs(x, out=free)
+    t = np.multiply(free, np.float32(_ERF_P * math.sqrt(0.5)), out=spare(x.shape, 1))
+    np.add(t, np.float32(1), out=t)
+    np.reciprocal(t, out=t)
+    np.multiply(t, np.float32(_ERF[-1]), out=out)
+    for coefficient in _ERF[-2::-1]:
+        np.add(out, np.float32(coefficient), out=out)
+        np.multiply(out, t, out=out)
+    np.multiply(out, free, out=out)
+    np.multiply(free, free, out=free)
+    np.multiply(free, np.float32(-0.5), out=free)
+    np.exp(free, out=free)
+    np.multiply(out, free, out=out)
+    np.multiply(out, np.float32(-0.5), out=out)
+    np.maximum(x, np.float32(0), out=free)
+    np.add(out, free, out=out)
+
+
+def _quick_gelu(x: mx.array) -> mx.array:
+    """x · sigmoid(1.702 x), as OpenAI's CLIP was trained."""
+    return x * mx.sigmoid(1.702 * x)
+
+
+silu = _elementwise(_times_sigmoid(1.0), nn.silu)
+gelu = _elementwise(_gelu, nn.gelu)
+gelu_approx = _elementwise(_gelu_tanh, nn.gelu_approx)
+quick_gelu = _elementwise(_times_sigmoid(1.702), _quick_gelu)
+
+
+# ---- rotary positions
+
+
+def turned_pairs(x: mx.array, cos: mx.array, sin: mx.array, plain: Callable[..., mx.array]) -> mx.array:
+    """Channels 2i and 2i + 1 of (…, L, D) turned as one complex number; cos and sin are (L, D / 2) or broadcast."""
+
+    def compute(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+        turn = np.empty((*cos.shape, 2), np.float32)
+        turn[..., 0], turn[..., 1] = np.asarray(cos), np.asarray(sin)
+        turn = np.broadcast_to(turn.view(np.complex64)[..., 0], (*x.shape[:-1], x.shape[-1] // 2))
+        out, into = room(x.shape)
+        source = np.ascontiguousarray(np.asarray(x)).view(np.complex64)
+        into = into.view(np.complex64)
+        heads = [(source[at], turn[at], into[at]) for at in np.ndindex(x.shape[:-2])]
+        length = x.shape[-2]
+        step = max(1, _BLOCK // x.shape[-1])
+
+        def work(start: int, stop: int) -> None:
+            for a, b, c in heads:
+                np.multiply(a[start:stop], b[start:stop], out=c[start:stop])
+
+        share(work, length, min(step, -(-length // threads())))
+        return out
+
+    return _with_gradient(compute, plain)(x, cos, sin)
+
+
+# ---- attention
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
+    """`mx.fast.scaled_dot_product_attention`, `ROOM` bytes of scores at a time.
+
+    Args:
+        q: (B, heads, L, D).
+        k, v: (B, heads or a divisor of it, S, D).
+        mask: true where a position may be seen, or what is added to the scores, (B, heads, L, S) or broadcast to it;
+            "causal": the last query sees all keys, the one before it all but the last.
+    """
+    causal = isinstance(mask, str)
+    arrays = (q, k, v) if mask is None or causal else (q, k, v, mask)
+
+    def plain(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None = mask) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+    def compute(q: mx.array, k: mx.array, v: mx.array, seen: mx.array | None = None) -> mx.array:
+        return _attend(q * scale, k, v, None if seen is None else np.asarray(_real(seen)), causal)
+
+    return _with_gradient(compute, plain)(*arrays)
+
+
+def attention_serves(q: mx.array, k: mx.array, v: mx.array) -> bool:
+    """Whether `attention` is to compute it; the number of scores counts."""
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return not has_gpu() and scores >= LEAST and all(array.dtype == mx.float32 for array in (q, k, v))
+
+
+def _real(mask: mx.array) -> mx.array:
+    """A mask that numpy can read: it knows no bfloat16."""
+    return mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
+
+
+def _attend(q: mx.array, k: mx.array, v: mx.array, mask: np.ndarray | None, causal: bool) -> mx.array:
+    batch, heads, length, _ = q.shape
+    keys, shared = k.shape[2], heads // k.shape[1]
+    # Heads beside each other, as the next layer wants them.
+    out, into = room((batch, length, heads, v.shape[-1]))
+    if mask is not None:
+        mask = np.broadcast_to(mask, (batch, heads, length, keys))
+    most = ROOM // 4
+    rows = max(1, min(length, most // keys))
+    # As many heads at once as there is room for; of those that share keys no others beside them.
+    together = 1 if rows < length else max(1, min(most // (length * keys), shared if shared > 1 else heads))
+    while together > 1 and shared % together and shared > 1:
+        together -= 1
+    for number in range(batch):
+        for head in range(0, heads, together):
+            stop = min(head + together, heads)
+            first = head // shared
+            own_k = k[number, first : first + 1] if shared > 1 else k[number, head:stop]
+            own_v = v[number, first : first + 1] if shared > 1 else v[number, head:stop]
+            for start in range(0, length, rows):
+                end = min(start + rows, length)
+                # What the last of these queries sees, where each sees what lies before it.
+                visible = min(keys, end + keys - length) if causal else keys
+                scores = q[number, head:stop, start:end] @ own_k[:, :visible].swapaxes(-1, -2)
+                mx.eval(scores)
+                seen = None if mask is None else mask[number, head:stop, start:end]
+                _softmax(np.asarray(scores), seen, start + keys - length if causal else None)
+                part = scores @ own_v[:, :visible]
+                mx.eval(part)
+                into[number, start:end, head:stop] = np.asarray(part).swapaxes(0, 1)
+                del scores, part
+    return out.swapaxes(1, 2)
+
+
+def _softmax(scores: np.ndarray, mask: np.ndarray | None, diagonal: int | None) -> None:
+    """Over the last of (heads, rows, keys), in place; row i sees keys up to `diagonal` + i."""
+    heads, rows, keys = scores.shape
+    step = max(1, _BLOCK // keys)
+    lowest = np.finfo(np.float32).min
+
+    def work(start: int, stop: int) -> None:
+        for head in range(start // rows, -(-stop // rows)):
+            first, last = max(start - head * rows, 0), min(stop - head * rows, rows)
+            x = scores[head, first:last]
+            if mask is not None:
+                seen = mask[head, first:last]
+                if seen.dtype == bool:
+                    np.copyto(x, lowest, where=~seen)
+                else:
+                    np.add(x, seen, out=x)
+            if diagonal is not None:
+                np.copyto(x, lowest, where=np.arange(keys) > diagonal + np.arange(first, last)[:, None])
+            np.subtract(x, x.max(axis=-1, keepdims=True), out=x)
+            np.exp(x, out=x)
+            np.multiply(x, 1 / x.sum(axis=-1, keepdims=True), out=x)
+
+    share(work, heads * rows, step)
+
+
+# ---- quantized layers
+
+# How many bits are looked up together, whole weights each, and how many weights those are.
+_PIECES = {2: (8, 4), 3: (12, 4), 4: (8, 2), 5: (10, 2), 6: (12, 2)}
+# Products of weights and rows below which MLX is as fast; and with one row its own product always is.
+_LEAST_PRODUCTS = 1 << 18
+
+
+def quantized_serves(x: mx.array, weight: mx.array, bits: int, mode: str) -> bool:
+    """Whether `quantized_product` is to multiply x (…, in) with a quantized weight."""
+    rows = x.size // max(x.shape[-1], 1)
+    return (
+        not has_gpu()
+        and mode == "affine"
+        and x.dtype == mx.float32
+        and (bits == 8 or bits in _PIECES)
+        and rows > 1
+        and x.size * len(weight) >= _LEAST_PRODUCTS
+    )
+
+
+def quantized_product(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """x (…, in) times the transpose of a quantized weight (out, in), of which `ROOM` bytes are dense at a time."""
+
+    def plain(x: mx.array) -> mx.array:
+        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
+
+    def compute(x: mx.array) -> mx.array:
+        columns, rows = x.shape[-1], len(weight)
+        flat = x.reshape(-1, columns)
+        mx.eval(flat, weight, scales, biases)
+        packed, factors, offsets = np.asarray(weight), _numbers(scales), _numbers(biases)
+        out, into = room((len(flat), rows))
+        step = max(1, min(rows, ROOM // (4 * columns)))
+        dense, block = room((step, columns))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+
+            def work(first: int, last: int, at: int = start) -> None:
+                here = slice(at + first, at + last)
+                _unpack(packed[here], factors[here], offsets[here], group_size, bits, block[first:last])
+
+            share(work, stop - start, max(1, _BLOCK // columns))
+            product = flat @ dense[: stop - start].T
+            mx.eval(product)
+            into[:, start:stop] = np.asarray(product)
+            del product
+        return out.reshape(*x.shape[:-1], rows)
+
+    return _with_gradient(compute, plain)(x)
+
+
+def _numbers(array: mx.array) -> np.ndarray:
+    array = array.astype(mx.float32)
+    mx.eval(array)
+    return np.asarray(array)
+
+
+def _unpack(
+    packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, group_size: int, bits: int, out: np.ndarray
+) -> None:
+    """Rows of a quantized weight, dense: each number times its group's scale, plus its group's bias."""
+    numbers = packed.view(np.uint8)
+    groups = out.reshape(len(out), -1, group_size)
+    if bits == 8:
+        np.multiply(numbers.reshape(groups.shape), scales[..., None], out=groups)
+    else:
+        table = _table(bits)
+        np.take(table, _pieces(numbers, bits), out=out.view(table.dtype), mode="clip")
+        np.multiply(groups, scales[..., None], out=groups)
+    np.add(groups, biases[..., None], out=groups)
+
+
+@cache
+def _table(bits: int) -> np.ndarray:
+    """For each value of a piece its weights, the first in the lowest bits, as one wide element to copy."""
+    width, weights = _PIECES[bits]
+    values = (np.arange(1 << width)[:, None] >> (bits * np.arange(weights))) & ((1 << bits) - 1)
+    return values.astype(np.float32).view({2: np.float64, 4: np.complex128}[weights])[:, 0].copy()
+
+
+def _pieces(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes as pieces: 8 bits are a byte; two of 12 are in three bytes, four of 10 in five, lowest bits first."""
+    width, _ = _PIECES[bits]
+    if width == 8:
+        return numbers
+    whole = math.lcm(width, 8)
+    parts = numbers.reshape(len(numbers), -1, whole // 8)
+    out = np.empty((*parts.shape[:2], whole // width), np.intp)
+    for number in range(whole // width):
+        first, shift = divmod(number * width, 8)
+        low, high = parts[..., first].astype(np.uint16), parts[..., first + 1].astype(np.uint16)
+        out[..., number] = ((low | high << 8) >> shift) & ((1 << width) - 1)
+    return out.reshape(len(numbers), -1)

@@ -1,0 +1,334 @@
+"""What numpy computes in MLX's place on a CPU: equal to MLX's, with its gradients, and within its room."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mflux import backend, cpu
+from mflux.backend import mx, nn
+from mflux.checkpoints.quantization import Quantization, QuantizedEmbedding, QuantizedLinear, make_room, pack, planned
+from mflux.models.common import layers
+from mflux.models.common.lora.adapters import Adapter, LowRank, wrap
+
+pytestmark = pytest.mark.skipif(backend.has_gpu(), reason="a GPU keeps to MLX")
+
+SOURCE = Path(cpu.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    mx.random.seed(7)
+
+
+@pytest.fixture(params=[1, 3])
+def workers(request, monkeypatch):
+    monkeypatch.setattr(cpu, "threads", lambda: request.param)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often numpy had work to share."""
+    calls = []
+    share = cpu.share
+
+    def counting(work, rows, step):
+        calls.append((rows, step))
+        share(work, rows, step)
+
+    monkeypatch.setattr(cpu, "share", counting)
+    return calls
+
+
+def error(ours: mx.array, theirs: mx.array) -> float:
+    difference, whole = (np.asarray(x, dtype=np.float64) for x in (ours - theirs, theirs))
+    return float(np.linalg.norm(difference) / np.linalg.norm(whole))
+
+
+# ---- activations
+
+
+PLAIN = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "gelu": nn.gelu,
+    "gelu_new": nn.gelu_approx,
+    "gelu_pytorch_tanh": nn.gelu_approx,
+    "quick_gelu": lambda x: x * mx.sigmoid(1.702 * x),
+}
+
+
+def test_every_activation_is_compared():
+    assert set(PLAIN) | {"relu"} == set(layers.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("shape", [(cpu.LEAST,), (3, 301, 150), (2, 1, 1, 70_001)], ids=str)
+def test_an_activation_equals_mlx(name, shape, workers, counted):
+    x = 4 * mx.random.normal(shape)
+    assert error(layers.ACTIVATIONS[name](x), PLAIN[name](x)) < 1e-6
+    assert counted
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_part_of_an_array_and_values_at_the_ends(name, counted):
+    x = 4 * mx.random.normal((3, 300, 301))
+    x[0, 0, 20:26] = mx.array([0.0, -0.0, 1e4, -1e4, 60.0, -60.0])
+    part = x[..., 17:217]
+    assert error(layers.ACTIVATIONS[name](part), PLAIN[name](part)) < 1e-6
+    turned = x.swapaxes(1, 2)
+    assert error(layers.ACTIVATIONS[name](turned), PLAIN[name](turned)) < 1e-6
+    assert np.isfinite(np.asarray(layers.ACTIVATIONS[name](x))).all()
+    assert len(counted) == 3
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_gradients_and_transforms_of_an_activation(name, counted):
+    ours, plain = layers.ACTIVATIONS[name], PLAIN[name]
+    x = mx.random.normal((300, 301))
+
+    def gradient(function):
+        return mx.grad(lambda x: (mx.square(function(2 * x))).sum())(x)
+
+    assert error(gradient(ours), gradient(plain)) < 1e-5
+    assert counted
+    assert error(mx.compile(ours)(x), plain(x)) < 1e-6
+    assert error(mx.vmap(ours)(x), plain(x)) < 1e-6
+
+
+def test_what_is_small_or_not_float32_stays_with_mlx(counted):
+    for x in (mx.ones((2, 3)), mx.ones((300, 300), mx.bfloat16), mx.ones((300, 300), mx.float16)):
+        assert layers.silu(x).dtype == x.dtype
+    assert not counted
+
+
+def test_a_result_does_not_keep_what_it_was_made_of():
+    x = mx.random.normal((1000, 1000))
+    mx.eval(x)
+    before = mx.get_active_memory()
+    for _ in range(4):
+        x = layers.silu(x)
+    assert mx.get_active_memory() - before < x.nbytes / 2
+
+
+# ---- rotary positions
+
+
+@pytest.mark.parametrize("shape, places", [((1, 4, 300, 64), (300, 32)), ((2, 4, 300, 64), (2, 1, 300, 32))], ids=str)
+def test_turned_pairs_equal_mlx(shape, places, workers, counted):
+    angles = 9 * mx.random.normal(places)
+    rotary = mx.cos(angles), mx.sin(angles)
+    x = mx.random.normal(shape)
+    for y in (x, mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2)):
+        assert error(layers.rotate_pairs(y, rotary), layers._rotate_pairs(y, *rotary)) < 1e-6
+    assert counted
+
+    def gradient(function):
+        return mx.grad(lambda x: (function(x) ** 3).sum())(x)
+
+    ours = gradient(lambda x: layers.rotate_pairs(x, rotary))
+    assert error(ours, gradient(lambda x: layers._rotate_pairs(x, *rotary))) < 1e-5
+
+
+# ---- attention
+
+
+def masks(batch: int, heads: int, length: int, keys: int) -> dict:
+    seen = mx.random.uniform(shape=(length, keys)) > 0.3
+    seen[3] = False  # sees nothing: the mean of all
+    return {
+        "none": None,
+        "causal": "causal",
+        "seen": seen,
+        "seen, a batch": mx.random.uniform(shape=(batch, 1, length, keys)) > 0.3,
+        "added": mx.random.normal((batch, heads, length, keys)),
+        "added, half": mx.random.normal((batch, 1, 1, keys)).astype(mx.bfloat16),
+    }
+
+
+@pytest.mark.parametrize("bytes_at_once", [cpu.ROOM, 4 * 3 * 257 * 300, 4 * 70 * 300, 4], ids=str)
+@pytest.mark.parametrize("key_heads", [6, 2, 1])
+def test_attention_equals_mlx(bytes_at_once, key_heads, monkeypatch, workers):
+    monkeypatch.setattr(cpu, "ROOM", bytes_at_once)
+    batch, heads, length, keys = (2, 6, 257, 300) if bytes_at_once > 4 else (1, 6, 33, 400)
+    q = mx.random.normal((batch, heads, length, 64))
+    k = mx.random.normal((batch, key_heads, keys, 64))
+    v = mx.random.normal((batch, key_heads, keys, 48))
+    assert cpu.attention_serves(q, k, v)
+    for name, mask in masks(batch, heads, length, keys).items():
+        plain = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask=mask)
+        assert error(layers.attention(q, k, v, scale=0.2, mask=mask), plain) < 1e-6, name
+
+
+def test_fewer_keys_than_queries_and_causal():
+    q, k = mx.random.normal((1, 2, 400, 32)), mx.random.normal((1, 2, 500, 32))
+    plain = mx.fast.scaled_dot_product_attention(q, k, k, scale=0.3, mask="causal")
+    assert error(cpu.attention(q, k, k, 0.3, "causal"), plain) < 1e-6
+
+
+def test_gradients_of_attention(counted):
+    q, k, v = (mx.random.normal((1, 4, 200, 32)) for _ in range(3))
+    mask = mx.random.normal((200, 200))
+
+    def gradients(function):
+        return mx.grad(lambda q, k, v: mx.square(function(q, k, v)).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    ours = gradients(lambda q, k, v: layers.attention(q, k, v, scale=0.2, mask=mask))
+    plain = gradients(lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask=mask))
+    assert counted
+    assert max(error(a, b) for a, b in zip(ours, plain, strict=True)) < 1e-5
+
+
+def test_scores_are_never_all_there():
+    q, k, v = (mx.random.normal((1, 8, 1500, 16)) for _ in range(3))
+    mx.eval(q, k, v)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(layers.attention(q, k, v))
+    scores = 4 * 8 * 1500**2
+    # Scores in their room, the scaled queries, and the result with a part of it.
+    assert mx.get_peak_memory() - before < cpu.ROOM + 4 * q.nbytes < scores / 3
+
+
+# ---- quantized layers
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_a_quantized_product_equals_the_dense_one(bits, group_size, monkeypatch, workers, counted):
+    weight = mx.random.normal((999, 640))
+    packed = mx.quantize(weight, group_size, bits)
+    dense = mx.dequantize(*packed, group_size, bits)
+    x = mx.random.normal((2, 7, 640))
+    monkeypatch.setattr(cpu, "ROOM", 4 * 640 * 200)
+    # Not equal to the last bit everywhere: a product in parts may be summed in another order.
+    assert error(cpu.quantized_product(x, *packed, group_size, bits), x @ dense.T) < 1e-6
+    assert len(counted) == 5
+    ours = mx.grad(lambda x: mx.square(cpu.quantized_product(x, *packed, group_size, bits)).sum())(x)
+    assert error(ours, mx.grad(lambda x: mx.square(x @ dense.T).sum())(x)) < 1e-5
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(2048, 1024)
+        self.layers = [nn.Linear(1024, 4096), nn.Linear(4096, 1024, bias=False)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def quantized(net: Net, bits: int) -> tuple[Net, Net]:
+    """A net with quantized layers, and one with the same weights, dense."""
+    mx.eval(net.parameters())
+    plan = planned(net, Quantization(bits))
+    found = {path: pack(dict(net.named_modules())[path].weight, of) for path, of in plan.items()}
+    for path, of in plan.items():
+        parts = [found[path][name] for name in ("weight", "scales", "biases")]
+        dict(net.named_modules())[path].weight = mx.dequantize(*parts, of.group_size, of.bits)
+    small = Net()
+    small.update(net.parameters())
+    make_room(small, plan)
+    for path, parts in found.items():
+        layer = dict(small.named_modules())[path]
+        assert type(layer) is (QuantizedEmbedding if path == "embed" else QuantizedLinear)
+        for name, value in parts.items():
+            layer[name] = value
+    mx.eval(net.parameters(), small.parameters())
+    return net, small
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_quantized_layers_equal_dense_ones(bits, rows, counted):
+    dense, small = quantized(Net(), bits)
+    x = mx.random.normal((1, rows, 1024))
+    most = 1e-6 if rows > 1 else 1e-5  # MLX's own product sums less exactly
+    assert error(small(x), dense(x)) < most
+    assert error(small.embed.as_linear(x), dense.embed.as_linear(x)) < most
+    assert bool(counted) == (rows > 1)
+    ids = mx.array([[3, 2047]])
+    assert error(small.embed(ids), dense.embed(ids)) < 1e-6
+
+
+def test_a_lora_beside_a_quantized_layer(counted):
+    dense, small = quantized(Net(), 4)
+    up, down = 0.1 * mx.random.normal((4096, 8)), 0.1 * mx.random.normal((8, 1024))
+    for net in (dense, small):
+        wrap(net, "layers.0", [Adapter(1.0, 1.0, lambda: (LowRank(down, up), None))])
+    x = mx.random.normal((1, 20, 1024))
+    assert error(small(x), dense(x)) < 1e-6
+    assert counted
+
+
+def test_the_dense_weight_is_never_all_there(monkeypatch):
+    """Memory of a pass: the packed layers, a block of one, and activations."""
+    monkeypatch.setattr(cpu, "ROOM", 1 << 20)
+    _, small = quantized(Net(), 4)
+    x = mx.random.normal((1, 8, 1024))
+    mx.eval(x)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(small(x))
+    dense = 4 * 1024 * 4096
+    assert mx.get_peak_memory() - before < cpu.ROOM + 6 * 4 * 8 * 4096 < dense / 8
+
+
+# ---- threads
+
+
+def test_threads_are_as_many_as_blas_may_have(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = cpu.threads()
+    assert 1 <= cores <= os.cpu_count()
+    for asked, given in (("1", 1), ("0", 1), ("1000", cores), ("four", cores)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert cpu.threads() == given
+
+
+def test_an_error_in_a_thread_is_not_lost(monkeypatch):
+    monkeypatch.setattr(cpu, "threads", lambda: 2)
+
+    def work(start, stop):
+        raise FloatingPointError(f"{start}")
+
+    with pytest.raises(FloatingPointError):
+        cpu.share(work, 10, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own():
+    code = (
+        "import os, sys; from mflux import cpu; from mflux.backend import mx; cpu.threads = lambda: 2\n"
+        "work = lambda start, stop: None\n"
+        "cpu.share(work, 10, 1)\n"
+        "child = os.fork()\n"
+        "if not child: cpu.share(work, 10, 1); os._exit(7)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 7
+
+
+# ---- everything takes this way
+
+
+def test_models_take_activations_and_attention_from_the_layers():
+    """Else they are slow on a CPU. Autoencoders have kernels of their own."""
+    slow = re.compile(r"(nn\.(silu|gelu|gelu_approx|SiLU|GELU)|mx\.fast\.scaled_dot_product_attention)$")
+    found = set()
+    for path in (SOURCE / "models").rglob("*.py"):
+        if "autoencoders" in path.parts or path.name == "layers.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and slow.match(ast.unparse(node)):
+                found.add(f"{path.relative_to(SOURCE)}:{node.lineno} {ast.unparse(node)}")
+    assert not found
