@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -94,7 +95,7 @@ def mutated_value(value: Any, choose: random.Random) -> Any:
             case 3 if isinstance(at(value, path), int | float):
                 value = put(value, path, at(value, path) * choose.choice((-1, 2, 0.5, 1000, 2**20)))
             case _:
-                value = put(value, path, choose.choice(HOSTILE))
+                value = put(value, path, copy.deepcopy(choose.choice(HOSTILE)))
     return value
 
 

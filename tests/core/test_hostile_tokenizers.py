@@ -10,9 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from tiny import write_clip_tokenizer, write_t5_tokenizer
+from tiny import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
 
 from mflux.errors import CheckpointError, MfluxError, UsageError
+from mflux.models.common.qwen_tokenizer import qwen_tokenizer
 from mflux.models.common.tokenizer_checks import LONGEST_PROMPT, check_character_map, library_call
 from mflux.models.common.tokenizers import clip_tokenizer, t5_tokenizer
 
@@ -209,6 +210,22 @@ def test_every_value_exchanged(t5, clip, name):
                 outcomes.add("refused")
                 assert str(error).isprintable()
     assert "refused" in outcomes
+
+
+@pytest.mark.parametrize("token", ["", "\x1b[2J", "not in the vocabulary"])
+def test_tokens_that_nobody_knows(tmp_path, token):
+    """Some versions of the library leave an added token out, such as one without letters."""
+    write_qwen_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+
+    def add(content):
+        first = next(iter(content["added_tokens_decoder"]))
+        content["added_tokens_decoder"][first]["content"] = token
+
+    change(path, add)
+    with pytest.raises(CheckpointError) as caught:
+        qwen_tokenizer(tmp_path)
+    assert str(caught.value).isprintable()
 
 
 def test_no_table_is_no_fault():
