@@ -137,8 +137,8 @@ def lora(folder: Path) -> None:
     text = json.dumps(settings)
     mx.save_safetensors(str(folder / "peft.safetensors"), peft, {"lora_adapter_metadata": text})
     kohya = {
-        "layer.lora_down.weight": mx.ones((2, 4)), "layer.lora_up.weight": mx.ones((4, 2)), "layer.alpha": mx.array(2.0),
-        "layer.diff_b": mx.ones(4), "norm.diff": mx.ones(4),
+        "layer.lora_down.weight": mx.ones((2, 4)), "layer.lora_up.weight": mx.ones((4, 2)),
+        "layer.alpha": mx.array(2.0), "layer.diff_b": mx.ones(4), "norm.diff": mx.ones(4),
     }  # fmt: skip
     mx.save_safetensors(str(folder / "kohya.safetensors"), kohya)
     lokr = {"layer.lokr_w1": mx.ones((2, 2)), "layer.lokr_w2_a": mx.ones((2, 1)), "layer.lokr_w2_b": mx.ones((1, 2))}
@@ -199,13 +199,18 @@ def components(folder: Path) -> None:
         mx.save_safetensors(str(part / "model.safetensors"), tensors_of(module_class, values))
 
 
+def changed_first(folder: Path) -> list[str]:
+    """The entry that was changed, or holds what was, as a note says; all of them where nothing was."""
+    note = folder / "changed"
+    return [Path(note.read_text()).parts[0]] if note.is_file() else sorted(path.name for path in folder.iterdir())
+
+
 def read_component(folder: Path) -> None:
-    """The one that was changed, which a note says; all of them where nothing was."""
     from mflux.checkpoints.loading import load_component
     from mflux.models.common.family import found
 
-    part = folder / (folder / "changed").read_text() if (folder / "changed").is_file() else folder
-    for path in sorted({part, *part.parents} & set(folder.iterdir())) or sorted(folder.iterdir()):
+    for name in changed_first(folder):
+        path = folder / name
         load_component(found((path / "class").read_text()), path, read=False)
 
 
@@ -237,7 +242,7 @@ def read_model(folder: Path) -> None:
     from mflux.models.common.checking import check_model
     from mflux.models.common.config.saved_model import recorded_base_model
 
-    names = [Path((folder / "changed").read_text()).parts[0]] if (folder / "changed").is_file() else os.listdir(folder)
+    names = changed_first(folder)
     for name in names:
         recorded_base_model(str(folder / name))
         report = check_model(str(folder / name), "schnell" if not name.isdecimal() else None)
@@ -265,7 +270,7 @@ def read_tokenizer(folder: Path) -> None:
     from mflux.models.common.qwen_tokenizer import qwen_tokenizer
     from mflux.models.common.tokenizers import clip_tokenizer, t5_tokenizer, whole_tokenizer
 
-    names = [Path((folder / "changed").read_text()).parts[0]] if (folder / "changed").is_file() else os.listdir(folder)
+    names = changed_first(folder)
     for name in names:
         kinds = {"clip": clip_tokenizer, "t5": t5_tokenizer, "qwen": qwen_tokenizer, "whole": whole_tokenizer}
         tokenizer = kinds[name](folder / name)
@@ -299,7 +304,7 @@ def read_picture(folder: Path) -> None:
     from mflux.utils.metadata_reader import MetadataReader
     from mflux.utils.picture_files import as_rgb, open_image, oriented_size
 
-    names = [(folder / "changed").read_text()] if (folder / "changed").is_file() else os.listdir(folder)
+    names = changed_first(folder)
     for name in names:
         oriented_size(folder / name)
         np.asarray(as_rgb(open_image(folder / name), on_white=True))

@@ -212,20 +212,17 @@ def test_every_value_exchanged(t5, clip, name):
     assert "refused" in outcomes
 
 
-@pytest.mark.parametrize("token", ["", "\x1b[2J", "not in the vocabulary"])
-def test_tokens_that_nobody_knows(tmp_path, token):
-    """Some versions of the library leave an added token out, such as one without letters."""
+def test_an_added_token_without_letters(tmp_path):
+    """The library leaves it out without a word."""
     write_qwen_tokenizer(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
 
-    def add(content):
+    def empty(content):
         first = next(iter(content["added_tokens_decoder"]))
-        content["added_tokens_decoder"][first]["content"] = token
+        content["added_tokens_decoder"][first]["content"] = ""
 
-    change(path, add)
-    with pytest.raises(CheckpointError) as caught:
+    change(tmp_path / "tokenizer_config.json", empty)
+    with pytest.raises(CheckpointError, match="is damaged: the token  would be None, and tokenizer_config.json says"):
         qwen_tokenizer(tmp_path)
-    assert str(caught.value).isprintable()
 
 
 def test_no_table_is_no_fault():
