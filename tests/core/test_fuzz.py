@@ -57,9 +57,9 @@ def test_what_counts_as_a_find(tmp_path):
 def test_every_reader_reads_its_sound_files_and_changed_ones(tmp_path, name):
     """A seed's cases are the same each time."""
     call = [sys.executable, ROOT / "tools" / "fuzz.py", "--reader", name, "--seed", "7", "--finds", tmp_path / "finds"]
-    done = subprocess.run([*call, "--seconds", "2"], capture_output=True, text=True)
+    done = subprocess.run([*call, "--seconds", "0.5"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("seed 7, 2 s\n")
+    assert done.stdout.startswith("seed 7, ")
     row = re.search(rf"^{name} +([\d,]+) +([\d,]+) +([\d,]+) +0$", done.stdout, re.M)
     assert row and int(row[1].replace(",", "")) > 0
     assert not (tmp_path / "finds").exists()
