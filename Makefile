@@ -48,7 +48,7 @@ install = $(locked) $(pip)
 # Each worker has a core, and the references' small models are fastest on one thread.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-core test-newest test-environments lint format wheel lock clean bench
+.PHONY: demo test test-core fuzz test-newest test-environments lint format wheel lock clean bench
 
 demo: $(CORE)/.ready
 	@drawn="$$($(CORE)/bin/mflux-generate --model demo --prompt="$$MFLUX_DEMO_PROMPT" --seed 4 --output demo.png)" && \
@@ -62,6 +62,12 @@ test: $(TESTS)/.ready $(CLEAN)/.ready
 
 test-core: $(CLEAN)/.ready
 	MFLUX_REFUSE_TORCH=1 $(call pytest,$(CLEAN)) tests/core $(PYTEST_ARGS)
+
+# Every reader gets changed files for a while: SECONDS in all, SEED to have the same ones again.
+SECONDS ?= 300
+SEED ?=
+fuzz: $(CLEAN)/.ready
+	MFLUX_REFUSE_TORCH=1 OMP_NUM_THREADS=1 $(CLEAN)/bin/python tools/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 # What today's newest versions that pyproject.toml allows would do, in an environment made anew each time.
 test-newest:

@@ -143,6 +143,19 @@ def test_settings_that_a_command_cannot_honour(cli, in_folder, tiny_schnell, set
     assert [path.name for path in in_folder.iterdir()] == ["a.metadata.json"]
 
 
+@pytest.mark.parametrize(
+    "setting", [{"bake_lora": "\x1b[2J"}, {"lora_scales": "\x1b[2J"}, {"scheduler": "\x1b.C"}, {"model": ["\x1b[2J"]}]
+)
+def test_settings_that_make_no_sense_are_quoted_as_text(in_folder, setting):
+    from mflux.cli.generate import take_settings
+    from mflux.models.flux.cli.flux_generate import build_parser
+
+    (in_folder / "a.metadata.json").write_text(json.dumps(setting))
+    with pytest.raises(UsageError) as caught:
+        take_settings(build_parser().parse_args(["-C", "a.metadata.json"]))
+    assert str(caught.value).isprintable() and "\\x1b" in str(caught.value)
+
+
 # ---- parts
 
 

@@ -252,6 +252,23 @@ def all_configs(base=ComponentConfig):
             yield from all_configs(config)
 
 
+def parts():
+    """Configurations that hold others, and where."""
+    from mflux.models.qwen.model.text_encoder import Qwen25VLEncoder
+
+    for module_class in (DepthProForDepthEstimation, Qwen3VLForConditionalGeneration, Qwen25VLEncoder):
+        for name in (one.name for one in fields(module_class.config_class)):
+            if name.endswith("_config"):
+                yield module_class, name
+
+
+@pytest.mark.parametrize(("module_class", "name"), parts())
+@pytest.mark.parametrize("value", [5, 1.5, "x", [1], True])
+def test_a_part_that_is_no_table(module_class, name, value):
+    with pytest.raises(CheckpointError):
+        module_class.config_class.from_dict({name: value})
+
+
 def test_every_configuration_is_read_with_its_own_defaults_and_refuses_other_kinds():
     """All families': no annotation is one that the rule does not know."""
     configs = set(all_configs())

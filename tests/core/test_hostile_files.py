@@ -153,6 +153,14 @@ def test_names_that_no_file_can_have(tmp_path, name):
             assert str(error).isprintable()
 
 
+def test_shards_whose_names_no_file_can_have(tmp_path):
+    for name in ("x" * 5000, "a\0b", "\ud800", "../x"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(CheckpointError, match="1 of 1 weight files are missing") as caught:
+            weight_files(tmp_path)
+        assert str(caught.value).isprintable()
+
+
 def test_mutated_configurations(tmp_path):
     sound = json.dumps({"a": [1, 2.5, {"b": "text", "c": None}], "d": True, "e": -1e5}).encode()
     path = tmp_path / "config.json"

@@ -10,9 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from tiny import write_clip_tokenizer, write_t5_tokenizer
+from tiny import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
 
 from mflux.errors import CheckpointError, MfluxError, UsageError
+from mflux.models.common.qwen_tokenizer import qwen_tokenizer
 from mflux.models.common.tokenizer_checks import LONGEST_PROMPT, check_character_map, library_call
 from mflux.models.common.tokenizers import clip_tokenizer, t5_tokenizer
 
@@ -209,6 +210,19 @@ def test_every_value_exchanged(t5, clip, name):
                 outcomes.add("refused")
                 assert str(error).isprintable()
     assert "refused" in outcomes
+
+
+def test_an_added_token_without_letters(tmp_path):
+    """The library leaves it out without a word."""
+    write_qwen_tokenizer(tmp_path)
+
+    def empty(content):
+        first = next(iter(content["added_tokens_decoder"]))
+        content["added_tokens_decoder"][first]["content"] = ""
+
+    change(tmp_path / "tokenizer_config.json", empty)
+    with pytest.raises(CheckpointError, match="is damaged: the token  would be None, and tokenizer_config.json says"):
+        qwen_tokenizer(tmp_path)
 
 
 def test_no_table_is_no_fault():

@@ -125,3 +125,10 @@ def test_the_suite_runs_on_as_many_workers_as_wanted_and_for_the_family_that_is_
 def test_the_torch_that_make_installs_is_the_one_that_the_tests_name():
     version = re.search(r"^TORCH := (\S+)$", MAKEFILE, re.M)[1]
     assert f"torch=={version}" in tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["test"]
+
+
+def test_fuzz_takes_its_time_and_seed(checkout):
+    (run,) = [line for line in make(checkout, "--dry-run", "fuzz").splitlines() if "tools/fuzz.py" in line]
+    assert run.rstrip().endswith("tools/fuzz.py --seconds 300")
+    lines = make(checkout, "--dry-run", "fuzz", "SECONDS=60", "SEED=4").splitlines()
+    assert any(line.endswith("tools/fuzz.py --seconds 60 --seed 4") for line in lines)

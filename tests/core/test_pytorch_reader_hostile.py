@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mutations import mutated
 from torch_archives import (
     Call,
     Global,
@@ -442,38 +443,6 @@ def test_a_file_cut_anywhere_is_an_error(tmp_path, old):
     # And at each byte of the end, where the directory and the last storage are.
     for missing in range(1, 60):
         refused(tmp_path, content[:-missing], error=CheckpointError)
-
-
-_TELLING = (b"\x00", b"\x01", b"\x7f", b"\x80", b"\xff", b"\xff\xff\xff\xff", b"\x00\x00\x00\x80", b"\xff" * 8)
-_INSTRUCTIONS = b"(.012FGIJKLMNPQRSTUVX]abcdeghijlopqrst}u" + bytes(range(0x80, 0x99))
-
-
-def mutated(content: bytes, choose: random.Random) -> bytes:
-    """One to four changes: bytes flipped, replaced by telling values or instructions, cut out, doubled, moved."""
-    changed = bytearray(content)
-    for _ in range(choose.choice((1, 1, 1, 2, 4))):
-        at = choose.randrange(len(changed))
-        length = choose.choice((1, 1, 2, 4, 8, 30))
-        match choose.randrange(7):
-            case 0:
-                changed[at] ^= 1 << choose.randrange(8)
-            case 1:
-                changed[at : at + 1] = choose.choice(_TELLING)
-            case 2:
-                value = choose.choice(_TELLING)
-                changed[at : at + len(value)] = value
-            case 3:
-                changed[at] = choose.choice(_INSTRUCTIONS)
-            case 4:
-                del changed[at : at + length]
-            case 5:
-                changed[at:at] = changed[at : at + length]
-            case 6:
-                other = choose.randrange(len(changed))
-                changed[at : at + length] = changed[other : other + length]
-        if not changed:
-            return b""
-    return bytes(changed)
 
 
 ZIP, OLD = a_file_of_everything(False), a_file_of_everything(True)

@@ -16,7 +16,7 @@ from mflux.cli import parser as options
 from mflux.cli.parser import was_given
 from mflux.errors import ModelConfigError, NotBuiltError, UsageError
 from mflux.models.common.family import STAGES, built, found
-from mflux.text import some
+from mflux.text import shown, some
 from mflux.utils import values
 from mflux.utils.paths import is_repository
 from mflux.utils.scale_factor import ScaleFactor
@@ -379,10 +379,10 @@ def take_settings(args: argparse.Namespace) -> None:
             args.taken |= {setting.name}
         except argparse.ArgumentTypeError as error:
             raise UsageError(
-                f"{source}: its {setting.name} makes no sense, {error}: say {setting.option} yourself"
+                f"{source}: its {setting.name} makes no sense, {shown(error, 300)}: say {setting.option} yourself"
             ) from None
     if args.scheduler and "." in args.scheduler and not was_given(args, "scheduler"):
-        raise UsageError(f"{source}: its scheduler {args.scheduler} would be imported: say --scheduler yourself")
+        raise UsageError(f"{source}: its scheduler {shown(args.scheduler)} would be imported: say --scheduler yourself")
     _take_model(args, settings)
     _tell_repositories(args)
 
@@ -409,7 +409,7 @@ def _take_model(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     for name, value in names.items():
         if value is not None and not isinstance(value, str):
             raise UsageError(
-                f"{args.config_from_metadata}: its {name} makes no sense, {str(value)[:40]} is not text: say --model "
+                f"{args.config_from_metadata}: its {name} makes no sense, {shown(value, 40)} is not text: say --model "
                 "yourself"
             )
     model = names["model_path"] or names["model"]

@@ -15,6 +15,7 @@ from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError
 from mflux.models.common.tokenizer_checks import library_call
 from mflux.models.common.tokenizers import id_of, read_bpe, special_tokens, text_ids
+from mflux.text import shown
 
 # Contractions; words with the space or sign before them; single digits; signs with the line breaks after them; line
 # breaks; spaces, of which the last goes with what follows.
@@ -112,11 +113,11 @@ def qwen_tokenizer(folder: str | Path) -> QwenTokenizer:
     for token in (_START, _END):
         id_of(known, token, folder)
     for token, number in _listed(folder / "tokenizer_config.json").items():
-        if known[token] != number:
+        if known.get(token) != number:
             # Their own numbers are not taken over: tokens that are added get the ones after the vocabulary.
             raise CheckpointError(
-                f"{folder} is damaged: the token {token} would be {known[token]}, and tokenizer_config.json says "
-                f"{number}; fetch the folder again"
+                f"{folder} is damaged: the token {shown(token)} would be {known.get(token)}, and "
+                f"tokenizer_config.json says {number}; fetch the folder again"
             )
     return QwenTokenizer(tokenizer, pad=id_of(known, special["pad_token"], folder))
 

@@ -44,6 +44,9 @@ class ComponentConfig:
             CheckpointError: a value asks for something that this class cannot build, has the wrong type, or lies
                 outside any sane range.
         """
+        if not isinstance(values, Mapping):
+            # A part of another configuration may be anything.
+            raise CheckpointError(f"{source} is {shown(repr(values), 80)}, not a table of settings")
         kinds = _kinds(cls)
         chosen = {}
         for field in fields(cls):
