@@ -420,6 +420,9 @@ def test_pictures_are_encoded_and_decoded_in_tiles(tmp_path, tiny):
     class Local:
         spatial_scale = 8
 
+        def parameters(self):
+            return {}
+
         def encode(self, pixels):
             sizes.append(pixels.shape[2:])
             squares = pixels.reshape(1, 3, pixels.shape[2] // 8, 8, pixels.shape[3] // 8, 8)
