@@ -31,7 +31,7 @@ from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.plain_files import HEAD, what_else
 from mflux.errors import CheckpointError, DownloadError, UsageError
 from mflux.text import one_line, shown, size, without_password
-from mflux.utils.paths import user_path
+from mflux.utils.paths import read_bounded, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -386,7 +386,7 @@ def _secrets(hub: ModuleType) -> list[str]:
     """The tokens and passwords that are sent, as they are and as messages and servers may write them."""
     secrets = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     with suppress(OSError, ValueError):
-        secrets.append(Path(hub.constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
+        secrets.append(read_bounded(hub.constants.HF_TOKEN_PATH, 10_000).decode())
     with suppress(Exception):
         # A token of another source. What goes wrong with it is told where it is sent.
         secrets.append(hub.utils.get_token() or "")

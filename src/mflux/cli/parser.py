@@ -22,7 +22,7 @@ from mflux.models.common.lora.library import settle_scales
 from mflux.models.flux.lora_styles import STYLES, style_path
 from mflux.text import lines_shown, one_line, shown, size
 from mflux.utils import values
-from mflux.utils.paths import user_path
+from mflux.utils.paths import read_bounded, user_path
 from mflux.utils.values import number
 
 log = logging.getLogger(__name__)
@@ -527,19 +527,6 @@ def add_to_name(args: argparse.Namespace, words: str, placeholder: str) -> None:
         args.output = str(output.with_stem(output.stem + words + placeholder))
 
 
-def read_bounded(path: Path, most: int = _LARGEST) -> bytes:
-    """A file's bytes, at most one more than `most`: a device has no end. What a shell's `<(…)` gives is read as well; a
-    pipe that nothing writes to is empty.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        os.set_blocking(descriptor, True)
-        return file.read(most + 1)
-
-
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a `.metadata.json`, or those that a picture carries.
 
@@ -549,7 +536,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     from mflux.utils.strict_json import NotJSON, parse
 
     try:
-        content = read_bounded(path)
+        content = read_bounded(path, _LARGEST)
     except OSError as error:
         raise UsageError(f"cannot read the settings in {path}: {error.strerror or error}") from None
     try:
@@ -585,7 +572,7 @@ def read_prompt(args: argparse.Namespace) -> str:
             prompt = sys.stdin.read().removeprefix("\ufeff").strip()
         elif args.prompt_file is not None:
             source = f"the prompt file {args.prompt_file}"
-            content = read_bounded(args.prompt_file)
+            content = read_bounded(args.prompt_file, _LARGEST)
             if len(content) > _LARGEST:
                 raise PromptFileReadError(f"{source} has more than {size(_LARGEST)}: no prompt is as long")
             prompt = content.decode("utf-8-sig").strip()

@@ -86,6 +86,19 @@ def is_there(path: str | os.PathLike) -> bool:
     return os.path.exists(path)  # noqa: PTH110
 
 
+def read_bounded(path: str | os.PathLike, most: int) -> bytes:
+    """A file's bytes, at most one more than `most`: a device has no end. What a shell's `<(…)` gives is read as well; a
+    pipe that nothing writes to is empty.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        os.set_blocking(descriptor, True)
+        return file.read(most + 1)
+
+
 def is_repository(name: str) -> bool:
     """Whether a model's or LoRA's name is written as a repository, `org/name`, and nothing here has it."""
     try:

@@ -16,12 +16,15 @@ from typing import Any
 
 from mflux.errors import MfluxError
 from mflux.models.fibo_vlm.model.prompts import FIELDS
+from mflux.text import size
 from mflux.utils.exceptions import PromptFileReadError
-from mflux.utils.paths import user_path
+from mflux.utils.paths import read_bounded, user_path
 from mflux.utils.strict_json import NotJSON, parse
 
 # A prompt has three levels; an answer that goes beyond this is brackets and nothing else.
 _DEEPEST = 64
+# Of a prompt's file, in bytes.
+_LARGEST = 16 << 20
 _BLANK = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
 _ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})?')
@@ -234,7 +237,10 @@ def read_structured_prompt(path: str | Path) -> str:
     """
     path = user_path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+        content = read_bounded(path, _LARGEST)
+        if len(content) > _LARGEST:
+            raise PromptFileReadError(f"the prompt file {path} has more than {size(_LARGEST)}: no prompt is as long")
+        text = content.decode("utf-8-sig").strip()
     except OSError as error:
         raise PromptFileReadError(f"cannot read the prompt file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:

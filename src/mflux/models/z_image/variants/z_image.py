@@ -19,7 +19,7 @@ from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.layouts import BASE_SHIFT, TURBO_SHIFT, ZImageFolder, ZImageFolderOf024
 from mflux.utils.generated_image import GeneratedImage
-from mflux.utils.paths import user_path
+from mflux.utils.paths import is_file, user_path
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class ZImage(Pipeline):
     # ---- the folder
 
     def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
-        if model_path is None or not user_path(model_path).is_file():
+        if model_path is None or not is_file(user_path(model_path)):
             return super().resolve_folder(model_path, model_config)
         self._file = user_path(model_path)
         others = [part for part in self.components if part.name != "transformer" and part.repository is None]
