@@ -18,7 +18,17 @@ import numpy as np
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import TIME_CHANNELS, Rotary, attention, merge_heads, rotate_pairs, split_heads, waves
+from mflux.models.common.layers import (
+    TIME_CHANNELS,
+    Rotary,
+    attention,
+    gelu_approx,
+    merge_heads,
+    rotate_pairs,
+    silu,
+    split_heads,
+    waves,
+)
 
 # Windows are cut as if the picture had so many patches, 1280 x 720 pixels, whatever its size.
 _PATCHES = 45 * 80
@@ -239,7 +249,7 @@ class GatedFeedForward(nn.Module):
         self.proj_in = nn.Linear(dim, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.proj_out(nn.silu(self.proj_in_gate(x)) * self.proj_in(x))
+        return self.proj_out(silu(self.proj_in_gate(x)) * self.proj_in(x))
 
 
 class FeedForward(nn.Module):
@@ -249,7 +259,7 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(dim * expand_ratio, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.proj_out(nn.gelu_approx(self.proj_in(x)))
+        return self.proj_out(gelu_approx(self.proj_in(x)))
 
 
 class WindowAttention(nn.Module):
@@ -355,7 +365,7 @@ class TimeEmbedding(nn.Module):
         self.proj_out = nn.Linear(hidden, features)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.proj_out(nn.silu(self.proj_hid(nn.silu(self.proj_in(x)))))
+        return self.proj_out(silu(self.proj_hid(silu(self.proj_in(x)))))
 
 
 class Projection(nn.Module):
