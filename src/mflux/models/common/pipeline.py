@@ -319,7 +319,7 @@ class Pipeline:
         """
         component = self.component(name)
         folder = self.folder_of(component)
-        source = folder.root / component.folder
+        source = folder.root / component.folder / "config.json"
         return component.module_class().config_class.from_dict(folder.config(component.folder), source=source)
 
     def start(self, config: Config, noise: mx.array) -> mx.array:
