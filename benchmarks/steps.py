@@ -178,8 +178,8 @@ PARTS = (
     Part("qwen vae", "Qwen-Image/vae", "decode", {}, latents, "decode"),
     Part("fibo transformer", "FIBO/transformer", "a double block", {"num_layers": 1, "num_single_layers": 0}, fibo),
     Part("fibo transformer", "FIBO/transformer", "a single block", {"num_layers": 0, "num_single_layers": 1}, fibo),
-    Part("fibo text_encoder", "FIBO/text_encoder (SmolLM3-3B)", "two layers, 512 words",
-         TWO_LAYERS | {"no_rope_layers": [1, 1]}, words, "no"),
+    Part("fibo text_encoder", "FIBO/text_encoder (SmolLM3-3B)", "two layers, 512 words, its vocabulary",
+         {"num_hidden_layers": 2, "no_rope_layers": [1, 1]}, words, "no"),
     Part("fibo vae", "FIBO/vae (Wan 2.2)", "decode", {}, latents, "decode"),
 )  # fmt: skip
 
