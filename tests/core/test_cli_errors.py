@@ -58,7 +58,7 @@ def test_no_model_at_all(refused):
 def test_an_unknown_model(refused):
     told = (
         "a repository or folder whose name does not tell needs --base-model, as schnell, flux2-klein-4b, qwen-image, "
-        "fibo or z-image-turbo"
+        "fibo, z-image-turbo or seedvr2-3b"
     )
     refused(model="nonsense", status=2, message=f"the model 'nonsense' is not known: {SUGGESTION}; {told}")
 

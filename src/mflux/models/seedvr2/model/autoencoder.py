@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from mflux.backend import compute_dtype, mx, nn
 from mflux.models.common.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig, Decoder
+from mflux.models.common.autoencoders.strips import Map
 
 
 class StillConv(nn.Conv2d):
@@ -67,13 +68,16 @@ class StillUpsampler(nn.Module):
         self.upscale_conv = config.conv(channels, 4 * frames * channels, 1)
         self.conv = config.conv(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Map) -> Map:
+        return x.rearranged(self._squares, given=2).conv(self.conv)
+
+    def _squares(self, x: mx.array) -> mx.array:
         batch, height, width, channels = x.shape
         weight = self.upscale_conv.weight.reshape(4, self.frames, channels, channels)[:, 0]
         bias = self.upscale_conv.bias.reshape(4, self.frames, channels)[:, 0]
         x = mx.addmm(bias.reshape(-1), x, weight.reshape(-1, channels).T)
         x = x.reshape(batch, height, width, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-        return self.conv(x.reshape(batch, 2 * height, 2 * width, channels))
+        return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 class StillDecoder(Decoder):
