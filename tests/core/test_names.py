@@ -96,7 +96,9 @@ def calls(name: str) -> Iterator[tuple[str, str, list[str]]]:
 SHARED = {dest for dest, _, _ in calls("generate")} - {"model"}
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"doctor", "completions", "capabilities", "lora-library"}))
+@pytest.mark.parametrize(
+    "name", sorted(COMMANDS.keys() - {"doctor", "completions", "capabilities", "lora-library", "check"})
+)
 def test_every_option_of_every_command(name, cli, things, patience):
     tried, wrong = 0, []
     draws = name.startswith("generate-")
@@ -125,6 +127,16 @@ def test_folders_of_loras(kind, cli, things):
         result = cli("lora-library", "list", "--paths", *words)
         assert len(result.errors) == (result.status != 0)
         assert all(line.isprintable() for line in (result.out + result.err).split("\n"))
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_models_to_check(kind, cli, things, patience):
+    signal.alarm(PATIENCE)
+    result = cli("check", "model", NAMES[kind])
+    # What lies in the folder of all folders is another machine's business.
+    assert result.status in (1, 2) or kind == "root"
+    assert len(result.errors) == ("check: " not in result.out)
+    assert all(line.isprintable() for line in (result.out + result.err).split("\n"))
 
 
 @pytest.mark.parametrize("way", ["<(printf 'a red circle')", "pipe.png", "/dev/zero"])

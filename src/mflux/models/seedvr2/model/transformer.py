@@ -72,6 +72,14 @@ class SeedVR2TransformerConfig(ComponentConfig):
     vid_out_norm: Literal["fusedrms"] | None = "fusedrms"
     window: tuple[int, int, int] = field(default=(4, 3, 3), metadata={"least": 1})
 
+    @property
+    def inner_dim(self) -> int:
+        return self.vid_dim
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.heads
+
     def check(self) -> str | None:
         if self.txt_dim != self.vid_dim:
             return f"txt_dim {self.txt_dim} is not vid_dim {self.vid_dim}: streams of two widths are not built"
