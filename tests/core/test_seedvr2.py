@@ -141,8 +141,8 @@ def test_in_16_bits_as_on_gpus(name, dtype, bound):
     else:
         pixels, latents = data.inputs["pixels"].astype(dtype), data.inputs["latents"].astype(dtype)
         pairs = [
-            (module.encode(pixels), data.outputs["encoded"]),
-            (module.decode(latents), data.outputs["decoded"]),
+            (encode(module, pixels), data.outputs["encoded"]),
+            (decode(module, latents), data.outputs["decoded"]),
         ]
     for ours, theirs in pairs:
         assert ours.dtype == dtype
