@@ -109,6 +109,22 @@ class Shapes(Mapping[str, mx.array]):
         return len({match[1] for name in self if (match := re.match(pattern, name))})
 
 
+class PlainTensors(Shapes):
+    """Tensors as they are."""
+
+    def __init__(self, tensors: Mapping[str, mx.array]):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> mx.array:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 class Tensors024(Shapes):
     """Tensors with mflux 0.24's names and layout as a mapping with the published ones, read when they are asked for."""
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mflux.checkpoints.saved_by_024 import Layout024, Renames, Tensors024
+from mflux.models.common.autoencoders import kl_024
 
 _NAMES: dict[str, Renames] = {
     "transformer": (
@@ -88,23 +89,8 @@ def _text_encoder(tensors: Tensors024) -> dict[str, Any]:
 
 
 def _vae(tensors: Tensors024) -> dict[str, Any]:
-    levels = tensors.count(r"encoder\.down_blocks\.(\d+)\.")
-    return {
+    return kl_024.shape(tensors) | {
         "_class_name": "AutoencoderKLFlux2",
-        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
-        "out_channels": tensors.rows("decoder.conv_out.bias"),
-        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
-        "block_out_channels": [
-            tensors.rows(f"encoder.down_blocks.{level}.resnets.0.conv1.bias") for level in range(levels)
-        ],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": tensors.count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "norm_num_groups": 32,
-        "act_fn": "silu",
-        "mid_block_add_attention": True,
-        "use_quant_conv": "quant_conv.weight" in tensors,
-        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
         "batch_norm_eps": 1e-4,
         "patch_size": [2, 2],
     }

@@ -8,7 +8,7 @@ follows from the shapes, and where no shape tells, it is the published one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mflux.backend import mx
 from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.published import PublishedFolder
 from mflux.checkpoints.quantization import Quantization
-from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, Shapes
+from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, PlainTensors, Shapes
 from mflux.errors import CheckpointError
 from mflux.hub import resolve_model
 from mflux.models.seedvr2.model.transformer import SeedVR2TransformerConfig
@@ -114,22 +114,6 @@ _CONFIGS = {"transformer": transformer_config, "vae": vae_config}
 # ---- as published
 
 
-class FileTensors(Shapes):
-    """The tensors of a folder or file as they are."""
-
-    def __init__(self, tensors: Mapping[str, mx.array]):
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> mx.array:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
 class SeedVR2Folder(PublishedFolder):
     """A folder with the published files, or with a folder for each component."""
 
@@ -147,16 +131,16 @@ class SeedVR2Folder(PublishedFolder):
                 "sense), and there is no config.json beside it: take another file"
             ) from None
 
-    def tensors(self, part: str) -> FileTensors:
+    def tensors(self, part: str) -> PlainTensors:
         if super().has(part):
-            return FileTensors(FolderTensors(self.root / part))
+            return PlainTensors(FolderTensors(self.root / part))
         file = self._file(part)
         if file is None:
             wanted = " or ".join(TRANSFORMER_FILES.values()) if part == "transformer" else VAE_FILE
             raise CheckpointError(
                 f"{self.root} holds no {part} of SeedVR2: put {wanted} there, or a folder {part} with its config.json"
             )
-        return FileTensors(FolderTensors(self.root, [file]))
+        return PlainTensors(FolderTensors(self.root, [file]))
 
     def scheduler(self) -> dict[str, Any]:
         # One step from noise to the picture has no schedule.

@@ -16,7 +16,7 @@ from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.published import PublishedFolder
-from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, Renames, Shapes
+from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, PlainTensors, Renames, Shapes
 from mflux.errors import CheckpointError
 from mflux.models.common.autoencoders import kl_024
 from mflux.models.common.config.saved_model import recorded_base_model
@@ -216,22 +216,6 @@ class OriginalTensors(Shapes):
 
     def __len__(self) -> int:
         return len(self._theirs)
-
-
-class PlainTensors(Shapes):
-    """Tensors as they are."""
-
-    def __init__(self, tensors: Mapping[str, mx.array]):
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> mx.array:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 class ZImageFolder(PublishedFolder):

@@ -1,4 +1,4 @@
-"""The KL autoencoder in folders that mflux 0.24 or earlier saved, of FLUX.1 and of Z-Image."""
+"""The KL autoencoder in folders that mflux 0.24 or earlier saved, of FLUX.1, FLUX.2 and Z-Image."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ SQUARE = (("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.
 
 
 def config(tensors: Tensors024) -> dict[str, Any]:
+    """As FLUX.1 has it, whose scale no shape tells."""
+    return shape(tensors) | {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def shape(tensors: Tensors024) -> dict[str, Any]:
+    """What the shapes tell of an autoencoder of KL's kind."""
     levels = tensors.count(r"encoder\.down_blocks\.(\d+)\.")
     return {
-        "_class_name": "AutoencoderKL",
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors.rows("decoder.conv_out.bias"),
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
@@ -28,6 +33,4 @@ def config(tensors: Tensors024) -> dict[str, Any]:
         "mid_block_add_attention": True,
         "use_quant_conv": "quant_conv.weight" in tensors,
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
     }
