@@ -50,8 +50,8 @@ class Generate:
         add_options: adds the command's own options to the parser.
         sources: destinations of options, beside `image_path`, that name pictures: one path, or a list of them.
         size_source: the destination whose picture (the first, if several) gives the size for `auto` and `2x`.
-        own_size: whether the class chooses the size where none is said, although there is a source picture; `auto`, if
-            it is said, is the picture's then, as with mflux 0.24.
+        own_size: whether the class chooses the size where none is said, although there is a source picture.
+        exact_auto: whether `auto`, if it is said, is the picture's size then, as with mflux 0.24.
         ignored: destination → why the option is ignored; said as a warning where it is given.
         check: the command's own checks of its options, before anything heavy: called with the options and the model's
             configuration; may fill in what is not said, and raises `UsageError`.
@@ -79,6 +79,7 @@ class Generate:
     sources: tuple[str, ...] = ()
     size_source: str = "image_path"
     own_size: bool = False
+    exact_auto: bool = False
     ignored: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[argparse.Namespace, Any], None] | None = None
     build: Callable[[argparse.Namespace], dict[str, Any]] | None = None
@@ -267,8 +268,9 @@ class Generate:
             sources = getattr(args, name)
             for source in sources if isinstance(sources, list) else [sources]:
                 open_image(source)
-        said = was_given(args, "width", "height")
-        if self.own_size and not said and not any(isinstance(side, int) for side in (args.width, args.height)):
+        said = self.exact_auto and was_given(args, "width", "height")
+        is_auto = all(isinstance(side, ScaleFactor) and side.value == 1 for side in (args.width, args.height))
+        if self.own_size and is_auto and not said:
             return None, None
         reference = getattr(args, self.size_source, None) or None
         if isinstance(reference, list):

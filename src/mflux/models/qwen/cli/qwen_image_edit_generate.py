@@ -42,6 +42,7 @@ COMMAND = Generate(
     sources=("image_paths",),
     size_source="image_paths",
     own_size=True,
+    exact_auto=True,
     check=check,
     draw=lambda args: {"image_paths": args.image_paths},
 )
