@@ -369,3 +369,12 @@ def test_an_empty_tensor_is_finite():
             self.weight = mx.zeros((0, 4))
 
     fill(Empty(), {"weight": mx.zeros((0, 4))}, source="x")
+
+
+def test_a_shape_without_end_is_cut_in_the_message(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1] * 5000, "data_offsets": [0, 8]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(CheckpointError, match="for the shape") as failure:
+        load_checkpoint(path)
+    assert len(str(failure.value)) < 1000

@@ -283,7 +283,7 @@ def _fitting(
     if value.shape != expected.shape:
         turned = " (as MLX lays them out)" if turn else ""
         raise _misfit(
-            module, source, f"{key} has the shape {list(value.shape)} instead of {list(expected.shape)}{turned}"
+            module, source, f"{key} has the shape {shown(list(value.shape))} instead of {list(expected.shape)}{turned}"
         )
     if not mx.issubdtype(value.dtype, mx.floating) and mx.issubdtype(expected.dtype, mx.floating):
         raise _misfit(module, source, f"{key} holds {value.dtype} where floating-point numbers belong")
@@ -387,8 +387,8 @@ def _packed_layers(
             raise _misfit(
                 module,
                 source,
-                f"{name} holds quantized weights of the shape {list(shapes[0])} with scales of the shape "
-                f"{list(shapes[1])}, which do not make rows of {layer.weight.shape[-1]}",
+                f"{name} holds quantized weights of the shape {shown(list(shapes[0]))} with scales of the shape "
+                f"{shown(list(shapes[1]))}, which do not make rows of {layer.weight.shape[-1]}",
             )
         if said is not None and quantization != said:
             raise _misfit(

@@ -541,13 +541,13 @@ def _tensor(
     if len(size) != len(stride) or len(size) > _MOST_AXES or not _are_counts((offset, *size, *stride)):
         raise Refused("a tensor's shape or strides are negative or make no sense")
     if any(length > _LARGEST_AXIS for length in size):
-        raise Refused(f"a tensor's shape is beyond all bounds, {list(size)}")
+        raise Refused(f"a tensor's shape is beyond all bounds, {shown(list(size))}")
     if 0 not in size:
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         if (last + 1) * dtype.width > storage.length:
             raise Refused(
-                f"a tensor of the shape {list(size)} reaches to byte {(last + 1) * dtype.width:,} of a storage of "
-                f"{storage.length:,}"
+                f"a tensor of the shape {shown(list(size))} reaches to byte {(last + 1) * dtype.width:,} of a "
+                f"storage of {storage.length:,}"
             )
     marks = {"conj": False, "neg": False}
     if metadata is not None:

@@ -93,7 +93,7 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
             raise CheckpointError(f"{path}: {shown(name)} has the dtype {shown(dtype, 40)}, which mflux cannot read")
         if prod(shape) * _WIDTHS[dtype] != (end - start) * 8:
             raise CheckpointError(
-                f"{path} is damaged: {shown(name)} has {end - start:,} bytes for the shape {list(shape)}; "
+                f"{path} is damaged: {shown(name)} has {end - start:,} bytes for the shape {shown(list(shape))}; "
                 "fetch it again"
             )
         if 8 + length + end > size:

@@ -356,7 +356,9 @@ class _Entry:
         """A matrix's shape; kernels of 1 × 1 convolutions count as matrices."""
         shape = self.shapes[part]
         if len(shape) < 2 or not all(shape):
-            raise CheckpointError(f"{self.path}: {self.parts[part]} has the shape {list(shape)}, and is no matrix")
+            raise CheckpointError(
+                f"{self.path}: {self.parts[part]} has the shape {shown(list(shape))}, and is no matrix"
+            )
         return shape[0], math.prod(shape[1:])
 
     def _check_difference(self) -> None:
@@ -370,8 +372,8 @@ class _Entry:
             shape = self._flat("diff")
         if shape != self.target.shape:
             raise CheckpointError(
-                f"{self.path} does not fit this model: {self.parts['diff']} has the shape {list(shape)}, and here it "
-                f"is {list(self.target.shape)}"
+                f"{self.path} does not fit this model: {self.parts['diff']} has the shape {shown(list(shape))}, and "
+                f"here it is {list(self.target.shape)}"
             )
 
     def _check_is_matrix(self) -> None:
@@ -439,14 +441,15 @@ class _Entry:
             )
         else:
             raise CheckpointError(
-                f"{self.path}: {self.parts['magnitude']} has the shape {list(shape)} for a matrix of {height} × {width}"
+                f"{self.path}: {self.parts['magnitude']} has the shape {shown(list(shape))} for a matrix of "
+                f"{height} × {width}"
             )
 
     def _check_bias(self) -> None:
         for part in ("bias", "diff_b"):
             if part in self.parts and self.shapes[part] != self.target.shape[:1]:
                 raise CheckpointError(
-                    f"{self.path}: {self.parts[part]} has the shape {list(self.shapes[part])} for a layer of "
+                    f"{self.path}: {self.parts[part]} has the shape {shown(list(self.shapes[part]))} for a layer of "
                     f"{self.target.shape[0]} outputs"
                 )
 
