@@ -24,7 +24,9 @@ import os, signal, sys, time
 from pathlib import Path
 from mflux.cli.parser import run
 from mflux.utils.atomic_files import write_atomically
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's ignores it
+# A background job ignores the first, and what was started with nohup the second.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def write(file):
     file.write(b"half")
