@@ -92,7 +92,7 @@ def mutated_value(value: Any, choose: random.Random) -> Any:
                 parent[choose.choice((str(path[-1]) + "x", "", "__metadata__", "x" * 300))] = parent.pop(path[-1])
             case 2:
                 value = put(value, path, json.loads(json.dumps(at(value, choose.choice(found)))))
-            case 3 if isinstance(at(value, path), int | float):
+            case 3 if isinstance(at(value, path), int | float) and abs(at(value, path)) < 2**64:
                 value = put(value, path, at(value, path) * choose.choice((-1, 2, 0.5, 1000, 2**20)))
             case _:
                 value = put(value, path, copy.deepcopy(choose.choice(HOSTILE)))

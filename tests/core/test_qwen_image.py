@@ -343,3 +343,12 @@ def test_a_folder_put_together_from_others(model, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"z_dim": 4}))
     with pytest.raises(CheckpointError, match="an autoencoder of 4"):
         QwenImage(model_path=str(broken))
+
+
+@pytest.mark.parametrize(("name", "value"), [("dim_mult", 3), ("dim_mult", None), ("z_dim", "16"), ("z_dim", [16])])
+def test_an_autoencoder_s_configuration_of_the_wrong_kind(tmp_path, name, value):
+    root = write_tiny(tmp_path / "x")
+    path = root / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(CheckpointError, match=name):
+        QwenImage(model_path=str(root), model_config=ModelConfig.from_name(str(root), "qwen-image"))

@@ -167,7 +167,7 @@ def test_broken_answers_are_refused(model, here, capsys):
         (fibo_inspire, (), 2, "--image-path"),
         (fibo_refine, ("--prompt-file", "none.json", "--instructions", "x"), 2, "none.json"),
         (fibo_refine, ("--prompt-file", "red.png", "--instructions", "x"), 2, "UTF-8"),
-        (fibo_refine, ("--prompt-file", "broken.json", "--instructions", "x"), 2, "not JSON"),
+        (fibo_refine, ("--prompt-file", "broken.json", "--instructions", "x"), 2, "is truncated"),
         (fibo_refine, ("--prompt-file", "list.json", "--instructions", "x"), 2, "no JSON object"),
         (fibo_refine, ("--prompt-file", "deep.json", "--instructions", "x"), 2, "too deep"),
         (fibo_refine, ("--prompt-file", "empty.json", "--instructions", "x"), 2, "is empty"),

@@ -52,8 +52,8 @@ class QwenBase(Pipeline):
     def check_folder(self) -> None:
         super().check_folder()
         channels = self.folder.config("transformer").get("in_channels", 64)
-        config = self.folder.config("vae")
-        depth, levels = config.get("z_dim", 16), len(config.get("dim_mult", (1, 2, 4, 4)))
+        vae = self.configuration("vae")
+        depth, levels = vae.z_dim, len(vae.dim_mult)
         if (channels, depth, levels) != (64, 16, 4):
             raise CheckpointError(
                 f"{self.root} holds a transformer of {channels} channels a token and an autoencoder of {depth} for "
