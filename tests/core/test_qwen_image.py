@@ -340,7 +340,8 @@ def test_a_folder_put_together_from_others(model, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     path = broken / "vae" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"z_dim": 4}))
+    other = {"z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
     with pytest.raises(CheckpointError, match="an autoencoder of 4"):
         QwenImage(model_path=str(broken))
 
