@@ -29,7 +29,7 @@ _BLOCK = 1 << 17
 # Bytes of what is written down at once of attention's scores, or of a quantized layer's dense weights.
 ROOM = 16 << 20
 
-Kernel = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+Kernel = Callable[..., None]
 
 
 def serves(*arrays: mx.array) -> bool:
@@ -70,6 +70,19 @@ def share(work: Callable[[int, int], None], rows: int, step: int) -> None:
             work(start, min(start + step, bounds[number + 1]))
 
     list(_pool(workers).map(part, range(workers)))
+
+
+def share_rows(work: Callable[[tuple[int, ...], int, int], None], shape: tuple[int, ...]) -> None:
+    """Call `work(index, start, stop)` for blocks of rows of an array (…, rows, channels), on all cores."""
+    places, rows = list(np.ndindex(shape[:-2])), shape[-2]
+
+    def part(start: int, stop: int) -> None:
+        for number in range(start // rows, -(-stop // rows)):
+            first = number * rows
+            work(places[number], max(start - first, 0), min(stop - first, rows))
+
+    whole = len(places) * rows
+    share(part, whole, max(1, min(_BLOCK // shape[-1], -(-whole // threads()))))
 
 
 _spare = threading.local()
@@ -121,29 +134,31 @@ def _with_gradient(function: Callable[..., mx.array], plain: Callable[..., mx.ar
 # ---- activations
 
 
-def _elementwise(kernel: Kernel, plain: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """`plain`, computed by a kernel (x, out, free) where that serves."""
+def _elementwise(kernel: Kernel, plain: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """`plain` of one or more arrays of one shape, computed by a kernel (x, out, free, *others) where that serves."""
 
-    def compute(x: mx.array) -> mx.array:
-        out, into = room(x.shape)
-        source = np.asarray(x)
-        if source.flags.c_contiguous:
-            source, step = source.reshape(-1), _BLOCK
+    def compute(*arrays: mx.array) -> mx.array:
+        out, into = room(arrays[0].shape)
+        sources = [np.asarray(array) for array in arrays]
+        if all(source.flags.c_contiguous for source in sources):
+            flat, step = (-1,), _BLOCK
         else:  # such as a half of a wider array, which is not copied
-            source, step = source.reshape(-1, x.shape[-1]), max(1, _BLOCK // x.shape[-1])
-        into = into.reshape(source.shape)
+            flat = (-1, into.shape[-1])
+            step = max(1, _BLOCK // into.shape[-1])
+        first, *others = (source.reshape(flat) for source in sources)
+        into = into.reshape(flat)
 
         def work(start: int, stop: int) -> None:
             part = into[start:stop]
-            kernel(source[start:stop], part, spare(part.shape))
+            kernel(first[start:stop], part, spare(part.shape), *(other[start:stop] for other in others))
 
-        share(work, len(source), step)
+        share(work, len(into), step)
         return out
 
     traced = _with_gradient(compute, plain)
 
-    def activation(x: mx.array) -> mx.array:
-        return traced(x) if serves(x) else plain(x)
+    def activation(*arrays: mx.array) -> mx.array:
+        return traced(*arrays) if serves(*arrays) else plain(*arrays)
 
     activation.__name__ = activation.__qualname__ = plain.__name__
     activation.__doc__ = plain.__doc__
@@ -201,15 +216,124 @@ def _gelu(x: np.ndarray, out: np.ndarray, free: np.ndarray) -> None:
     np.add(out, free, out=out)
 
 
+def _gated_silu(x: np.ndarray, out: np.ndarray, free: np.ndarray, other: np.ndarray) -> None:
+    _SILU(x, out, free)
+    np.multiply(out, other, out=out)
+
+
+def _silu_times(x: mx.array, other: mx.array) -> mx.array:
+    """silu(x) · other, as in SwiGLU."""
+    return nn.silu(x) * other
+
+
 def _quick_gelu(x: mx.array) -> mx.array:
     """x · sigmoid(1.702 x), as OpenAI's CLIP was trained."""
     return x * mx.sigmoid(1.702 * x)
 
 
-silu = _elementwise(_times_sigmoid(1.0), nn.silu)
+_SILU = _times_sigmoid(1.0)
+silu = _elementwise(_SILU, nn.silu)
+silu_times = _elementwise(_gated_silu, _silu_times)
 gelu = _elementwise(_gelu, nn.gelu)
 gelu_approx = _elementwise(_gelu_tanh, nn.gelu_approx)
 quick_gelu = _elementwise(_times_sigmoid(1.702), _quick_gelu)
+
+
+# ---- norms and modulation
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """`mx.fast.rms_norm` of (…, L, C)."""
+
+    def plain(x: mx.array, weight: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, weight, eps)
+
+    return _normalised(plain, eps, x, weight, centred=False)
+
+
+def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
+    """`mx.fast.layer_norm` of (…, L, C)."""
+
+    def plain(x: mx.array, weight: mx.array | None = None, bias: mx.array | None = None) -> mx.array:
+        return mx.fast.layer_norm(x, weight, bias, eps)
+
+    if (weight is None) != (bias is None):
+        return plain(x, weight, bias)
+    return _normalised(plain, eps, x, *(() if weight is None else (weight, bias)))
+
+
+def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
+    """Layer norm of (B, L, C) without weights of its own, times 1 + scale, plus shift."""
+
+    def plain(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, None, None, eps) * (1 + scale) + shift
+
+    return _normalised(plain, eps, x, scale, shift, more=1)
+
+
+def residual(x: mx.array, gate: mx.array | int, y: mx.array) -> mx.array:
+    """x + gate · y of (B, L, C)."""
+
+    def plain(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+        return x + gate * y
+
+    def compute(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+        out, into = room(x.shape)
+        one, two, factors = np.asarray(x), np.asarray(y), np.broadcast_to(np.asarray(gate), x.shape)
+
+        def work(index: tuple[int, ...], start: int, stop: int) -> None:
+            part = into[index][start:stop]
+            np.multiply(two[index][start:stop], factors[index][0], out=part)
+            np.add(part, one[index][start:stop], out=part)
+
+        share_rows(work, x.shape)
+        return out
+
+    if isinstance(gate, int) or not (serves(x, gate, y) and x.shape == y.shape and _is_of_channels(gate, x)):
+        return plain(x, gate, y)
+    return _with_gradient(compute, plain)(x, gate, y)
+
+
+def _is_of_channels(values: mx.array, x: mx.array) -> bool:
+    """Whether they are the same for all rows of a batch's entry: (C,), or (1 or B, …, 1, C)."""
+    if values.ndim == 1:
+        return values.shape == x.shape[-1:]
+    fits = all(size in (1, there) for size, there in zip(values.shape[:-2], x.shape[:-2], strict=False))
+    return values.ndim == x.ndim and fits and values.shape[-2:] == (1, x.shape[-1])
+
+
+def _normalised(
+    plain: Callable[..., mx.array], eps: float, x: mx.array, *parts: mx.array, centred: bool = True, more: int = 0
+) -> mx.array:
+    """(x - mean) / spread over the last axis, times `more` plus the first of the parts, plus the second.
+
+    Args:
+        plain: the same of x and parts, by MLX.
+        centred: false: x itself over its root mean square.
+    """
+
+    def compute(x: mx.array, *parts: mx.array) -> mx.array:
+        out, into = room(x.shape)
+        source, channels = np.asarray(x), x.shape[-1]
+        factor, offset = (*(np.broadcast_to(np.asarray(part), x.shape) for part in parts), None, None)[:2]
+
+        def work(index: tuple[int, ...], start: int, stop: int) -> None:
+            rows, part = source[index][start:stop], into[index][start:stop]
+            if centred:
+                rows = np.subtract(rows, rows.mean(axis=-1, keepdims=True), out=part)
+            spread = np.einsum("rc,rc->r", rows, rows) / np.float32(channels) + np.float32(eps)
+            np.multiply(rows, (1 / np.sqrt(spread))[:, None], out=part)
+            if factor is not None:
+                np.multiply(part, factor[index][0] + np.float32(more), out=part)
+            if offset is not None:
+                np.add(part, offset[index][0], out=part)
+
+        share_rows(work, x.shape)
+        return out
+
+    if x.ndim < 2 or not serves(x, *parts) or not all(_is_of_channels(part, x) for part in parts):
+        return plain(x, *parts)
+    return _with_gradient(compute, plain)(x, *parts)
 
 
 # ---- rotary positions
@@ -225,15 +349,11 @@ def turned_pairs(x: mx.array, cos: mx.array, sin: mx.array, plain: Callable[...,
         out, into = room(x.shape)
         source = np.ascontiguousarray(np.asarray(x)).view(np.complex64)
         into = into.view(np.complex64)
-        heads = [(source[at], turn[at], into[at]) for at in np.ndindex(x.shape[:-2])]
-        length = x.shape[-2]
-        step = max(1, _BLOCK // x.shape[-1])
 
-        def work(start: int, stop: int) -> None:
-            for a, b, c in heads:
-                np.multiply(a[start:stop], b[start:stop], out=c[start:stop])
+        def work(index: tuple[int, ...], start: int, stop: int) -> None:
+            np.multiply(source[index][start:stop], turn[index][start:stop], out=into[index][start:stop])
 
-        share(work, length, min(step, -(-length // threads())))
+        share_rows(work, x.shape)
         return out
 
     return _with_gradient(compute, plain)(x, cos, sin)
@@ -258,7 +378,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     def compute(q: mx.array, k: mx.array, v: mx.array, seen: mx.array | None = None) -> mx.array:
-        return _attend(q * scale, k, v, None if seen is None else np.asarray(_real(seen)), causal)
+        return _attend(q, k, v, scale, None if seen is None else np.asarray(_real(seen)), causal)
 
     return _with_gradient(compute, plain)(*arrays)
 
@@ -274,7 +394,7 @@ def _real(mask: mx.array) -> mx.array:
     return mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
 
 
-def _attend(q: mx.array, k: mx.array, v: mx.array, mask: np.ndarray | None, causal: bool) -> mx.array:
+def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: np.ndarray | None, causal: bool) -> mx.array:
     batch, heads, length, _ = q.shape
     keys, shared = k.shape[2], heads // k.shape[1]
     # Heads beside each other, as the next layer wants them.
@@ -291,46 +411,48 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, mask: np.ndarray | None, caus
         for head in range(0, heads, together):
             stop = min(head + together, heads)
             first = head // shared
-            own_k = k[number, first : first + 1] if shared > 1 else k[number, head:stop]
-            own_v = v[number, first : first + 1] if shared > 1 else v[number, head:stop]
+            # Else every product would copy them.
+            own_k, own_v = (
+                mx.contiguous(x[number, first : first + 1] if shared > 1 else x[number, head:stop]) for x in (k, v)
+            )
             for start in range(0, length, rows):
                 end = min(start + rows, length)
                 # What the last of these queries sees, where each sees what lies before it.
                 visible = min(keys, end + keys - length) if causal else keys
-                scores = q[number, head:stop, start:end] @ own_k[:, :visible].swapaxes(-1, -2)
+                queries = q[number, head:stop, start:end] * scale
+                scores = queries @ own_k[:, :visible].swapaxes(-1, -2)
                 mx.eval(scores)
                 seen = None if mask is None else mask[number, head:stop, start:end]
-                _softmax(np.asarray(scores), seen, start + keys - length if causal else None)
+                sums = _exponentials(np.asarray(scores), seen, start + keys - length if causal else None)
                 part = scores @ own_v[:, :visible]
                 mx.eval(part)
-                into[number, start:end, head:stop] = np.asarray(part).swapaxes(0, 1)
+                np.divide(np.asarray(part).swapaxes(0, 1), sums.T[..., None], out=into[number, start:end, head:stop])
                 del scores, part
     return out.swapaxes(1, 2)
 
 
-def _softmax(scores: np.ndarray, mask: np.ndarray | None, diagonal: int | None) -> None:
-    """Over the last of (heads, rows, keys), in place; row i sees keys up to `diagonal` + i."""
-    heads, rows, keys = scores.shape
-    step = max(1, _BLOCK // keys)
-    lowest = np.finfo(np.float32).min
+def _exponentials(scores: np.ndarray, mask: np.ndarray | None, diagonal: int | None) -> np.ndarray:
+    """A softmax over the last of (heads, rows, keys), in place, that is still to be divided by what is given back:
+    each row's sum, (heads, rows). Row i sees keys up to `diagonal` + i."""
+    sums = np.empty(scores.shape[:2], np.float32)
+    lowest, keys = np.finfo(np.float32).min, np.arange(scores.shape[-1])
 
-    def work(start: int, stop: int) -> None:
-        for head in range(start // rows, -(-stop // rows)):
-            first, last = max(start - head * rows, 0), min(stop - head * rows, rows)
-            x = scores[head, first:last]
-            if mask is not None:
-                seen = mask[head, first:last]
-                if seen.dtype == bool:
-                    np.copyto(x, lowest, where=~seen)
-                else:
-                    np.add(x, seen, out=x)
-            if diagonal is not None:
-                np.copyto(x, lowest, where=np.arange(keys) > diagonal + np.arange(first, last)[:, None])
-            np.subtract(x, x.max(axis=-1, keepdims=True), out=x)
-            np.exp(x, out=x)
-            np.multiply(x, 1 / x.sum(axis=-1, keepdims=True), out=x)
+    def work(index: tuple[int, ...], start: int, stop: int) -> None:
+        x = scores[index][start:stop]
+        if mask is not None:
+            seen = mask[index][start:stop]
+            if seen.dtype == bool:
+                np.copyto(x, lowest, where=~seen)
+            else:
+                np.add(x, seen, out=x)
+        if diagonal is not None:
+            np.copyto(x, lowest, where=keys > diagonal + np.arange(start, stop)[:, None])
+        np.subtract(x, x.max(axis=-1, keepdims=True), out=x)
+        np.exp(x, out=x)
+        np.sum(x, axis=-1, out=sums[index][start:stop])
 
-    share(work, heads * rows, step)
+    share_rows(work, scores.shape)
+    return sums
 
 
 # ---- quantized layers

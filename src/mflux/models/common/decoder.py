@@ -17,6 +17,7 @@ from mflux.errors import CheckpointError
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.layers import (
     ACTIVATIONS,
+    RMSNorm,
     Rotary,
     SwiGLU,
     attention,
@@ -111,8 +112,8 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * head, bias=bias)
         self.o_proj = nn.Linear(self.heads * head, width, bias=config.output_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(head, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(head, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(head, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(head, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, rotary: Rotary | None, mask: mx.array | str | None, cache) -> mx.array:
         q = split_heads(self.q_proj(x), self.heads)
@@ -132,8 +133,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = DecoderAttention(config)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, activation=config.hidden_act)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
         self, x: mx.array, rotary: Rotary | None, mask: mx.array | str | None = None, cache: Any = None
@@ -158,7 +159,7 @@ class DecoderStack(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(depth)]
         if norm:
-            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
         self, embeddings: mx.array, rotary: Rotary, mask: mx.array | str | None, wanted: Sequence[int]

@@ -10,7 +10,7 @@ import numpy as np
 
 from mflux import cpu
 from mflux.backend import has_gpu, mx, nn
-from mflux.cpu import gelu, gelu_approx, quick_gelu, silu
+from mflux.cpu import gelu, gelu_approx, quick_gelu, silu, silu_times
 from mflux.errors import CheckpointError
 
 # Channels of a time or guidance value's sinusoid, in every model here.
@@ -129,6 +129,23 @@ def rotary_embedding(ids: mx.array, axes: Sequence[int], theta: float = 10_000.0
     return mx.cos(angles), mx.sin(angles)
 
 
+# ---- norms
+
+
+class RMSNorm(nn.RMSNorm):
+    """MLX's, on all cores of a CPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return cpu.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """MLX's, on all cores of a CPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return cpu.layer_norm(x, self.get("weight"), self.get("bias"), self.eps)
+
+
 # ---- embeddings and modulation
 
 
@@ -166,7 +183,12 @@ class MLPEmbedder(nn.Module):
 
 def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float = 1e-6) -> mx.array:
     """Layer norm without weights of its own; the condition's scale and shift take their place."""
-    return mx.fast.layer_norm(x, None, None, eps) * (1 + scale) + shift
+    return cpu.modulate(x, shift, scale, eps)
+
+
+def residual(x: mx.array, gate: mx.array | int, y: mx.array) -> mx.array:
+    """x + gate · y: what a block adds to its stream, let through by the condition's gate (1: all of it)."""
+    return cpu.residual(x, gate, y)
 
 
 # ---- feed-forward
@@ -204,4 +226,5 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, features, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(silu_times(gate, up) if self.activation is silu else self.activation(gate) * up)

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from mflux.backend import mx, nn
 from mflux.models.common.layers import (
     FeedForward,
+    RMSNorm,
     Rotary,
     attention,
     gelu_approx,
     merge_heads,
     modulate,
+    residual,
     rotate_pairs,
     silu,
     split_heads,
@@ -51,14 +53,14 @@ class JointAttention(nn.Module):
         super().__init__()
         width = heads * head_dim
         self.heads = heads
-        self.norm_q = nn.RMSNorm(head_dim, eps=_EPS)
-        self.norm_k = nn.RMSNorm(head_dim, eps=_EPS)
+        self.norm_q = RMSNorm(head_dim, eps=_EPS)
+        self.norm_k = RMSNorm(head_dim, eps=_EPS)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
         self.to_out = [nn.Linear(width, width)]
-        self.norm_added_q = nn.RMSNorm(head_dim, eps=_EPS)
-        self.norm_added_k = nn.RMSNorm(head_dim, eps=_EPS)
+        self.norm_added_q = RMSNorm(head_dim, eps=_EPS)
+        self.norm_added_k = RMSNorm(head_dim, eps=_EPS)
         self.add_q_proj = nn.Linear(width, width)
         self.add_k_proj = nn.Linear(width, width)
         self.add_v_proj = nn.Linear(width, width)
@@ -93,8 +95,8 @@ class SingleAttention(nn.Module):
         super().__init__()
         width = heads * head_dim
         self.heads = heads
-        self.norm_q = nn.RMSNorm(head_dim, eps=_EPS)
-        self.norm_k = nn.RMSNorm(head_dim, eps=_EPS)
+        self.norm_q = RMSNorm(head_dim, eps=_EPS)
+        self.norm_k = RMSNorm(head_dim, eps=_EPS)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
@@ -167,8 +169,8 @@ def _rest(
     gate_ff: mx.array,
 ) -> mx.array:
     """What a block does with a stream behind its attention."""
-    x = x + gate * attended
-    return x + gate_ff * feed_forward(modulate(x, shift, scale))
+    x = residual(x, gate, attended)
+    return residual(x, gate_ff, feed_forward(modulate(x, shift, scale)))
 
 
 class SingleTransformerBlock(nn.Module):
@@ -184,4 +186,4 @@ class SingleTransformerBlock(nn.Module):
         shift, scale, gate = self.norm(condition)
         y = modulate(x, shift, scale)
         y = mx.concatenate([self.attn(y, rotary), gelu_approx(self.proj_mlp(y))], axis=-1)
-        return x + gate * self.proj_out(y)
+        return residual(x, gate, self.proj_out(y))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from mflux.models.common.lora.library import find_lora, settle_scales
 from mflux.models.common.lora.reading import LoraNames, Loras
 from mflux.models.common.noise import check_seed
 from mflux.models.common.room import check_room
-from mflux.models.common.stages import Part, give_back_memory, is_loaded, release, timed
+from mflux.models.common.stages import Part, give_back_memory, is_loaded, keeping_memory, release, timed
 from mflux.models.common.tokenizer_checks import check_prompt
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
@@ -372,25 +373,28 @@ class Pipeline:
         context = self.callbacks.start(seed=seed, prompt=prompt, config=config)
         try:
             context.before_loop(latents, **images)
-            for step in config.time_steps:
-                try:
-                    sigma = sigmas[step]
-                    prediction = velocity(scheduler.scale_model_input(latents, step), sigma).astype(mx.float32)
-                    before = latents
-                    latents = scheduler.step(noise=prediction, timestep=step, latents=before)
-                    if after_step is not None:
-                        latents = after_step(latents, step)
-                    mx.eval(latents)
-                    if not mx.isfinite(latents).all().item():
-                        raise not_finite(f"the latents after step {step + 1} of {config.num_inference_steps}")
-                    context.in_loop(step, latents, denoised=before - sigma * prediction)
-                except KeyboardInterrupt as interrupt:
-                    context.interruption(step, latents)
-                    raise StopImageGenerationException(
-                        f"stopped at step {step + 1} of {config.num_inference_steps}",
-                        # A command's process is ended by other signals as well, see `cli.process.Ended`.
-                        exit_code=getattr(interrupt, "status", 130),
-                    ) from None
+            with ExitStack() as steps:
+                for number, step in enumerate(config.time_steps):
+                    if number == 1:  # what the first step loads stays where it is
+                        steps.enter_context(keeping_memory())
+                    try:
+                        sigma = sigmas[step]
+                        prediction = velocity(scheduler.scale_model_input(latents, step), sigma).astype(mx.float32)
+                        before = latents
+                        latents = scheduler.step(noise=prediction, timestep=step, latents=before)
+                        if after_step is not None:
+                            latents = after_step(latents, step)
+                        mx.eval(latents)
+                        if not mx.isfinite(latents).all().item():
+                            raise not_finite(f"the latents after step {step + 1} of {config.num_inference_steps}")
+                        context.in_loop(step, latents, denoised=before - sigma * prediction)
+                    except KeyboardInterrupt as interrupt:
+                        context.interruption(step, latents)
+                        raise StopImageGenerationException(
+                            f"stopped at step {step + 1} of {config.num_inference_steps}",
+                            # A command's process is ended by other signals as well, see `cli.process.Ended`.
+                            exit_code=getattr(interrupt, "status", 130),
+                        ) from None
             context.after_loop(latents)
         finally:
             config.close()

@@ -11,11 +11,11 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mflux.backend import mx, nn, tree_flatten
+from mflux.backend import has_gpu, mx, nn, tree_flatten
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,13 @@ def release(pipeline: Any, *names: str) -> None:
         setattr(pipeline, name, None)
 
 
+# What mallopt(3) calls M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, the bytes that glibc's own adjusting ends at, and those
+# that are set while memory is kept.
+_TRIM, _MMAP = -1, -3
+_MOST = 32 << 20
+_KEPT = 512 << 20
+
+
 def give_back_memory() -> None:
     """Return to the system what released components took.
 
@@ -78,10 +85,35 @@ def give_back_memory() -> None:
     """
     gc.collect()
     mx.clear_cache()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    if (trim := _of_glibc("malloc_trim")) is not None:
+        trim(0)
+
+
+@contextmanager
+def keeping_memory() -> Iterator[None]:
+    """Keep freed blocks of up to 512 MB for what is allocated next, and give them back at the end.
+
+    On a CPU every layer's result is a block of its own, and at 1024 px most have more than the 32 MB from which on
+    glibc has the system make new pages each time: a fifth of a denoising step (benchmarks/steps.md). A GPU's memory is
+    MLX's own affair, which does the same.
+    """
+    mallopt = None if has_gpu() else _of_glibc("mallopt")
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP, _KEPT)
+    mallopt(_TRIM, 2 * _KEPT)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP, _MOST)
+        mallopt(_TRIM, 2 * _MOST)
+        give_back_memory()
+
+
+def _of_glibc(name: str) -> Any:
+    """A function that other C libraries do without."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import ACTIVATIONS, attention, embedded, merge_heads, split_heads
+from mflux.models.common.layers import ACTIVATIONS, LayerNorm, attention, embedded, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class CLIPLayer(nn.Module):
     def __init__(self, config: CLIPTextConfig, mask: str | None):
         super().__init__()
         self.self_attn = CLIPAttention(config, mask)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -104,7 +104,7 @@ class CLIPTextTransformer(nn.Module):
         super().__init__()
         self.embeddings = CLIPEmbeddings(config)
         self.encoder = CLIPEncoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, input_ids: mx.array) -> mx.array:
         return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))

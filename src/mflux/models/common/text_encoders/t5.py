@@ -14,7 +14,7 @@ import numpy as np
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import ACTIVATIONS, attention, embedded, merge_heads, split_heads
+from mflux.models.common.layers import ACTIVATIONS, RMSNorm, attention, embedded, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class T5LayerSelfAttention(nn.Module):
     def __init__(self, config: T5Config, has_relative_attention_bias: bool):
         super().__init__()
         self.SelfAttention = T5Attention(config, has_relative_attention_bias)
-        self.layer_norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def __call__(self, x: mx.array, position_bias: mx.array) -> mx.array:
         return x + self.SelfAttention(self.layer_norm(x), position_bias)
@@ -127,7 +127,7 @@ class T5LayerFF(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.DenseReluDense = (T5DenseGated if config.is_gated else T5Dense)(config)
-        self.layer_norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def __call__(self, x: mx.array) -> mx.array:
         return x + self.DenseReluDense(self.layer_norm(x))
@@ -147,7 +147,7 @@ class T5Stack(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.block = [T5Block(config, has_relative_attention_bias=index == 0) for index in range(config.num_layers)]
-        self.final_layer_norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.final_layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def __call__(self, x: mx.array) -> mx.array:
         position_bias = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1]).astype(x.dtype)

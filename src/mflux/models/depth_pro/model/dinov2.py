@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import attention, gelu, merge_heads, split_heads
+from mflux.models.common.layers import LayerNorm, attention, gelu, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: Dinov2Config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = Attention(config)
         self.layer_scale1 = LayerScale(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
         self.layer_scale2 = LayerScale(config)
 
@@ -153,7 +153,7 @@ class Dinov2Model(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, pixels: mx.array, hooks: Collection[int] = ()) -> tuple[mx.array, dict[int, mx.array]]:
         """Encode a batch.

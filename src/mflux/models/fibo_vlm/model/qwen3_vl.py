@@ -18,7 +18,7 @@ from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.decoder import DecoderConfig, DecoderLayer
-from mflux.models.common.layers import ACTIVATIONS, Rotary, embedded, gelu, inverse_frequencies
+from mflux.models.common.layers import ACTIVATIONS, LayerNorm, RMSNorm, Rotary, embedded, gelu, inverse_frequencies
 from mflux.models.common.vision import (
     Grid,
     PatchEmbed,
@@ -151,8 +151,8 @@ class VisionMLP(nn.Module):
 class VisionBlock(nn.Module):
     def __init__(self, config: Qwen3VLVisionConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=_VISION_EPS)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=_VISION_EPS)
+        self.norm1 = LayerNorm(config.hidden_size, eps=_VISION_EPS)
+        self.norm2 = LayerNorm(config.hidden_size, eps=_VISION_EPS)
         self.attn = VisionAttention(config.hidden_size, config.num_heads)
         self.mlp = VisionMLP(config)
 
@@ -168,7 +168,7 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.width = config.hidden_size * config.spatial_merge_size**2
         self.norm_after_merging = norm_after_merging
-        self.norm = nn.LayerNorm(self.width if norm_after_merging else config.hidden_size, eps=_VISION_EPS)
+        self.norm = LayerNorm(self.width if norm_after_merging else config.hidden_size, eps=_VISION_EPS)
         self.linear_fc1 = nn.Linear(self.width, self.width)
         self.linear_fc2 = nn.Linear(self.width, config.out_hidden_size)
 
@@ -271,7 +271,7 @@ class Qwen3VLTextModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ import PIL.Image
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import ACTIVATIONS, silu
+from mflux.models.common.layers import ACTIVATIONS, LayerNorm, silu
 from mflux.models.common.text_encoders.clip import CLIPEncoder
 
 
@@ -59,7 +59,7 @@ class SiglipTransformer(nn.Module):
         super().__init__()
         self.embeddings = SiglipEmbeddings(config)
         self.encoder = CLIPEncoder(config, mask=None)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class SiglipVision(nn.Module):

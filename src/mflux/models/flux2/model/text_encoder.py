@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import Activation, attention, merge_heads, split_heads
+from mflux.models.common.layers import Activation, LayerNorm, attention, merge_heads, split_heads
 from mflux.models.common.text_encoders.qwen3 import Qwen3TextEncoder
 
 _EPS = 1e-5
@@ -90,7 +90,7 @@ class HiddenStateNorm(nn.Module):
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.count = config.hidden_states
-        self.all = nn.LayerNorm(config.in_features, eps=_EPS)
+        self.all = LayerNorm(config.in_features, eps=_EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
         apart = x.reshape(*x.shape[:-1], self.count, -1)
@@ -116,9 +116,9 @@ class SelfAttention(nn.Module):
 class AttentionBlock(nn.Module):
     def __init__(self, features: int, heads: int):
         super().__init__()
-        self.n1 = nn.LayerNorm(features, eps=_EPS)
+        self.n1 = LayerNorm(features, eps=_EPS)
         self.attn = SelfAttention(features, heads)
-        self.n2 = nn.LayerNorm(features, eps=_EPS)
+        self.n2 = LayerNorm(features, eps=_EPS)
         self.ffn = [
             nn.Linear(features, 4 * features),
             Activation("gelu_pytorch_tanh"),
@@ -137,7 +137,7 @@ class AttentionMixer(nn.Module):
     def __init__(self, config: AdapterConfig):
         super().__init__()
         features = config.attention_features
-        self.norm = nn.LayerNorm(config.in_features, eps=_EPS)
+        self.norm = LayerNorm(config.in_features, eps=_EPS)
         self.inp = nn.Linear(config.in_features, features)
         self.pos = mx.zeros((1, config.max_length, features))
         self.blocks = [AttentionBlock(features, config.attention_heads) for _ in range(config.attention_blocks)]

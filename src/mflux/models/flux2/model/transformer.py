@@ -13,13 +13,16 @@ from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.layers import (
     MLPEmbedder,
+    RMSNorm,
     Rotary,
     attention,
     merge_heads,
     modulate,
+    residual,
     rotary_embedding,
     rotate_pairs,
     silu,
+    silu_times,
     split_heads,
     waves,
 )
@@ -130,7 +133,7 @@ class Interior(nn.Module):
 def gated(x: mx.array) -> mx.array:
     """SiLU of the first half of the channels times the second (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
     gate, up = mx.split(x, 2, axis=-1)
-    return silu(gate) * up
+    return silu_times(gate, up)
 
 
 class FeedForward(Interior):
@@ -159,14 +162,14 @@ class JointAttention(Interior):
         super().__init__()
         width, head, eps = config.inner_dim, config.attention_head_dim, config.eps
         self.heads = config.num_attention_heads
-        self.norm_q = nn.RMSNorm(head, eps=eps)
-        self.norm_k = nn.RMSNorm(head, eps=eps)
+        self.norm_q = RMSNorm(head, eps=eps)
+        self.norm_k = RMSNorm(head, eps=eps)
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(width, width, bias=False)
         self.to_v = nn.Linear(width, width, bias=False)
         self.to_out = [nn.Linear(width, width, bias=False)]
-        self.norm_added_q = nn.RMSNorm(head, eps=eps)
-        self.norm_added_k = nn.RMSNorm(head, eps=eps)
+        self.norm_added_q = RMSNorm(head, eps=eps)
+        self.norm_added_k = RMSNorm(head, eps=eps)
         self.add_q_proj = nn.Linear(width, width, bias=False)
         self.add_k_proj = nn.Linear(width, width, bias=False)
         self.add_v_proj = nn.Linear(width, width, bias=False)
@@ -214,18 +217,18 @@ class DoubleBlock(nn.Module):
             modulate(image, shift, scale, self.eps), modulate(text, shift_t, scale_t, self.eps), rotary, cached
         )
         return (
-            self.feed(self.ff, image + gate * image_out, image_ff),
-            self.feed(self.ff_context, text + gate_t * text_out, text_ff),
+            self.feed(self.ff, residual(image, gate, image_out), image_ff),
+            self.feed(self.ff_context, residual(text, gate_t, text_out), text_ff),
         )
 
     def alone(self, image: mx.array, modulation, rotary: Rotary) -> tuple[mx.array, KeysValues]:
         shift, scale, gate, *image_ff = modulation
         out, kept = self.attn.alone(modulate(image, shift, scale, self.eps), rotary)
-        return self.feed(self.ff, image + gate * out, image_ff), kept
+        return self.feed(self.ff, residual(image, gate, out), image_ff), kept
 
     def feed(self, layer: FeedForward, x: mx.array, modulation) -> mx.array:
         shift, scale, gate = modulation
-        return x + gate * layer(modulate(x, shift, scale, self.eps))
+        return residual(x, gate, layer(modulate(x, shift, scale, self.eps)))
 
 
 class ParallelAttention(Interior):
@@ -235,8 +238,8 @@ class ParallelAttention(Interior):
         super().__init__()
         width = config.inner_dim
         self.heads = config.num_attention_heads
-        self.norm_q = nn.RMSNorm(config.attention_head_dim, eps=config.eps)
-        self.norm_k = nn.RMSNorm(config.attention_head_dim, eps=config.eps)
+        self.norm_q = RMSNorm(config.attention_head_dim, eps=config.eps)
+        self.norm_k = RMSNorm(config.attention_head_dim, eps=config.eps)
         self.to_qkv_mlp_proj = nn.Linear(width, 3 * width + 2 * config.hidden_dim, bias=False)
         self.to_out = nn.Linear(width + config.hidden_dim, width, bias=False)
 
@@ -261,7 +264,7 @@ class SingleBlock(nn.Module):
     ) -> tuple[mx.array, KeysValues]:
         shift, scale, gate = modulation
         out, own = self.attn(modulate(x, shift, scale, self.eps), rotary, cached)
-        return x + gate * out, own
+        return residual(x, gate, out), own
 
 
 # ---- the model

@@ -18,7 +18,7 @@ from mflux.checkpoints.loading import Exceptions
 from mflux.checkpoints.quantization import UNQUANTIZED
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.decoder import DecoderConfig, DecoderStack, unused_patterns
-from mflux.models.common.layers import ACTIVATIONS, Activation, Rotary, SwiGLU, embedded, inverse_frequencies
+from mflux.models.common.layers import ACTIVATIONS, Activation, RMSNorm, Rotary, SwiGLU, embedded, inverse_frequencies
 from mflux.models.common.vision import (
     Grid,
     PatchEmbed,
@@ -165,8 +165,8 @@ class Windows:
 class VisionBlock(nn.Module):
     def __init__(self, config: Qwen25VLVisionConfig):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.hidden_size, eps=_VISION_EPS)
-        self.norm2 = nn.RMSNorm(config.hidden_size, eps=_VISION_EPS)
+        self.norm1 = RMSNorm(config.hidden_size, eps=_VISION_EPS)
+        self.norm2 = RMSNorm(config.hidden_size, eps=_VISION_EPS)
         self.attn = VisionAttention(config.hidden_size, config.num_heads)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, activation=config.hidden_act, bias=True)
 
@@ -186,7 +186,7 @@ class PatchMerger(nn.Module):
     def __init__(self, config: Qwen25VLVisionConfig):
         super().__init__()
         width = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = nn.RMSNorm(config.hidden_size, eps=_VISION_EPS)
+        self.ln_q = RMSNorm(config.hidden_size, eps=_VISION_EPS)
         self.mlp = [nn.Linear(width, width), Activation("gelu"), nn.Linear(width, config.out_hidden_size)]
 
     def __call__(self, x: mx.array) -> mx.array:

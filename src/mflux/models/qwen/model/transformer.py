@@ -18,7 +18,9 @@ from mflux.models.common.layers import (
     Activation,
     FeedForward,
     MLPEmbedder,
+    RMSNorm,
     modulate,
+    residual,
     rotary_embedding,
     waves,
 )
@@ -119,10 +121,10 @@ class TransformerBlock(nn.Module):
         shift, scale, gate, shift_ff, scale_ff, gate_ff = mods
         shift_t, scale_t, gate_t, shift_ff_t, scale_ff_t, gate_ff_t = self._parts(self.txt_mod, condition)
         image_out, text_out = self.attn(modulate(image, shift, scale), modulate(text, shift_t, scale_t), rotary)
-        image = image + gate * image_out
-        image = image + gate_ff * self.img_mlp(modulate(image, shift_ff, scale_ff))
-        text = text + gate_t * text_out
-        text = text + gate_ff_t * self.txt_mlp(modulate(text, shift_ff_t, scale_ff_t))
+        image = residual(image, gate, image_out)
+        image = residual(image, gate_ff, self.img_mlp(modulate(image, shift_ff, scale_ff)))
+        text = residual(text, gate_t, text_out)
+        text = residual(text, gate_ff_t, self.txt_mlp(modulate(text, shift_ff_t, scale_ff_t)))
         return image, text
 
     @staticmethod
@@ -143,7 +145,7 @@ class QwenTransformer(nn.Module):
         self.config = config
         width = config.inner_dim
         self.time_text_embed = TimeEmbedder(config)
-        self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=_EPS)
+        self.txt_norm = RMSNorm(config.joint_attention_dim, eps=_EPS)
         self.img_in = nn.Linear(config.in_channels, width)
         self.txt_in = nn.Linear(config.joint_attention_dim, width)
         self.transformer_blocks = [TransformerBlock(config) for _ in range(config.num_layers)]

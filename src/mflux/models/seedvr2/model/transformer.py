@@ -20,12 +20,14 @@ from mflux.checkpoints.loading import Exceptions
 from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.layers import (
     TIME_CHANNELS,
+    RMSNorm,
     Rotary,
     attention,
     gelu_approx,
     merge_heads,
     rotate_pairs,
     silu,
+    silu_times,
     split_heads,
     waves,
 )
@@ -257,7 +259,7 @@ class GatedFeedForward(nn.Module):
         self.proj_in = nn.Linear(dim, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.proj_out(silu(self.proj_in_gate(x)) * self.proj_in(x))
+        return self.proj_out(silu_times(self.proj_in_gate(x), self.proj_in(x)))
 
 
 class FeedForward(nn.Module):
@@ -277,8 +279,8 @@ class WindowAttention(nn.Module):
         dim, inner = config.vid_dim, config.heads * config.head_dim
         self.proj_qkv = Streams(lambda: nn.Linear(dim, 3 * inner, bias=config.qk_bias), shared=shared)
         self.proj_out = Streams(lambda: nn.Linear(inner, dim), shared=shared)
-        self.norm_q = Streams(lambda: nn.RMSNorm(config.head_dim, eps=config.norm_eps), shared=shared)
-        self.norm_k = Streams(lambda: nn.RMSNorm(config.head_dim, eps=config.norm_eps), shared=shared)
+        self.norm_q = Streams(lambda: RMSNorm(config.head_dim, eps=config.norm_eps), shared=shared)
+        self.norm_k = Streams(lambda: RMSNorm(config.head_dim, eps=config.norm_eps), shared=shared)
 
     def __call__(
         self, video: mx.array, text: mx.array, windows: Windows, turns: tuple[Rotary, Rotary | None]
@@ -411,7 +413,7 @@ class SeedVR2Transformer(nn.Module):
             for index in range(config.num_layers)
         ]
         if config.vid_out_norm is not None:
-            self.vid_out_norm = nn.RMSNorm(config.vid_dim, eps=config.norm_eps)
+            self.vid_out_norm = RMSNorm(config.vid_dim, eps=config.norm_eps)
             self.vid_out_ada = Modulation(config.vid_dim, layers=("out",), gates=False)
         self.vid_out = Projection(config.vid_dim, config.vid_out_channels * pixels)
 

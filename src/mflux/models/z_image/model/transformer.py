@@ -15,12 +15,14 @@ from mflux.models.common.config.component_config import ComponentConfig
 from mflux.models.common.layers import (
     TIME_CHANNELS,
     Activation,
+    RMSNorm,
     Rotary,
     attention,
     merge_heads,
+    residual,
     rotary_embedding,
     rotate_pairs,
-    silu,
+    silu_times,
     split_heads,
     waves,
 )
@@ -135,8 +137,8 @@ class Attention(Interior):
         width = config.dim
         self.heads = config.n_heads
         if config.qk_norm:
-            self.norm_q = nn.RMSNorm(width // config.n_heads, eps=_HEAD_EPS)
-            self.norm_k = nn.RMSNorm(width // config.n_heads, eps=_HEAD_EPS)
+            self.norm_q = RMSNorm(width // config.n_heads, eps=_HEAD_EPS)
+            self.norm_k = RMSNorm(width // config.n_heads, eps=_HEAD_EPS)
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(width, width, bias=False)
         self.to_v = nn.Linear(width, width, bias=False)
@@ -167,9 +169,9 @@ class FeedForward(Interior):
     def __call__(self, x: mx.array) -> mx.array:
         dtype = x.dtype
         if self.interior is None:
-            return self.w2(silu(self.w1(x)) * self.w3(x))
+            return self.w2(silu_times(self.w1(x), self.w3(x)))
         x = x.astype(self.interior)
-        hidden = silu(self.w1(x)) * self.w3(x / _GATED_SCALE)
+        hidden = silu_times(self.w1(x), self.w3(x / _GATED_SCALE))
         return self.outside(self.w2(hidden), _GATED_SCALE, dtype)
 
 
@@ -180,10 +182,10 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config.dim)
-        self.attention_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm1 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm1 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
         if modulated:
             self.adaLN_modulation = [nn.Linear(config.condition_dim, 4 * config.dim)]
 
@@ -192,8 +194,8 @@ class TransformerBlock(nn.Module):
         if "adaLN_modulation" in self:
             scale, gate, scale_ff, gate_ff = mx.split(self.adaLN_modulation[0](condition)[:, None], 4, axis=-1)
             scale, gate, scale_ff, gate_ff = 1 + scale, mx.tanh(gate), 1 + scale_ff, mx.tanh(gate_ff)
-        x = x + gate * self.attention_norm2(self.attention(self.attention_norm1(x) * scale, rotary))
-        return x + gate_ff * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_ff))
+        x = residual(x, gate, self.attention_norm2(self.attention(self.attention_norm1(x) * scale, rotary)))
+        return residual(x, gate_ff, self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_ff)))
 
 
 class TimeEmbedder(nn.Module):
@@ -285,7 +287,7 @@ class ZImageTransformer(ComputesInside):
         self.context_refiner = [TransformerBlock(config, modulated=False) for _ in range(config.n_refiner_layers)]
         self.t_embedder = TimeEmbedder(config.condition_dim)
         self.cap_embedder = [
-            nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps),
+            RMSNorm(config.cap_feat_dim, eps=config.norm_eps),
             nn.Linear(config.cap_feat_dim, width),
         ]
         self.x_pad_token = mx.zeros((1, width))
