@@ -3,12 +3,12 @@
     python benchmarks/steps.py [--only qwen …] [--pixels 512 1024] [--decode 256] [--repeats 2] [--other-python PYTHON]
 
 Of each transformer one or two blocks of each kind, with the embedders before them and the layers after them; of each
-text encoder two layers, with a vocabulary of a thousand words; each autoencoder's whole decoder. Sizes are those of
+text encoder two layers, with a vocabulary of a thousand words; each autoencoder whole. Sizes are those of
 tests/data/surface/configs.json, weights are random. Each part has a process of its own, in which both sides run in
-turn, twice each, and the second time counts; a ratio is the median over the turns, seconds the shortest. Memory is what
-a run adds to the process at most: activations, not weights. Needs the `test` group of packages. `--other-python` names
-the Python of an environment with mflux 0.24.0, which then takes its turn as well, with transformers and decoders
-(steps_024.py).
+turn, twice each (autoencoders above 512 px once), and the last time counts; a ratio is the median over the turns,
+seconds the shortest. Memory is what a run adds to the process at most: activations, not weights. Needs the `test` group
+of packages. `--other-python` names the Python of an environment with mflux 0.24.0, which then takes its turn as well,
+behind the first of the others', with transformers and decoders (steps_024.py).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# Of the quantized weights that are compared with whole ones.
+BITS = 4
 # What the kernel counts memory in.
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -42,7 +44,7 @@ class Part:
         label: what is left of it.
         changes: entries of the configuration that make it small; an inner mapping changes the entries of one.
         inputs: from the reference's configuration and the pixels along a side.
-        sized: whether it depends on the pixels: "tokens", "decode" or "no".
+        sized: how it depends on the pixels: "tokens", "decode", "encode" or "no".
     """
 
     component: str
@@ -141,16 +143,24 @@ def clip_words(config, pixels: int) -> dict:
     return {"ids": ids(config, 77)}
 
 
+def picture(config, pixels: int) -> dict:
+    """What our encoder takes, and what the reference takes: a video of one frame, or the same."""
+    whole = draw(1, 3, pixels, pixels).clip(-1, 1)
+    if hasattr(config, "temperal_downsample"):
+        return {"whole": whole, "inside": whole[:, :, None]}
+    return {"whole": whole, "inside": whole}
+
+
 def latents(config, pixels: int) -> dict:
     """What our decoder takes, and what the reference takes: a video of one frame, or not put together in squares."""
     if hasattr(config, "temperal_downsample"):
         side = pixels // (2 ** (len(config.dim_mult) - 1) * (getattr(config, "patch_size", None) or 1))
         whole = draw(1, config.z_dim, side, side)
-        return {"whole": whole, "latents": whole[:, :, None]}
+        return {"whole": whole, "inside": whole[:, :, None]}
     side = pixels // 2 ** (len(config.block_out_channels) - 1)
     square = (getattr(config, "patch_size", None) or (1,))[0]
     whole = draw(1, config.latent_channels * square**2, side // square, side // square)
-    return {"whole": whole, "latents": whole.reshape(1, -1, side, side)}
+    return {"whole": whole, "inside": whole.reshape(1, -1, side, side)}
 
 
 FEW_WORDS = {"vocab_size": 1000}
@@ -164,11 +174,13 @@ PARTS = (
          clip_words, "no"),
     Part("flux text_encoder", "FLUX.1/text_encoder", "whole, 77 words", {}, clip_words, "no"),
     Part("flux vae", "FLUX.1/vae", "decode", {}, latents, "decode"),
+    Part("flux vae", "FLUX.1/vae", "encode", {}, picture, "encode"),
     Part("flux2 transformer", "FLUX.2-klein-4B/transformer", "a double block",
          {"num_layers": 1, "num_single_layers": 0}, flux2),
     Part("flux2 transformer", "FLUX.2-klein-4B/transformer", "a single block",
          {"num_layers": 0, "num_single_layers": 1}, flux2),
     Part("flux2 vae", "FLUX.2/vae", "decode", {}, latents, "decode"),
+    Part("flux2 vae", "FLUX.2/vae", "encode", {}, picture, "encode"),
     Part("z_image transformer", "Z-Image/transformer", "a block and a refiner of each kind",
          {"n_layers": 1, "n_refiner_layers": 1}, z_image),
     Part("z_image text_encoder", "Z-Image/text_encoder", "two layers, 512 words",
@@ -178,11 +190,13 @@ PARTS = (
          {"text_config": TWO_LAYERS, "vision_config": {"depth": 1, "fullatt_block_indexes": [0]}} | TWO_LAYERS,
          qwen_words, "no"),
     Part("qwen vae", "Qwen-Image/vae", "decode", {}, latents, "decode"),
+    Part("qwen vae", "Qwen-Image/vae", "encode", {}, picture, "encode"),
     Part("fibo transformer", "FIBO/transformer", "a double block", {"num_layers": 1, "num_single_layers": 0}, fibo),
     Part("fibo transformer", "FIBO/transformer", "a single block", {"num_layers": 0, "num_single_layers": 1}, fibo),
     Part("fibo text_encoder", "FIBO/text_encoder (SmolLM3-3B)", "two layers, 512 words, its vocabulary",
          {"num_hidden_layers": 2, "no_rope_layers": [1, 1]}, words, "no"),
     Part("fibo vae", "FIBO/vae (Wan 2.2)", "decode", {}, latents, "decode"),
+    Part("fibo vae", "FIBO/vae (Wan 2.2)", "encode", {}, picture, "encode"),
 )  # fmt: skip
 
 
@@ -204,6 +218,7 @@ def sides(part: Part) -> Callable[[int], Runs]:
     import torch
 
     sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+    from cpu import quantized
     from families.cases import every
 
     from mflux.backend import has_gpu, mx, tree_map
@@ -216,26 +231,34 @@ def sides(part: Part) -> Callable[[int], Runs]:
     published = next(case for case in components.values() if part.entry in case.published and case.full_size)
     config = changed(json.loads((ROOT / "tests/data/surface/configs.json").read_text())[part.entry], part.changes)
     reference = published.full_size(config).eval().float()
-    module = component.module(component.module.config_class.from_dict(config))
-    module.update(tree_map(lambda value: mx.random.normal(value.shape) * 0.02, module.parameters()))
-    mx.eval(module.parameters())
+
+    def drawn():
+        module = component.module(component.module.config_class.from_dict(config))
+        module.update(tree_map(lambda value: mx.random.normal(value.shape) * 0.02, module.parameters()))
+        mx.eval(module.parameters())
+        return module
+
+    module = drawn()
+    small = quantized(drawn(), BITS) if part.sized == "tokens" else None
 
     def at(pixels: int) -> Runs:
         given = part.inputs(reference.config, pixels)
-        if part.sized == "decode":
-            whole, inside = mx.array(given["whole"]), torch.tensor(given["latents"])
-            return {"ours": lambda: mx.eval(module.decode(whole)), "torch": lambda: reference.decode(inside).sample}
+        if part.sized in ("decode", "encode"):
+            whole, inside = mx.array(given["whole"]), torch.tensor(given["inside"])
+            ours, theirs = getattr(module, part.sized), getattr(reference, part.sized)
+            return {"torch": lambda: theirs(inside), "ours": lambda: mx.eval(ours(whole))}
         if part.component == "flux2 transformer":
-            return flux2_runs(module, reference, given)
-        return {
-            "ours": lambda: mx.eval(next(iter(component.ours(module, given)))),
+            return flux2_runs(module, small, reference, given)
+        runs = {
             "torch": lambda: next(iter(component.theirs(reference, given))),
+            "ours": lambda: mx.eval(next(iter(component.ours(module, given)))),
         }
+        return runs if small is None else runs | {"packed": lambda: mx.eval(next(iter(component.ours(small, given))))}
 
     return at
 
 
-def flux2_runs(module, reference, given: dict) -> Runs:
+def flux2_runs(module, small, reference, given: dict) -> Runs:
     """FLUX.2's transformer for itself; its test runs other things along with this."""
     import torch
     from diffusers import Flux2KleinPipeline
@@ -253,10 +276,11 @@ def flux2_runs(module, reference, given: dict) -> Runs:
     }
     places = {"text_ids": text_ids(text.shape[1]), "image_ids": grid_ids(*given["grid"])}
     arrays = [mx.array(given[name]) for name in ("latents", "sigma", "text")]
-    return {
-        "ours": lambda: mx.eval(module(arrays[0], sigma=arrays[1], prompt_embeds=arrays[2], **places)),
-        "torch": lambda: reference(**arguments),
-    }
+
+    def ours(module) -> Callable[[], None]:
+        return lambda: mx.eval(module(arrays[0], sigma=arrays[1], prompt_embeds=arrays[2], **places))
+
+    return {"torch": lambda: reference(**arguments), "ours": ours(module), "packed": ours(small)}
 
 
 class Old:
@@ -319,24 +343,26 @@ def measure(part: Part, pixels: int, repeats: int, runs: Runs, old: Old | None) 
     others = []
     for turn in range(repeats):
         # Who runs second finds the processor as the first has left it, so they take turns at that as well.
-        for name in list(runs)[:: 1 if turn % 2 else -1]:
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
             give_back_memory()
             # As in the denoising loop, behind its first step.
-            kept = name == "ours" and part.sized == "tokens"
+            kept = name != "torch" and part.sized == "tokens"
             with Added() as memory, keeping_memory() if kept else nullcontext():
-                runs[name]()
+                if part.sized == "tokens" or pixels <= 512:
+                    runs[name]()
                 start = time.perf_counter()
                 runs[name]()
                 seconds[name].append(time.perf_counter() - start)
             added[name] = max(added[name], memory.bytes)
-        if old:
+        if old and not turn:
             others.append(old.run(pixels))
     return {
         "part": part.name,
         "pixels": pixels,
         "seconds": {name: min(taken) for name, taken in seconds.items()},
         "ratio": ratio(seconds["ours"], seconds["torch"]),
-        "ratio_024": ratio(seconds["ours"], others) if others else None,
+        "ratio_024": ratio(seconds["ours"][:1], others) if others else None,
+        "ratio_packed": ratio(seconds["packed"], seconds["ours"]) if "packed" in seconds else None,
         "added": added,
     }
 
@@ -353,7 +379,7 @@ def row(found: dict, sized: str) -> str:
     seconds, added = found["seconds"], found["added"]
     cells = [
         found["part"], pixels, f"{seconds['ours']:.2f}", f"{seconds['torch']:.2f}", f"{found['ratio']:.2f}",
-        "–" if found["ratio_024"] is None else f"{found['ratio_024']:.2f}",
+        *("–" if found[name] is None else f"{found[name]:.2f}" for name in ("ratio_024", "ratio_packed")),
         f"{added['ours'] / 1e6:,.0f}", f"{added['torch'] / 1e6:,.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -364,7 +390,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="families; all of them otherwise")
     parser.add_argument("--pixels", nargs="*", type=int, default=[512, 1024], help="for transformers (default: both)")
     parser.add_argument("--decode", nargs="*", type=int, default=[256], help="for autoencoders (default: 256)")
-    parser.add_argument("--repeats", type=int, default=2, help="turns for each part (default: 2)")
+    parser.add_argument("--repeats", type=int, default=2, help="turns for each part; one above 512 px (default: 2)")
     parser.add_argument("--other-python", metavar="PYTHON", help="of an environment with mflux 0.24.0")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file, row by row")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -374,16 +400,16 @@ def main() -> None:
         at = sides(part)
         for run in at(64).values():
             run()
-        old = Old(args.other_python, part) if args.other_python and part.sized != "no" else None
+        old = Old(args.other_python, part) if args.other_python and part.sized in ("tokens", "decode") else None
         if old:
             old.run(64)
-        for pixels in {"tokens": args.pixels, "decode": args.decode, "no": [0]}[part.sized]:
-            found = measure(part, pixels, args.repeats, at(pixels), old)
+        for pixels in {"tokens": args.pixels, "no": [0]}.get(part.sized, args.decode):
+            found = measure(part, pixels, args.repeats if pixels <= 512 else 1, at(pixels), old)
             print(json.dumps(found), flush=True)
         return
     lines = [
-        "| part | px | seconds | torch's | of torch's | of 0.24's | MB added | torch's |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| part | px | seconds | torch's | of torch's | of 0.24's | {BITS} bits, of whole | MB added | torch's |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     print(*lines, sep="\n", flush=True)
     for number, part in enumerate(PARTS):

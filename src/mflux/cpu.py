@@ -58,18 +58,19 @@ if hasattr(os, "register_at_fork"):
 
 def share(work: Callable[[int, int], None], rows: int, step: int) -> None:
     """Call `work(start, stop)` for blocks of at most `step` rows, on all cores; numpy's functions leave Python free."""
-    workers = min(threads(), -(-rows // step))
-    if workers <= 1:
-        for start in range(0, rows, step):
-            work(start, min(start + step, rows))
-        return
+    workers = max(1, min(threads(), -(-rows // step)))
     bounds = [rows * number // workers for number in range(workers + 1)]
 
     def part(number: int) -> None:
-        for start in range(bounds[number], bounds[number + 1], step):
-            work(start, min(start + step, bounds[number + 1]))
+        # As MLX, without a word: what is not finite is found where it matters, and said there.
+        with np.errstate(all="ignore"):
+            for start in range(bounds[number], bounds[number + 1], step):
+                work(start, min(start + step, bounds[number + 1]))
 
-    list(_pool(workers).map(part, range(workers)))
+    if workers == 1:
+        part(0)
+    else:
+        list(_pool(workers).map(part, range(workers)))
 
 
 def share_rows(work: Callable[[tuple[int, ...], int, int], None], shape: tuple[int, ...]) -> None:

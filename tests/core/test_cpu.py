@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import os
 import re
 import subprocess
@@ -50,6 +51,38 @@ def counted(monkeypatch):
 def error(ours: mx.array, theirs: mx.array) -> float:
     difference, whole = (np.asarray(x, dtype=np.float64) for x in (ours - theirs, theirs))
     return float(np.linalg.norm(difference) / np.linalg.norm(whole))
+
+
+# ---- memory
+
+
+KEEPING = """
+import resource
+from pathlib import Path
+from mflux.backend import mx
+from mflux.models.common.stages import give_back_memory, keeping_memory
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    mx.eval(mx.ones((25_000_000,)))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+new_pages(), give_back_memory()
+before, always = held(), new_pages()
+with keeping_memory():
+    first, second = new_pages(), new_pages()
+    inside = held() - before
+print(always, first, second, new_pages(), inside / 1e6, (held() - before) / 1e6)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+def test_kept_memory_is_used_again_and_given_back():
+    found = subprocess.run([sys.executable, "-c", KEEPING], check=True, capture_output=True, text=True).stdout
+    always, first, second, afterwards, inside, outside = map(float, found.split())
+    assert min(always, first, afterwards) > 5 * second  # few where pages are huge
+    assert inside > 90
+    assert outside < 10
 
 
 # ---- activations
@@ -116,6 +149,81 @@ def test_a_result_does_not_keep_what_it_was_made_of():
     for _ in range(4):
         x = layers.silu(x)
     assert mx.get_active_memory() - before < x.nbytes / 2
+
+
+# ---- norms and modulation
+
+
+def norms(channels: int) -> dict:
+    """Each function of x alone, numpy's and MLX's."""
+    weight, bias, gate = mx.random.normal((3, channels))
+    shift, scale = mx.random.normal((2, 2, 1, channels))
+    eps = 1e-5
+
+    def plain(x, weight=None, bias=None):
+        return mx.fast.layer_norm(x, weight, bias, eps)
+
+    rms, whole, bare = (kind(channels, eps=eps) for kind in (layers.RMSNorm, layers.LayerNorm, layers.LayerNorm))
+    rms.weight, whole.weight, whole.bias = weight, weight, bias
+    bare = layers.LayerNorm(channels, eps=eps, affine=False)
+    return {
+        "RMS norm": (rms, lambda x: mx.fast.rms_norm(x, weight, eps)),
+        "layer norm": (whole, lambda x: plain(x, weight, bias)),
+        "layer norm without weights": (bare, plain),
+        "modulate": (
+            lambda x: layers.modulate(x, shift, scale, eps),
+            lambda x: plain(x) * (1 + scale) + shift,
+        ),
+        "modulate, one for all": (
+            lambda x: layers.modulate(x, shift[:1], scale[:1], eps),
+            lambda x: plain(x) * (1 + scale[:1]) + shift[:1],
+        ),
+        "residual": (lambda x: layers.residual(x, scale, 2 * x), lambda x: x + scale * (2 * x)),
+        "residual, one for all": (lambda x: layers.residual(x, gate, 2 * x), lambda x: x + gate * (2 * x)),
+        "residual, 1": (lambda x: layers.residual(x, 1, 2 * x), lambda x: 3 * x),
+        "SwiGLU": (lambda x: layers.silu_times(x, 2 * x), lambda x: nn.silu(x) * (2 * x)),
+    }
+
+
+@pytest.mark.parametrize("name", norms(8))
+def test_norms_equal_mlx(name, workers, counted):
+    ours, plain = norms(96)[name]
+    x = 3 + 4 * mx.random.normal((2, 1001, 96))
+    assert error(ours(x), plain(x)) < 1e-6
+    assert bool(counted) == (name != "residual, 1")
+    part = mx.random.normal((2, 1001, 300))[..., 7:103]
+    assert error(ours(part), plain(part)) < 1e-6
+
+    def gradient(function):
+        return mx.grad(lambda x: (function(x) ** 3).sum())(x)
+
+    assert error(gradient(ours), gradient(plain)) < 1e-5
+    assert error(mx.compile(ours)(x), plain(x)) < 1e-6
+
+
+def test_a_norm_of_heads_beside_each_other(counted):
+    norm = layers.RMSNorm(64)
+    norm.weight = mx.random.normal((64,))
+    x = layers.split_heads(mx.random.normal((2, 300, 4 * 64)), 4)
+    assert error(norm(x), mx.fast.rms_norm(x, norm.weight, norm.eps)) < 1e-6
+    assert counted
+
+
+def test_what_differs_from_row_to_row_stays_with_mlx(counted):
+    x, shift, scale = mx.random.normal((3, 1, 1000, 96))
+    wanted = mx.fast.layer_norm(x, None, None, 1e-6) * (1 + scale) + shift
+    assert error(layers.modulate(x, shift, scale), wanted) < 1e-6
+    assert error(layers.residual(x, scale, shift), x + scale * shift) < 1e-6
+    assert not counted
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_a_number_stays_none_without_a_warning(bad, workers):
+    x = mx.random.normal((1, 1000, 96))
+    x[0, 500, 3] = bad
+    out = np.asarray(layers.RMSNorm(96)(x)), np.asarray(layers.LayerNorm(96)(x))
+    assert all(not np.isfinite(y[0, 500]).all() and np.isfinite(np.delete(y, 500, axis=1)).all() for y in out)
 
 
 # ---- rotary positions
