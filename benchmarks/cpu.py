@@ -12,17 +12,19 @@ import argparse
 import time
 from collections.abc import Callable
 
+import numpy as np
+
+try:
+    # Before mflux: else torch's attention calls mflux's OpenBLAS from each of its own threads, and waits.
+    import torch
+except ImportError:
+    torch = None
+
 from mflux import cpu
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.quantization import Quantization, make_room, pack, planned
 from mflux.models.common import layers
 from mflux.models.common.mmdit import SingleTransformerBlock, TransformerBlock
-
-try:
-    import numpy as np
-    import torch
-except ImportError:
-    torch = None
 
 Work = dict[str, Callable[[], object]]
 HEADS, HEAD, WIDTH = 24, 128, 3072
@@ -91,7 +93,42 @@ def elementwise(tokens: int) -> dict[str, Work]:
         q,
         *rotary,
     )
-    return found
+    return found | norms(tokens)
+
+
+def norms(tokens: int) -> dict[str, Work]:
+    x, y = drawn(1, tokens, WIDTH), drawn(1, tokens, WIDTH)
+    shift, scale = drawn(1, 1, WIDTH), drawn(1, 1, WIDTH)
+    heads = layers.split_heads(x, HEADS)
+    norm = layers.RMSNorm(HEAD)
+    mx.eval(heads, norm.parameters())
+    of_torch = torch and torch.nn.functional
+
+    def plain(x, shift, scale):
+        return mx.fast.layer_norm(x, None, None, 1e-6) * (1 + scale) + shift
+
+    return {
+        f"layer norm, scale and shift of {tokens} × {WIDTH}": {
+            "MLX": evaluated(plain, x, shift, scale),
+            "mflux": evaluated(layers.modulate, x, shift, scale),
+        }
+        | in_torch(lambda t, s, f: of_torch.layer_norm(t, (WIDTH,), eps=1e-6) * (1 + f) + s, x, shift, scale),
+        f"RMS norm of {tokens} × {HEADS} heads of {HEAD}": {
+            "MLX": evaluated(lambda x: mx.fast.rms_norm(x, norm.weight, norm.eps), heads),
+            "mflux": evaluated(norm, heads),
+        }
+        | in_torch(lambda t, w: of_torch.rms_norm(t, (HEAD,), w, norm.eps), heads, norm.weight),
+        f"x + gate · y of {tokens} × {WIDTH}": {
+            "MLX": evaluated(lambda x, gate, y: x + gate * y, x, scale, y),
+            "mflux": evaluated(layers.residual, x, scale, y),
+        }
+        | in_torch(lambda x, gate, y: x + gate * y, x, scale, y),
+        f"SiLU · y of {tokens} × {WIDTH}": {
+            "MLX": evaluated(lambda x, y: nn.silu(x) * y, x, y),
+            "mflux": evaluated(layers.silu_times, x, y),
+        }
+        | in_torch(lambda x, y: of_torch.silu(x) * y, x, y),
+    }
 
 
 def attention(tokens: int) -> dict[str, Work]:

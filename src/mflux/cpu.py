@@ -243,13 +243,13 @@ quick_gelu = _elementwise(_times_sigmoid(1.702), _quick_gelu)
 # ---- norms and modulation
 
 
-def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """`mx.fast.rms_norm` of (…, L, C)."""
 
-    def plain(x: mx.array, weight: mx.array) -> mx.array:
+    def plain(x: mx.array, weight: mx.array | None = None) -> mx.array:
         return mx.fast.rms_norm(x, weight, eps)
 
-    return _normalised(plain, eps, x, weight, centred=False)
+    return _normalised(plain, eps, x, *(() if weight is None else (weight,)), centred=False)
 
 
 def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:

@@ -170,6 +170,8 @@ def norms(channels: int) -> dict:
         "RMS norm": (rms, lambda x: mx.fast.rms_norm(x, weight, eps)),
         "layer norm": (whole, lambda x: plain(x, weight, bias)),
         "layer norm without weights": (bare, plain),
+        "layer norm, the function": (lambda x: layers.layer_norm(x, eps), plain),
+        "RMS norm, the function": (lambda x: layers.rms_norm(x, eps), lambda x: mx.fast.rms_norm(x, None, eps)),
         "modulate": (
             lambda x: layers.modulate(x, shift, scale, eps),
             lambda x: plain(x) * (1 + scale) + shift,
@@ -429,14 +431,17 @@ def test_a_forked_process_has_threads_of_its_own():
 # ---- everything takes this way
 
 
-def test_models_take_activations_and_attention_from_the_layers():
+def test_models_take_activations_norms_and_attention_from_the_layers():
     """Else they are slow on a CPU. Autoencoders have kernels of their own."""
-    slow = re.compile(r"(nn\.(silu|gelu|gelu_approx|SiLU|GELU)|mx\.fast\.scaled_dot_product_attention)$")
+    slow = re.compile(
+        r"(nn\.(silu|gelu|gelu_approx|SiLU|GELU|RMSNorm\(.*|LayerNorm\(.*)"
+        r"|mx\.fast\.(scaled_dot_product_attention|rms_norm|layer_norm))$"
+    )
     found = set()
     for path in (SOURCE / "models").rglob("*.py"):
         if "autoencoders" in path.parts or path.name == "layers.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and slow.match(ast.unparse(node)):
+            if isinstance(node, (ast.Attribute, ast.Call)) and slow.match(ast.unparse(node)):
                 found.add(f"{path.relative_to(SOURCE)}:{node.lineno} {ast.unparse(node)}")
     assert not found

@@ -132,6 +132,16 @@ def rotary_embedding(ids: mx.array, axes: Sequence[int], theta: float = 10_000.0
 # ---- norms
 
 
+def rms_norm(x: mx.array, eps: float) -> mx.array:
+    """Without weights, over the last axis of (…, L, C)."""
+    return cpu.rms_norm(x, None, eps)
+
+
+def layer_norm(x: mx.array, eps: float) -> mx.array:
+    """Without weights, over the last axis of (…, L, C)."""
+    return cpu.layer_norm(x, None, None, eps)
+
+
 class RMSNorm(nn.RMSNorm):
     """MLX's, on all cores of a CPU."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import Activation, LayerNorm, attention, merge_heads, split_heads
+from mflux.models.common.layers import Activation, LayerNorm, attention, layer_norm, merge_heads, split_heads
 from mflux.models.common.text_encoders.qwen3 import Qwen3TextEncoder
 
 _EPS = 1e-5
@@ -94,7 +94,7 @@ class HiddenStateNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         apart = x.reshape(*x.shape[:-1], self.count, -1)
-        return self.all(mx.fast.layer_norm(apart, None, None, _EPS).reshape(x.shape))
+        return self.all(layer_norm(apart, _EPS).reshape(x.shape))
 
 
 class SelfAttention(nn.Module):

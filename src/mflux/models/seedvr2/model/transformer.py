@@ -25,6 +25,7 @@ from mflux.models.common.layers import (
     attention,
     gelu_approx,
     merge_heads,
+    rms_norm,
     rotate_pairs,
     silu,
     silu_times,
@@ -364,7 +365,7 @@ class Block(nn.Module):
         return x + ada.behind(mlp(ada.before(self.normalized(x), "mlp", time)), "mlp", time)
 
     def normalized(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, None, self.eps)
+        return rms_norm(x, self.eps)
 
 
 class TimeEmbedding(nn.Module):

@@ -18,6 +18,7 @@ from mflux.models.common.layers import (
     RMSNorm,
     Rotary,
     attention,
+    layer_norm,
     merge_heads,
     residual,
     rotary_embedding,
@@ -218,7 +219,7 @@ class FinalLayer(nn.Module):
 
     def __call__(self, x: mx.array, condition: mx.array) -> mx.array:
         silu, scale = self.adaLN_modulation
-        return self.linear(mx.fast.layer_norm(x, None, None, _FINAL_EPS) * (1 + scale(silu(condition))[:, None]))
+        return self.linear(layer_norm(x, _FINAL_EPS) * (1 + scale(silu(condition))[:, None]))
 
 
 # ---- from pictures to tokens and back
