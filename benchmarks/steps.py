@@ -143,6 +143,10 @@ def clip_words(config, pixels: int) -> dict:
     return {"ids": ids(config, 77)}
 
 
+def t5_words(config, pixels: int) -> dict:
+    return {"ids": ids(config, 512)}
+
+
 def picture(config, pixels: int) -> dict:
     """What our encoder takes, and what the reference takes: a video of one frame, or the same."""
     whole = draw(1, 3, pixels, pixels).clip(-1, 1)
@@ -171,7 +175,7 @@ PARTS = (
     Part("flux transformer with guidance", "FLUX.1-dev/transformer", "a single block",
          {"num_layers": 0, "num_single_layers": 1}, flux),
     Part("flux text_encoder_2", "FLUX.1/text_encoder_2", "two layers, 512 words", {"num_layers": 2} | FEW_WORDS,
-         clip_words, "no"),
+         t5_words, "no"),
     Part("flux text_encoder", "FLUX.1/text_encoder", "whole, 77 words", {}, clip_words, "no"),
     Part("flux vae", "FLUX.1/vae", "decode", {}, latents, "decode"),
     Part("flux vae", "FLUX.1/vae", "encode", {}, picture, "encode"),
