@@ -84,9 +84,8 @@ def forget_peak() -> None:
 def generate(words: list[str]) -> dict:
     """`mflux-generate` with these words; the peak while each component loads, and from then to the next stage."""
     from mflux.backend import tree_flatten
-    from mflux.models.common import stages
+    from mflux.models.common import pipeline, stages
     from mflux.models.flux.cli import flux_generate
-    from mflux.models.flux.variants.txt2img import flux
 
     idle = status("VmRSS")
     found: list[dict] = []
@@ -115,7 +114,7 @@ def generate(words: list[str]) -> dict:
         found.append(stage)
         forget_peak()
 
-    stages.timed = flux.timed = watched
+    stages.timed = pipeline.timed = watched
     stages.weight_bytes = weighing
     code = flux_generate.main(words)
     if found:
@@ -127,9 +126,12 @@ def everything(folder: Path, bits: int | None) -> dict:
     """What a program needs that loads all components and then quantizes them."""
     from mflux.backend import mx, nn
     from mflux.checkpoints.loading import load_component
-    from mflux.models.flux.variants.txt2img import flux
+    from mflux.models.common.autoencoders.kl import AutoencoderKL
+    from mflux.models.common.text_encoders.clip import CLIPTextEncoder
+    from mflux.models.common.text_encoders.t5 import T5Encoder
+    from mflux.models.flux.model.transformer import FluxTransformer
 
-    classes = (flux.T5Encoder, flux.CLIPTextEncoder, flux.FluxTransformer, flux.AutoencoderKL)
+    classes = (T5Encoder, CLIPTextEncoder, FluxTransformer, AutoencoderKL)
     idle = status("VmRSS")
     forget_peak()
     modules = [load_component(kind, folder / part) for kind, part in zip(classes, PARTS, strict=True)]
@@ -231,7 +233,7 @@ def report(folder: Path, gigabytes: float) -> str:
             weights = max(stage.get("weights", 0) for stage in found["stages"])
             highest[label] = max(max(stage["peak"], stage["then"]) for stage in found["stages"])
             for stage in found["stages"]:
-                limit = 1.15 * weights + (stage.get("largest", 0) if "-q" in words else 0)
+                limit = stage["before"] + 1.15 * weights + (stage.get("largest", 0) if "-q" in words else 0)
                 own = [mb(stage["weights"]), mb(limit)] if "weights" in stage else ["", ""]
                 cells = [label, stage["stage"], mb(stage["before"]), mb(stage["peak"]), *own, mb(stage["then"])]
                 lines.append(f"| {' | '.join(cells)} |")

@@ -1,10 +1,15 @@
-"""What README.md says about speed is what benchmarks/steps.md has, and that has all there is to measure."""
+"""What README.md says about speed is what benchmarks/steps.md has; programs that no test runs name what exists."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -37,3 +42,39 @@ def test_the_headline_of_speed_is_what_was_measured():
     assert quoted, "README.md has no headline of speed"
     _, _, of_torch, of_024, packed, *_ = table()["flux transformer with guidance: a double block", "1024"]
     assert quoted.groups() == (of_024, of_torch, packed)
+
+
+# ---- programs beside the package
+
+# Those named after 0.24 run with mflux 0.24.
+PROGRAMS = [
+    path for folder in ("benchmarks", "tools") for path in (ROOT / folder).glob("*.py") if "024" not in path.name
+]
+
+
+@pytest.mark.parametrize("path", sorted(PROGRAMS), ids=lambda path: path.name)
+def test_what_a_program_takes_from_mflux_is_there(path):
+    """Also where it is imported within a function, and as an attribute of a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules: dict[str, ModuleType] = {}
+    missing = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "mflux":
+            continue
+        module = importlib.import_module(node.module)
+        for alias in node.names:
+            if not hasattr(module, alias.name):
+                try:
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                except ModuleNotFoundError:
+                    missing.append(f"{node.module}.{alias.name}")
+                    continue
+            found = getattr(module, alias.name)
+            if isinstance(found, ModuleType):
+                modules[alias.asname or alias.name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            module = modules[node.value.id]
+            if not hasattr(module, node.attr):
+                missing.append(f"{module.__name__}.{node.attr}")
+    assert not missing
