@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ import pytest
 from mflux import backend, cpu
 from mflux.backend import mx, nn
 from mflux.checkpoints.quantization import Quantization, QuantizedEmbedding, QuantizedLinear, make_room, pack, planned
-from mflux.models.common import layers
+from mflux.models.common import layers, pipeline
+from mflux.models.common.config import ModelConfig
 from mflux.models.common.lora.adapters import Adapter, LowRank, wrap
+from mflux.models.flux.variants.txt2img.flux import Flux1
 
 pytestmark = pytest.mark.skipif(backend.has_gpu(), reason="a GPU keeps to MLX")
 
@@ -83,6 +86,31 @@ def test_kept_memory_is_used_again_and_given_back():
     assert min(always, first, afterwards) > 5 * second  # few where pages are huge
     assert inside > 90
     assert outside < 10
+
+
+class Steps:
+    def __init__(self, seen: list[str]):
+        self.seen = seen
+
+    def call_in_loop(self, **_: object) -> None:
+        self.seen.append("step")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_memory_is_kept_from_the_second_step_to_the_last(count, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def keeping():
+        seen.append("keep")
+        yield
+        seen.append("give back")
+
+    monkeypatch.setattr(pipeline, "keeping_memory", keeping)
+    flux = Flux1(model_config=ModelConfig.from_name("demo"))
+    flux.callbacks.register(Steps(seen))
+    flux.generate_image(seed=1, prompt="a red circle", num_inference_steps=count, width=64, height=64)
+    assert seen == (["step"] if count == 1 else ["step", "keep", "step", "step", "give back"])
 
 
 # ---- activations
