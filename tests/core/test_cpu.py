@@ -73,17 +73,17 @@ def new_pages():
 new_pages(), give_back_memory()
 before, always = held(), new_pages()
 with keeping_memory():
-    first, second = new_pages(), new_pages()
+    first, *others = (new_pages() for _ in range(6))  # small blocks may have settled where the first was
     inside = held() - before
-print(always, first, second, new_pages(), inside / 1e6, (held() - before) / 1e6)
+print(always, first, others[-1], new_pages(), inside / 1e6, (held() - before) / 1e6)
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
 def test_kept_memory_is_used_again_and_given_back():
     found = subprocess.run([sys.executable, "-c", KEEPING], check=True, capture_output=True, text=True).stdout
-    always, first, second, afterwards, inside, outside = map(float, found.split())
-    assert min(always, first, afterwards) > 5 * second  # few where pages are huge
+    always, first, later, afterwards, inside, outside = map(float, found.split())
+    assert min(always, first, afterwards) > 5 * later  # few where pages are huge
     assert inside > 90
     assert outside < 10
 
