@@ -25,9 +25,9 @@ DECODE = "FLUX.1's autoencoder, decoding 256 × 256 pixels"
 def measure(repeats: int, *, compiled: bool) -> dict:
     """In this process: for each piece of work the seconds of the first time, the least of the others, and the peak."""
     from mflux.backend import mx, nn
-    from mflux.models.common.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig
-    from mflux.models.common.layers import rotary_embedding
-    from mflux.models.common.mmdit import TransformerBlock, latent_image_ids
+    from mflux.models.common.networks.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig
+    from mflux.models.common.networks.layers import rotary_embedding
+    from mflux.models.common.networks.mmdit import TransformerBlock, latent_image_ids
 
     # mflux has turned it off by now.
     mx.enable_compile() if compiled else mx.disable_compile()

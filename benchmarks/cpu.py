@@ -23,8 +23,8 @@ except ImportError:
 from mflux import cpu
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.quantization import Quantization, make_room, pack, planned
-from mflux.models.common import layers
-from mflux.models.common.mmdit import SingleTransformerBlock, TransformerBlock
+from mflux.models.common.networks import layers
+from mflux.models.common.networks.mmdit import SingleTransformerBlock, TransformerBlock
 
 Work = dict[str, Callable[[], object]]
 HEADS, HEAD, WIDTH = 24, 128, 3072

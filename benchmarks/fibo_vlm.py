@@ -31,7 +31,7 @@ TEXT = 60
 
 def build(layers: int, blocks: int, quantize: int | None):
     from mflux.backend import compute_dtype, mx, nn, tree_flatten
-    from mflux.models.fibo_vlm.model.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from mflux.models.common.networks.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     config = Qwen3VLConfig.from_dict(json.loads(DATA.read_text()))
     indexes = tuple(range(min(3, blocks, layers)))
@@ -55,8 +55,8 @@ def build(layers: int, blocks: int, quantize: int | None):
 def measure(what: str, layers: int, blocks: int, quantize: int | None, tokens: int) -> dict[str, float]:
     """One measurement, in this process."""
     from mflux.backend import mx
-    from mflux.models.common.stages import weight_bytes
-    from mflux.models.fibo_vlm.model.generation import PREFILL, Sampling, generate_tokens
+    from mflux.models.common.memory import weight_bytes
+    from mflux.models.fibo.vlm.generation import PREFILL, Sampling, generate_tokens
 
     network = build(layers, blocks, quantize)
     vision = network.config.vision_config

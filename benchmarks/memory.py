@@ -84,7 +84,8 @@ def forget_peak() -> None:
 def generate(words: list[str]) -> dict:
     """`mflux-generate` with these words; the peak while each component loads, and from then to the next stage."""
     from mflux.backend import tree_flatten
-    from mflux.models.common import pipeline, stages
+    from mflux.models.common import memory as stages
+    from mflux.models.common import pipeline
     from mflux.models.flux.cli import flux_generate
 
     idle = status("VmRSS")
@@ -126,9 +127,9 @@ def everything(folder: Path, bits: int | None) -> dict:
     """What a program needs that loads all components and then quantizes them."""
     from mflux.backend import mx, nn
     from mflux.checkpoints.loading import load_component
-    from mflux.models.common.autoencoders.kl import AutoencoderKL
-    from mflux.models.common.text_encoders.clip import CLIPTextEncoder
-    from mflux.models.common.text_encoders.t5 import T5Encoder
+    from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+    from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
+    from mflux.models.common.networks.text_encoders.t5 import T5Encoder
     from mflux.models.flux.model.transformer import FluxTransformer
 
     classes = (T5Encoder, CLIPTextEncoder, FluxTransformer, AutoencoderKL)
@@ -154,7 +155,7 @@ def times(folder: Path) -> dict:
     """
     from mflux.backend import mx
     from mflux.checkpoints.loading import load_component
-    from mflux.models.common.stages import give_back_memory
+    from mflux.models.common.memory import give_back_memory
     from mflux.models.flux.model.transformer import FluxTransformer
 
     part = folder / "transformer"

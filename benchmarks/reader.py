@@ -88,7 +88,7 @@ def measure(way: str, path: Path) -> dict[str, float]:
     from mflux.backend import mx
 
     if way == "mflux":
-        import mflux.checkpoints.opening  # noqa: F401
+        import mflux.checkpoints.readers.opening  # noqa: F401
     else:
         import torch  # noqa: F401
     imports = peak_megabytes()

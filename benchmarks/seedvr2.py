@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from mflux.backend import mx
-from mflux.models.common.autoencoders import tiling
+from mflux.models.common.networks.autoencoders import tiling
 from mflux.models.seedvr2 import colour
 from mflux.models.seedvr2.model.autoencoder import SeedVR2Autoencoder
 from mflux.models.seedvr2.model.transformer import SeedVR2Transformer

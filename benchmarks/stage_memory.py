@@ -192,7 +192,7 @@ def patched(path: str, value: object) -> None:
 def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> list[dict]:
     """One picture, as a command draws it; for each component, bytes beside what was held when all began."""
     from mflux.backend import mx
-    from mflux.models.common import stages
+    from mflux.models.common import memory as stages
     from mflux.models.common.config import ModelConfig
 
     tiny = distinct(name)[command]

@@ -340,7 +340,7 @@ class Added:
 
 
 def measure(part: Part, pixels: int, repeats: int, runs: Runs, old: Old | None) -> dict:
-    from mflux.models.common.stages import give_back_memory, keeping_memory
+    from mflux.models.common.memory import give_back_memory, keeping_memory
 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     added = dict.fromkeys(runs, 0)

@@ -113,7 +113,7 @@ def torch_stream(folder: Path) -> None:
 
 
 def read_torch(folder: Path) -> None:
-    from mflux.checkpoints.opening import open_checkpoint
+    from mflux.checkpoints.readers.opening import open_checkpoint
 
     checkpoint = open_checkpoint(folder / "x.pt")
     for name in checkpoint:
@@ -240,7 +240,7 @@ def models(folder: Path) -> None:
 def read_model(folder: Path) -> None:
     """The one that was changed, without its numbers: configurations, indexes, headers, schedules, tokenizers."""
     from mflux.models.common.checking import check_model
-    from mflux.models.common.config.saved_model import recorded_base_model
+    from mflux.models.common.saved_model import recorded_base_model
 
     names = changed_first(folder)
     for name in names:
@@ -267,8 +267,8 @@ def tokenizers(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> None:
-    from mflux.models.common.qwen_tokenizer import qwen_tokenizer
-    from mflux.models.common.tokenizers import clip_tokenizer, t5_tokenizer, whole_tokenizer
+    from mflux.models.common.tokenizers.prompt_tokenizers import clip_tokenizer, t5_tokenizer, whole_tokenizer
+    from mflux.models.common.tokenizers.qwen import qwen_tokenizer
 
     names = changed_first(folder)
     for name in names:
@@ -371,7 +371,7 @@ def texts(folder: Path) -> None:
 
 def read_texts(folder: Path) -> None:
     from mflux.checkpoints.folders import read_json
-    from mflux.models.fibo_vlm.model.json_text import read_object, read_structured_prompt
+    from mflux.models.fibo.vlm.json_text import read_object, read_structured_prompt
 
     read_json(folder / "plain.json")
     read_structured_prompt(folder / "prompt.json")

@@ -149,7 +149,7 @@ class Tokens:
     def __init__(self, work: Path):
         from tokenizers import Tokenizer
 
-        from mflux.models.common.tokenizers import clip_tokenizer
+        from mflux.models.common.tokenizers.prompt_tokenizers import clip_tokenizer
 
         self.clip = clip_tokenizer(work / "tokenizer")
         self.t5 = Tokenizer.from_file(str(work / "tokenizer_2" / "tokenizer.json"))

@@ -28,7 +28,7 @@ from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 from mflux.checkpoints.folders import read_json
-from mflux.checkpoints.plain_files import HEAD, what_else
+from mflux.checkpoints.readers.plain import HEAD, what_else
 from mflux.errors import CheckpointError, DownloadError, UsageError
 from mflux.text import one_line, shown, size, without_password
 from mflux.utils.paths import read_bounded, user_path

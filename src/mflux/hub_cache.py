@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mflux.checkpoints.folders import read_json
-from mflux.checkpoints.plain_files import HEAD, LARGEST_TEXT, what_else
-from mflux.checkpoints.safetensors_file import read_header
+from mflux.checkpoints.readers.plain import HEAD, LARGEST_TEXT, what_else
+from mflux.checkpoints.readers.safetensors import read_header
 from mflux.errors import CheckpointError, OutputError
 from mflux.text import size
 

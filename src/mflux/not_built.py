@@ -162,9 +162,15 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "qwen21.variants.txt2img.qwen_image_21.QwenImage21",
     ),
 }
+# Modules of 0.24 that stand elsewhere now.
+MOVED = {
+    "mflux.models.depth_pro.model.depth_pro": "mflux.models.common.controls.depth_pro.depth_pro",
+    "mflux.models.fibo_vlm.model.fibo_vlm": "mflux.models.fibo.vlm.fibo_vlm",
+}
 _TITLES = {f"mflux.models.{path}": title for title, paths in CLASSES.items() for path in paths}
 # Every module that holds one of them or lies above one that does.
 _MODULES = {path.rsplit(".", depth)[0] for path in _TITLES for depth in range(1, path.count(".") - 1)}
+_MODULES |= {path.rsplit(".", depth)[0] for path in MOVED for depth in range(path.count(".") - 1)}
 
 
 class _MissingAttribute(NotBuiltError, AttributeError):
@@ -214,6 +220,9 @@ class _Finder:
     @staticmethod
     def exec_module(module: ModuleType) -> None:
         name = module.__name__
+        if name in MOVED:
+            sys.modules[name] = importlib.import_module(MOVED[name])
+            return
         if name in _TITLES:
             # What the import system finds here afterwards is what it hands on.
             sys.modules[name] = _class(name)

@@ -13,9 +13,9 @@ from mflux.callbacks.instances import battery_saver
 from mflux.callbacks.instances.battery_saver import BatterySaver, battery_percentage, parse_pmset
 from mflux.callbacks.instances.memory_saver import MemorySaver
 from mflux.errors import MfluxError
-from mflux.models.common.autoencoders.tiling import TilingConfig
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.config import Config
+from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 from mflux.utils.exceptions import MFluxException, StopImageGenerationException
 
 # As pmset prints them.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mflux.models.common.canny import canny
+from mflux.models.common.controls.canny import canny
 
 DATA = np.load(Path(__file__).parents[1] / "data" / "canny.npz")
 PICTURES = sorted({name.rsplit(": ", 1)[0] for name in DATA})

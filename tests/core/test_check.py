@@ -16,9 +16,9 @@ from tiny import published, write_json
 from mflux.backend import mx
 from mflux.cli.capabilities import describe
 from mflux.models.common.checking import check_model
+from mflux.models.common.controls.depth_pro.network import DepthProConfig, DepthProForDepthEstimation
 from mflux.models.common.family import families
-from mflux.models.depth_pro.model.depth_pro_model import DepthProConfig, DepthProForDepthEstimation
-from mflux.models.fibo_vlm.model.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from mflux.models.common.networks.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 TINY: dict[str, Tiny] = every("TINY")
 
@@ -146,7 +146,7 @@ def test_missing_and_damaged_files(cli, whole, name, in_folder):
 
 def test_every_family_can_be_checked():
     for name, family in families().items():
-        assert family.components or family.alone, name
+        assert family.components or family.single, name
 
 
 # ---- families that are one model

@@ -66,8 +66,8 @@ def test_an_unknown_model(refused):
 def test_every_family_that_draws_is_named_for_a_folder_that_does_not_tell():
     from mflux.errors import ModelConfigError
     from mflux.models.common.config.model_config import ModelConfig
-    from mflux.models.common.config.registry import MODELS
     from mflux.models.common.family import families
+    from mflux.models.common.registry import MODELS
 
     with pytest.raises(ModelConfigError) as failure:
         ModelConfig.from_name("nonsense")
@@ -88,7 +88,7 @@ def test_a_mistyped_model_that_contains_another_s_name(refused, name, near):
 
 
 def test_an_unknown_base_model(refused, tiny_schnell):
-    from mflux.models.common.config.registry import MODELS
+    from mflux.models.common.registry import MODELS
 
     message = f"the base model 'nonsense' is not known: choose one of {', '.join(MODELS)}"
     refused("--base-model", "nonsense", status=2, message=message)

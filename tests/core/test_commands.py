@@ -15,7 +15,7 @@ from mflux.cli.commands import COMMANDS
 from mflux.cli.parser import MfluxParser
 from mflux.errors import UsageError
 from mflux.models.common.family import built
-from mflux.models.common.stages import release
+from mflux.models.common.memory import release
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils import values
 from mflux.utils.paths import user_path

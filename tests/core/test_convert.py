@@ -88,7 +88,9 @@ def test_dtype_casts_floating_point_only(source, tmp_path, dtype, capfd):
 
 
 def test_list_prints_and_reads_no_data(source, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("mflux.checkpoints.pytorch_file.PytorchFile.__getitem__", lambda *_: pytest.fail("read data"))
+    monkeypatch.setattr(
+        "mflux.checkpoints.readers.pytorch.PytorchFile.__getitem__", lambda *_: pytest.fail("read data")
+    )
     assert main([str(source), "--list"]) == 0
     out, err = capfd.readouterr()
     assert out.splitlines() == [

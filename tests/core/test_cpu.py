@@ -17,9 +17,10 @@ import pytest
 from mflux import backend, cpu
 from mflux.backend import mx, nn
 from mflux.checkpoints.quantization import Quantization, QuantizedEmbedding, QuantizedLinear, make_room, pack, planned
-from mflux.models.common import layers, pipeline
+from mflux.models.common import pipeline
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.lora.adapters import Adapter, LowRank, wrap
+from mflux.models.common.networks import layers
 from mflux.models.flux.variants.txt2img.flux import Flux1
 
 pytestmark = pytest.mark.skipif(backend.has_gpu(), reason="a GPU keeps to MLX")
@@ -63,7 +64,7 @@ KEEPING = """
 import resource
 from pathlib import Path
 from mflux.backend import mx
-from mflux.models.common.stages import give_back_memory, keeping_memory
+from mflux.models.common.memory import give_back_memory, keeping_memory
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 def new_pages():

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from mflux.errors import DownloadError
-from mflux.models.depth_pro import download, weights
+from mflux.models.common.controls.depth_pro import download, weights
+from mflux.models.common.controls.depth_pro.download import fetch_archive
 from mflux.models.depth_pro.cli import save_depth
-from mflux.models.depth_pro.download import fetch_archive
 
 REMEDY = "name the file with --model"
 

@@ -13,10 +13,9 @@ from safetensors.numpy import save_file
 
 from mflux.backend import has_gpu, mx, nn, tree_flatten
 from mflux.errors import CheckpointError, ImageError, UsageError
-from mflux.models.depth_pro.cli import save_depth
-from mflux.models.depth_pro.model import depth_pro_model
-from mflux.models.depth_pro.model.depth_pro import DepthPro
-from mflux.models.depth_pro.model.depth_pro_model import (
+from mflux.models.common.controls.depth_pro import network as depth_pro_model
+from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
+from mflux.models.common.controls.depth_pro.network import (
     Conv3x3,
     DepthProConfig,
     DepthProForDepthEstimation,
@@ -25,6 +24,7 @@ from mflux.models.depth_pro.model.depth_pro_model import (
     merge_patches,
     resize_bilinear,
 )
+from mflux.models.depth_pro.cli import save_depth
 
 
 def vit(hidden_size: int, heads: int) -> dict:

@@ -19,16 +19,18 @@ from mflux.cli import save
 from mflux.errors import CheckpointError, MissingExtraError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.config import Config
+from mflux.models.common.memory import Part, is_loaded
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.schedulers import LinearScheduler
-from mflux.models.common.stages import Part, is_loaded
-from mflux.models.common.tokenizers import whole_tokenizer
-from mflux.models.fibo import prompts, weights_024
-from mflux.models.fibo.cli import fibo_edit, fibo_generate, words
+from mflux.models.common.tokenizers.prompt_tokenizers import whole_tokenizer
+from mflux.models.fibo import layouts as weights_024
+from mflux.models.fibo import prompts
+from mflux.models.fibo.cli import fibo_edit, fibo_generate
+from mflux.models.fibo.cli import options as words
 from mflux.models.fibo.model.autoencoder import FiboAutoencoder
 from mflux.models.fibo.model.transformer import FiboTransformer
+from mflux.models.fibo.sources import cut_out, own_size, source_picture
 from mflux.models.fibo.variants.edit import FIBOEdit
-from mflux.models.fibo.variants.edit.sources import cut_out, own_size, source_picture
 from mflux.models.fibo.variants.txt2img.fibo import FIBO
 
 SMALL = ("--steps", "2", "--width", "48", "--height", "32", "--seed", "1")
@@ -149,8 +151,8 @@ class Vlm:
 
 @pytest.fixture
 def vlm(monkeypatch) -> type[Vlm]:
-    pytest.importorskip("mflux.models.fibo_vlm.model.fibo_vlm")
-    monkeypatch.setattr("mflux.models.fibo_vlm.model.fibo_vlm.FiboVLM", Vlm)
+    pytest.importorskip("mflux.models.fibo.vlm.fibo_vlm")
+    monkeypatch.setattr("mflux.models.fibo.vlm.fibo_vlm.FiboVLM", Vlm)
     monkeypatch.setattr(words, "check_installed", lambda: None)
     Vlm.asked, Vlm.alive = [], []
     return Vlm
@@ -464,7 +466,7 @@ def test_a_lora_changes_the_layer_that_it_names(tmp_path, model, name):
 
 
 def test_helpers_of_024(here):
-    from mflux.models.fibo_vlm.model.util import FiboVLMUtil
+    from mflux.models.fibo.vlm.util import FiboVLMUtil
 
     FiboVLMUtil.save_json_prompt(Path("new/prompt.json"), PROMPT)
     assert json.loads(FiboVLMUtil.get_structured_prompt(Path("new/prompt.json"))) == json.loads(PROMPT)

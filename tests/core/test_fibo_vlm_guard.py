@@ -22,7 +22,7 @@ SENTENCE = (
 RUN = """
 import json, resource, sys
 before = resource.getrusage(resource.RUSAGE_SELF)
-from mflux.models.fibo_vlm.cli.{module} import main
+from mflux.models.fibo.cli.{module} import main
 status = main(sys.argv[1:])
 after = resource.getrusage(resource.RUSAGE_SELF)
 seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -68,7 +68,7 @@ def test_class(environment, tmp_path):
     run = (
         "import sys, time\n"
         "from mflux.errors import MissingExtraError\n"
-        "from mflux.models.fibo_vlm.model.fibo_vlm import FiboVLM\n"
+        "from mflux.models.fibo.vlm.fibo_vlm import FiboVLM\n"
         "start = time.process_time()\n"
         "try:\n"
         "    FiboVLM()\n"
@@ -87,7 +87,7 @@ def test_class(environment, tmp_path):
 
 def test_jinja_alone_may_be_missing(monkeypatch):
     """transformers may be there without its template engine."""
-    from mflux.models.fibo_vlm import packages
+    from mflux.models.fibo.vlm import packages
 
     monkeypatch.setitem(sys.modules, "transformers", sys)
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -100,7 +100,7 @@ def test_help_and_usage_come_first(module, environment, tmp_path):
     """Without the extra one may still read the help."""
     for words, status in ((("--help",), 0), ((), 2)):
         ended = subprocess.run(
-            [sys.executable, "-m", f"mflux.models.fibo_vlm.cli.{module}", *words],
+            [sys.executable, "-m", f"mflux.models.fibo.cli.{module}", *words],
             env=environment,
             cwd=tmp_path,
             capture_output=True,

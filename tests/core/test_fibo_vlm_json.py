@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mflux.models.fibo_vlm.model.json_text import CUT_OFF, AnswerError, check, read_object, to_text
+from mflux.models.fibo.vlm.json_text import CUT_OFF, AnswerError, check, read_object, to_text
 
 FULL = {
     "short_description": 'A "small" dog,\nasleep: {x} [y] \\ é 🙂',

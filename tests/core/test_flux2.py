@@ -16,9 +16,9 @@ from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.loading import FolderTensors, layout_turns
 from mflux.errors import CheckpointError, ImageError, UsageError
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
 from mflux.models.flux2 import small_parts
 from mflux.models.flux2.latent_creator.flux2_latent_creator import Flux2LatentCreator
-from mflux.models.flux2.model.autoencoder import AutoencoderKLFlux2
 from mflux.models.flux2.model.text_encoder import AdapterConfig, SmallQwen3, SmallTextAdapter
 from mflux.models.flux2.variants.edit.flux2_klein_edit import Flux2KleinEdit, reference_picture
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
@@ -379,7 +379,7 @@ def test_another_model_is_told(model, tmp_path, part, change, told):
 def test_a_file_that_is_no_whole_transformer(model, tmp_path, monkeypatch, content):
     file = tmp_path / "klein-4b.safetensors"
     mx.save_safetensors(str(file), content)
-    monkeypatch.setattr("mflux.models.flux2.variants.klein.resolve", lambda *_: model)
+    monkeypatch.setattr("mflux.models.flux2.pipeline.resolve", lambda *_: model)
     with pytest.raises(CheckpointError, match=file.name):
         klein(file)
 

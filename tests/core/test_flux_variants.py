@@ -237,7 +237,7 @@ class FlatWorld:
 
 @pytest.fixture
 def depth_pro(monkeypatch):
-    monkeypatch.setattr("mflux.models.depth_pro.model.depth_pro.DepthPro", FlatWorld)
+    monkeypatch.setattr("mflux.models.common.controls.depth_pro.depth_pro.DepthPro", FlatWorld)
     FlatWorld.made = []
     return FlatWorld
 
@@ -554,7 +554,7 @@ def as_saved_by_024(folder: Path, part: str, target: Path) -> None:
 def test_components_that_024_saved(models, tmp_path, command, part):
     """No configuration lies beside them: it follows from the tensors, as the published one would say."""
     from mflux.checkpoints.loading import load_component
-    from mflux.models.flux import weights_024
+    from mflux.models.flux import layouts as weights_024
     from mflux.models.flux.family import CONTROLNET, FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
 
     source = models(BY_NAME[command])
@@ -719,7 +719,7 @@ def test_looking_at_a_picture(cli, here, models):
 
 def test_the_blocks_behind_the_last_one_are_not_computed(here, models, monkeypatch):
     """Of a picture that is given nothing is drawn: only what is looked at is computed."""
-    from mflux.models.common.mmdit import SingleTransformerBlock
+    from mflux.models.common.networks.mmdit import SingleTransformerBlock
     from mflux.models.flux.variants.concept_attention.flux_concept_from_image import Flux1ConceptFromImage
 
     def nothing(self, x, condition, rotary):

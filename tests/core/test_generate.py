@@ -16,10 +16,10 @@ from mflux.backend import mx
 from mflux.callbacks.instances.memory_saver import MemorySaver
 from mflux.errors import NotBuiltError, UsageError
 from mflux.models.common import pipeline as module
-from mflux.models.common.autoencoders.tiling import TilingConfig, decode
 from mflux.models.common.config import ModelConfig
-from mflux.models.common.stages import is_loaded
-from mflux.models.common.text_encoders.t5 import T5Encoder
+from mflux.models.common.memory import is_loaded
+from mflux.models.common.networks.autoencoders.tiling import TilingConfig, decode
+from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.metadata_reader import MetadataReader
@@ -502,7 +502,7 @@ def test_what_is_released_goes_back_to_the_system():
     code = """
 import os
 from mflux.backend import mx, nn
-from mflux.models.common.stages import Part
+from mflux.models.common.memory import Part
 
 def resident():
     with open("/proc/self/statm") as file:

@@ -14,14 +14,14 @@ import mflux.models
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import build, fill, published_turns
 from mflux.errors import CheckpointError, MfluxError
-from mflux.models.common.autoencoders.kl import AutoencoderKL
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import embedded
-from mflux.models.common.text_encoders.clip import CLIPTextEncoder
-from mflux.models.common.text_encoders.t5 import T5Encoder
-from mflux.models.depth_pro.model.depth_pro_model import DepthProForDepthEstimation
-from mflux.models.depth_pro.model.dinov2 import Dinov2Model
-from mflux.models.fibo_vlm.model.qwen3_vl import Qwen3VLForConditionalGeneration
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.controls.depth_pro.dinov2 import Dinov2Model
+from mflux.models.common.controls.depth_pro.network import DepthProForDepthEstimation
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.layers import embedded
+from mflux.models.common.networks.qwen3_vl import Qwen3VLForConditionalGeneration
+from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
+from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.flux.model.transformer import FluxTransformer
 from mflux.models.seedvr2.model.autoencoder import SeedVR2Autoencoder
 from mflux.models.seedvr2.model.transformer import SeedVR2Transformer
@@ -254,7 +254,7 @@ def all_configs(base=ComponentConfig):
 
 def parts():
     """Configurations that hold others, and where."""
-    from mflux.models.qwen.model.text_encoder import Qwen25VLEncoder
+    from mflux.models.common.networks.qwen2_5_vl import Qwen25VLEncoder
 
     for module_class in (DepthProForDepthEstimation, Qwen3VLForConditionalGeneration, Qwen25VLEncoder):
         for name in (one.name for one in fields(module_class.config_class)):

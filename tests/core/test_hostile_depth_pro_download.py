@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from mflux.errors import DownloadError
-from mflux.models.depth_pro import download
-from mflux.models.depth_pro.download import fetch_archive
+from mflux.models.common.controls.depth_pro import download
+from mflux.models.common.controls.depth_pro.download import fetch_archive
 
 REMEDY = "name the file with --model"
 

@@ -14,13 +14,13 @@ from torch_archives import archive, tensor
 from mflux.backend import mx, nn
 from mflux.checkpoints.folders import read_json, weight_files
 from mflux.checkpoints.loading import FolderTensors, fill
-from mflux.checkpoints.opening import load_checkpoint, open_checkpoint
-from mflux.checkpoints.plain_files import LARGEST_TEXT, Unchanged, read_text
-from mflux.checkpoints.safetensors_file import SafetensorsFile, read_header
+from mflux.checkpoints.readers.opening import load_checkpoint, open_checkpoint
+from mflux.checkpoints.readers.plain import LARGEST_TEXT, Unchanged, read_text
+from mflux.checkpoints.readers.safetensors import SafetensorsFile, read_header
 from mflux.errors import CheckpointError, MfluxError
-from mflux.models.common.config.saved_model import FILE_NAME, recorded_base_model
-from mflux.models.common.tokenizers import clip_tokenizer, t5_tokenizer
-from mflux.models.depth_pro.weights import load as load_depth_pro
+from mflux.models.common.controls.depth_pro.weights import load as load_depth_pro
+from mflux.models.common.saved_model import FILE_NAME, recorded_base_model
+from mflux.models.common.tokenizers.prompt_tokenizers import clip_tokenizer, t5_tokenizer
 from mflux.utils.strict_json import DEEPEST, NotJSON, parse
 
 # ---- the same broken file, one message

@@ -13,9 +13,9 @@ import pytest
 from tiny import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
 
 from mflux.errors import CheckpointError, MfluxError, UsageError
-from mflux.models.common.qwen_tokenizer import qwen_tokenizer
-from mflux.models.common.tokenizer_checks import LONGEST_PROMPT, check_character_map, library_call
-from mflux.models.common.tokenizers import clip_tokenizer, t5_tokenizer
+from mflux.models.common.tokenizers.checks import LONGEST_PROMPT, check_character_map, library_call
+from mflux.models.common.tokenizers.prompt_tokenizers import clip_tokenizer, t5_tokenizer
+from mflux.models.common.tokenizers.qwen import qwen_tokenizer
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_mutated_tables_of_characters_never_reach_the_library_unchecked(t5):
 import base64, json, random, sys
 from pathlib import Path
 from mflux.errors import MfluxError
-from mflux.models.common.tokenizers import t5_tokenizer
+from mflux.models.common.tokenizers.prompt_tokenizers import t5_tokenizer
 path = Path({str(t5)!r}) / "tokenizer.json"
 content = path.read_text()
 sound = base64.b64decode({character_map()!r})

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from mflux.backend import compute_dtype, mx, nn, tree_flatten
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import Exceptions, FolderTensors, load_component
-from mflux.checkpoints.safetensors_file import SafetensorsFile, float8_values, read_header
+from mflux.checkpoints.readers.safetensors import SafetensorsFile, float8_values, read_header
 from mflux.errors import CheckpointError
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.text_encoders.clip import CLIPTextEncoder
-from mflux.models.common.text_encoders.t5 import T5Encoder
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
+from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 
 REMEDY = "; fetch it again, or take the config.json that belongs to these weights"
 

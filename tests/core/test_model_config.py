@@ -10,8 +10,8 @@ import pytest
 from mflux.errors import InvalidBaseModel, MfluxError, ModelConfigError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, DEFAULT_STEPS, built_key, key_of
-from mflux.models.common.config.registry import MODELS
 from mflux.models.common.family import built
+from mflux.models.common.registry import MODELS
 
 FACTS = json.loads((Path(__file__).parents[1] / "data" / "surface" / "models.json").read_text())
 CONSTRUCTORS = {

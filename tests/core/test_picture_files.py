@@ -152,8 +152,8 @@ def test_a_deep_picture_is_turned_too(tmp_path):
 
 
 def test_a_depth_map_of_our_own(tmp_path):
+    from mflux.models.common.controls.depth_pro.depth_pro import DepthResult, open_photo
     from mflux.models.depth_pro.cli.save_depth import encode
-    from mflux.models.depth_pro.model.depth_pro import DepthResult, open_photo
 
     depth = mx.array(np.linspace(0, 2, 64, dtype=np.float32).reshape(1, 1, 8, 8))
     plain = PIL.Image.fromarray(np.rint(np.array(depth)[0, 0] / 2 * 255).astype(np.uint8))
@@ -529,7 +529,7 @@ def test_info_shows_nothing_raw(cli, tmp_path):
 
 def test_steps_are_decoded_in_tiles_as_the_last_picture_is(tiny_schnell, tmp_path, monkeypatch):
     from mflux.callbacks.instances.stepwise_handler import StepwiseHandler
-    from mflux.models.common.autoencoders.tiling import TilingConfig
+    from mflux.models.common.networks.autoencoders.tiling import TilingConfig
     from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
     from mflux.models.flux.variants.txt2img.flux import Flux1
 

@@ -32,7 +32,7 @@ from torch_archives import (
 
 from mflux.backend import mx
 from mflux.checkpoints import load_checkpoint, open_checkpoint
-from mflux.checkpoints.pytorch_file import PytorchFile
+from mflux.checkpoints.readers.pytorch import PytorchFile
 from mflux.errors import CheckpointError, MissingExtraError, UnsafeCheckpointError
 
 SIX = np.arange(6, dtype=np.float32)

@@ -39,8 +39,8 @@ from torch_archives import (
 )
 
 from mflux.checkpoints import load_checkpoint
-from mflux.checkpoints.pytorch_file import PytorchFile
-from mflux.checkpoints.zip_records import read_records
+from mflux.checkpoints.readers.pytorch import PytorchFile
+from mflux.checkpoints.readers.zip_records import read_records
 from mflux.errors import CheckpointError, MfluxError, UnsafeCheckpointError
 
 SIX = np.arange(6, dtype=np.float32).tobytes()

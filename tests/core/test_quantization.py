@@ -17,8 +17,8 @@ from mflux.checkpoints.loading import fill, load_component
 from mflux.checkpoints.quantization import BITS, Quantization, inferred, layers, pack, packed_specs
 from mflux.cli.convert import convert
 from mflux.errors import CheckpointError, UsageError
-from mflux.models.common.text_encoders.clip import CLIPTextEncoder
-from mflux.models.common.text_encoders.t5 import T5Encoder
+from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
+from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.flux.model.transformer import FluxTransformer
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.metadata_reader import MetadataReader

@@ -16,7 +16,7 @@ from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FolderTensors
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config import ModelConfig
-from mflux.models.qwen import weights_024
+from mflux.models.qwen import layouts as weights_024
 from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
 from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
 

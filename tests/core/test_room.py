@@ -8,8 +8,8 @@ from mflux.backend import has_gpu, mx
 from mflux.errors import UsageError
 from mflux.models.common import room
 from mflux.models.common.family import families
-from mflux.models.common.layers import rotary_embedding
-from mflux.models.common.mmdit import TransformerBlock, latent_image_ids
+from mflux.models.common.networks.layers import rotary_embedding
+from mflux.models.common.networks.mmdit import TransformerBlock, latent_image_ids
 from mflux.models.flux.model.transformer import FluxTransformerConfig
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.memory import Memory, machine_memory

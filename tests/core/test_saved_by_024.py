@@ -18,13 +18,13 @@ from saved_024 import write_source
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.loading import FolderTensors, load_component
 from mflux.errors import CheckpointError
-from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config import ModelConfig
-from mflux.models.common.text_encoders.clip import CLIPTextEncoder
-from mflux.models.common.text_encoders.t5 import T5Encoder
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
+from mflux.models.common.networks.text_encoders.t5 import T5Encoder
+from mflux.models.flux.layouts import open_folder
 from mflux.models.flux.model.transformer import FluxTransformer
 from mflux.models.flux.variants.txt2img.flux import Flux1
-from mflux.models.flux.weights_024 import open_folder
 
 ARCHIVE = Path(os.environ.get("MFLUX_024_ARCHIVE") or Path(__file__).parents[1] / "data" / "mflux_024.tar.xz")
 PROMPT = "a red circle on a white background"

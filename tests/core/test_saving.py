@@ -18,8 +18,8 @@ from mflux.checkpoints.loading import FolderTensors, load_component
 from mflux.checkpoints.saving import new_folder, save_component
 from mflux.errors import OutputError
 from mflux.models.common import pipeline as module
-from mflux.models.common.autoencoders.kl import AutoencoderKL
-from mflux.models.common.config.component_config import ComponentConfig
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.flux.model.transformer import FluxTransformer
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.metadata_reader import MetadataReader
@@ -165,7 +165,7 @@ def test_the_folder_for_all_models(cli, in_folder, wide, monkeypatch):
 
 
 def test_names():
-    from mflux.models.common.config.saved_model import folder_name
+    from mflux.models.common.saved_model import folder_name
 
     assert folder_name("dev", None, 8) == "FLUX.1-dev-mflux-q8"
     assert folder_name("schnell", None, None) == "FLUX.1-schnell-mflux-bf16"
@@ -174,7 +174,7 @@ def test_names():
 
 
 def test_a_folder_in_the_cache_goes_by_its_repository(tmp_path):
-    from mflux.models.common.config.saved_model import folder_name, record
+    from mflux.models.common.saved_model import folder_name, record
 
     snapshot = tmp_path / "models--someone--My-Dev" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
@@ -285,7 +285,7 @@ def test_a_damaged_source_leaves_nothing(cli, in_folder, wide):
 
 def test_components_are_saved_one_at_a_time(wide, tmp_path, monkeypatch):
     """Nothing that was loaded before stays in memory, and nothing that is saved."""
-    from mflux.models.common.stages import is_loaded
+    from mflux.models.common.memory import is_loaded
 
     flux = Flux1(8, model_path=str(wide))
     flux.generate_image(3, PROMPT, 1, 16, 16)

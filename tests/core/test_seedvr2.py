@@ -25,7 +25,7 @@ from tiny import published, write_json
 
 from mflux.backend import has_gpu, mx, tree_flatten
 from mflux.checkpoints.loading import layout_turns, load_component, match
-from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.checkpoints.saving import save_component
 from mflux.errors import CheckpointError
 from mflux.models.common.family import families

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import ImageCms
 
 from mflux.backend import mx
-from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.errors import ImageError, MfluxError, NotBuiltError, UsageError
-from mflux.models.common.autoencoders.tiling import TilingConfig
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 from mflux.models.seedvr2 import SeedVR2, colour
 from mflux.models.seedvr2.latent_creator.seedvr2_latent_creator import SeedVR2LatentCreator
-from mflux.models.seedvr2.pictures import read_source, target_size
+from mflux.models.seedvr2.sources import read_source, target_size
 from mflux.utils.metadata_reader import MetadataReader
 from mflux.utils.scale_factor import ScaleFactor
 

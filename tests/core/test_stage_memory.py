@@ -40,7 +40,7 @@ def test_it_counts_what_loading_holds(tmp_path):
     """Of a module in 16 bits."""
     from families.z_image import write_tiny
 
-    from mflux.models.common.stages import weight_bytes
+    from mflux.models.common.memory import weight_bytes
     from mflux.models.z_image.model.transformer import ZImageTransformer
 
     folder = write_tiny(tmp_path / "model", wide=True) / "transformer"

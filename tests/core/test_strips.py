@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mflux.backend import mx, nn, tree_map
-from mflux.models.common.autoencoders import kernels, strips
-from mflux.models.common.autoencoders.kernels import OnCPU, OnGPU, attention
-from mflux.models.common.autoencoders.kl import AutoencoderKL
-from mflux.models.common.autoencoders.strips import Map
-from mflux.models.common.autoencoders.wan import AutoencoderWan
+from mflux.models.common.networks.autoencoders import kernels, strips
+from mflux.models.common.networks.autoencoders.kernels import OnCPU, OnGPU, attention
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.autoencoders.strips import Map
+from mflux.models.common.networks.autoencoders.wan import AutoencoderWan
 
 KL = {
     "block_out_channels": [32, 64, 64, 96], "latent_channels": 4, "norm_num_groups": 8,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mflux.backend import mx
 from mflux.errors import UsageError
-from mflux.models.common.autoencoders.tiling import TilingConfig, decode, encode
+from mflux.models.common.networks.autoencoders.tiling import TilingConfig, decode, encode
 
 
 class Local:

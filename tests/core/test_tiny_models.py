@@ -22,7 +22,7 @@ from mflux.errors import MfluxError, NotBuiltError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.model_config import key_of
 from mflux.models.common.family import built, family_of
-from mflux.models.common.stages import is_loaded
+from mflux.models.common.memory import is_loaded
 from mflux.utils.metadata_reader import MetadataReader
 
 TINY: dict[str, Tiny] = every("TINY")

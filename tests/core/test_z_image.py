@@ -480,7 +480,7 @@ def test_several_controls_add_up(with_controlnet, picture, tmp_path, monkeypatch
 @pytest.fixture
 def depth_pro(tmp_path_factory, monkeypatch) -> list:
     """A tiny Depth Pro in the place of the published one."""
-    from mflux.models.depth_pro import weights
+    from mflux.models.common.controls.depth_pro import weights
 
     folder = write_depth_pro(tmp_path_factory.mktemp("depth") / "model")
     asked: list = []
@@ -489,7 +489,7 @@ def depth_pro(tmp_path_factory, monkeypatch) -> list:
 
 
 def test_depths_are_depth_pro_s(with_controlnet, picture, depth_pro):
-    from mflux.models.depth_pro.model.depth_pro import DepthPro
+    from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
 
     image = controlled.control_image(ControlSpec(ControlType.depth, picture), 48, 32)
     assert depth_pro == [None]

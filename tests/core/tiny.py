@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import published_turns
-from mflux.models.common.autoencoders.kl import AutoencoderKL
-from mflux.models.common.text_encoders.clip import CLIPTextEncoder
-from mflux.models.common.text_encoders.t5 import T5Encoder
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
+from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.flux.model.transformer import FluxTransformer
 
 WORDS = ("a", "red", "blue", "green", "circle", "square", "on", "white", "black", "background", "large", "small")

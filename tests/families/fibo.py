@@ -13,8 +13,8 @@ from families.flux import normal, token_ids
 from families.qwen import run_vae, run_vae_reference, same_sum_in_a_resnet
 from mflux.backend import mx, tree_flatten
 from mflux.models.common.config import ModelConfig
-from mflux.models.common.mmdit import latent_image_ids
-from mflux.models.common.text_encoders.smollm3 import SmolLM3TextEncoder
+from mflux.models.common.networks.mmdit import latent_image_ids
+from mflux.models.common.networks.text_encoders.smollm3 import SmolLM3TextEncoder
 from mflux.models.fibo.latent_creator.fibo_latent_creator import FiboLatentCreator
 from mflux.models.fibo.model.autoencoder import FiboAutoencoder
 from mflux.models.fibo.model.transformer import FiboTransformer

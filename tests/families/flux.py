@@ -8,9 +8,9 @@ import numpy as np
 
 from families.cases import Component, Tiny
 from mflux.backend import mx
-from mflux.models.common.autoencoders.kl import AutoencoderKL
-from mflux.models.common.text_encoders.clip import CLIPTextEncoder
-from mflux.models.common.text_encoders.t5 import T5Encoder
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
+from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.flux.model.transformer import FluxTransformer, latent_image_ids
 
 

@@ -14,7 +14,7 @@ from families.cases import Component, Pipeline, Settings, Tiny
 from families.flux import key_biases, normal, same_sum_in_a_resnet, token_ids
 from mflux.backend import mx
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.flux2.model.autoencoder import AutoencoderKLFlux2
+from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
 from mflux.models.flux2.model.text_encoder import KleinTextEncoder, SmallQwen3, SmallTextAdapter
 from mflux.models.flux2.model.transformer import Flux2Transformer, grid_ids, text_ids
 

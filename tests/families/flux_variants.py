@@ -153,7 +153,7 @@ def controlnet_reference(folder: Path, settings):
     import diffusers
     import PIL.Image
 
-    from mflux.models.common.canny import canny
+    from mflux.models.common.controls.canny import canny
 
     parts = diffusers.FluxPipeline.from_pretrained(folder).components
     parts = {key: part for key, part in parts.items() if part is not None}

@@ -12,10 +12,10 @@ import numpy as np
 
 from families.cases import Component, Pipeline, Tiny
 from mflux.backend import mx
-from mflux.models.common.autoencoders.wan import AutoencoderWan
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.networks.autoencoders.wan import AutoencoderWan
+from mflux.models.common.networks.qwen2_5_vl import Qwen25VLEncoder, Qwen25VLTextEncoder
 from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
-from mflux.models.qwen.model.text_encoder import Qwen25VLEncoder, Qwen25VLTextEncoder
 from mflux.models.qwen.model.transformer import QwenTransformer
 
 

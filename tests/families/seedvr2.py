@@ -13,7 +13,7 @@ from typing import Any
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import load_component
-from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.models.seedvr2.model.autoencoder import SeedVR2Autoencoder
 from mflux.models.seedvr2.model.transformer import SeedVR2Transformer
 

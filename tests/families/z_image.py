@@ -13,7 +13,7 @@ from families.cases import Component, Pipeline, Tiny
 from families.flux import normal, token_ids
 from mflux.backend import mx
 from mflux.checkpoints.loading import load_component
-from mflux.models.common.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.layouts import TURBO_SHIFT, static_schedule
 from mflux.models.z_image.model.controlnet import ZImageControlNet
@@ -450,7 +450,7 @@ def draw_controlled(folder: Path, settings):
 def draw_controlled_reference(folder: Path, settings):
     import PIL.Image
 
-    from mflux.models.common.canny import canny
+    from mflux.models.common.controls.canny import canny
 
     pipeline = pipeline_reference(folder, "ZImageControlNetPipeline")
     size = settings["width"], settings["height"]

@@ -22,9 +22,9 @@ from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.loading import layout_turns
 from mflux.cli import convert
 from mflux.errors import CheckpointError
-from mflux.models.depth_pro import weights
-from mflux.models.depth_pro.model.depth_pro import DepthPro
-from mflux.models.depth_pro.model.depth_pro_model import DepthProConfig, DepthProForDepthEstimation, resize_bilinear
+from mflux.models.common.controls.depth_pro import weights
+from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
+from mflux.models.common.controls.depth_pro.network import DepthProConfig, DepthProForDepthEstimation, resize_bilinear
 
 
 def vit(hidden_size: int, heads: int, layers: int, image_size: int, patch_size: int, mlp_ratio: int) -> dict:

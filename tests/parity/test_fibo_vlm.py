@@ -22,15 +22,15 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from mflux.backend import mx
 from mflux.checkpoints.loading import layout_turns
 from mflux.errors import CheckpointError
-from mflux.models.fibo_vlm.model import weights
-from mflux.models.fibo_vlm.model.generation import Sampling, choose, generate_tokens, likely_logits
-from mflux.models.fibo_vlm.model.qwen3_vl import (
+from mflux.models.common.networks.qwen3_vl import (
     KeyValueCache,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLTextConfig,
     Qwen3VLVisionConfig,
 )
+from mflux.models.fibo.vlm import weights
+from mflux.models.fibo.vlm.generation import Sampling, choose, generate_tokens, likely_logits
 
 VOCABULARY = 400
 IMAGE, VIDEO, START, END = range(396, 400)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from mflux.backend import mx
 from mflux.checkpoints.loading import load_component
-from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.common.text_encoders.clip import CLIPTextEncoder
-from mflux.models.common.text_encoders.t5 import T5Encoder, relative_position_buckets
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
+from mflux.models.common.networks.text_encoders.t5 import T5Encoder, relative_position_buckets
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.transformer import FluxTransformer, latent_image_ids
 

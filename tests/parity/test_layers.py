@@ -10,7 +10,13 @@ from reference import COMPONENT, normal, relative_error
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from mflux.backend import mx
-from mflux.models.common.layers import inverse_frequencies, rotary_embedding, rotate_halves, rotate_pairs, waves
+from mflux.models.common.networks.layers import (
+    inverse_frequencies,
+    rotary_embedding,
+    rotate_halves,
+    rotate_pairs,
+    waves,
+)
 
 AXES = [4, 6, 6]
 IDS = np.array([[0, 0, 0], [1, 5, 2], [7, 0, 300], [513, 2, 9]])

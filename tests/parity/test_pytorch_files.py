@@ -12,7 +12,7 @@ import torch
 
 from mflux.backend import mx
 from mflux.checkpoints import load_checkpoint, open_checkpoint
-from mflux.checkpoints.pytorch_file import PytorchFile
+from mflux.checkpoints.readers.pytorch import PytorchFile
 from mflux.cli.convert import main
 from mflux.errors import CheckpointError, UnsafeCheckpointError
 

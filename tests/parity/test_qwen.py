@@ -15,7 +15,7 @@ from diffusers.pipelines.qwenimage import (
 from transformers import Qwen2VLImageProcessorPil
 
 from mflux.errors import CheckpointError, ImageError
-from mflux.models.common.qwen_tokenizer import chat
+from mflux.models.common.tokenizers.qwen import chat
 from mflux.models.qwen.model.picture_processor import PictureProcessor
 from mflux.models.qwen.variants.edit import qwen_image_edit
 from mflux.models.qwen.variants.txt2img import qwen_image

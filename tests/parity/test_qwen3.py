@@ -20,8 +20,8 @@ from transformers import Qwen3ForCausalLM, Qwen3Model
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.loading import FolderTensors, load_component, match
 from mflux.errors import CheckpointError
-from mflux.models.common.decoder import DecoderConfig, DecoderTextEncoder
-from mflux.models.common.text_encoders.qwen3 import Qwen3Config, Qwen3TextEncoder
+from mflux.models.common.networks.decoder import DecoderConfig, DecoderTextEncoder
+from mflux.models.common.networks.text_encoders.qwen3 import Qwen3Config, Qwen3TextEncoder
 
 # As published but small: two heads of queries to one of keys and values, a head wider than its share.
 PLAIN = dict(

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from mflux.backend import mx
 from mflux.errors import CheckpointError, UsageError
-from mflux.models.common.qwen_tokenizer import chat, qwen_tokenizer
-from mflux.models.common.tokenizer_checks import LONGEST_PROMPT
-from mflux.models.common.tokenizers import t5_tokenizer
+from mflux.models.common.tokenizers.checks import LONGEST_PROMPT
+from mflux.models.common.tokenizers.prompt_tokenizers import t5_tokenizer
+from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
 
 # What Qwen3's published template does with one user's turn, one of the system's before it, and `enable_thinking`,
 # written anew: no published file is at hand, and neither transformers nor diffusers carries the template. A copy that

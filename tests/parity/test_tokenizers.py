@@ -12,7 +12,7 @@ from reference import CORPUS, T5_FORMS, write_clip_tokenizer, write_t5_tokenizer
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from mflux.errors import UsageError
-from mflux.models.common.tokenizers import clip_tokenizer, t5_tokenizer
+from mflux.models.common.tokenizers.prompt_tokenizers import clip_tokenizer, t5_tokenizer
 
 PROMPTS = [
     *CORPUS,

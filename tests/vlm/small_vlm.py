@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mflux.backend import mx
 from mflux.checkpoints.loading import fill
-from mflux.models.fibo_vlm.model.processor import FiboVLMProcessor
-from mflux.models.fibo_vlm.model.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from mflux.models.common.networks.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from mflux.models.fibo.vlm.processor import FiboVLMProcessor
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",

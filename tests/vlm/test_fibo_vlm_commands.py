@@ -23,13 +23,13 @@ from small_vlm import Conversation, picture, write_model, write_tokenizer
 
 from mflux.backend import nn
 from mflux.errors import CheckpointError, ImageError, UsageError
-from mflux.models.common.stages import weight_bytes
-from mflux.models.fibo_vlm.cli import fibo_inspire, fibo_refine
-from mflux.models.fibo_vlm.model import prompts, weights
-from mflux.models.fibo_vlm.model.fibo_vlm import FiboVLM, as_edit
-from mflux.models.fibo_vlm.model.generation import AnswerText
-from mflux.models.fibo_vlm.model.json_text import AnswerError
-from mflux.models.fibo_vlm.model.processor import FiboVLMProcessor
+from mflux.models.common.memory import weight_bytes
+from mflux.models.fibo.cli import fibo_inspire, fibo_refine
+from mflux.models.fibo.vlm import prompts, weights
+from mflux.models.fibo.vlm.fibo_vlm import FiboVLM, as_edit
+from mflux.models.fibo.vlm.generation import AnswerText
+from mflux.models.fibo.vlm.json_text import AnswerError
+from mflux.models.fibo.vlm.processor import FiboVLMProcessor
 
 RED, BLUE, GREY = picture(200, 20, 20), picture(20, 20, 200), picture(90, 90, 90, size=(48, 96))
 WALL = {"short_description": "a red wall", "objects": []}
@@ -235,7 +235,7 @@ def test_without_torch_from_the_cache(model, here):
     }
     run = (
         "import sys\n"
-        "from mflux.models.fibo_vlm.cli.fibo_{0} import main\n"
+        "from mflux.models.fibo.cli.fibo_{0} import main\n"
         "status = main(sys.argv[1:])\n"
         "assert 'transformers' in sys.modules and not {{'torch', 'torchvision'}} & sys.modules.keys()\n"
         "sys.exit(status)"

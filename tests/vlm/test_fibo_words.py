@@ -15,10 +15,10 @@ pytest.importorskip("transformers")
 from families.fibo import write_tiny
 from small_vlm import Conversation, picture, write_model
 
-from mflux.models.common.stages import is_loaded
+from mflux.models.common.memory import is_loaded
 from mflux.models.fibo.cli import fibo_edit, fibo_generate
-from mflux.models.fibo.variants.edit.sources import source_picture
-from mflux.models.fibo_vlm.model import fibo_vlm, prompts
+from mflux.models.fibo.sources import source_picture
+from mflux.models.fibo.vlm import fibo_vlm, prompts
 
 WALL = {"short_description": "a wall", "objects": []}
 PAINTED = {"short_description": "a red wall", "edit_instruction": "Paint."}

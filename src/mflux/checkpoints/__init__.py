@@ -11,7 +11,7 @@ __all__ = ["load_checkpoint", "open_checkpoint"]
 def __getattr__(name: str) -> Any:
     # The readers need MLX, which `import mflux.checkpoints` should not load.
     if name in __all__:
-        from mflux.checkpoints import opening
+        from mflux.checkpoints.readers import opening
 
         return getattr(opening, name)
     raise AttributeError(f"module 'mflux.checkpoints' has no attribute {name!r}")

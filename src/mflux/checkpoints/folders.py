@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mflux.checkpoints.plain_files import read_json
+from mflux.checkpoints.readers.plain import read_json
 from mflux.errors import CheckpointError
 from mflux.text import shown
 

@@ -19,7 +19,7 @@ from typing import Any
 from mflux.backend import compute_dtype, has_gpu, mx, nn, settle_compiling, tree_flatten
 from mflux.checkpoints.folders import read_json, weight_files
 from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack, planned
-from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.errors import CheckpointError
 from mflux.text import count, shown, some
 

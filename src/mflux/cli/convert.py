@@ -17,8 +17,8 @@ from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
     from mflux.backend import mx
-    from mflux.checkpoints.opening import Checkpoint
     from mflux.checkpoints.quantization import Quantization
+    from mflux.checkpoints.readers.opening import Checkpoint
     from mflux.checkpoints.writing import Spec
 
 _log = logging.getLogger(__name__)
@@ -82,8 +82,8 @@ def convert(
     """
     from tqdm import tqdm
 
-    from mflux.checkpoints.opening import open_checkpoint
     from mflux.checkpoints.quantization import Quantization, pack
+    from mflux.checkpoints.readers.opening import open_checkpoint
     from mflux.checkpoints.writing import SafetensorsWriter
 
     quantization = Quantization.asked(quantize)
@@ -187,8 +187,8 @@ def _report(checkpoint: Checkpoint, overflowing: list[str]) -> None:
 
 def list_tensors(source: str | Path, key: str | None = None) -> None:
     """Print a line for each tensor, its name, dtype and shape separated by tabs; no data are read."""
-    from mflux.checkpoints.opening import open_checkpoint
-    from mflux.checkpoints.unpickler import shown
+    from mflux.checkpoints.readers.opening import open_checkpoint
+    from mflux.checkpoints.readers.unpickler import shown
 
     checkpoint = open_checkpoint(source, key)
     for name in checkpoint:

@@ -134,7 +134,7 @@ def _version(distribution: str) -> str | None:
 
 def caches_part() -> Part:
     """Folders that models are fetched to, with their bytes and the bytes that are free on their disk."""
-    from mflux.models.depth_pro.download import cache_folder
+    from mflux.models.common.controls.depth_pro.download import cache_folder
 
     return {"hugging_face": _safely(lambda: _folder(_hub_constants().HF_HUB_CACHE)), "mflux": _folder(cache_folder())}
 

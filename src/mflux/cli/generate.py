@@ -309,7 +309,7 @@ def settle_model(
         ModelConfigError: the model's name tells nothing.
     """
     from mflux.models.common.config.model_config import built_key, check_is_somewhere, key_of, suggestion
-    from mflux.models.common.config.saved_model import recorded_base_model
+    from mflux.models.common.saved_model import recorded_base_model
 
     if args.model in (None, default) and was_given(args, "base_model"):
         args.model = args.base_model
@@ -433,7 +433,7 @@ def prepare_machine(args: argparse.Namespace, pipeline, pictures: int):
     """
     from mflux.callbacks.instances.battery_saver import BatterySaver
     from mflux.callbacks.instances.memory_saver import MemorySaver, limit_cache
-    from mflux.models.common.autoencoders.tiling import TilingConfig
+    from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 
     if args.vae_tiling or args.vae_tile_size:
         pipeline.tiling_config = TilingConfig(vae_decode_tile_size=args.vae_tile_size or 512)

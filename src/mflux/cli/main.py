@@ -35,8 +35,8 @@ def overview(words: Sequence[str]) -> None:
 
 
 def help_text() -> str:
-    from mflux.models.common.config.registry import MODELS
     from mflux.models.common.family import built
+    from mflux.models.common.registry import MODELS
     from mflux.optional import EXTRAS, is_installed, pip_command
 
     width = max(map(len, [*COMMANDS, *built()])) + 2

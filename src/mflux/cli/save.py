@@ -42,7 +42,7 @@ def save(argv: Sequence[str] | None) -> None:
         raise UsageError("a saved model holds its LoRAs in its weights: leave --no-bake-lora out")
 
     from mflux.models.common.config.model_config import ModelConfig, built_key, is_builtin
-    from mflux.models.common.config.saved_model import (
+    from mflux.models.common.saved_model import (
         folder_name,
         models_folder,
         recorded_base_model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mflux.backend import mx
-from mflux.models.common.autoencoders.tiling import TilingConfig
+from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -15,16 +15,16 @@ from pathlib import Path
 from mflux import hub
 from mflux.checkpoints.folders import read_json, weight_files
 from mflux.checkpoints.loading import load_component
-from mflux.checkpoints.plain_files import naming_the_copy
 from mflux.checkpoints.published import PublishedFolder
-from mflux.checkpoints.safetensors_file import read_header
+from mflux.checkpoints.readers.plain import naming_the_copy
+from mflux.checkpoints.readers.safetensors import read_header
 from mflux.errors import CheckpointError, DownloadError, MfluxError, ModelConfigError
 from mflux.hub_cache import Broken, broken_entries, cache_folder, repository_in_cache
 from mflux.models.common.config.model_config import ModelConfig, built_key, is_builtin, key_of
-from mflux.models.common.config.registry import MODELS
-from mflux.models.common.config.saved_model import FILE_NAME, recorded_base_model
 from mflux.models.common.family import Component, families, family_of, found
 from mflux.models.common.pipeline import Pipeline, open_folder
+from mflux.models.common.registry import MODELS
+from mflux.models.common.saved_model import FILE_NAME, recorded_base_model
 from mflux.text import some
 from mflux.utils.paths import user_path
 
@@ -128,13 +128,13 @@ def _holder(repository: str) -> Path | None:
 def _loading_problems(report: Report, reference: str, base_model: str | None) -> Iterator[str]:
     root = report.root
     for family in families().values():
-        if family.alone is not None:
+        for title, is_one in family.single:
             try:
-                if found(family.alone)(root):
-                    report.model = family.title
+                if found(is_one)(root):
+                    report.model = title
                     return
             except MfluxError as error:
-                report.model = family.title
+                report.model = title
                 yield str(error)
                 return
     key, model = _told(root, reference, base_model)
@@ -245,8 +245,8 @@ def _file_problems(report: Report) -> Iterator[str]:
 
 def _alone(report: Report) -> Iterator[str]:
     """A single file: of safetensors, or of PyTorch, which is read as far as its table of tensors."""
-    from mflux.checkpoints.opening import open_checkpoint
-    from mflux.checkpoints.safetensors_file import SafetensorsFile
+    from mflux.checkpoints.readers.opening import open_checkpoint
+    from mflux.checkpoints.readers.safetensors import SafetensorsFile
 
     try:
         report.size = report.root.stat().st_size

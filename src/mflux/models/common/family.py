@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mflux.models.common.config.registry import MODELS
+from mflux.models.common.registry import MODELS
 
 # In the order in which they take their turn; the component of a later stage may be released when an earlier one begins.
 STAGES = ("encode", "denoise", "decode")
@@ -93,9 +93,9 @@ class Family:
         lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.reading.LoraNames`.
         open_folder: reads folders in other layouts than the published one, "package.module:function": takes the folder,
             gives a `checkpoints.published.PublishedFolder`, or None where the folder is not in that layout.
-        alone: for a family that is one model without components: whether a folder or file is that model,
-            "package.module:function"; raises `CheckpointError` where it is and something is wrong with it. Nothing is
-            read but headers.
+        single: models that are one network without components: the title of each, and "package.module:function" that
+            says whether a folder or file is that model, by its headers alone; it raises `CheckpointError` where it is
+            and something is wrong with it.
     """
 
     title: str
@@ -105,7 +105,7 @@ class Family:
     beside: tuple[str, ...] = ("model_index.json", "scheduler", "tokenizer")
     lora: str | None = None
     open_folder: str | None = None
-    alone: str | None = None
+    single: tuple[tuple[str, str], ...] = ()
 
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)

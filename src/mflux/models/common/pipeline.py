@@ -23,19 +23,19 @@ from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
 from mflux.errors import CheckpointError, MfluxError, NotBuiltError, UsageError
 from mflux.hub import resolve_model
-from mflux.models.common.autoencoders import tiling
-from mflux.models.common.config.component_config import ComponentConfig
+from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig, check_is_somewhere
-from mflux.models.common.config.saved_model import FILE_NAME, record
 from mflux.models.common.family import STAGES, Component, Family, families, found
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.common.lora.library import find_lora, settle_scales
 from mflux.models.common.lora.reading import LoraNames, Loras
+from mflux.models.common.memory import Part, give_back_memory, is_loaded, keeping_memory, release, timed
+from mflux.models.common.networks.autoencoders import tiling
 from mflux.models.common.noise import check_seed
 from mflux.models.common.room import check_room
-from mflux.models.common.stages import Part, give_back_memory, is_loaded, keeping_memory, release, timed
-from mflux.models.common.tokenizer_checks import check_prompt
+from mflux.models.common.saved_model import FILE_NAME, record
+from mflux.models.common.tokenizers.checks import check_prompt
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil

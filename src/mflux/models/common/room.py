@@ -10,7 +10,7 @@ from typing import Any
 
 from mflux.backend import compute_dtype, has_gpu, mx
 from mflux.errors import UsageError
-from mflux.models.common.layers import attention_bytes
+from mflux.models.common.networks.layers import attention_bytes
 from mflux.text import size
 from mflux.utils.memory import machine_memory
 from mflux.utils.scale_factor import GRID

@@ -7,5 +7,5 @@ FAMILY = Family(
     commands=(
         Command("save-depth", "mflux.models.depth_pro.cli.save_depth", "estimate a photo's depth with Depth Pro"),
     ),
-    alone="mflux.models.depth_pro.weights:check",
+    single=(("Depth Pro", "mflux.models.common.controls.depth_pro.weights:check"),),
 )

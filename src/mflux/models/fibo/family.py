@@ -9,7 +9,7 @@ FAMILY = Family(
     components=(
         Component(
             "text_encoder",
-            "mflux.models.common.text_encoders.smollm3:SmolLM3TextEncoder",
+            "mflux.models.common.networks.text_encoders.smollm3:SmolLM3TextEncoder",
             "text_encoder",
             stage="encode",
             stem="model",
@@ -37,6 +37,8 @@ FAMILY = Family(
             "edit a picture, or cut out what is in it, with FIBO-Edit",
             models=("fibo-edit", "fibo-edit-rmbg"),
         ),
+        Command("inspire-fibo", "mflux.models.fibo.cli.fibo_inspire", "turn a picture into a prompt for FIBO"),
+        Command("refine-fibo", "mflux.models.fibo.cli.fibo_refine", "change a prompt for FIBO as you say"),
     ),
     pipelines=(
         ("fibo-edit", _EDIT),
@@ -44,5 +46,6 @@ FAMILY = Family(
         ("*", "mflux.models.fibo.variants.txt2img.fibo:FIBO"),
     ),
     lora="mflux.models.fibo.lora_names:LORA",
-    open_folder="mflux.models.fibo.weights_024:open_folder",
+    open_folder="mflux.models.fibo.layouts:open_folder",
+    single=(("FIBO-VLM", "mflux.models.fibo.vlm.weights:check"),),
 )

@@ -10,9 +10,9 @@ from mflux.backend import mx
 from mflux.errors import CheckpointError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.networks.text_encoders.smollm3 import SmolLM3Config
 from mflux.models.common.pipeline import Pipeline
-from mflux.models.common.text_encoders.smollm3 import SmolLM3Config
-from mflux.models.common.tokenizers import WholeTokenizer, whole_tokenizer
+from mflux.models.common.tokenizers.prompt_tokenizers import WholeTokenizer, whole_tokenizer
 from mflux.models.fibo.family import FAMILY
 from mflux.models.fibo.latent_creator.fibo_latent_creator import FiboLatentCreator
 from mflux.models.fibo.model.autoencoder import FiboAutoencoderConfig

@@ -2,7 +2,7 @@
 
 from mflux.models.common.family import Command, Component, Family
 
-_TEXT_ENCODERS = "mflux.models.common.text_encoders"
+_TEXT_ENCODERS = "mflux.models.common.networks.text_encoders"
 _VARIANTS = "mflux.models.flux.variants"
 _CONTROLNET = f"{_VARIANTS}.controlnet.flux_controlnet:Flux1Controlnet"
 _CLI = "mflux.models.flux.cli"
@@ -56,7 +56,7 @@ FAMILY = Family(
         ),
         Component(
             "vae",
-            "mflux.models.common.autoencoders.kl:AutoencoderKL",
+            "mflux.models.common.networks.autoencoders.kl:AutoencoderKL",
             "vae",
             stage="decode",
             published_class="AutoencoderKL",
@@ -149,5 +149,5 @@ FAMILY = Family(
     ),
     beside=("model_index.json", "scheduler", "tokenizer", "tokenizer_2"),
     lora="mflux.models.flux.lora_names:LORA",
-    open_folder="mflux.models.flux.weights_024:open_folder",
+    open_folder="mflux.models.flux.layouts:open_folder",
 )

@@ -26,7 +26,7 @@ FAMILY = Family(
         ),
         Component(
             "vae",
-            "mflux.models.flux2.model.autoencoder:AutoencoderKLFlux2",
+            "mflux.models.common.networks.autoencoders.flux2:AutoencoderKLFlux2",
             "vae",
             stage="decode",
             published_class="AutoencoderKLFlux2",
@@ -43,5 +43,5 @@ FAMILY = Family(
     ),
     pipelines=(("*", _KLEIN),),
     lora="mflux.models.flux2.lora_names:LORA",
-    open_folder="mflux.models.flux2.weights_024:open_folder",
+    open_folder="mflux.models.flux2.layouts:open_folder",
 )

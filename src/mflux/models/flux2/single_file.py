@@ -16,8 +16,8 @@ from mflux.checkpoints.published import PublishedFolder
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saved_by_024 import Shapes
 from mflux.errors import CheckpointError
+from mflux.models.flux2.layouts import transformer_config
 from mflux.models.flux2.lora_names import BLACK_FOREST_LABS, SWAPPED
-from mflux.models.flux2.weights_024 import transformer_config
 from mflux.utils.paths import user_path
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"

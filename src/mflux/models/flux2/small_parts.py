@@ -9,7 +9,7 @@ from typing import Any
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import FolderTensors, load_component
-from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.errors import CheckpointError
 from mflux.hub import fetch_file, resolve_model
 from mflux.models.flux2.model.text_encoder import (

@@ -9,7 +9,11 @@ _VARIANTS = "mflux.models.qwen.variants"
 EDIT_MODELS = ("qwen-image-edit", "qwen-image-edit-2511")
 
 _TEXT_ENCODER = Component(
-    "text_encoder", f"{_MODEL}.text_encoder:Qwen25VLTextEncoder", "text_encoder", stage="encode", stem="model"
+    "text_encoder",
+    "mflux.models.common.networks.qwen2_5_vl:Qwen25VLTextEncoder",
+    "text_encoder",
+    stage="encode",
+    stem="model",
 )
 _OTHERS = (
     Component(
@@ -21,14 +25,14 @@ _OTHERS = (
     ),
     Component(
         "vae",
-        "mflux.models.common.autoencoders.wan:AutoencoderWan",
+        "mflux.models.common.networks.autoencoders.wan:AutoencoderWan",
         "vae",
         stage="decode",
         published_class="AutoencoderKLQwenImage",
     ),
 )
 # To edit, the vision tower shows the language model the pictures.
-EDIT_COMPONENTS = (replace(_TEXT_ENCODER, module=f"{_MODEL}.text_encoder:Qwen25VLEncoder"), *_OTHERS)
+EDIT_COMPONENTS = (replace(_TEXT_ENCODER, module="mflux.models.common.networks.qwen2_5_vl:Qwen25VLEncoder"), *_OTHERS)
 
 FAMILY = Family(
     title="Qwen-Image",
@@ -54,5 +58,5 @@ FAMILY = Family(
     # Repositories of the Edit releases keep the picture processor's settings in a folder of their own.
     beside=("model_index.json", "scheduler", "tokenizer", "processor"),
     lora="mflux.models.qwen.lora_names:LORA",
-    open_folder="mflux.models.qwen.weights_024:open_folder",
+    open_folder="mflux.models.qwen.layouts:open_folder",
 )

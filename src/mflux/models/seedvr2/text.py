@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux.backend import mx
-from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.checkpoints.readers.safetensors import SafetensorsFile
 
 
 def text_embeds() -> mx.array:

@@ -19,7 +19,7 @@ COMPONENTS = (
     ),
     Component(
         "vae",
-        "mflux.models.common.autoencoders.kl:AutoencoderKL",
+        "mflux.models.common.networks.autoencoders.kl:AutoencoderKL",
         "vae",
         stage="decode",
         published_class="AutoencoderKL",

@@ -18,8 +18,8 @@ from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.published import PublishedFolder
 from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, PlainTensors, Renames, Shapes
 from mflux.errors import CheckpointError
-from mflux.models.common.autoencoders import kl_024
-from mflux.models.common.config.saved_model import recorded_base_model
+from mflux.models.common.networks.autoencoders import kl_024
+from mflux.models.common.saved_model import recorded_base_model
 
 # Of Z-Image-Turbo and of Z-Image.
 TURBO_SHIFT, BASE_SHIFT = 3.0, 6.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, UsageError
-from mflux.models.common.config.registry import MODELS
+from mflux.models.common.registry import MODELS
 from mflux.text import shown
 from mflux.utils.paths import is_there, user_path
 

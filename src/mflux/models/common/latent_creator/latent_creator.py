@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx, nn
-from mflux.models.common.autoencoders import tiling
-from mflux.models.common.autoencoders.tiling import TilingConfig
+from mflux.models.common.networks.autoencoders import tiling
+from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 from mflux.utils.image_util import ImageUtil
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from mflux.backend import mx, nn
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import finite, not_finite
-from mflux.checkpoints.opening import Checkpoint, open_checkpoint
-from mflux.checkpoints.safetensors_file import SafetensorsFile
+from mflux.checkpoints.readers.opening import Checkpoint, open_checkpoint
+from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.errors import CheckpointError
 from mflux.models.common.lora.adapters import (
     Adapter,

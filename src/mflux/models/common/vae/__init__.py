@@ -1,3 +1,3 @@
-from mflux.models.common.autoencoders.tiling import TilingConfig
+from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 
 __all__ = ["TilingConfig"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mflux.backend import mx, nn
-from mflux.models.common.autoencoders import tiling
-from mflux.models.common.autoencoders.tiling import TilingConfig
+from mflux.models.common.networks.autoencoders import tiling
+from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 
 
 class VAEUtil:

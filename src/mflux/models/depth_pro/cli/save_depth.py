@@ -18,7 +18,7 @@ from mflux.utils.values import QUANTIZE_CHOICES
 if TYPE_CHECKING:
     import numpy as np
 
-    from mflux.models.depth_pro.model.depth_pro import DepthResult
+    from mflux.models.common.controls.depth_pro.depth_pro import DepthResult
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def save_depth(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     kind, output = _plan(args)
 
-    from mflux.models.depth_pro.model.depth_pro import DepthPro, open_photo
+    from mflux.models.common.controls.depth_pro.depth_pro import DepthPro, open_photo
     from mflux.utils.atomic_files import write_atomically
 
     # A picture that cannot be read is told before gigabytes are loaded.

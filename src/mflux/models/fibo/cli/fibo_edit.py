@@ -10,7 +10,7 @@ from typing import Any
 
 from mflux.cli.generate import Generate
 from mflux.errors import UsageError
-from mflux.models.fibo.cli.words import add_vlm_option, with_vlm
+from mflux.models.fibo.cli.options import add_vlm_option, with_vlm
 from mflux.models.fibo.family import FAMILY
 from mflux.models.fibo.prompts import MATTE_PROMPT, VLM_SEED, as_object, check_edit
 
@@ -57,7 +57,7 @@ def check(args: argparse.Namespace, config) -> None:
 
 
 def rewrite(args: argparse.Namespace, words: str) -> Callable[[], str]:
-    from mflux.models.fibo.variants.edit.sources import source_picture
+    from mflux.models.fibo.sources import source_picture
 
     # Also where there is nothing to rewrite: a mask that does not fit is told before anything is loaded.
     picture = source_picture(args.image_path, args.masked_image_path)
@@ -75,7 +75,7 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
 def pixels(image, args: argparse.Namespace):
     if not args.removes:
         return image.image
-    from mflux.models.fibo.variants.edit.sources import cut_out
+    from mflux.models.fibo.sources import cut_out
 
     return cut_out(args.image_path, image.image)
 

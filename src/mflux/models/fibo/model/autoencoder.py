@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mflux.models.common.autoencoders.wan import AutoencoderWan, AutoencoderWanConfig
+from mflux.models.common.networks.autoencoders.wan import AutoencoderWan, AutoencoderWanConfig
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import TIME_CHANNELS, MLPEmbedder, modulate, rotary_embedding, waves
-from mflux.models.common.mmdit import Modulation, SingleTransformerBlock, TransformerBlock
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.layers import TIME_CHANNELS, MLPEmbedder, modulate, rotary_embedding, waves
+from mflux.models.common.networks.mmdit import Modulation, SingleTransformerBlock, TransformerBlock
 
 _TIME_THETA = 10_000
 

@@ -11,7 +11,7 @@ from typing import Any
 from mflux.cli.generate import Generate
 from mflux.cli.parser import say, was_given, was_said
 from mflux.errors import UsageError
-from mflux.models.flux.cli.words import IGNORED
+from mflux.models.flux.cli.options import IGNORED
 from mflux.models.flux.family import FAMILY
 from mflux.utils import values
 

@@ -10,7 +10,7 @@ from typing import Any
 from mflux.cli.generate import Generate
 from mflux.cli.parser import say_line
 from mflux.errors import UsageError
-from mflux.models.flux.cli.words import IGNORED, add_controlnet_options, draw_controlled
+from mflux.models.flux.cli.options import IGNORED, add_controlnet_options, draw_controlled
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from mflux.cli.generate import Generate
 from mflux.cli.parser import say_line, was_given
 from mflux.errors import UsageError
-from mflux.models.flux.cli.words import IGNORED
+from mflux.models.flux.cli.options import IGNORED
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.cli.generate import Generate
-from mflux.models.flux.cli.words import IGNORED
+from mflux.models.flux.cli.options import IGNORED
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.cli.generate import Generate
-from mflux.models.flux.cli.words import IGNORED, add_full_image_option, right_half, save_full_image
+from mflux.models.flux.cli.options import IGNORED, add_full_image_option, right_half, save_full_image
 
 # What the model was trained with: a product shot on the left, the same worn by a person on the right.
 PROMPT = (

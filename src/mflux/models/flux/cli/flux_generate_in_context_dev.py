@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mflux.cli.generate import Generate
-from mflux.models.flux.cli.words import IGNORED, add_full_image_option, right_half, save_full_image, with_picture
+from mflux.models.flux.cli.options import IGNORED, add_full_image_option, right_half, save_full_image, with_picture
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from mflux.cli.generate import Generate
 from mflux.cli.parser import was_given
 from mflux.errors import UsageError
-from mflux.models.flux.cli.words import IGNORED, add_full_image_option, right_half, save_full_image
+from mflux.models.flux.cli.options import IGNORED, add_full_image_option, right_half, save_full_image
 
 LORA = "RiverZ/normal-lora:pytorch_lora_weights.safetensors"
 # The LoRA was trained with pictures of this width, and with this sentence before what is to be done.

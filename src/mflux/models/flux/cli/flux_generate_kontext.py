@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from mflux.cli.generate import Generate
-from mflux.models.flux.cli.words import IGNORED, check_picture, without_strength
+from mflux.models.flux.cli.options import IGNORED, check_picture, without_strength
 
 COMMAND = Generate(
     prog="mflux-generate-kontext",

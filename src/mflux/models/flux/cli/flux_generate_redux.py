@@ -9,7 +9,7 @@ from typing import Any
 
 from mflux.cli.generate import Generate
 from mflux.errors import UsageError
-from mflux.models.flux.cli.words import IGNORED
+from mflux.models.flux.cli.options import IGNORED
 from mflux.utils import values
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from mflux.cli.generate import Generate
-from mflux.models.flux.cli.words import IGNORED, add_controlnet_options, draw_controlled
+from mflux.models.flux.cli.options import IGNORED, add_controlnet_options, draw_controlled
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from mflux.backend import mx
-from mflux.models.common.mmdit import TransformerBlock
+from mflux.models.common.networks.mmdit import TransformerBlock
 from mflux.models.flux.model.transformer import FluxTransformer
 
 

@@ -14,9 +14,9 @@ import PIL.Image
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import ACTIVATIONS, LayerNorm, silu
-from mflux.models.common.text_encoders.clip import CLIPEncoder
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.layers import ACTIVATIONS, LayerNorm, silu
+from mflux.models.common.networks.text_encoders.clip import CLIPEncoder
 
 
 @dataclass(frozen=True)

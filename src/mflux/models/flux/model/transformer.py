@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from mflux.backend import mx, nn
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import TIME_CHANNELS, MLPEmbedder, Rotary, modulate, rotary_embedding, waves
-from mflux.models.common.mmdit import Modulation, SingleTransformerBlock, TransformerBlock, latent_image_ids
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.layers import TIME_CHANNELS, MLPEmbedder, Rotary, modulate, rotary_embedding, waves
+from mflux.models.common.networks.mmdit import Modulation, SingleTransformerBlock, TransformerBlock, latent_image_ids
 
 __all__ = ["FluxTransformer", "FluxTransformerConfig", "FluxTrunk", "Residuals", "latent_image_ids"]
 

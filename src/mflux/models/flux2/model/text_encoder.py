@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import Activation, LayerNorm, attention, layer_norm, merge_heads, split_heads
-from mflux.models.common.text_encoders.qwen3 import Qwen3TextEncoder
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.layers import Activation, LayerNorm, attention, layer_norm, merge_heads, split_heads
+from mflux.models.common.networks.text_encoders.qwen3 import Qwen3TextEncoder
 
 _EPS = 1e-5
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import (
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.layers import (
     MLPEmbedder,
     RMSNorm,
     Rotary,

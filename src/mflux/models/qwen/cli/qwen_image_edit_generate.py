@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mflux.cli.generate import Generate
 from mflux.errors import UsageError
-from mflux.models.qwen.cli.lightning import settle_lightning
+from mflux.models.qwen.cli.options import settle_lightning
 from mflux.models.qwen.family import EDIT_MODELS
 
 

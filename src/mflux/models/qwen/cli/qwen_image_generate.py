@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from mflux.cli.generate import Generate
-from mflux.models.qwen.cli.lightning import settle_lightning
+from mflux.models.qwen.cli.options import settle_lightning
 from mflux.models.qwen.family import FAMILY
 
 COMMAND = Generate(

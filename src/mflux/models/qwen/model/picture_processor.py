@@ -14,8 +14,8 @@ import numpy as np
 import PIL.Image
 
 from mflux.errors import ImageError
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.vision import Grid
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.vision import Grid
 
 # The reference refuses longer pictures; each would be a single row of tokens.
 _LARGEST_ASPECT = 200

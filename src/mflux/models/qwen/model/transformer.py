@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mflux.backend import mx, nn
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import (
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
     Activation,
     FeedForward,
@@ -24,7 +24,7 @@ from mflux.models.common.layers import (
     rotary_embedding,
     waves,
 )
-from mflux.models.common.mmdit import JointAttention, Modulation
+from mflux.models.common.networks.mmdit import JointAttention, Modulation
 
 _EPS = 1e-6
 

@@ -165,7 +165,7 @@ class Batch:
 
     def check(self) -> None:
         """Find what the headers of the files tell, and names that cannot be written, before anything is loaded."""
-        from mflux.models.seedvr2.pictures import target_size
+        from mflux.models.seedvr2.sources import target_size
         from mflux.utils.picture_files import TRANSPARENT, alpha_of, check_output, open_image, opened
 
         if self.pictures:
@@ -192,8 +192,8 @@ class Batch:
 
     def draw(self, pipeline) -> None:
         """A picture for each sound file and seed."""
-        from mflux.models.common.stages import give_back_memory
-        from mflux.models.seedvr2.pictures import target_size
+        from mflux.models.common.memory import give_back_memory
+        from mflux.models.seedvr2.sources import target_size
         from mflux.utils.picture_files import oriented_size
 
         args = self.args

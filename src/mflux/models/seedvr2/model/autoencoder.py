@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mflux.backend import compute_dtype, mx, nn
-from mflux.models.common.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig, Decoder
-from mflux.models.common.autoencoders.strips import Map
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig, Decoder
+from mflux.models.common.networks.autoencoders.strips import Map
 
 
 class StillConv(nn.Conv2d):

@@ -17,8 +17,8 @@ import numpy as np
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import (
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
     RMSNorm,
     Rotary,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
-from mflux.models.common.layers import Rotary
+from mflux.models.common.networks.layers import Rotary
 from mflux.models.z_image.model.transformer import (
     BlockConfig,
     ComputesInside,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mflux.models.common.text_encoders.qwen3 import Qwen3TextEncoder
+from mflux.models.common.networks.text_encoders.qwen3 import Qwen3TextEncoder
 
 
 class ZImageTextEncoder(Qwen3TextEncoder):

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn, tree_map
-from mflux.models.common.config.component_config import ComponentConfig
-from mflux.models.common.layers import (
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
     Activation,
     RMSNorm,

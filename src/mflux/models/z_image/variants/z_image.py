@@ -9,12 +9,12 @@ from typing import Any
 from mflux.backend import mx
 from mflux.checkpoints.published import PublishedFolder
 from mflux.errors import CheckpointError, UsageError
-from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.family import Component
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.common.pipeline import Pipeline, refuse_pid, resolve
-from mflux.models.common.qwen_tokenizer import chat, qwen_tokenizer
+from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
 from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.layouts import BASE_SHIFT, TURBO_SHIFT, ZImageFolder, ZImageFolderOf024

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux.backend import mx
-from mflux.models.common.mmdit import latent_image_ids
+from mflux.models.common.networks.mmdit import latent_image_ids
 from mflux.models.fibo.latent_creator.fibo_latent_creator import FiboLatentCreator
 from mflux.models.fibo.pipeline import FiboPipeline
 from mflux.models.fibo.prompts import check_edit
-from mflux.models.fibo.variants.edit.sources import own_size, source_picture
+from mflux.models.fibo.sources import own_size, source_picture
 from mflux.utils.generated_image import GeneratedImage
 
 

@@ -12,7 +12,7 @@ from mflux.backend import mx
 from mflux.errors import UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.pipeline import Velocity
-from mflux.models.common.tokenizer_checks import check_prompt
+from mflux.models.common.tokenizers.checks import check_prompt
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.concept_attention import ConceptStream
 from mflux.models.flux.variants.concept_attention.attention_data import ConceptHeatmap

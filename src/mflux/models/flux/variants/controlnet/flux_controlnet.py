@@ -11,8 +11,8 @@ import PIL.Image
 from mflux.backend import mx
 from mflux.checkpoints.published import PublishedFolder
 from mflux.errors import CheckpointError
-from mflux.models.common.canny import canny
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.controls.canny import canny
 from mflux.models.common.family import Component
 from mflux.models.flux.family import CONTROLNET, FAMILY
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator

@@ -8,7 +8,7 @@ import PIL.Image
 
 from mflux.backend import mx
 from mflux.errors import UsageError
-from mflux.models.common.stages import give_back_memory
+from mflux.models.common.memory import give_back_memory
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.sources import refuse_strength
 from mflux.models.flux.variants.txt2img.flux import Flux1
@@ -103,7 +103,7 @@ class Flux1Depth(Flux1):
         picture = ImageUtil.load_image(image_path)
         key = "depth", picture.size, picture.tobytes()
         if key not in self.prompt_cache:
-            from mflux.models.depth_pro.model.depth_pro import DepthPro
+            from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
 
             self.enter("encode")
             self.prompt_cache[key] = DepthPro(quantize=self._quantize).create_depth_map(image_path).depth_image

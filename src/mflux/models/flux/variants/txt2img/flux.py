@@ -9,11 +9,11 @@ from typing import Any
 
 from mflux.backend import mx
 from mflux.errors import CheckpointError
-from mflux.models.common.autoencoders.kl import AutoencoderKL
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.common.pipeline import Pipeline, refuse_pid
-from mflux.models.common.tokenizers import PromptTokenizer, clip_tokenizer, t5_tokenizer
+from mflux.models.common.tokenizers.prompt_tokenizers import PromptTokenizer, clip_tokenizer, t5_tokenizer
 from mflux.models.flux.family import FAMILY
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.transformer import latent_image_ids

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from mflux.backend import mx
 from mflux.errors import ImageError, UsageError
-from mflux.models.common.autoencoders import tiling
+from mflux.models.common.networks.autoencoders import tiling
 from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
 from mflux.models.flux2.model.transformer import grid_ids
-from mflux.models.flux2.variants.klein import Klein
+from mflux.models.flux2.pipeline import Klein
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
 

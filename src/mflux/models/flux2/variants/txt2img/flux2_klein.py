@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mflux.models.common.pipeline import refuse_pid
 from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
-from mflux.models.flux2.variants.klein import Klein
+from mflux.models.flux2.pipeline import Klein
 from mflux.utils.generated_image import GeneratedImage
 
 

@@ -15,7 +15,7 @@ from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.common.qwen_tokenizer import chat
+from mflux.models.common.tokenizers.qwen import chat
 from mflux.models.qwen.family import EDIT_COMPONENTS
 from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
 from mflux.models.qwen.model.picture_processor import PictureProcessor

@@ -10,7 +10,7 @@ from mflux.backend import mx
 from mflux.errors import CheckpointError
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.pipeline import Pipeline, refuse_pid
-from mflux.models.common.qwen_tokenizer import chat, qwen_tokenizer
+from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
 from mflux.models.qwen.family import FAMILY
 from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
 from mflux.models.qwen.model.transformer import Grid

@@ -9,15 +9,15 @@ import numpy as np
 
 from mflux.backend import mx
 from mflux.errors import NotBuiltError
-from mflux.models.common.autoencoders import tiling
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.memory import timed
+from mflux.models.common.networks.autoencoders import tiling
 from mflux.models.common.pipeline import Pipeline, key_in_registry
-from mflux.models.common.stages import timed
 from mflux.models.seedvr2 import colour
 from mflux.models.seedvr2.family import FAMILY
 from mflux.models.seedvr2.latent_creator.seedvr2_latent_creator import SeedVR2LatentCreator
 from mflux.models.seedvr2.layouts import TRANSFORMER_FILES, key_of, resolve_folder
-from mflux.models.seedvr2.pictures import read_source, recorded
+from mflux.models.seedvr2.sources import read_source, recorded
 from mflux.models.seedvr2.text import text_embeds
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.paths import user_path

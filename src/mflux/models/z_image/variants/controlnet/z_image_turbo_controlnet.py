@@ -11,10 +11,10 @@ from mflux.backend import mx
 from mflux.checkpoints.published import PublishedFolder
 from mflux.errors import NotBuiltError, UsageError
 from mflux.hub import fetch_file
-from mflux.models.common.canny import canny
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.controls.canny import canny
 from mflux.models.common.family import Component
-from mflux.models.common.stages import give_back_memory
+from mflux.models.common.memory import give_back_memory
 from mflux.models.z_image.family import COMPONENTS, CONTROLNET
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.layouts import ZImageFolder
@@ -181,7 +181,7 @@ def control_image(control: ControlSpec, width: int, height: int) -> PIL.Image.Im
 
 def depth_image(image: PIL.Image.Image) -> PIL.Image.Image:
     """How far everything on a picture is, from Depth Pro, which is loaded for it and let go."""
-    from mflux.models.depth_pro.model.depth_pro import DepthPro
+    from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
 
     depth = DepthPro().depth_of(image.convert("RGB")).depth_image.convert("RGB")
     give_back_memory()

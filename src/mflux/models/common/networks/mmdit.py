@@ -1,0 +1,189 @@
+"""The blocks of FLUX.1's kind of transformer, under the names of its published file; FIBO is built from the same.
+
+Reference classes: diffusers' `FluxTransformerBlock` and `FluxSingleTransformerBlock`. Double blocks keep text and
+picture in two streams that attend to each other (Esser et al. 2024, https://arxiv.org/abs/2403.03206, MM-DiT); single
+blocks run one stream of both, with attention and feed-forward side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mflux.backend import mx, nn
+from mflux.models.common.networks.layers import (
+    FeedForward,
+    RMSNorm,
+    Rotary,
+    attention,
+    gelu_approx,
+    merge_heads,
+    modulate,
+    residual,
+    rotate_pairs,
+    silu,
+    split_heads,
+)
+
+_EPS = 1e-6
+
+
+def latent_image_ids(height: int, width: int, plane: int = 0) -> mx.array:
+    """Positions of a grid of picture tokens, row by row: (height · width, 3), each `plane`, row, column."""
+    rows = mx.broadcast_to(mx.arange(height)[:, None], (height, width))
+    columns = mx.broadcast_to(mx.arange(width)[None, :], (height, width))
+    return mx.stack([mx.full(rows.shape, plane, dtype=rows.dtype), rows, columns], axis=-1).reshape(-1, 3)
+
+
+class Modulation(nn.Module):
+    """`parts` vectors per sample from the condition: shifts, scales and gates, each (B, 1, features)."""
+
+    def __init__(self, features: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(features, parts * features)
+
+    def __call__(self, condition: mx.array) -> list[mx.array]:
+        return mx.split(self.linear(silu(condition))[:, None], self.parts, axis=-1)
+
+
+class JointAttention(nn.Module):
+    """Text and picture project on their own and attend as one sequence, text first."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        width = heads * head_dim
+        self.heads = heads
+        self.norm_q = RMSNorm(head_dim, eps=_EPS)
+        self.norm_k = RMSNorm(head_dim, eps=_EPS)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = [nn.Linear(width, width)]
+        self.norm_added_q = RMSNorm(head_dim, eps=_EPS)
+        self.norm_added_k = RMSNorm(head_dim, eps=_EPS)
+        self.add_q_proj = nn.Linear(width, width)
+        self.add_k_proj = nn.Linear(width, width)
+        self.add_v_proj = nn.Linear(width, width)
+        self.to_add_out = nn.Linear(width, width)
+
+    def image_heads(self, image: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values of picture tokens, (B, heads, L, D) each, before their positions turn them."""
+        q, k, v = (split_heads(layer(image), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def text_heads(self, text: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """The same of text tokens."""
+        layers = self.add_q_proj, self.add_k_proj, self.add_v_proj
+        q, k, v = (split_heads(layer(text), self.heads) for layer in layers)
+        return self.norm_added_q(q), self.norm_added_k(k), v
+
+    def __call__(
+        self, image: mx.array, text: mx.array, rotary: Rotary, watch: Callable[..., None] | None = None
+    ) -> tuple[mx.array, mx.array]:
+        pairs = zip(self.text_heads(text), self.image_heads(image), strict=True)
+        q, k, v = (mx.concatenate(pair, axis=2) for pair in pairs)
+        q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
+        out = merge_heads(attention(q, k, v))
+        length = text.shape[1]
+        if watch is not None:
+            watch(k[:, :, length:], v[:, :, length:], out[:, length:])
+        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
+
+
+class SingleAttention(nn.Module):
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        width = heads * head_dim
+        self.heads = heads
+        self.norm_q = RMSNorm(head_dim, eps=_EPS)
+        self.norm_k = RMSNorm(head_dim, eps=_EPS)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+
+    def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
+        q = rotate_pairs(self.norm_q(split_heads(self.to_q(x), self.heads)), rotary)
+        k = rotate_pairs(self.norm_k(split_heads(self.to_k(x), self.heads)), rotary)
+        return merge_heads(attention(q, k, split_heads(self.to_v(x), self.heads)))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        width = heads * head_dim
+        self.norm1 = Modulation(width, 6)
+        self.norm1_context = Modulation(width, 6)
+        self.attn = JointAttention(heads, head_dim)
+        self.ff = FeedForward(width)
+        self.ff_context = FeedForward(width)
+
+    def __call__(
+        self,
+        image: mx.array,
+        text: mx.array,
+        condition: mx.array,
+        rotary: Rotary,
+        watch: Callable[..., None] | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """Picture and text after the block.
+
+        Args:
+            image, text: (B, L, width) and (B, T, width).
+            condition: (B, width), what modulates both.
+            rotary: of text and picture, one behind the other.
+            watch: called with the picture's keys, turned, and values, (B, heads, L, D) each, and with what the
+                attention gives its tokens, (B, L, width), before it is projected.
+        """
+        shift, scale, *image_rest = self.norm1(condition)
+        shift_t, scale_t, *text_rest = self.norm1_context(condition)
+        image_out, text_out = self.attn(modulate(image, shift, scale), modulate(text, shift_t, scale_t), rotary, watch)
+        return _rest(image, image_out, self.ff, *image_rest), _rest(text, text_out, self.ff_context, *text_rest)
+
+    def read_along(
+        self, text: mx.array, condition: mx.array, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Another text, which sees the picture and itself, and which neither the picture nor the prompt sees.
+
+        Args:
+            text: (B, T, width), all at position zero, where nothing is turned.
+            condition: (B, width), what modulates it.
+            keys, values: the picture's, as `watch` is told them.
+
+        Returns:
+            The text after the block, and what the attention gave its tokens, before it is projected.
+        """
+        shift, scale, *rest = self.norm1_context(condition)
+        q, k, v = self.attn.text_heads(modulate(text, shift, scale))
+        k, v = mx.concatenate([k, keys], axis=2), mx.concatenate([v, values], axis=2)
+        out = merge_heads(attention(q, k, v))
+        return _rest(text, self.attn.to_add_out(out), self.ff_context, *rest), out
+
+
+def _rest(
+    x: mx.array,
+    attended: mx.array,
+    feed_forward: nn.Module,
+    gate: mx.array,
+    shift: mx.array,
+    scale: mx.array,
+    gate_ff: mx.array,
+) -> mx.array:
+    """What a block does with a stream behind its attention."""
+    x = residual(x, gate, attended)
+    return residual(x, gate_ff, feed_forward(modulate(x, shift, scale)))
+
+
+class SingleTransformerBlock(nn.Module):
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        width = heads * head_dim
+        self.norm = Modulation(width, 3)
+        self.proj_mlp = nn.Linear(width, 4 * width)
+        self.proj_out = nn.Linear(5 * width, width)
+        self.attn = SingleAttention(heads, head_dim)
+
+    def __call__(self, x: mx.array, condition: mx.array, rotary: Rotary) -> mx.array:
+        shift, scale, gate = self.norm(condition)
+        y = modulate(x, shift, scale)
+        y = mx.concatenate([self.attn(y, rotary), gelu_approx(self.proj_mlp(y))], axis=-1)
+        return residual(x, gate, self.proj_out(y))

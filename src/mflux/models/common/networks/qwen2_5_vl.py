@@ -1,0 +1,309 @@
+"""Qwen2.5-VL (Qwen team 2025, https://arxiv.org/abs/2502.13923) as Qwen-Image's text encoder.
+
+Reference class: transformers' `Qwen2_5_VLForConditionalGeneration`, whose published names the attributes carry; its
+head is for writing, and not built. To draw from a prompt the language model is enough; to edit, the vision tower shows
+it the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from mflux.backend import mx, nn
+from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.quantization import UNQUANTIZED
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.decoder import DecoderConfig, DecoderStack, unused_patterns
+from mflux.models.common.networks.layers import (
+    ACTIVATIONS,
+    Activation,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    embedded,
+    inverse_frequencies,
+)
+from mflux.models.common.networks.vision import (
+    Grid,
+    PatchEmbed,
+    VisionAttention,
+    patch_places,
+    prompt_positions,
+    see,
+    vision_rotary,
+)
+
+_VISION_EPS = 1e-6
+_VISION_ROPE_THETA = 10_000.0
+
+
+# ---- configuration
+
+
+@dataclass(frozen=True)
+class Qwen25VLVisionConfig(ComponentConfig):
+    """`vision_config` of a config.json; defaults are the published 7B model's."""
+
+    depth: int = 32
+    hidden_size: int = 1280
+    hidden_act: str = "silu"
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    out_hidden_size: int = 3584
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def window(self) -> int:
+        """A window's side in patches, all of whose merged squares are whole."""
+        return self.window_size // self.patch_size // self.spatial_merge_size * self.spatial_merge_size
+
+    def check(self) -> str | None:
+        if self.hidden_act not in ACTIVATIONS:
+            return f"the vision tower's hidden_act {self.hidden_act!r} is not known"
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            return f"{self.hidden_size} features do not divide into {self.num_heads} heads of a multiple of four"
+        if self.window < 1:
+            return f"window_size {self.window_size} is smaller than a token of the vision tower"
+        return None
+
+
+@dataclass(frozen=True)
+class Qwen25VLTextConfig(DecoderConfig):
+    """The language model's part of a config.json; defaults are the published 7B model's."""
+
+    model_type: str = "qwen2_5_vl_text"
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    head_dim: int | None = None
+    attention_bias: bool = True
+    rope_scaling: Mapping[str, Any] | None = field(
+        default_factory=lambda: {"mrope_section": (16, 24, 24), "rope_type": "default", "type": "default"}
+    )
+
+    qk_norm = False
+    output_bias = False
+    rope_types = ("default", "mrope")
+
+    @property
+    def mrope_section(self) -> tuple[int, ...]:
+        """How many frequencies belong to time, row and column."""
+        return tuple(self.rope.get("mrope_section", ()))
+
+    def check(self) -> str | None:
+        if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_size // 2:
+            return f"mrope_section {list(self.mrope_section)} does not fit heads of {self.head_size}"
+        return super().check()
+
+
+@dataclass(frozen=True)
+class Qwen25VLConfig(ComponentConfig):
+    """`config.json` of a Qwen2.5-VL; the language model's values stand in it, or in a `text_config` of their own."""
+
+    model_type: str = "qwen2_5_vl"
+    text_config: Qwen25VLTextConfig = field(default_factory=Qwen25VLTextConfig)
+    vision_config: Qwen25VLVisionConfig = field(default_factory=Qwen25VLVisionConfig)
+    image_token_id: int = 151655
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: object = "config.json") -> Self:
+        text = values.get("text_config") or values
+        parts = {"text_config": (Qwen25VLTextConfig, text), "vision_config": (Qwen25VLVisionConfig, {})}
+        read = {
+            name: kind.from_dict(values.get(name) or other, source=f"{name} of {source}")
+            for name, (kind, other) in parts.items()
+        }
+        return super().from_dict(dict(values) | read, source=source)
+
+    def check(self) -> str | None:
+        if self.model_type != "qwen2_5_vl":
+            return f"this is a model of type {self.model_type!r}, and Qwen-Image's text encoder is of type 'qwen2_5_vl'"
+        if self.vision_config.out_hidden_size != self.text_config.hidden_size:
+            return "the vision tower's out_hidden_size is not the language model's hidden_size"
+        return None
+
+
+# ---- vision tower
+
+
+class Windows:
+    """A picture's patches by windows; those at its right and lower edge may hold fewer, which `mask` tells."""
+
+    def __init__(self, places: mx.array, side: int, rotary: Rotary):
+        rows, columns = (np.array(places) // side).T
+        number = np.unique(rows * (columns.max() + 1) + columns, return_inverse=True)[1]
+        order = np.argsort(number, kind="stable")
+        counts = np.bincount(number)
+        # Where in its window, and in all windows, each patch stands.
+        within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.size = int(counts.max())
+        slots = number[order] * self.size + within
+        taken, home = np.zeros(len(counts) * self.size, int), np.zeros(len(order), int)
+        taken[slots], home[order] = order, slots
+        self.taken, self.home = mx.array(taken), mx.array(home)
+        self.mask = mx.array(np.arange(self.size) < counts[:, None])[:, None, None, :]
+        cos, sin = (part[self.taken].reshape(len(counts), 1, self.size, -1) for part in rotary)
+        self.rotary = cos, sin
+
+    def cut(self, x: mx.array) -> mx.array:
+        """(1, patches, features) → (windows, size, features)."""
+        return x[0, self.taken].reshape(-1, self.size, x.shape[-1])
+
+    def gathered(self, x: mx.array) -> mx.array:
+        """The way back."""
+        return x.reshape(-1, x.shape[-1])[self.home][None]
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: Qwen25VLVisionConfig):
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, eps=_VISION_EPS)
+        self.norm2 = RMSNorm(config.hidden_size, eps=_VISION_EPS)
+        self.attn = VisionAttention(config.hidden_size, config.num_heads)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, activation=config.hidden_act, bias=True)
+
+    def __call__(self, x: mx.array, rotary: Rotary, windows: Windows | None) -> mx.array:
+        y = self.norm1(x)
+        if windows is None:
+            y = self.attn(y, rotary)
+        else:
+            y = windows.gathered(self.attn(windows.cut(y), windows.rotary, windows.mask))
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """Squares of neighbouring patches to tokens of the language model's width."""
+
+    def __init__(self, config: Qwen25VLVisionConfig):
+        super().__init__()
+        width = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = RMSNorm(config.hidden_size, eps=_VISION_EPS)
+        self.mlp = [nn.Linear(width, width), Activation("gelu"), nn.Linear(width, config.out_hidden_size)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(1, patches, hidden_size) to (tokens, out_hidden_size)."""
+        first, activation, last = self.mlp
+        return last(activation(first(self.ln_q(x).reshape(-1, first.weight.shape[0]))))
+
+
+class Qwen25VLVisionModel(nn.Module):
+    def __init__(self, config: Qwen25VLVisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config, bias=False)
+        self.blocks = [VisionBlock(config) for _ in range(config.depth)]
+        self.merger = PatchMerger(config)
+
+    def __call__(self, patches: mx.array, grid: Grid) -> mx.array:
+        """See one picture.
+
+        Args:
+            patches: (rows · columns, channels · time · height · width), in the order of `patch_places`.
+            grid: rows and columns of patches.
+
+        Returns:
+            The picture's tokens, (rows · columns / merge², out_hidden_size).
+        """
+        places = patch_places(grid, self.config.spatial_merge_size)
+        rotary = vision_rotary(places, self.config.head_dim, _VISION_ROPE_THETA)
+        windows = Windows(places, self.config.window, rotary)
+        x = self.patch_embed(patches)[None]
+        for number, block in enumerate(self.blocks):
+            x = block(x, rotary, None if number in self.config.fullatt_block_indexes else windows)
+        return self.merger(x)
+
+
+# ---- language model
+
+
+class Qwen25VLTextEncoder(nn.Module):
+    """Token ids → what the language model makes of them, after its last norm."""
+
+    config_class = Qwen25VLConfig
+    # mflux 0.24 found that quantizing it costs meaning.
+    least_bits = {"": UNQUANTIZED}
+
+    def __init__(self, config: Qwen25VLConfig):
+        super().__init__()
+        self.config = config
+        text = config.text_config
+        self.model = DecoderStack(text, text.num_hidden_layers, norm=True)
+        unused = unused_patterns("model.", text.num_hidden_layers, text.num_hidden_layers, norm=True)
+        self.exceptions = Exceptions(ignored=(*unused, r"^visual\."))
+
+    def __call__(self, ids: Sequence[int]) -> mx.array:
+        """Hidden states of one prompt's tokens, (1, L, hidden_size)."""
+        places = list(range(len(ids)))
+        return self.read(embedded(self.model.embed_tokens, mx.array(ids))[None], mx.array([places, places, places]))
+
+    def read(self, embeddings: mx.array, positions: mx.array) -> mx.array:
+        """Hidden states of (1, L, hidden_size) at the positions (3, L)."""
+        text = self.config.text_config
+        return self.model(embeddings, self._rotary(positions), "causal", (text.num_hidden_layers,))[0]
+
+    def _rotary(self, positions: mx.array) -> Rotary:
+        """The first of a head's frequencies turn with time, the next with the row, the last with the column."""
+        text = self.config.text_config
+        axes = mx.array(np.repeat(np.arange(3), text.mrope_section))
+        frequencies = inverse_frequencies(text.head_size, text.rope["rope_theta"])
+        angles = positions.T[:, axes].astype(mx.float32) * frequencies
+        return mx.cos(angles), mx.sin(angles)
+
+
+class Qwen25VLEncoder(Qwen25VLTextEncoder):
+    """Token ids and pictures → what the language model makes of them."""
+
+    def __init__(self, config: Qwen25VLConfig):
+        super().__init__(config)
+        self.visual = Qwen25VLVisionModel(config.vision_config)
+        self.exceptions = Exceptions(ignored=self.exceptions.ignored[:-1])
+
+    def __call__(
+        self,
+        ids: Sequence[int],
+        patches: mx.array | None = None,
+        grids: Sequence[Grid] = (),
+        *,
+        image_token: int | None = None,
+    ) -> mx.array:
+        """Hidden states of one prompt's tokens, (1, L, hidden_size).
+
+        Args:
+            ids: with one image token for each token that a picture becomes.
+            patches: of all pictures, (N, channels · time · height · width); None without pictures.
+            grids: rows and columns of patches of each picture.
+            image_token: the token that stands for a picture, where the tokenizer has another than the configuration.
+
+        Raises:
+            ValueError: tokens and pictures do not match.
+        """
+        merge = self.config.vision_config.spatial_merge_size
+        token = self.config.image_token_id if image_token is None else image_token
+        positions, _ = prompt_positions(ids, token, [(rows // merge, columns // merge) for rows, columns in grids])
+        embeddings = embedded(self.model.embed_tokens, mx.array(ids))
+        if grids:
+            tokens = mx.concatenate(see(self.visual, patches, grids))
+            places = mx.array([place for place, other in enumerate(ids) if other == token])
+            embeddings[places] = tokens.astype(embeddings.dtype)
+        return self.read(embeddings[None], mx.array(positions))
+
+
+# Who reads a saved folder may want to edit with it.
+Qwen25VLTextEncoder.whole = Qwen25VLEncoder

@@ -1,0 +1,114 @@
+"""What folders look like that mflux 0.24 or earlier saved FLUX.2 klein to.
+
+The configurations follow from the shapes, and where no shape tells, they are the published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mflux.checkpoints.saved_by_024 import Layout024, Renames, Tensors024
+from mflux.models.common.networks.autoencoders import kl_024
+
+_NAMES: dict[str, Renames] = {
+    "transformer": (
+        (r"^time_guidance_embed\.linear_", "time_guidance_embed.timestep_embedder.linear_"),
+        (r"^(transformer_blocks\.\d+\.attn\.to_out)\.", r"\1.0."),
+    ),
+    "text_encoder": ((r"^", "model."),),
+    "vae": ((r"(\.attentions\.\d+\.to_out)\.", r"\1.0."),),
+}
+_SQUARE = (
+    # Its own rows are as many as its columns.
+    ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.weight"),
+    ("model.layers.0.self_attn.k_proj", "model.layers.0.input_layernorm.weight"),
+    ("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),
+)
+
+_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "base_image_seq_len": 256,
+    "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15, "shift": 3.0, "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}  # fmt: skip
+_MODEL_INDEX = {
+    "_class_name": "Flux2KleinPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+    "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+    "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+}
+
+
+def transformer_config(tensors: Tensors024) -> dict[str, Any]:
+    """What `config.json` would say of a transformer with these tensors, published names and all."""
+    head = tensors.rows("single_transformer_blocks.0.attn.norm_q.weight")
+    channels, width = tensors.width("x_embedder"), tensors.rows("x_embedder.weight")
+    out = tensors.rows("proj_out.weight")
+    hidden = (tensors.rows("single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight") - 3 * width) // 2
+    return {
+        "_class_name": "Flux2Transformer2DModel",
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": None if out == channels else out,
+        "num_layers": tensors.count(r"transformer_blocks\.(\d+)\."),
+        "num_single_layers": tensors.count(r"single_transformer_blocks\.(\d+)\."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": tensors.width("context_embedder"),
+        "timestep_guidance_channels": tensors.width("time_guidance_embed.timestep_embedder.linear_1"),
+        "mlp_ratio": hidden / width,
+        # No shape tells how a head is shared out; in equal parts, as published.
+        "axes_dims_rope": [head // 4] * 4,
+        "rope_theta": 2000,
+        "eps": 1e-6,
+        "guidance_embeds": False,
+    }
+
+
+def _text_encoder(tensors: Tensors024) -> dict[str, Any]:
+    head = tensors.rows("model.layers.0.self_attn.q_norm.weight")
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": tensors.rows("model.embed_tokens.weight"),
+        "hidden_size": tensors.rows("model.layers.0.input_layernorm.weight"),
+        "intermediate_size": tensors.rows("model.layers.0.mlp.gate_proj.weight"),
+        "num_hidden_layers": tensors.count(r"model\.layers\.(\d+)\."),
+        "num_attention_heads": tensors.rows("model.layers.0.self_attn.q_proj.weight") // head,
+        "num_key_value_heads": tensors.rows("model.layers.0.self_attn.k_proj.weight") // head,
+        "head_dim": head,
+        "hidden_act": "silu",
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    }
+
+
+def _vae(tensors: Tensors024) -> dict[str, Any]:
+    return kl_024.shape(tensors) | {
+        "_class_name": "AutoencoderKLFlux2",
+        "batch_norm_eps": 1e-4,
+        "patch_size": [2, 2],
+    }
+
+
+_CONFIGS = {"transformer": transformer_config, "text_encoder": _text_encoder, "vae": _vae}
+
+
+def _scheduler(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    return _SCHEDULER
+
+
+LAYOUT = Layout024(
+    title="FLUX.2",
+    names=_NAMES,
+    configs=_CONFIGS,
+    scheduler=_scheduler,
+    model_index=_MODEL_INDEX,
+    square=_SQUARE,
+)
+open_folder = LAYOUT.open

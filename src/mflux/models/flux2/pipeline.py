@@ -1,0 +1,221 @@
+"""What drawing and editing with FLUX.2 klein share: its parts, its prompts, and a step's prediction."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from mflux.backend import mx, nn
+from mflux.checkpoints.loading import load_component
+from mflux.checkpoints.published import PublishedFolder
+from mflux.errors import CheckpointError, UsageError
+from mflux.models.common.config.config import Config
+from mflux.models.common.config.model_config import ModelConfig, key_of
+from mflux.models.common.family import Component
+from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
+from mflux.models.common.pipeline import Pipeline, Velocity, resolve
+from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
+from mflux.models.flux2 import small_parts
+from mflux.models.flux2.distilled import is_distilled, keeps_references
+from mflux.models.flux2.family import FAMILY
+from mflux.models.flux2.latent_creator.flux2_latent_creator import CHANNELS, SIDE, Flux2LatentCreator
+from mflux.models.flux2.model.transformer import KeysValues, grid_ids, text_ids
+from mflux.models.flux2.single_file import WithTransformer, transformer_file
+
+log = logging.getLogger(__name__)
+
+# Tokens of a prompt; it is padded to so many, and padding counts as text.
+LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An encoded prompt: (1, T, D), and the place of its first token in the text."""
+
+    embeds: mx.array
+    start: int = 0
+
+    @property
+    def ids(self) -> mx.array:
+        return text_ids(self.embeds.shape[1], self.start)
+
+
+class Klein(Pipeline):
+    """FLUX.2 klein; see `Pipeline` for the arguments that all models have.
+
+    The text encoder is let go of as soon as the prompt is encoded (encoded prompts are kept in `prompt_cache`);
+    transformer and autoencoder stay for the next picture.
+
+    Args:
+        compute_precision: `mx.float16` has attention and feed-forwards compute in it; None leaves them as they are.
+        small_text_encoder: Qwen3-0.6B with an adapter in the place of Qwen3-4B; for the 4B models.
+        small_decoder: Black Forest Labs' smaller decoder in the place of the autoencoder's own.
+        model_path: may also be a transformer in one safetensors file; all else comes from the repository of
+            `model_config`.
+
+    Raises:
+        UsageError: another precision, or a small text encoder for a 9B model.
+    """
+
+    family = FAMILY
+    latent_creator = Flux2LatentCreator
+    default_model = "flux2-klein-4b"
+
+    def __init__(
+        self,
+        quantize: int | None = None,
+        model_path: str | None = None,
+        lora_paths: list[str] | None = None,
+        lora_scales: list[float] | None = None,
+        bake_lora: bool = True,
+        model_config: ModelConfig | None = None,
+        compute_precision: mx.Dtype | None = None,
+        small_text_encoder: bool = False,
+        small_decoder: bool = False,
+    ):
+        if compute_precision is not None and compute_precision != mx.float16:
+            raise UsageError(f"compute_precision {compute_precision} is not built: leave it out, or take mx.float16")
+        self.compute_precision = compute_precision
+        self._file: Path | None = None
+        self.small_text_encoder = small_text_encoder
+        self.small_decoder = small_decoder
+        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+        key = key_of(self.model_config.model_name, self.model_config.base_model)
+        self.is_distilled = is_distilled(self.root, key)
+        self.keeps_references = keeps_references(self.root, self.model_config.supports_kv_cache)
+        if small_text_encoder:
+            self._small_encoder = small_parts.text_encoder_folders()
+        if small_decoder:
+            self._small_decoder = small_parts.decoder_folder()
+        self.tokenizer = qwen_tokenizer(self.root / "tokenizer")
+
+    def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
+        name, left_out = model_path or model_config.model_name, set()
+        if self.small_text_encoder:
+            left_out.add("text_encoder")
+        if model_path is not None and (file := transformer_file(model_path)) is not None:
+            self._file, name = file, model_config.base_model or model_config.model_name
+            left_out.add("transformer")
+        own = [component for component in self.components if component.name not in left_out]
+        return resolve(name, own, self.family.beside)
+
+    def open_folder(self) -> PublishedFolder:
+        folder = super().open_folder()
+        return folder if self._file is None else WithTransformer(folder, self._file)
+
+    def check_folder(self) -> None:
+        super().check_folder()
+        transformer, vae = self.folder.config("transformer"), self.folder.config("vae")
+        if (channels := transformer.get("in_channels", CHANNELS)) != CHANNELS:
+            raise CheckpointError(f"{self.root} holds a transformer that takes {channels} channels, not {CHANNELS}")
+        config = AutoencoderKLFlux2.config_class.from_dict(vae, source=self.root / "vae" / "config.json")
+        patch = config.patch_size[0]
+        if (config.latent_channels * patch**2, config.spatial_factor * patch) != (CHANNELS, SIDE):
+            raise CheckpointError(
+                f"{self.root} holds an autoencoder with {config.latent_channels * patch**2} channels for every "
+                f"{config.spatial_factor * patch} pixels of a side; FLUX.2's has {CHANNELS} for every {SIDE}: put "
+                "FLUX.2's vae folder there"
+            )
+        width = transformer.get("joint_attention_dim", small_parts.PROMPT_EMBEDS)
+        if self.small_text_encoder and width != small_parts.PROMPT_EMBEDS:
+            raise UsageError(
+                "--small-text-encoder takes the place of Qwen3-4B, and this model reads another encoder: leave it "
+                "out, or use flux2-klein-4b or flux2-klein-base-4b"
+            )
+
+    def load(self, component: Component, *, keep_dtypes: bool = False) -> nn.Module:
+        if component.name == "text_encoder" and self.small_text_encoder:
+            return small_parts.load_text_encoder(*self._small_encoder, quantize=self._quantize)
+        if component.name == "vae" and self.small_decoder:
+            config, tensors = self.folder.config("vae"), self.folder.tensors("vae")
+            config, tensors = small_parts.with_small_decoder(self._small_decoder, config, tensors)
+            dtype = mx.float32 if self.vae_full_precision else None
+            return load_component(
+                AutoencoderKLFlux2, self.root / "vae", dtype=dtype, quantize=self._quantize, config=config,
+                tensors=tensors,
+            )  # fmt: skip
+        module = super().load(component, keep_dtypes=keep_dtypes)
+        if component.name == "transformer" and self.compute_precision is not None and not keep_dtypes:
+            module.compute_in(self.compute_precision)
+        return module
+
+    def save_model(self, base_path: str) -> None:
+        if self.small_text_encoder or self.small_decoder:
+            option = "small_text_encoder" if self.small_text_encoder else "small_decoder"
+            raise UsageError(f"a model with {option} is not saved, since it would load as another: leave {option} out")
+        super().save_model(base_path)
+
+    # ---- the stages of a picture
+
+    def encode_prompt(self, prompt: str) -> Prompt:
+        """A prompt's embeds, from the cache if it was seen."""
+        if prompt not in self.prompt_cache:
+            self.enter("encode")
+            encoder = self.text_encoder
+            length = encoder.max_length if self.small_text_encoder else LENGTH
+            text = chat(prompt, think=False)
+            if self.tokenizer.is_cut(text, max_length=length):
+                log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", length)
+            embeds = encoder(*self.tokenizer([text], max_length=length))
+            mx.eval(embeds)
+            start = encoder.left_out if self.small_text_encoder else 0
+            del encoder
+            self.encoded("text_encoder")
+            self.prompt_cache[prompt] = Prompt(embeds, start)
+        return self.prompt_cache[prompt]
+
+    def encode_prompts(self, prompt: str, guidance: float) -> list[Prompt]:
+        """The prompt, and where guidance needs one, the empty prompt to be guided away from."""
+        if guidance > 1 and self.is_distilled:
+            log.warning("guidance %g is ignored: this model was distilled, and has it already", guidance)
+            guidance = 1.0
+        return [self.encode_prompt(text) for text in ([prompt, ""] if guidance > 1 else [prompt])]
+
+    def velocity(
+        self,
+        prompts: list[Prompt],
+        guidance: float,
+        size: tuple[int, int],
+        *,
+        beside: tuple[mx.array, mx.array] | None = None,
+        references: list[KeysValues] | None = None,
+    ) -> Velocity:
+        """What predicts a step, without classifier-free guidance or with it (arxiv.org/abs/2207.12598).
+
+        Args:
+            prompts: see `encode_prompts`.
+            guidance: how far to go from the empty prompt to the prompt, 1 being the prompt.
+            size: rows and columns of the picture's tokens.
+            beside: tokens of references (1, R, 128) and their positions (R, 4), which take part in each step.
+            references: what is kept of references that do not.
+        """
+        image_ids = grid_ids(*size)
+        if beside is not None:
+            image_ids = mx.concatenate([image_ids, beside[1]])
+
+        def one(tokens: mx.array, sigma: mx.array, prompt: Prompt) -> mx.array:
+            return self.transformer(
+                tokens.astype(prompt.embeds.dtype),
+                sigma=sigma[None],
+                prompt_embeds=prompt.embeds,
+                image_ids=image_ids,
+                text_ids=prompt.ids,
+                references=references,
+            )[:, : size[0] * size[1]].astype(mx.float32)
+
+        def predict(latents: mx.array, sigma: mx.array) -> mx.array:
+            tokens = latents if beside is None else mx.concatenate([latents, beside[0]], axis=1)
+            with_prompt, *without = (one(tokens, sigma, prompt) for prompt in prompts)
+            return with_prompt if not without else without[0] + guidance * (with_prompt - without[0])
+
+        return predict
+
+    def own_settings(self, config: Config) -> dict[str, object]:
+        """The settings that only FLUX.2 has, for the picture, and the schedule: 0.24 wrote none."""
+        return {
+            "scheduler": config.scheduler_name,
+            "compute_precision": "float16" if self.compute_precision is not None else None,
+            "small_text_encoder": self.small_text_encoder,
+            "small_decoder": self.small_decoder,
+        }
