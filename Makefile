@@ -6,7 +6,8 @@ PYTHON ?= python3
 TORCH := 2.13.0
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PROMPT ?= a large red circle on a white background
-# make test FAMILY=flux runs one family's tests; PYTEST_ARGS="-k lora -x" goes to pytest.
+# make test FAMILY=flux runs one family's tests: its own, and those that every family has to pass. PYTEST_ARGS="-k lora -x"
+# goes to pytest.
 FAMILY ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
@@ -45,6 +46,12 @@ locked = $(foreach name,PIP_CONSTRAINT PIP_BUILD_CONSTRAINT UV_CONSTRAINT UV_BUI
 make_env = $(uv_or_venv) && $(constraints)
 install = $(locked) $(pip)
 
+# What runs with the reference implementations (with no FAMILY, whatever there is), and what needs the wheel alone: of
+# tests/families the tests that no reference is needed for, as tests/conftest.py says.
+OF_FAMILY := $(if $(FAMILY),tests/families/$(FAMILY) tests/families/test_tiny_models.py)
+ALL_TESTS := $(if $(FAMILY),$(OF_FAMILY) tests/parity/test_families.py)
+CORE_TESTS := $(or $(OF_FAMILY),tests/core tests/families)
+
 # Each worker has a core, and the references' small models are fastest on one thread.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
@@ -57,11 +64,11 @@ demo: $(CORE)/.ready
 # The suite with the reference implementations, then the core's tests once more in an environment that holds only the
 # wheel, with torch and transformers refused.
 test: $(TESTS)/.ready $(CLEAN)/.ready
-	$(call pytest,$(TESTS)) $(PYTEST_ARGS)
-	MFLUX_REFUSE_TORCH=1 $(call pytest,$(CLEAN)) tests/core $(PYTEST_ARGS)
+	$(call pytest,$(TESTS)) $(ALL_TESTS) $(PYTEST_ARGS)
+	MFLUX_REFUSE_TORCH=1 $(call pytest,$(CLEAN)) $(CORE_TESTS) $(PYTEST_ARGS)
 
 test-core: $(CLEAN)/.ready
-	MFLUX_REFUSE_TORCH=1 $(call pytest,$(CLEAN)) tests/core $(PYTEST_ARGS)
+	MFLUX_REFUSE_TORCH=1 $(call pytest,$(CLEAN)) $(CORE_TESTS) $(PYTEST_ARGS)
 
 # Every reader gets changed files for a while: SECONDS in all, SEED to have the same ones again.
 SECONDS ?= 300
@@ -74,7 +81,7 @@ test-newest:
 	$(call venv,$(NEWEST))
 	$(call pip_torch,$(NEWEST))
 	$(call pip,$(NEWEST)) -e . $$($(PYTHON) tools/group.py test)
-	MFLUX_TEST_NEWEST=1 $(call pytest,$(NEWEST)) $(PYTEST_ARGS)
+	MFLUX_TEST_NEWEST=1 $(call pytest,$(NEWEST)) $(ALL_TESTS) $(PYTEST_ARGS)
 
 # Every install path of docs/install.md, in environments that are thrown away: minutes, gigabytes and an index.
 test-environments: $(CLEAN)/.ready

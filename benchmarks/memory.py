@@ -31,8 +31,8 @@ PARTS = ("text_encoder_2", "text_encoder", "transformer", "vae")
 
 def write_model(folder: Path, gigabytes: float) -> None:
     """The synthetic checkpoint."""
-    sys.path.insert(0, str(ROOT / "tests" / "core"))
-    from tiny import write_checkpoint
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.tiny import write_checkpoint
 
     from mflux.backend import mx, tree_flatten
     from mflux.checkpoints.loading import published_turns

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests" / "core")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 ROWS = COLUMNS = 16
 # What is quantized, to four bits unless a pattern of layers asks for more; 16 is not at all.
 LEAST = {
@@ -27,7 +27,7 @@ LEAST = {
 
 
 def build(blocks: int):
-    from tiny import published
+    from support.tiny import published
 
     from mflux.backend import nn
     from mflux.models.qwen.model.transformer import QwenTransformer, QwenTransformerConfig

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "core")]
+sys.path.insert(0, str(ROOT / "tests"))
 CONFIGS = json.loads((ROOT / "tests" / "data" / "surface" / "configs.json").read_text())
 BITS = (8, 4)
 
@@ -114,17 +114,14 @@ def bytes_of(module, bits: int | None) -> int:
 
 def on_paper(name: str) -> Iterator[tuple[str, ...]]:
     """Rows of the table: published component, stage, parameters that are loaded, GB in 16 bits, and quantized."""
-    import importlib
+    from support.cases import case_modules
 
     from mflux.backend import tree_flatten
     from mflux.models.common.family import families
 
     stages = stages_of(families()[name])
-    files = [path.stem for path in sorted((ROOT / "tests" / "families").glob(f"{name}*.py"))]
-    # A family's variants have a file of their own; one family's name may begin with another's.
-    files = [file for file in files if file == name or file not in families()]
     # SeedVR2's tests go another way; what it takes stands in seedvr2.md.
-    tables = [getattr(importlib.import_module(f"families.{file}"), "COMPONENTS", ()) for file in files]
+    tables = [getattr(module, "COMPONENTS", ()) for module in case_modules(name)]
     for case in (case for table in tables for case in table):
         # A pipeline may load less of a component than its largest form.
         loaded = [kind for kind in stages if issubclass(case.module, kind) or issubclass(kind, case.module)]
@@ -142,7 +139,7 @@ def on_paper(name: str) -> Iterator[tuple[str, ...]]:
 
 def enlarge(folder: Path, name: str) -> None:
     """Give the components of the tests' smallest model other sizes, and weights of these."""
-    from tiny import published, write_json
+    from support.tiny import published, write_json
 
     from mflux.backend import mx
     from mflux.models.common.family import families
@@ -176,7 +173,7 @@ def distinct(name: str) -> dict[str, object]:
     import importlib
 
     kept = {}
-    for tiny in importlib.import_module(f"families.{name}").TINY:
+    for tiny in importlib.import_module(f"families.{name}.cases").TINY:
         kept.setdefault(tuple(component.module for component in tiny.pipeline_class().components), tiny)
     return {tiny.command: tiny for tiny in kept.values()}
 

@@ -221,9 +221,9 @@ def sides(part: Part) -> Callable[[int], Runs]:
     """Build both; gives a function from a number of pixels to what is to be run on each side, by its name."""
     import torch
 
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
     from cpu import quantized
-    from families.cases import every
+    from support.cases import every
 
     from mflux.backend import has_gpu, mx, tree_map
 
@@ -266,7 +266,7 @@ def flux2_runs(module, small, reference, given: dict) -> Runs:
     """FLUX.2's transformer for itself; its test runs other things along with this."""
     import torch
     from diffusers import Flux2KleinPipeline
-    from families.flux2 import grid_ids, text_ids
+    from families.flux2.cases import grid_ids, text_ids
 
     from mflux.backend import mx
 

@@ -77,10 +77,10 @@ def environment(checkout: Path) -> dict[str, str]:
 
 
 def write_guided(folder: Path, checkout: Path) -> None:
-    code = "import sys; from pathlib import Path; from tiny import write_checkpoint; "
+    code = "import sys; from pathlib import Path; from support.tiny import write_checkpoint; "
     code += "write_checkpoint(Path(sys.argv[1]), guidance=True, seed=7)"
     settings = environment(checkout)
-    settings["PYTHONPATH"] += os.pathsep + str(ROOT / "tests" / "core")
+    settings["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
     subprocess.run([sys.executable, "-c", code, str(folder)], env=settings, check=True)
 
 

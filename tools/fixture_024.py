@@ -3,7 +3,7 @@
     python -m venv /tmp/old && /tmp/old/bin/pip install mflux==0.24.0
     python tools/fixture_024.py --old-python /tmp/old/bin/python
     python tools/fixture_024.py --old-python /tmp/old/bin/python --all /tmp/all.tar.xz
-    MFLUX_024_ARCHIVE=/tmp/all.tar.xz pytest tests/core/test_saved_by_024.py      # whole, and in 3 to 8 bits
+    MFLUX_024_ARCHIVE=/tmp/all.tar.xz pytest tests/core/files/test_saved_by_024.py      # whole, and in 3 to 8 bits
 
 mflux 0.24.0 runs in an environment of its own: this script starts itself there. Its modules have FLUX.1's sizes written
 into them; they are made here with fewer blocks, and take the reduced arrays for theirs because nothing is computed.
@@ -34,8 +34,8 @@ def main() -> None:
         for name in names:
             save_with_024(Path(source), Path(saved) / name, None if name == "whole" else int(name.removeprefix("q")))
         return
-    sys.path.insert(0, str(ROOT / "tests" / "core"))
-    from saved_024 import write_source
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.saved_024 import write_source
 
     with tempfile.TemporaryDirectory() as folder:
         source = write_source(Path(folder) / "source")

@@ -32,10 +32,10 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "core")]
+sys.path.insert(0, str(ROOT / "tests"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import mutations  # noqa: E402
+from support import mutations  # noqa: E402
 
 # Of one case. A process gets so much address space beyond what it begins with.
 SLOW_S, HANGS_S, MEMORY = 20.0, 60.0, 4 << 30
@@ -101,13 +101,13 @@ def read_weights(folder: Path) -> None:
 
 
 def torch_file(folder: Path, *, old: bool) -> None:
-    from test_pytorch_reader_hostile import a_file_of_everything
+    from core.files.test_pytorch_reader_hostile import a_file_of_everything
 
     (folder / "x.pt").write_bytes(a_file_of_everything(old))
 
 
 def torch_stream(folder: Path) -> None:
-    from test_pytorch_reader_hostile import STREAM
+    from core.files.test_pytorch_reader_hostile import STREAM
 
     (folder / "stream").write_bytes(STREAM)
 
@@ -122,8 +122,8 @@ def read_torch(folder: Path) -> None:
 
 
 def read_torch_stream(folder: Path) -> None:
-    from test_pytorch_reader_hostile import STORAGES
-    from torch_archives import archive, save
+    from core.files.test_pytorch_reader_hostile import STORAGES
+    from support.torch_archives import archive, save
 
     save(folder / "x.pt", archive((folder / "stream").read_bytes(), STORAGES))
     read_torch(folder)
@@ -175,8 +175,8 @@ def _is_ours(error: BaseException) -> bool:
 
 def components(folder: Path) -> None:
     """One folder for each component of each family, and for what stands without one."""
-    from families.cases import every
-    from test_hostile_configs import COMPONENTS, tensors_of
+    from core.files.test_hostile_configs import COMPONENTS, tensors_of
+    from support.cases import every
 
     from mflux.backend import mx
     from mflux.models.common.config.model_config import key_of
@@ -223,7 +223,7 @@ def _patch(path: str, value: object) -> None:
 
 def models(folder: Path) -> None:
     """Each family's tiny model, and one that mflux 0.24 saved."""
-    from families.cases import every
+    from support.cases import every
 
     for number, tiny in enumerate(every("TINY").values()):
         for path, value in tiny.patches.items():
@@ -253,8 +253,8 @@ def read_model(folder: Path) -> None:
 
 
 def tokenizers(folder: Path) -> None:
-    from families.cases import every
-    from tiny import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
+    from support.cases import every
+    from support.tiny import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
 
     for name, write in (("clip", write_clip_tokenizer), ("t5", write_t5_tokenizer), ("qwen", write_qwen_tokenizer)):
         (folder / name).mkdir()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from environments import ROOT, Environment, Tools, execute
+from support.environments import ROOT, Environment, Tools, execute
 
 import cpu_index  # isort: skip (environments.py puts tools/ on the path)
 import lock  # isort: skip

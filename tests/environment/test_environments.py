@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from environments import ROOT, Done, Environment, cuda_packages, execute
+from support.environments import ROOT, Done, Environment, cuda_packages, execute
 
 DEMO = ROOT / "src" / "mflux" / "demo" / "checkpoint"
 needs_demo = pytest.mark.skipif(not DEMO.is_dir(), reason="the embedded model is not trained yet")
@@ -19,6 +19,8 @@ ON_LINUX = sys.platform == "linux"
 FORBIDDEN = {"torch", "torchvision", "transformers", "opencv-python", "opencv-python-headless", "matplotlib", "regex"}
 MOST_DISTRIBUTIONS = 23
 MOST_MEGABYTES = 160
+# The tests that need the extra vlm.
+EXTRA = sorted((ROOT / "tests" / "families").glob("*/test_extra*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def lowest(make, wheel, tools) -> Environment:
 def sparse_file(tmp_path) -> Path:
     """A PyTorch file with a plain tensor and a sparse one, [[0, 7], [0, 0]], written without torch."""
     import numpy as np
-    from torch_archives import Call, Global, archive, save, tensor
+    from support.torch_archives import Call, Global, archive, save, tensor
 
     layout = Call(Global("torch.serialization", "_get_layout"), ("torch.sparse_coo",))
     indices = tensor("1", shape=(2, 1), kind="LongStorage")
@@ -82,10 +84,11 @@ def sparse_file(tmp_path) -> Path:
 
 def write_tiny(environment: Environment, folder: Path) -> Path:
     """A tiny FLUX.1 checkpoint of random weights, written by the environment itself."""
-    code = f"from pathlib import Path; from tiny import write_checkpoint; write_checkpoint(Path({str(folder)!r}), "
-    done = environment.run(
-        "python", "-c", code + "seed=1, guidance=False)", environment={"PYTHONPATH": str(ROOT / "tests" / "core")}
+    code = (
+        "from pathlib import Path; from support.tiny import write_checkpoint; "
+        f"write_checkpoint(Path({str(folder)!r}), seed=1, guidance=False)"
     )
+    done = environment.run("python", "-c", code, environment={"PYTHONPATH": str(ROOT / "tests")})
     assert done.status == 0, done.err
     return folder
 
@@ -209,7 +212,7 @@ def test_vlm_brings_transformers_and_no_torch(vlm):
 def test_fibo_vlm_runs_without_torch(vlm, tmp_path):
     """Commands, class and processor on a small checkpoint; pytest lies beside the environment, not in it."""
     vlm.pip("install", "--quiet", "--no-compile", "--target", tmp_path / "beside", "pytest")
-    words = ("-m", "pytest", "-rs", "-p", "no:cacheprovider", "tests/vlm")
+    words = ("-m", "pytest", "-rs", "-p", "no:cacheprovider", *EXTRA)
     done = vlm.run("python", *words, folder=ROOT, environment={"PYTHONPATH": str(tmp_path / "beside")})
     assert done.status == 0, f"{done.out[-4000:]}\n{done.err}"
     assert re.search(r"^\d\d+ passed", done.out, re.M), done.out
@@ -273,7 +276,7 @@ def test_the_oldest_allowed_versions_run(lowest, tmp_path):
 
 def test_the_oldest_allowed_versions_pass_the_core_s_tests(lowest, tools):
     tools.run_uv("pip", "install", "--quiet", "--python", lowest.python, "pytest", "hypothesis")
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/core")
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/core", "tests/families")
     done = lowest.run("python", *words, folder=ROOT, environment={"MFLUX_REFUSE_TORCH": "1"})
     assert done.status == 0, done.out[-4000:]
 

@@ -8,7 +8,7 @@ import venv
 from types import SimpleNamespace
 
 import pytest
-from environments import ROOT
+from support.environments import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from environments import ROOT, Done, execute
+from support.environments import ROOT, Done, execute
 
 import cpu_index  # isort: skip
 
@@ -109,7 +109,7 @@ def _find_links(folder: Path) -> str:
 def plain_file(tmp_path) -> Path:
     """A PyTorch file with one tensor."""
     import numpy as np
-    from torch_archives import archive, save, tensor
+    from support.torch_archives import archive, save, tensor
 
     return save(tmp_path / "plain.pt", archive({"w": tensor("0")}, {"0": np.arange(6, dtype=np.float32).tobytes()}))
 

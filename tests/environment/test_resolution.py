@@ -8,8 +8,8 @@ import tomllib
 
 import lock
 import pytest
-from environments import ROOT, Environment, cuda_packages, execute
 from packaging.markers import Marker
+from support.environments import ROOT, Environment, cuda_packages, execute
 
 EXTRAS = ("", "torch-lite", "vlm", "openblas", "full")
 

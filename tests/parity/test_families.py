@@ -1,8 +1,8 @@
 """Every component and every picture of every family against the reference (design section 7).
 
-The cases are data: tests/families/<family>.py. Four things are shown of a component: it computes what the reference
-computes from the same file; at full size it has the published file's names and shapes; no two tensors of its file could
-be swapped without anyone noticing; a 16-bit file means exactly its rounded weights.
+The cases are data: tests/families/<family>/cases*.py. Four things are shown of a component: it computes what the
+reference computes from the same file; at full size it has the published file's names and shapes; no two tensors of its
+file could be swapped without anyone noticing; a 16-bit file means exactly its rounded weights.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families.cases import Component, every
 from mlx.utils import tree_flatten
-from reference import COMPONENT, LOOP, as_numpy, draw, relative_error
 from safetensors.torch import load_file, save_file
+from support.cases import Component, every
+from support.reference import COMPONENT, LOOP, as_numpy, draw, relative_error
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FolderTensors, layout_turns, load_component, match

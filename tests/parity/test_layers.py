@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed, get_timestep_embedding
-from reference import COMPONENT, normal, relative_error
+from support.reference import COMPONENT, normal, relative_error
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from mflux.backend import mx

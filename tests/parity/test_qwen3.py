@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from reference import COMPONENT, draw, relative_error
 from safetensors.torch import load_file, save_file
+from support.reference import COMPONENT, draw, relative_error
 from transformers import Qwen3Config as ReferenceConfig
 from transformers import Qwen3ForCausalLM, Qwen3Model
 

@@ -8,7 +8,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import CORPUS, T5_FORMS, write_clip_tokenizer, write_t5_tokenizer
+from support.reference import CORPUS, T5_FORMS, write_clip_tokenizer, write_t5_tokenizer
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from mflux.errors import UsageError

@@ -1,0 +1,256 @@
+"""The outside of mflux 0.24: what programs import and what people type is still there, with the same meaning.
+
+tests/data/surface holds facts read off mflux 0.24.0: its commands' options, its classes' signatures, its models. Each
+test goes over whatever of that exists here, so that what is built later is held to it without being named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mflux import not_built
+from mflux.cli.commands import COMMANDS, NOT_BUILT
+from mflux.errors import NotBuiltError
+
+SURFACE = Path(__file__).parents[2] / "data" / "surface"
+CLASSES = json.loads((SURFACE / "python.json").read_text())
+OPTIONS = json.loads((SURFACE / "cli.json").read_text())
+
+# Pipelines are no MLX modules here, so they do not have a module's own methods.
+OF_A_MODULE = {"freeze", "state", "training"}
+
+
+def found(path: str) -> object | None:
+    """The object at a dotted path, None if its module does not exist."""
+    module, _, name = path.rpartition(".")
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except ModuleNotFoundError:
+        return None
+    thing = getattr(importlib.import_module(module), name, None)
+    return None if not_built.is_missing(thing) else thing
+
+
+BUILT_CLASSES = sorted(path for path in CLASSES if found(path) is not None)
+
+
+# ---- classes
+
+
+def test_the_classes_of_the_first_version_are_there():
+    first = {
+        "mflux.callbacks.instances.battery_saver.BatterySaver",
+        "mflux.callbacks.instances.memory_saver.MemorySaver",
+        "mflux.callbacks.instances.stepwise_handler.StepwiseHandler",
+        "mflux.models.common.config.ModelConfig",
+        "mflux.models.common.config.config.Config",
+        "mflux.models.common.config.model_config.ModelConfig",
+        "mflux.models.depth_pro.model.depth_pro.DepthPro",
+        "mflux.models.flux.variants.txt2img.flux.Flux1",
+        "mflux.utils.exceptions.StopImageGenerationException",
+        "mflux.utils.generated_image.GeneratedImage",
+        "mflux.utils.image_util.ImageUtil",
+        "mflux.utils.metadata_reader.MetadataReader",
+    }
+    assert first <= set(BUILT_CLASSES)
+
+
+@pytest.mark.parametrize("path", BUILT_CLASSES)
+def test_a_class_takes_what_it_took(path):
+    checked = 0
+    for name, signature in CLASSES[path].items():
+        if name in OF_A_MODULE or signature == "property":
+            continue
+        theirs = parameters_of(signature)
+        ours = inspect.signature(getattr(found(path), name)).parameters
+        assert list(ours)[: len(theirs)] == list(theirs), f"{path}.{name}"
+        for parameter, default in theirs.items():
+            if parameter in ("height", "width") and default == 1024 and ours[parameter].default is None:
+                # The model's own size: 1024 for every model that 0.24 has, 128 for the embedded one.
+                continue
+            assert_same_default(f"{path}.{name}({parameter})", ours[parameter].default, default)
+        more = list(ours.values())[len(theirs) :]
+        assert all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in more), path
+        checked += 1
+    assert checked or not CLASSES[path]
+
+
+PATHS = sorted(set(CLASSES) | {f"mflux.models.{path}" for paths in not_built.CLASSES.values() for path in paths})
+
+
+def imported(path: str) -> object:
+    """As a program writes it."""
+    module, _, name = path.rpartition(".")
+    namespace = {}
+    exec(f"from {module} import {name}", namespace)
+    return namespace[name]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_can_be_imported(path):
+    """One that is missing must not cost a program the others; it says so when it is used."""
+    thing, name = imported(path), path.rpartition(".")[2]
+    assert isinstance(thing, type)
+    if not not_built.is_missing(thing):
+        return
+    title = next(title for title, paths in not_built.CLASSES.items() if path.removeprefix("mflux.models.") in paths)
+
+    class Derived(thing):
+        def __init__(self, *args):
+            pass
+
+    uses = [thing, Derived, lambda: thing(quantize=4), lambda: thing.from_name("schnell"), lambda: thing.create_noise()]
+    for use in uses:
+        with pytest.raises(NotBuiltError, match=f"^{name}: {title} is not built yet"):
+            use()
+    assert not hasattr(thing, "create_noise")
+
+
+def test_a_class_is_one_thing_at_all_its_paths():
+    """A variant that is built is built at each path that 0.24 had it at."""
+    found = {}
+    for path in PATHS:
+        found.setdefault((path.split(".")[2], path.rpartition(".")[2]), set()).add(imported(path))
+    assert {name: things for name, things in found.items() if len(things) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import mflux.models.seedvr3",
+        "import mflux.models.krea2.nothing",
+        "from mflux.models.krea2 import Krea3",
+        "from mflux.models.flux.variants.txt2img.flux import QwenImage",
+        "import mflux.nothing",
+    ],
+)
+def test_what_mflux_024_lacks_is_not_made_up(statement):
+    with pytest.raises(ImportError):
+        exec(statement)
+
+
+def test_what_is_built_comes_before_the_table(tmp_path):
+    """A family that comes later needs no change there: its module, and then its class in every package above."""
+    folder = tmp_path / "mflux" / "models" / "iris" / "variants" / "txt2img"
+    folder.mkdir(parents=True)
+    (folder / "iris.py").write_text("class Iris:\n    real = True\n")
+    code = f"""
+import mflux.models
+mflux.models.__path__.append({str(tmp_path / "mflux" / "models")!r})
+from mflux.models.iris import Iris
+from mflux.models.iris.variants import Iris as Second
+from mflux.models.iris.variants.txt2img.iris import Iris as Third
+assert Iris is Second is Third and Iris.real
+from mflux.models.iris.latent_creator.iris_latent_creator import IrisLatentCreator
+from mflux.not_built import is_missing
+assert is_missing(IrisLatentCreator)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+REQUIRED, SOMETHING = object(), object()
+
+
+def parameters_of(signature: str) -> dict[str, object]:
+    """Parameter → its default; `SOMETHING` where it is an object that has no literal."""
+    arguments = ast.parse(f"def f{signature}: pass").body[0].args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [REQUIRED] * (len(positional) - len(arguments.defaults)) + [literal(node) for node in arguments.defaults]
+    found = {argument.arg: default for argument, default in zip(positional, defaults, strict=True)}
+    for argument, node in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        found[argument.arg] = REQUIRED if node is None else literal(node)
+    if arguments.kwarg:
+        found[arguments.kwarg.arg] = REQUIRED
+    return found
+
+
+def literal(node: ast.expr) -> object:
+    value = ast.literal_eval(node)
+    return SOMETHING if value is ... else value
+
+
+def assert_same_default(where: str, ours: object, theirs: object) -> None:
+    if theirs is REQUIRED:
+        # A default where there was none breaks no caller.
+        return
+    assert ours is not inspect.Parameter.empty, where
+    if theirs is not SOMETHING:
+        same = list(ours) == theirs if isinstance(theirs, list) else ours == theirs
+        assert same, f"{where}: {ours!r}, was {theirs!r}"
+
+
+def test_a_configuration_has_its_properties():
+    from mflux.models.common.config import ModelConfig
+    from mflux.models.common.config.config import Config
+
+    config = Config(ModelConfig.schnell(), height=32, width=32)
+    path = "mflux.models.common.config.config.Config"
+    for name in (name for name, kind in CLASSES[path].items() if kind == "property"):
+        assert hasattr(config, name), name
+
+
+def test_both_paths_lead_to_one_class():
+    from mflux.models.common.config import ModelConfig
+    from mflux.models.common.config.model_config import ModelConfig as TheSame
+
+    assert ModelConfig is TheSame
+
+
+# ---- commands and options
+
+
+def test_every_command_is_there_or_refused_by_name():
+    ours = {f"mflux-{name}" for name in COMMANDS}
+    refused = {f"mflux-{name}" for name in NOT_BUILT}
+    assert not ours & refused
+    assert OPTIONS.keys() == (ours & OPTIONS.keys()) | refused
+    assert {"mflux-generate", "mflux-info", "mflux-completions"} <= ours
+
+
+def test_the_console_scripts_are_the_commands():
+    scripts = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["scripts"]
+    expected = {f"mflux-{name}": f"{command.module}:main" for name, command in COMMANDS.items()}
+    assert scripts == expected | {"mflux": "mflux.cli.main:main"}
+
+
+@pytest.mark.parametrize("command", sorted(name for name in COMMANDS if f"mflux-{name}" in OPTIONS))
+def test_a_command_takes_what_it_took(command):
+    parser = importlib.import_module(COMMANDS[command].module).build_parser()
+    assert parser.prog == f"mflux-{command}"
+    by_flag = {flag: action for action in parser._actions for flag in action.option_strings or [action.dest]}
+    for option in OPTIONS[f"mflux-{command}"]:
+        flags = option["flags"]
+        assert set(flags) <= by_flag.keys(), flags
+        actions = {id(by_flag[flag]) for flag in flags}
+        assert len(actions) == 1, f"{flags} are no longer one option"
+        assert_same_option(by_flag[flags[0]], option)
+
+
+def assert_same_option(action: argparse.Action, option: dict) -> None:
+    where = option["flags"]
+    assert action.nargs == option.get("nargs"), where
+    if action.option_strings:
+        assert action.required == option.get("required", False), where
+    choices = None if action.choices is None else sorted(map(str, action.choices))
+    theirs = option.get("choices")
+    assert choices == (None if theirs is None else sorted(theirs)), where
+    default = str(action.default) if isinstance(action.default, Path) else action.default
+    assert default == option.get("default"), where
+    kinds = {"int": (int, "64"), "float": (float, "0.5"), "Path": (Path, "a/b"), "str": (str, "text")}
+    if option.get("type") in kinds:
+        kind, text = kinds[option["type"]]
+        value = (action.type or str)(theirs[0] if theirs else text)
+        # Paths may stay text, and text that is one may become a path.
+        assert isinstance(value, (str, Path) if kind in (str, Path) else kind), where

@@ -1,0 +1,53 @@
+"""The model of which tests/data/mflux_024.tar.xz holds what mflux 0.24 saved; see tools/fixture_024.py.
+
+It is a whole FLUX.1 in small. Every width divides by 64, because 0.24 quantizes every layer; heads are shared out in
+the published proportion, and what no shape tells is as published, because such a folder has no configuration. Weights
+are few different numbers and mostly zeros in kernels, so that the archive is small, and come from a stream of integers
+that is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from mflux.backend import mx, nn, tree_flatten
+from support.tiny import write_checkpoint
+
+CHANGES = {
+    "text_encoder": {"num_hidden_layers": 2, "num_attention_heads": 1},
+    "text_encoder_2": {
+        "d_ff": 128, "d_kv": 1, "num_heads": 64, "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+    },
+    "transformer": {"num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]},
+    # Widths change where the published ones do: 0.24 has its shortcuts there and nowhere else.
+    "vae": {"block_out_channels": [64, 32, 64, 64], "norm_num_groups": 32, "layers_per_block": 2},
+}  # fmt: skip
+
+
+def write_source(folder: Path) -> Path:
+    """The model in the published layout, in bfloat16."""
+    options = {"seed": 7, "guidance": True, "dtype": mx.bfloat16, "wide": True}
+    return write_checkpoint(folder, **options, changes=CHANGES, draw=few_numbers)
+
+
+def few_numbers(module: nn.Module, *, seed: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Tensors for all parameters of a module, as a published file holds them."""
+    random = np.random.RandomState(seed)
+    tensors = {}
+    for name, parameter in tree_flatten(module.parameters()):
+        shape = parameter.shape
+        if parameter.ndim == 4:
+            value = random.randint(-32, 33, (shape[0], shape[3], shape[1], shape[2]))
+            value = np.where(abs(value) > 31, np.sign(value), 0) * 2.0 ** round(math.log2(32 / parameter[0].size) / 2)
+        elif parameter.ndim == 2:
+            value = random.randint(-3, 4, shape) * 2.0 ** round(math.log2(0.25 / shape[1]) / 2)
+        elif "norm" in name and name.endswith("weight"):
+            value = 1 + random.randint(-2, 3, shape) / 8
+        else:
+            value = random.randint(-2, 3, shape) / 16
+        tensors[name] = mx.array(value.astype(np.float32)).astype(dtype)
+    return tensors
