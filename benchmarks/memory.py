@@ -84,14 +84,13 @@ def forget_peak() -> None:
 def generate(words: list[str]) -> dict:
     """`mflux-generate` with these words; the peak while each component loads, and from then to the next stage."""
     from mflux.backend import tree_flatten
-    from mflux.models.common import memory as stages
-    from mflux.models.common import pipeline
+    from mflux.models.common import memory, pipeline
     from mflux.models.flux.cli import flux_generate
 
     idle = status("VmRSS")
     found: list[dict] = []
-    real, sizes = stages.timed, {}
-    measure_bytes = stages.weight_bytes
+    real, sizes = memory.timed, {}
+    measure_bytes = memory.weight_bytes
 
     def weighing(module):
         sizes["last"] = measure_bytes(module)
@@ -115,8 +114,8 @@ def generate(words: list[str]) -> dict:
         found.append(stage)
         forget_peak()
 
-    stages.timed = pipeline.timed = watched
-    stages.weight_bytes = weighing
+    memory.timed = pipeline.timed = watched
+    memory.weight_bytes = weighing
     code = flux_generate.main(words)
     if found:
         found[-1]["then"] = status("VmHWM") - idle

@@ -85,11 +85,11 @@ LARGER = {
 
 def stages_of(family) -> dict[type, str]:
     """The stage of each class of component that a family's pipelines have."""
-    from mflux.models.common.family import found
+    from mflux.models.common.family import load_object
 
     components = list(family.components)
     for _, reference in family.pipelines:
-        components += found(reference).components
+        components += load_object(reference).components
     return {component.module_class(): component.stage for component in components}
 
 
@@ -189,7 +189,7 @@ def patched(path: str, value: object) -> None:
 def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> list[dict]:
     """One picture, as a command draws it; for each component, bytes beside what was held when all began."""
     from mflux.backend import mx
-    from mflux.models.common import memory as stages
+    from mflux.models.common import memory
     from mflux.models.common.config import ModelConfig
 
     tiny = distinct(name)[command]
@@ -197,11 +197,10 @@ def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> 
         patched(path, value)
     config = ModelConfig.from_name(str(folder), tiny.base_model)
     pipeline = tiny.pipeline_class()(model_path=str(folder), model_config=config, quantize=bits)
-    pipeline.keep_transformer = False
-    pipeline.is_last_picture = True
+    pipeline.keep = memory.Keep(transformer=False, for_next_image=False)
     start = mx.get_active_memory()
     found: list[dict] = []
-    real, weigh, weights = stages.timed, stages.weight_bytes, []
+    real, weigh, weights = memory.timed, memory.weight_bytes, []
 
     @contextmanager
     def watched(what: str):
@@ -221,8 +220,8 @@ def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> 
         )
         mx.reset_peak_memory()
 
-    stages.timed = watched
-    stages.weight_bytes = lambda module: weights.append(weigh(module)) or weights[-1]
+    memory.timed = watched
+    memory.weight_bytes = lambda module: weights.append(weigh(module)) or weights[-1]
     settings = {"num_inference_steps": 1, "width": size, "height": size} | dict(tiny.generate)
     pipeline.generate_image(seed=1, prompt=tiny.prompt, **settings)
     found[-1]["work"] = mx.get_peak_memory() - start

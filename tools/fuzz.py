@@ -207,11 +207,11 @@ def changed_first(folder: Path) -> list[str]:
 
 def read_component(folder: Path) -> None:
     from mflux.checkpoints.loading import load_component
-    from mflux.models.common.family import found
+    from mflux.models.common.family import load_object
 
     for name in changed_first(folder):
         path = folder / name
-        load_component(found((path / "class").read_text()), path, read=False)
+        load_component(load_object((path / "class").read_text()), path, read=False)
 
 
 def _patch(path: str, value: object) -> None:

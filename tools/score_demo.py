@@ -44,7 +44,9 @@ def score(
     drawn = []
     # Encode all prompts first, so that the text encoders are loaded once.
     chosen = [scenes[order[index % len(scenes)]] for index in range(count)]
-    flux.keep_text_encoders = True
+    from mflux.models.common.memory import Keep
+
+    flux.keep = Keep(text_encoders=True)
     for index, scene in enumerate(chosen):
         picture = flux.generate_image(
             seed=seed * 100_003 + index, prompt=scene.caption, num_inference_steps=steps, width=side, height=side

@@ -22,7 +22,7 @@ from mflux.errors import MfluxError, NotBuiltError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.model_config import key_of
 from mflux.models.common.family import built, family_of
-from mflux.models.common.memory import is_loaded
+from mflux.models.common.memory import Keep, is_loaded
 from mflux.utils.metadata_reader import MetadataReader
 
 TINY: dict[str, Tiny] = every("TINY")
@@ -144,7 +144,7 @@ def test_a_stage_holds_only_what_it_needs(folder, name):
             held.append({stage: any(is_loaded(model, part) for part in by_stage[stage]) for stage in by_stage})
 
     model.callbacks.register(Watch())
-    model.is_last_picture = True
+    model.keep = Keep(for_next_image=False)
     decode = model.decode
     model.decode = lambda *args: held.append("decode") or held.append(sorted(model.loaded())) or decode(*args)
     picture(model, name)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from io import StringIO
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    import PIL.Image
+    from tqdm import tqdm
+
     from mflux.backend import mx
     from mflux.models.common.config.config import Config
 
@@ -15,7 +19,7 @@ _MOMENTS = ("before_loop", "in_loop", "after_loop", "interrupt")
 class CallbackRegistry:
     """Callbacks by the moment they are called at, in the order they were registered."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.before_loop: list[Any] = []
         self.in_loop: list[Any] = []
         self.after_loop: list[Any] = []
@@ -27,30 +31,63 @@ class CallbackRegistry:
             if hasattr(callback, f"call_{moment}"):
                 getattr(self, moment).append(callback)
 
-    def start(self, seed: int, prompt: str, config: Config) -> GenerationContext:
-        """Begin a generation whose callbacks all get this seed, prompt and configuration."""
-        return GenerationContext(self, seed, prompt, config)
+    def start(self, seed: int, prompt: str, config: Config, *, shows_progress: bool = False) -> GenerationContext:
+        """Begin a generation whose callbacks all get this seed, prompt and configuration.
+
+        Args:
+            shows_progress: draw a bar on stderr.
+        """
+        return GenerationContext(self, seed, prompt, config, shows_progress)
 
 
 class GenerationContext:
-    """Calls the registered callbacks with what they are promised."""
+    """Calls the registered callbacks with what they are promised; left, it finishes the bar of progress."""
 
-    def __init__(self, registry: CallbackRegistry, seed: int, prompt: str, config: Config):
+    def __init__(
+        self, registry: CallbackRegistry, seed: int, prompt: str, config: Config, shows_progress: bool = False
+    ):
         self._registry = registry
-        self._settings = {"seed": seed, "prompt": prompt, "config": config}
+        self._settings: dict[str, Any] = {"seed": seed, "prompt": prompt, "config": config}
+        self._steps = config.time_steps
+        self._output = None if shows_progress else _Nowhere()
+        self._bar: tqdm[int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def time_steps(self) -> tqdm[int]:
+        """The steps to take, with how many were taken and how fast; what callbacks are given."""
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(self._steps, desc="denoise", unit="step", leave=True, file=self._output)
+        return self._bar
 
     def before_loop(
-        self, latents: mx.array, *, canny_image=None, depth_image=None, control_images: list | None = None
+        self,
+        latents: mx.array,
+        *,
+        canny_image: PIL.Image.Image | None = None,
+        depth_image: PIL.Image.Image | None = None,
+        control_images: list[PIL.Image.Image] | None = None,
     ) -> None:
         images = {"canny_image": canny_image, "depth_image": depth_image, "control_images": control_images}
         for callback in self._registry.before_loop:
             callback.call_before_loop(latents=latents, **images, **self._settings)
+        # The bar appears now, at none of its steps.
+        self.time_steps.refresh()
 
     def in_loop(self, t: int, latents: mx.array, denoised: mx.array | None = None) -> None:
         """`denoised` goes to the callbacks that declare it; nothing computes it unless one of them looks at it."""
         for callback in self._registry.in_loop:
             more = {"denoised": denoised} if _takes_denoised(callback) else {}
-            callback.call_in_loop(t=t, latents=latents, time_steps=self._time_steps, **more, **self._settings)
+            callback.call_in_loop(t=t, latents=latents, time_steps=self.time_steps, **more, **self._settings)
+        self.time_steps.update()
 
     def after_loop(self, latents: mx.array) -> None:
         for callback in self._registry.after_loop:
@@ -58,11 +95,14 @@ class GenerationContext:
 
     def interruption(self, t: int, latents: mx.array) -> None:
         for callback in self._registry.interrupt:
-            callback.call_interrupt(t=t, latents=latents, time_steps=self._time_steps, **self._settings)
+            callback.call_interrupt(t=t, latents=latents, time_steps=self.time_steps, **self._settings)
 
-    @property
-    def _time_steps(self):
-        return self._settings["config"].time_steps
+
+class _Nowhere(StringIO):
+    """Takes what a bar writes that nobody is to see."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def _takes_denoised(callback: Any) -> bool:

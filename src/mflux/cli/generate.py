@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mflux.cli import parser as options
 from mflux.cli.parser import was_given
 from mflux.errors import ModelConfigError, NotBuiltError, UsageError
-from mflux.models.common.family import STAGES, built, found
+from mflux.models.common.family import STAGES, built, load_object
 from mflux.text import shown, some
 from mflux.utils import values
 from mflux.utils.paths import is_repository
@@ -152,7 +152,7 @@ class Generate:
         width, height = self._size(args, model_config)
         make_prompt = self._prompt_maker(args, prompt)
 
-        pipeline = found(self.pipeline)(**self._constructor(args, model_config, is_builtin(args.model)))
+        pipeline = load_object(self.pipeline)(**self._constructor(args, model_config, is_builtin(args.model)))
         if (
             was_given(args, "guidance")
             and not pipeline.model_config.supports_guidance
@@ -165,7 +165,7 @@ class Generate:
         if make_prompt is not None:
             said, prompt = prompt, make_prompt()
         for index, seed in enumerate(args.seed):
-            pipeline.is_last_picture = index == len(args.seed) - 1
+            pipeline.keep = replace(pipeline.keep, for_next_image=index < len(args.seed) - 1)
             if index > 0 and getattr(args, "prompt_file", None) is not None:
                 words = options.read_prompt(args)
                 if self.rewrite is None:
@@ -445,7 +445,8 @@ def prepare_machine(args: argparse.Namespace, pipeline, pictures: int):
 
         pipeline.callbacks.register(StepwiseHandler(pipeline, args.stepwise_image_output_dir, pipeline.latent_creator))
     # A run that encodes another prompt later makes room for the encoders: its peak is one stage, not two.
-    pipeline.keep_transformer = False
+    pipeline.keep = replace(pipeline.keep, transformer=False)
+    pipeline.shows_progress = True
     memory = None
     if args.low_ram:
         memory = MemorySaver(pipeline, keep_transformer=pictures > 1)

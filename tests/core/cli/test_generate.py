@@ -15,9 +15,10 @@ from PIL import Image
 from mflux.backend import mx
 from mflux.callbacks.instances.memory_saver import MemorySaver
 from mflux.errors import NotBuiltError, UsageError
+from mflux.models.common import model as model_module
 from mflux.models.common import pipeline as module
 from mflux.models.common.config import ModelConfig
-from mflux.models.common.memory import is_loaded
+from mflux.models.common.memory import Keep, is_loaded
 from mflux.models.common.networks.autoencoders.tiling import TilingConfig, decode
 from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
@@ -54,13 +55,13 @@ def draw(cli, in_folder, tiny_schnell):
 def seen(monkeypatch) -> list[str]:
     """What a `Flux1` does, in order: "load NAME", "encode PROMPT", and what else is in memory while it loads."""
     events = []
-    load = module.load_component
+    load = model_module.load_component
 
     def spy(module_class, folder, **options):
         events.append(f"load {folder.name}")
         return load(module_class, folder, **options)
 
-    monkeypatch.setattr(module, "load_component", spy)
+    monkeypatch.setattr(model_module, "load_component", spy)
     encode = T5Encoder.__call__
 
     def encoding(self, ids):
@@ -395,13 +396,13 @@ def test_text_encoders_are_gone_before_the_transformer_comes(tiny_schnell, monke
     flux = Flux1(model_path=str(tiny_schnell))
     parts = ("t5_text_encoder", "clip_text_encoder", "transformer", "vae")
     held = {}
-    load = module.load_component
+    load = model_module.load_component
 
     def spy(module_class, folder, **options):
         held[folder.name] = {part for part in parts if is_loaded(flux, part)}
         return load(module_class, folder, **options)
 
-    monkeypatch.setattr(module, "load_component", spy)
+    monkeypatch.setattr(model_module, "load_component", spy)
     flux.generate_image(1, PROMPT, 1, 16, 16)
     assert held == {"text_encoder_2": set(), "text_encoder": set(), "transformer": set(), "vae": {"transformer"}}
     assert {part for part in parts if is_loaded(flux, part)} == {"transformer", "vae"}
@@ -413,7 +414,7 @@ def test_text_encoders_are_gone_before_the_transformer_comes(tiny_schnell, monke
 
 def test_text_encoders_may_stay(tiny_schnell, seen):
     flux = Flux1(model_path=str(tiny_schnell))
-    flux.keep_text_encoders = True
+    flux.keep = Keep(text_encoders=True)
     flux.generate_image(1, "a red circle", 1, 16, 16)
     flux.generate_image(1, "a blue square", 1, 16, 16)
     assert seen.count("load text_encoder_2") == 1
@@ -433,13 +434,13 @@ def test_low_ram_lets_the_transformer_go(tiny_schnell, monkeypatch):
     flux = Flux1(model_path=str(tiny_schnell))
     flux.callbacks.register(MemorySaver(flux, keep_transformer=False))
     held = []
-    load = module.load_component
+    load = model_module.load_component
 
     def spy(module_class, folder, **options):
         held.append((folder.name, is_loaded(flux, "transformer")))
         return load(module_class, folder, **options)
 
-    monkeypatch.setattr(module, "load_component", spy)
+    monkeypatch.setattr(model_module, "load_component", spy)
     flux.generate_image(1, PROMPT, 1, 16, 16)
     assert ("vae", False) in held
     assert flux.tiling_config == TilingConfig()
@@ -447,7 +448,7 @@ def test_low_ram_lets_the_transformer_go(tiny_schnell, monkeypatch):
 
 def test_low_ram_makes_room_for_another_prompt(draw, monkeypatch):
     held = []
-    load = module.load_component
+    load = model_module.load_component
     made = []
     build = Flux1.__init__
 
@@ -460,7 +461,7 @@ def test_low_ram_makes_room_for_another_prompt(draw, monkeypatch):
         return load(module_class, folder, **options)
 
     monkeypatch.setattr(Flux1, "__init__", building)
-    monkeypatch.setattr(module, "load_component", spy)
+    monkeypatch.setattr(model_module, "load_component", spy)
     Path("prompt.txt").write_text("a red circle")
     save = module.GeneratedImage.save_with_image
 
@@ -502,7 +503,7 @@ def test_what_is_released_goes_back_to_the_system():
     code = """
 import os
 from mflux.backend import mx, nn
-from mflux.models.common.memory import Part
+from mflux.models.common.memory import LazyComponent
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -514,7 +515,7 @@ def build(pipeline):
     return module
 
 class Pipeline:
-    transformer = Part(build)
+    transformer = LazyComponent(build)
 
 pipeline = Pipeline()
 pipeline.transformer

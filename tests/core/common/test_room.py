@@ -106,7 +106,7 @@ def test_no_more_is_counted_than_a_block_takes(side):
 
 
 def test_a_command_refuses_it_before_any_work(cli, in_folder, tiny_schnell, machine, monkeypatch):
-    monkeypatch.setattr(Flux1, "encode_prompt", lambda self, prompt: pytest.fail("it began"))
+    monkeypatch.setattr(Flux1, "encode_prompts", lambda self, *prompts: pytest.fail("it began"))
     machine(2 * GB)
     call = ("generate", "--model", tiny_schnell, "--prompt", "x", "--width", 16384, "--height", 8192)
     result = cli(*call)

@@ -17,7 +17,7 @@ from mflux.checkpoints import saving
 from mflux.checkpoints.loading import FolderTensors, load_component
 from mflux.checkpoints.saving import new_folder, save_component
 from mflux.errors import OutputError
-from mflux.models.common import pipeline as module
+from mflux.models.common import model as module
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.flux.model.transformer import FluxTransformer

@@ -19,7 +19,7 @@ from mflux.cli import save
 from mflux.errors import CheckpointError, MissingExtraError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.config import Config
-from mflux.models.common.memory import Part, is_loaded
+from mflux.models.common.memory import LazyComponent, is_loaded
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.schedulers import LinearScheduler
 from mflux.models.common.tokenizers.prompt_tokenizers import whole_tokenizer
@@ -130,7 +130,7 @@ class Vlm:
     """Stands in for FIBO-VLM; what it does must not be remembered by anyone."""
 
     asked: list = []
-    decoder = Part(lambda self: None)
+    decoder = LazyComponent(lambda self: None)
 
     def __init__(self, model_path, quantize):
         self.asked.append((model_path, quantize))

@@ -198,7 +198,7 @@ def test_catvton_has_words_of_its_own(draw):
 
 def test_catvton_takes_the_authors_transformer(here, models, monkeypatch):
     """Without a folder Fill's own transformer is not even looked at."""
-    from mflux.models.common import pipeline as module
+    from mflux.models.common import model as module
     from mflux.models.flux.variants.in_context import flux_in_context_fill
 
     fill = models(BY_NAME["generate-fill"])
@@ -326,7 +326,7 @@ def test_a_plain_model_stands_for_its_controlnet(monkeypatch, here, cli, said, k
 
 
 def test_a_saved_model_says_which_controlnet_it_has(here, models, tmp_path, monkeypatch):
-    from mflux.models.common import pipeline as module
+    from mflux.models.common import model as module
 
     case = BY_NAME["generate-controlnet"]
     bare = shutil.copytree(models(case), tmp_path / "bare")
@@ -438,7 +438,7 @@ def test_redux_refuses_what_it_cannot_show(cli, here, models, tmp_path, changes,
 
 
 def test_redux_takes_what_reads_pictures_from_its_own_repository(here, models, tmp_path, monkeypatch):
-    from mflux.models.common import pipeline as module
+    from mflux.models.common import model as module
     from mflux.models.flux.family import FAMILY
     from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 

@@ -217,7 +217,7 @@ def test_small_text_encoder(model, tmp_path, small_encoder, cli):
     without = tmp_path / "without"
     shutil.copytree(model, without, ignore=shutil.ignore_patterns("text_encoder"))
     pipeline = klein(without, small_text_encoder=True)
-    prompt = pipeline.encode_prompt(PROMPT)
+    (prompt,) = pipeline.encode_prompts(PROMPT)
     assert prompt.embeds.shape == (1, 35, 96)
     assert prompt.ids[0].tolist() == [0, 0, 0, 5]
     assert prompt.ids[-1].tolist() == [0, 0, 0, 39]
@@ -243,7 +243,7 @@ def test_another_adapter_is_refused(model, small_encoder, change):
         else:
             small_encoder[name] = value
     with pytest.raises(CheckpointError):
-        klein(model, small_text_encoder=True).encode_prompt(PROMPT)
+        klein(model, small_text_encoder=True).encode_prompts(PROMPT)
 
 
 def test_the_small_text_encoder_is_for_4b_models(model):

@@ -18,6 +18,7 @@ from mflux.backend import mx
 from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.errors import ImageError, MfluxError, NotBuiltError, UsageError
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.memory import Keep
 from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 from mflux.models.seedvr2 import SeedVR2, colour
 from mflux.models.seedvr2.latent_creator.seedvr2_latent_creator import SeedVR2LatentCreator
@@ -455,7 +456,7 @@ def test_before_the_last_picture_is_decoded_the_transformer_goes(tmp_path, tiny)
     model.decode = lambda *args: held.append(sorted(model.loaded())) or decode(*args)
     path = saved(photo(), tmp_path / "a.png")
     for last in (False, True):
-        model.is_last_picture = last
+        model.keep = Keep(for_next_image=not last)
         model.generate_image(1, path, 32)
     assert held == [["transformer", "vae"], ["vae"]]
 

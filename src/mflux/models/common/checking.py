@@ -21,8 +21,9 @@ from mflux.checkpoints.readers.safetensors import read_header
 from mflux.errors import CheckpointError, DownloadError, MfluxError, ModelConfigError
 from mflux.hub_cache import Broken, broken_entries, cache_folder, repository_in_cache
 from mflux.models.common.config.model_config import ModelConfig, built_key, is_builtin, key_of
-from mflux.models.common.family import Component, families, family_of, found
-from mflux.models.common.pipeline import Pipeline, open_folder
+from mflux.models.common.family import Component, families, family_of, load_object
+from mflux.models.common.model import open_folder
+from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.registry import MODELS
 from mflux.models.common.saved_model import FILE_NAME, recorded_base_model
 from mflux.text import some
@@ -130,7 +131,7 @@ def _loading_problems(report: Report, reference: str, base_model: str | None) ->
     for family in families().values():
         for title, is_one in family.single:
             try:
-                if found(is_one)(root):
+                if load_object(is_one)(root):
                     report.model = title
                     return
             except MfluxError as error:
@@ -193,8 +194,7 @@ def _component_problems(
             continue
         try:
             place = folder if pipeline is None else pipeline.folder_of(component)
-            if not component.optional or place.has(component.folder):
-                _check_component(component, place)
+            _check_component(component, place)
         except MfluxError as error:
             yield str(error)
 

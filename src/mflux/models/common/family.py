@@ -19,7 +19,7 @@ from mflux.models.common.registry import MODELS
 STAGES = ("encode", "denoise", "decode")
 
 
-def found(reference: str) -> Any:
+def load_object(reference: str) -> Any:
     """The object that "package.module:name" stands for."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -35,14 +35,12 @@ class Component:
         folder: where it lies in a published model: "text_encoder_2".
         stage: one of `STAGES`.
         published_class: the `_class_name` that its `config.json` has; "" where nothing says it.
-        stem: what files of weights are called when it is saved.
         lora: whether LoRAs change it.
         dtype: what it is computed and saved in where there is a GPU, whatever the file holds: "bfloat16"; "" keeps the
             file's.
         repository: the attribute of `ModelConfig` that names a repository which holds it, where the model's own folder
             does not ("controlnet_model"), or such a repository; None where it always lies in the model's folder.
         at_root: whether its files lie in that repository without a folder of their own.
-        optional: whether a model may do without it.
         beside: folders that lie beside it and are fetched and saved with it, where there are such.
     """
 
@@ -51,16 +49,19 @@ class Component:
     folder: str
     stage: str = "denoise"
     published_class: str = ""
-    stem: str = "diffusion_pytorch_model"
     lora: bool = False
     dtype: str = ""
     repository: str | None = None
     at_root: bool = False
-    optional: bool = False
     beside: tuple[str, ...] = ()
 
+    @property
+    def stem(self) -> str:
+        """What its files of weights are called when it is saved: transformers' name or diffusers'."""
+        return "model" if self.stage == "encode" and not self.published_class else "diffusion_pytorch_model"
+
     def module_class(self) -> type:
-        return found(self.module)
+        return load_object(self.module)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Family:
     def pipeline_class(self, key: str) -> type:
         """The class that draws with a model, by its key in `registry.MODELS`."""
         pipelines = dict(self.pipelines)
-        return found(pipelines.get(key) or pipelines["*"])
+        return load_object(pipelines.get(key) or pipelines["*"])
 
 
 @cache

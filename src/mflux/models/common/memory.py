@@ -1,73 +1,146 @@
-"""Components that are in memory only while a stage needs them.
+"""What is in memory when: components that load when a stage needs them, and encoded prompts that are kept.
 
-A pipeline runs in stages: encode the prompt, denoise, decode. Its components are `Part`s: reading the attribute loads
-the component, assigning None releases it, so that peak memory is the largest stage and not the sum.
+A model's work has stages: encode the prompt, denoise, decode. Its components are `LazyComponent`s: reading the
+attribute loads the component, assigning None releases it, so that peak memory is the largest stage and not the sum.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, overload
+
+import PIL.Image
 
 from mflux.backend import has_gpu, mx, nn, tree_flatten
 
 log = logging.getLogger(__name__)
 
+M = TypeVar("M", bound=nn.Module)
 
-class Part:
-    """A component as an attribute of a pipeline.
+
+class LazyComponent(Generic[M]):
+    """A component as an attribute of a model; `transformer: LazyComponent[FluxTransformer]` declares one.
 
     Args:
-        load: called with the pipeline when the component is first read, and again after it was released.
+        load: called with the model when the component is first read, and again after it was released.
     """
 
-    def __init__(self, load: Callable[[Any], nn.Module]):
+    def __init__(self, load: Callable[[Any], M]):
         self._load = load
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
-        self._slot = f"_part_{name}"
+        self._slot = f"_component_{name}"
 
-    def __get__(self, pipeline: Any, owner: type | None = None):
-        if pipeline is None:
+    @overload
+    def __get__(self, model: None, owner: type | None = None) -> LazyComponent[M]: ...
+
+    @overload
+    def __get__(self, model: object, owner: type | None = None) -> M: ...
+
+    def __get__(self, model: object | None, owner: type | None = None) -> LazyComponent[M] | M:
+        if model is None:
             return self
-        component = pipeline.__dict__.get(self._slot)
+        component = model.__dict__.get(self._slot)
         if component is None:
             with timed(f"load {self._name}") as note:
-                component = self._load(pipeline)
+                component = self._load(model)
                 note.append(f"{weight_bytes(component) / 1e9:.2f} GB")
-            pipeline.__dict__[self._slot] = component
+            model.__dict__[self._slot] = component
         return component
 
-    def __set__(self, pipeline: Any, component: nn.Module | None) -> None:
+    def __set__(self, model: object, component: M | None) -> None:
         if component is not None:
-            pipeline.__dict__[self._slot] = component
-        elif pipeline.__dict__.pop(self._slot, None) is not None:
+            model.__dict__[self._slot] = component
+        elif model.__dict__.pop(self._slot, None) is not None:
             give_back_memory()
 
 
-def is_loaded(pipeline: Any, name: str) -> bool:
-    """Whether a `Part` is in memory; asking does not load it."""
-    return f"_part_{name}" in pipeline.__dict__
+def is_loaded(model: object, name: str) -> bool:
+    """Whether a `LazyComponent` is in memory; asking does not load it."""
+    return f"_component_{name}" in model.__dict__
 
 
-def release(pipeline: Any, *names: str) -> None:
+def release(model: object, *names: str) -> None:
     """Let go of components; a later use loads them again.
 
     Raises:
-        AttributeError: the pipeline has no component of that name.
+        AttributeError: the model has no component of that name.
     """
     for name in names:
-        if not isinstance(getattr(type(pipeline), name, None), Part):
-            raise AttributeError(f"{type(pipeline).__name__} has no component {name!r} to release")
+        if not isinstance(getattr(type(model), name, None), LazyComponent):
+            raise AttributeError(f"{type(model).__name__} has no component {name!r} to release")
     for name in names:
-        setattr(pipeline, name, None)
+        setattr(model, name, None)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which components stay in memory past their stage.
+
+    Attributes:
+        text_encoders: once the prompt is encoded; a program that changes its prompt often spares loading them again.
+        transformer: while another prompt is encoded.
+        for_next_image: the transformer while an image is decoded; False where no other image follows.
+    """
+
+    text_encoders: bool = False
+    transformer: bool = True
+    for_next_image: bool = True
+
+
+# Encoded prompts: FLUX.1's has 8 MB, one with several images 30.
+_MOST_ENCODED = 32
+_MOST_ENCODED_BYTES = 512 << 20
+
+
+class Encoded(dict[Any, Any]):
+    """What encoders made of prompts and images, by these; the one that was used longest ago goes first.
+
+    Args:
+        most: how many are kept at most.
+        most_bytes: how large all of them may be together.
+    """
+
+    def __init__(self, most: int = _MOST_ENCODED, most_bytes: int = _MOST_ENCODED_BYTES):
+        super().__init__()
+        self._most = most
+        self._most_bytes = most_bytes
+
+    def used(self, key: Any) -> Any:
+        """The value of a key, which becomes the one that was used last."""
+        value = self[key] = self.pop(key)
+        return value
+
+    def shrink(self, least: int) -> None:
+        """Let go of what is too much, but not of the `least` that were used last."""
+        total = sum(map(_bytes_of, self.values()))
+        while len(self) > least and (len(self) > self._most or total > self._most_bytes):
+            total -= _bytes_of(self.pop(next(iter(self))))
+
+
+def digest_of(image: PIL.Image.Image) -> bytes:
+    """What tells an image from others: few bytes, where its pixels are millions."""
+    return hashlib.sha256(image.tobytes()).digest() + f"{image.mode} {image.size}".encode("ascii")
+
+
+def _bytes_of(value: Any) -> int:
+    """Bytes of the arrays in a value, however nested; of an image its pixels'."""
+    if isinstance(value, mx.array):
+        return value.nbytes
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes_of, value))
+    if hasattr(value, "__dataclass_fields__"):
+        return sum(_bytes_of(getattr(value, name)) for name in value.__dataclass_fields__)
+    return 4 * value.width * value.height if isinstance(value, PIL.Image.Image) else 0
 
 
 # What mallopt(3) calls M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, the bytes that glibc's own adjusting ends at, and those
@@ -122,7 +195,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 @contextmanager
-def timed(what: str):
+def timed(what: str) -> Iterator[list[str]]:
     """Log what a stage took, at level INFO: a command shows it on stderr. Notes added to the list are shown as well."""
     note: list[str] = []
     start = time.perf_counter()

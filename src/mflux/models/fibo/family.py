@@ -12,7 +12,6 @@ FAMILY = Family(
             "mflux.models.common.networks.text_encoders.smollm3:SmolLM3TextEncoder",
             "text_encoder",
             stage="encode",
-            stem="model",
         ),
         Component(
             "transformer",

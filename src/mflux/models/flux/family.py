@@ -22,7 +22,6 @@ IMAGE_ENCODER = Component(
     "mflux.models.flux.model.redux:SiglipVision",
     "image_encoder",
     stage="encode",
-    stem="model",
     repository="black-forest-labs/FLUX.1-Redux-dev",
     beside=("feature_extractor",),
 )
@@ -43,10 +42,9 @@ FAMILY = Family(
             f"{_TEXT_ENCODERS}.clip:CLIPTextEncoder",
             "text_encoder",
             stage="encode",
-            stem="model",
             lora=True,
         ),
-        Component("t5_text_encoder", f"{_TEXT_ENCODERS}.t5:T5Encoder", "text_encoder_2", stage="encode", stem="model"),
+        Component("t5_text_encoder", f"{_TEXT_ENCODERS}.t5:T5Encoder", "text_encoder_2", stage="encode"),
         Component(
             "transformer",
             "mflux.models.flux.model.transformer:FluxTransformer",

@@ -15,7 +15,6 @@ FAMILY = Family(
             "mflux.models.flux2.model.text_encoder:KleinTextEncoder",
             "text_encoder",
             stage="encode",
-            stem="model",
         ),
         Component(
             "transformer",

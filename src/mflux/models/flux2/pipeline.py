@@ -1,26 +1,30 @@
-"""What drawing and editing with FLUX.2 klein share: its parts, its prompts, and a step's prediction."""
+"""What generating and editing with FLUX.2 klein share: its parts, its prompts, and a step's prediction."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import load_component
 from mflux.checkpoints.published import PublishedFolder
-from mflux.errors import CheckpointError, UsageError
+from mflux.errors import UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig, key_of
 from mflux.models.common.family import Component
+from mflux.models.common.memory import LazyComponent
+from mflux.models.common.model import resolve
 from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
-from mflux.models.common.pipeline import Pipeline, Velocity, resolve
+from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
 from mflux.models.flux2 import small_parts
 from mflux.models.flux2.distilled import is_distilled, keeps_references
 from mflux.models.flux2.family import FAMILY
 from mflux.models.flux2.latent_creator.flux2_latent_creator import CHANNELS, SIDE, Flux2LatentCreator
-from mflux.models.flux2.model.transformer import KeysValues, grid_ids, text_ids
+from mflux.models.flux2.model.text_encoder import KleinTextEncoder, SmallTextEncoder
+from mflux.models.flux2.model.transformer import Flux2Transformer, KeysValues, grid_ids, text_ids
 from mflux.models.flux2.single_file import WithTransformer, transformer_file
 
 log = logging.getLogger(__name__)
@@ -41,11 +45,11 @@ class Prompt:
         return text_ids(self.embeds.shape[1], self.start)
 
 
-class Klein(Pipeline):
-    """FLUX.2 klein; see `Pipeline` for the arguments that all models have.
+class KleinPipeline(Pipeline):
+    """Base of FLUX.2 klein's classes; see `Model` for the arguments that all models have.
 
-    The text encoder is let go of as soon as the prompt is encoded (encoded prompts are kept in `prompt_cache`);
-    transformer and autoencoder stay for the next picture.
+    The text encoder is released as soon as the prompts are encoded (they are kept in `prompt_cache`); transformer and
+    autoencoder stay for the next image.
 
     Args:
         compute_precision: `mx.float16` has attention and feed-forwards compute in it; None leaves them as they are.
@@ -61,6 +65,11 @@ class Klein(Pipeline):
     family = FAMILY
     latent_creator = Flux2LatentCreator
     default_model = "flux2-klein-4b"
+    latents = (CHANNELS, SIDE, CHANNELS)
+    schedule = "flow_match_euler_discrete"
+    text_encoder: LazyComponent[KleinTextEncoder]
+    transformer: LazyComponent[Flux2Transformer]
+    vae: LazyComponent[AutoencoderKLFlux2]
 
     def __init__(
         self,
@@ -81,12 +90,14 @@ class Klein(Pipeline):
         self.small_text_encoder = small_text_encoder
         self.small_decoder = small_decoder
         super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+
+    def opened(self) -> None:
         key = key_of(self.model_config.model_name, self.model_config.base_model)
         self.is_distilled = is_distilled(self.root, key)
         self.keeps_references = keeps_references(self.root, self.model_config.supports_kv_cache)
-        if small_text_encoder:
+        if self.small_text_encoder:
             self._small_encoder = small_parts.text_encoder_folders()
-        if small_decoder:
+        if self.small_decoder:
             self._small_decoder = small_parts.decoder_folder()
         self.tokenizer = qwen_tokenizer(self.root / "tokenizer")
 
@@ -106,18 +117,7 @@ class Klein(Pipeline):
 
     def check_folder(self) -> None:
         super().check_folder()
-        transformer, vae = self.folder.config("transformer"), self.folder.config("vae")
-        if (channels := transformer.get("in_channels", CHANNELS)) != CHANNELS:
-            raise CheckpointError(f"{self.root} holds a transformer that takes {channels} channels, not {CHANNELS}")
-        config = AutoencoderKLFlux2.config_class.from_dict(vae, source=self.root / "vae" / "config.json")
-        patch = config.patch_size[0]
-        if (config.latent_channels * patch**2, config.spatial_factor * patch) != (CHANNELS, SIDE):
-            raise CheckpointError(
-                f"{self.root} holds an autoencoder with {config.latent_channels * patch**2} channels for every "
-                f"{config.spatial_factor * patch} pixels of a side; FLUX.2's has {CHANNELS} for every {SIDE}: put "
-                "FLUX.2's vae folder there"
-            )
-        width = transformer.get("joint_attention_dim", small_parts.PROMPT_EMBEDS)
+        width = self.transformer_settings().get("joint_attention_dim", small_parts.PROMPT_EMBEDS)
         if self.small_text_encoder and width != small_parts.PROMPT_EMBEDS:
             raise UsageError(
                 "--small-text-encoder takes the place of Qwen3-4B, and this model reads another encoder: leave it "
@@ -135,10 +135,7 @@ class Klein(Pipeline):
                 AutoencoderKLFlux2, self.root / "vae", dtype=dtype, quantize=self._quantize, config=config,
                 tensors=tensors,
             )  # fmt: skip
-        module = super().load(component, keep_dtypes=keep_dtypes)
-        if component.name == "transformer" and self.compute_precision is not None and not keep_dtypes:
-            module.compute_in(self.compute_precision)
-        return module
+        return super().load(component, keep_dtypes=keep_dtypes)
 
     def save_model(self, base_path: str) -> None:
         if self.small_text_encoder or self.small_decoder:
@@ -148,53 +145,52 @@ class Klein(Pipeline):
 
     # ---- the stages of a picture
 
-    def encode_prompt(self, prompt: str) -> Prompt:
-        """A prompt's embeds, from the cache if it was seen."""
-        if prompt not in self.prompt_cache:
-            self.enter("encode")
-            encoder = self.text_encoder
-            length = encoder.max_length if self.small_text_encoder else LENGTH
+    def prompts_of(self, prompt: str, guidance: float) -> list[str]:
+        """The prompt, and where guidance needs one, the empty prompt to be guided away from."""
+        if guidance > 1 and self.is_distilled:
+            log.warning("guidance %g is ignored: this model was distilled, and has it already", guidance)
+            guidance = 1.0
+        return [prompt, ""] if guidance > 1 else [prompt]
+
+    def encode_prompts(self, *prompts: str) -> list[Prompt]:
+        """Encode prompts, the text encoder being loaded once for all of them."""
+        return self.remembered(prompts, self._encode, "text_encoder")
+
+    def _encode(self, prompts: list[str]) -> Iterator[Prompt]:
+        encoder: KleinTextEncoder | SmallTextEncoder = self.text_encoder
+        length, start = (encoder.max_length, encoder.left_out) if isinstance(encoder, SmallTextEncoder) else (LENGTH, 0)
+        for prompt in prompts:
             text = chat(prompt, think=False)
             if self.tokenizer.is_cut(text, max_length=length):
                 log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", length)
             embeds = encoder(*self.tokenizer([text], max_length=length))
             mx.eval(embeds)
-            start = encoder.left_out if self.small_text_encoder else 0
-            del encoder
-            self.encoded("text_encoder")
-            self.prompt_cache[prompt] = Prompt(embeds, start)
-        return self.prompt_cache[prompt]
+            yield Prompt(embeds, start)
 
-    def encode_prompts(self, prompt: str, guidance: float) -> list[Prompt]:
-        """The prompt, and where guidance needs one, the empty prompt to be guided away from."""
-        if guidance > 1 and self.is_distilled:
-            log.warning("guidance %g is ignored: this model was distilled, and has it already", guidance)
-            guidance = 1.0
-        return [self.encode_prompt(text) for text in ([prompt, ""] if guidance > 1 else [prompt])]
-
-    def velocity(
+    def predictor(
         self,
-        prompts: list[Prompt],
-        guidance: float,
-        size: tuple[int, int],
+        config: Config,
+        prompt: Prompt,
+        negative: Prompt | None = None,
         *,
         beside: tuple[mx.array, mx.array] | None = None,
         references: list[KeysValues] | None = None,
     ) -> Velocity:
-        """What predicts a step, without classifier-free guidance or with it (arxiv.org/abs/2207.12598).
+        """The velocity of latents at a noise level, without classifier-free guidance or with it
+        (arxiv.org/abs/2207.12598).
 
         Args:
-            prompts: see `encode_prompts`.
-            guidance: how far to go from the empty prompt to the prompt, 1 being the prompt.
-            size: rows and columns of the picture's tokens.
+            prompt, negative: see `encode_prompts`; the configuration's guidance says how far to go from the negative
+                prompt to the prompt, 1 being the prompt.
             beside: tokens of references (1, R, 128) and their positions (R, 4), which take part in each step.
             references: what is kept of references that do not.
         """
-        image_ids = grid_ids(*size)
+        rows, columns = config.height // SIDE, config.width // SIDE
+        image_ids = grid_ids(rows, columns)
         if beside is not None:
             image_ids = mx.concatenate([image_ids, beside[1]])
 
-        def one(tokens: mx.array, sigma: mx.array, prompt: Prompt) -> mx.array:
+        def predict(tokens: mx.array, sigma: mx.array, prompt: Prompt) -> mx.array:
             return self.transformer(
                 tokens.astype(prompt.embeds.dtype),
                 sigma=sigma[None],
@@ -202,14 +198,17 @@ class Klein(Pipeline):
                 image_ids=image_ids,
                 text_ids=prompt.ids,
                 references=references,
-            )[:, : size[0] * size[1]].astype(mx.float32)
+            )[:, : rows * columns].astype(mx.float32)
 
-        def predict(latents: mx.array, sigma: mx.array) -> mx.array:
+        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             tokens = latents if beside is None else mx.concatenate([latents, beside[0]], axis=1)
-            with_prompt, *without = (one(tokens, sigma, prompt) for prompt in prompts)
-            return with_prompt if not without else without[0] + guidance * (with_prompt - without[0])
+            towards = predict(tokens, sigma, prompt)
+            if negative is None:
+                return towards
+            away = predict(tokens, sigma, negative)
+            return away + config.guidance * (towards - away)
 
-        return predict
+        return velocity
 
     def own_settings(self, config: Config) -> dict[str, object]:
         """The settings that only FLUX.2 has, for the picture, and the schedule: 0.24 wrote none."""

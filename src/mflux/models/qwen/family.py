@@ -13,7 +13,6 @@ _TEXT_ENCODER = Component(
     "mflux.models.common.networks.qwen2_5_vl:Qwen25VLTextEncoder",
     "text_encoder",
     stage="encode",
-    stem="model",
 )
 _OTHERS = (
     Component(

@@ -8,7 +8,7 @@ _CONTROLNET = "z-image-turbo-controlnet-union-2.1"
 
 # Turbo's transformer is published in float32, and everybody computes it in bfloat16: half of it is enough to hold.
 COMPONENTS = (
-    Component("text_encoder", f"{_MODEL}.text_encoder:ZImageTextEncoder", "text_encoder", stage="encode", stem="model"),
+    Component("text_encoder", f"{_MODEL}.text_encoder:ZImageTextEncoder", "text_encoder", stage="encode"),
     Component(
         "transformer",
         f"{_MODEL}.transformer:ZImageTransformer",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ from mflux.utils import values
 from mflux.utils.scale_factor import GRID, LARGEST
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from mflux.backend import mx
     from mflux.models.common.schedulers import BaseScheduler
 
@@ -71,9 +68,7 @@ class Config:
         self.masked_image_path = _path(masked_image_path)
         self.controlnet_strength = controlnet_strength
         self.scheduler_name = values.text(scheduler, "scheduler")
-        self.started = time.perf_counter()
         self._scheduler: BaseScheduler | None = None
-        self._time_steps: tqdm | None = None
 
     def _tell_strength(self) -> None:
         """A strength that cancels the picture, or the drawing, does what it says, and says so."""
@@ -123,19 +118,9 @@ class Config:
         return self._scheduler
 
     @property
-    def time_steps(self) -> tqdm:
-        """The steps to take, with progress on stderr; the same bar each time it is asked for."""
-        if self._time_steps is None:
-            from tqdm import tqdm
-
-            steps = range(self.init_time_step, self.num_inference_steps)
-            self._time_steps = tqdm(steps, desc="denoise", unit="step", leave=True)
-        return self._time_steps
-
-    def close(self) -> None:
-        """Finish the bar of progress, if it was begun: a run that was stopped leaves its terminal to the next."""
-        if self._time_steps is not None:
-            self._time_steps.close()
+    def time_steps(self) -> range:
+        """The steps to take."""
+        return range(self.init_time_step, self.num_inference_steps)
 
 
 def _path(path: Path | str | None) -> Path | None:

@@ -306,4 +306,4 @@ class Qwen25VLEncoder(Qwen25VLTextEncoder):
 
 
 # Who reads a saved folder may want to edit with it.
-Qwen25VLTextEncoder.whole = Qwen25VLEncoder
+Qwen25VLTextEncoder.saved_class = Qwen25VLEncoder

@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from mflux.backend import mx
+
+
+class ModelShift(Protocol):
+    """What a schedule needs of a model: how far its sigmas are shifted, and by what."""
+
+    requires_sigma_shift: bool | None
+    sigma_base_shift: float
+    sigma_max_shift: float
+    sigma_base_seq_len: int
+    sigma_max_seq_len: int
+    sigma_shift: float
+    sigma_shift_terminal: float | None
+
+
+class ScheduleSettings(Protocol):
+    """What a schedule is made from; a `Config` is one."""
+
+    num_inference_steps: int
+
+    @property
+    def model_config(self) -> ModelShift: ...
+
+    @property
+    def image_seq_len(self) -> int:
+        """Tokens of the image."""
 
 
 class BaseScheduler(ABC):

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mflux.backend import mx
-from mflux.models.common.schedulers.base_scheduler import BaseScheduler
+from mflux.models.common.schedulers.base_scheduler import BaseScheduler, ScheduleSettings
 from mflux.models.common.schedulers.linear_scheduler import shift_exponentially, stretch_to_terminal
-
-if TYPE_CHECKING:
-    from mflux.models.common.config.config import Config
 
 _TERMINAL = 0.02
 _TRAIN_STEPS = 1000
@@ -22,7 +17,7 @@ class FlowMatchEulerDiscreteScheduler(BaseScheduler):
     not gets a fixed shift of 1, from 1 to 1/1000 before it, stretched to end at 0.02.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ScheduleSettings):
         self.config = config
         steps = config.num_inference_steps
         if config.model_config.requires_sigma_shift:

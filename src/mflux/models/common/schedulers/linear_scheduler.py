@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from mflux.backend import mx
-from mflux.models.common.schedulers.base_scheduler import BaseScheduler
-
-if TYPE_CHECKING:
-    from mflux.models.common.config.config import Config
+from mflux.models.common.schedulers.base_scheduler import BaseScheduler, ModelShift, ScheduleSettings
 
 
 class LinearScheduler(BaseScheduler):
@@ -18,7 +14,7 @@ class LinearScheduler(BaseScheduler):
     Reference class: diffusers' `FlowMatchEulerDiscreteScheduler`, as its `FluxPipeline` sets it up.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ScheduleSettings):
         # A subclass may override `_get_sigmas` and `_get_timesteps`, as with mflux 0.24.
         self.config = config
         self._sigmas = self._get_sigmas()
@@ -62,7 +58,7 @@ class LightningScheduler(LinearScheduler):
         return mx.concatenate([shift_exponentially(sigmas, math.log(3)), mx.zeros(1)])
 
 
-def resolution_mu(model, image_seq_len: int) -> float:
+def resolution_mu(model: ModelShift, image_seq_len: int) -> float:
     """How far to shift for a picture of that many tokens: linear between the two lengths that the model was given."""
     slope = (model.sigma_max_shift - model.sigma_base_shift) / (model.sigma_max_seq_len - model.sigma_base_seq_len)
     return model.sigma_base_shift + slope * (image_seq_len - model.sigma_base_seq_len)

@@ -11,7 +11,7 @@ import PIL.Image
 
 from mflux.checkpoints.quantization import Quantization
 from mflux.errors import UsageError
-from mflux.models.common.memory import Part, timed
+from mflux.models.common.memory import LazyComponent, timed
 from mflux.models.fibo.vlm import json_text, prompts, weights
 from mflux.models.fibo.vlm.generation import Answer, Sampling, generate
 from mflux.models.fibo.vlm.json_text import AnswerError
@@ -46,7 +46,7 @@ class FiboVLM:
         CheckpointError: a file is missing or damaged.
     """
 
-    decoder = Part(lambda self: weights.load(self._folder, quantize=self._quantize))
+    decoder = LazyComponent(lambda self: weights.load(self._folder, quantize=self._quantize))
 
     def __init__(
         self,

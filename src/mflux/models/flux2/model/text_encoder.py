@@ -21,7 +21,7 @@ class KleinTextEncoder(Qwen3TextEncoder):
 
     hidden_states = (9, 18, 27)
     # What is saved, so that others can read it.
-    whole = Qwen3TextEncoder
+    saved_class = Qwen3TextEncoder
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
         return mx.concatenate(super().__call__(input_ids, attention_mask), axis=-1)

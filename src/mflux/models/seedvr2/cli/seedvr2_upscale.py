@@ -209,7 +209,8 @@ class Batch:
                     *(number + 1, len(self.sound), path.name, *before, *after, _remaining(seconds)),
                 )
                 for seed in args.seed:
-                    pipeline.is_last_picture = path is self.sound[-1] and seed == args.seed[-1]
+                    is_last = path is self.sound[-1] and seed == args.seed[-1]
+                    pipeline.keep = replace(pipeline.keep, for_next_image=not is_last)
                     image = pipeline.generate_image(seed, path, args.resolution, args.softness)
                     options.save_picture(image, args, seed, output=self.output(path, seed))
             if len(self.failed) > failed:

@@ -8,4 +8,4 @@ from mflux.models.common.networks.text_encoders.qwen3 import Qwen3TextEncoder
 class ZImageTextEncoder(Qwen3TextEncoder):
     hidden_states = (-2,)
     # With the layer that no picture needs: what is saved is there for others as well.
-    whole = Qwen3TextEncoder
+    saved_class = Qwen3TextEncoder

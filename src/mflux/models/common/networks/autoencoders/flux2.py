@@ -30,6 +30,12 @@ class AutoencoderKLFlux2Config(AutoencoderKLConfig):
     def decoder_channels(self) -> tuple[int, ...]:
         return self.decoder_block_out_channels or self.block_out_channels
 
+    @property
+    def latents(self) -> tuple[int, int]:
+        """Of the squares that latents are put together in."""
+        patch = self.patch_size[0]
+        return self.latent_channels * patch**2, self.spatial_factor * patch
+
     def check(self) -> str | None:
         if len(self.patch_size) != 2 or len(set(self.patch_size)) != 1 or self.patch_size[0] < 1:
             return f"patch_size {list(self.patch_size)} is not a square's"

@@ -70,6 +70,11 @@ class AutoencoderKLConfig(ComponentConfig):
         """Pixels per latent along each side: 8 for FLUX.1."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def latents(self) -> tuple[int, int]:
+        """Channels of the latents that a transformer sees, and pixels along a side of each."""
+        return self.latent_channels, self.spatial_factor
+
 
 def _norm(config: AutoencoderKLConfig, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_num_groups, channels, eps=_EPS, pytorch_compatible=True)

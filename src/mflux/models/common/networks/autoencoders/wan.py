@@ -80,6 +80,11 @@ class AutoencoderWanConfig(ComponentConfig):
         return 2 ** (len(self.dim_mult) - 1) * self.patch
 
     @property
+    def latents(self) -> tuple[int, int]:
+        """Channels of the latents that a transformer sees, and pixels along a side of each."""
+        return self.z_dim, self.spatial_factor
+
+    @property
     def patch(self) -> int:
         return self.patch_size or 1
 

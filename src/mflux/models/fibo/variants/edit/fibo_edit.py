@@ -1,4 +1,4 @@
-"""FIBO-Edit: a picture and an instruction to a picture; with FIBO-Edit-RMBG, to the matte of what is in front."""
+"""FIBO-Edit: an image and an instruction to an image; with FIBO-Edit-RMBG, to the matte of what is in front."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mflux.utils.generated_image import GeneratedImage
 
 
 class FIBOEdit(FiboPipeline):
-    """FIBO-Edit and FIBO-Edit-RMBG, and anything of that architecture in the diffusers layout; see `Pipeline`."""
+    """FIBO-Edit and FIBO-Edit-RMBG, and anything of that architecture in the diffusers layout; see `Model`."""
 
     default_model = "fibo-edit"
 
@@ -28,26 +28,16 @@ class FIBOEdit(FiboPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance: float = 4.0,
-        scheduler: str = "flow_match_euler_discrete",
+        scheduler: str | None = None,
         negative_prompt: str | None = None,
     ) -> GeneratedImage:
-        """Edit one picture.
+        """Edit an image; arguments and errors are those of `FIBO.generate_image` but for these.
 
         Args:
-            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
             prompt: a JSON object with an `edit_instruction`, see `FiboVLM.edit`; encoded once and kept.
-            image_path: the picture to edit. The model sees it at its own size, up to about a megapixel.
-            mask_path: a picture of the same size, white where it is to be edited; the model sees grey there.
-            num_inference_steps: 1 or more.
+            image_path: the image to edit. The model sees it at its own size, up to about a megapixel.
+            mask_path: an image of the same size, white where it is to be edited; the model sees grey there.
             height, width: in pixels, rounded down to multiples of 16; None for the size at which the model sees it.
-            guidance: how closely to follow the prompt; up to 1 the negative prompt says nothing, and each step takes
-                half the time.
-            scheduler: "linear" or "flow_match_euler_discrete", both the checkpoint's own; or "package.module.Class".
-            negative_prompt: what to stay away from, in JSON or in words.
-
-        Raises:
-            MfluxError: prompt, sizes, steps, pictures or weights are unusable; the message says which.
-            StopImageGenerationException: Ctrl-C, or a callback, stopped it.
         """
         check_edit(prompt)
         source = source_picture(image_path, mask_path)
@@ -63,9 +53,9 @@ class FIBOEdit(FiboPipeline):
         )
 
         # 1. Encode the prompts
-        self.encode_prompts(prompt, *([negative_prompt or ""] if config.guidance > 1 else []))
+        encoded = self.encode_prompts(prompt, *([negative_prompt or ""] if config.guidance > 1 else []))
 
-        # 2. Make the noise to start from, and the tokens of the picture to edit, on a plane of their own
+        # 2. Make the noise to start from, and the tokens of the image to edit, on a plane of their own
         latents = FiboLatentCreator.create_noise(seed, config.height, config.width)
         reference = self.encode_image(source, seen_height, seen_width)
         ids = mx.concatenate(
@@ -76,15 +66,12 @@ class FIBOEdit(FiboPipeline):
         )
 
         # 3. Denoise
-        model = self.guided(prompt, negative_prompt, config.guidance)
-
-        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            return model(mx.concatenate([latents, reference], axis=1), sigma, ids)[:, : latents.shape[1]]
-
+        velocity = self.predictor(config, *encoded, image_ids=ids, reference=reference)
+        del encoded
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
 
         # 4. Decode
-        image = self.picture(
+        image = self.make_image(
             config,
             latents,
             seed=seed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mflux.backend import mx
 from mflux.models.common.networks.mmdit import latent_image_ids
 from mflux.models.fibo.latent_creator.fibo_latent_creator import FiboLatentCreator
 from mflux.models.fibo.pipeline import FiboPipeline
@@ -13,7 +12,7 @@ from mflux.utils.generated_image import GeneratedImage
 
 
 class FIBO(FiboPipeline):
-    """FIBO and Fibo-lite, and anything of that architecture in the diffusers layout; see `Pipeline`."""
+    """FIBO and Fibo-lite, and anything of that architecture in the diffusers layout; see `Model`."""
 
     default_model = "fibo"
 
@@ -27,26 +26,18 @@ class FIBO(FiboPipeline):
         guidance: float = 4.0,
         image_path: Path | str | None = None,
         image_strength: float | None = None,
-        scheduler: str = "flow_match_euler_discrete",
+        scheduler: str | None = None,
         negative_prompt: str | None = None,
     ) -> GeneratedImage:
-        """Draw one picture.
+        """Generate one image; arguments and errors are those of `Flux1.generate_image` but for these.
 
         Args:
-            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
             prompt: a JSON object, see `FiboVLM.generate`; encoded once and kept.
-            num_inference_steps: 1 or more.
-            height, width: in pixels, rounded down to multiples of 16; None for the source picture's or 1024.
             guidance: how closely to follow the prompt; up to 1 the negative prompt says nothing, and each step takes
                 half the time. Fibo-lite was made without: it always takes 1.
-            image_path: a picture to start from.
-            image_strength: how much of it to keep: the share of steps that are left out, from 0 (nothing is kept) to 1.
-            scheduler: "linear" or "flow_match_euler_discrete", both the checkpoint's own; or "package.module.Class".
+            scheduler: None, "linear" and "flow_match_euler_discrete" are the checkpoint's own; or
+                "package.module.Class".
             negative_prompt: what to stay away from, in JSON or in words.
-
-        Raises:
-            MfluxError: prompt, sizes, steps, picture or weights are unusable; the message says which.
-            StopImageGenerationException: Ctrl-C, or a callback, stopped it.
         """
         check_prompt(prompt)
         if "fibo-lite" in self.model_config.aliases:
@@ -64,21 +55,18 @@ class FIBO(FiboPipeline):
         )
 
         # 1. Encode the prompts
-        self.encode_prompts(prompt, *([negative_prompt or ""] if config.guidance > 1 else []))
+        encoded = self.encode_prompts(prompt, *([negative_prompt or ""] if config.guidance > 1 else []))
 
-        # 2. Make the latents to start from: noise, or a picture with noise over it
+        # 2. Make the latents to start from: noise, or an image with noise over it
         latents = self.start(config, FiboLatentCreator.create_noise(seed, config.height, config.width))
 
         # 3. Denoise
         ids = latent_image_ids(config.height // 16, config.width // 16)
-        model = self.guided(prompt, negative_prompt, config.guidance)
-
-        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            return model(latents, sigma, ids)
-
+        velocity = self.predictor(config, *encoded, image_ids=ids)
+        del encoded
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
 
         # 4. Decode
-        image = self.picture(config, latents, seed=seed, prompt=prompt, negative_prompt=negative_prompt)
+        image = self.make_image(config, latents, seed=seed, prompt=prompt, negative_prompt=negative_prompt)
         image.prompt_beside = True
         return image

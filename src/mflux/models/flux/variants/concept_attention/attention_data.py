@@ -51,15 +51,18 @@ class ConceptHeatmap:
     height: int
     width: int
 
-    def show(self, heat: np.ndarray) -> None:
-        """Make the picture of it; see `heat_picture`.
+    @classmethod
+    def of(
+        cls, heat: np.ndarray, concept: str, layers: list[int], timesteps: list[int], height: int, width: int
+    ) -> ConceptHeatmap:
+        """What was found, as an image; see `heat_picture`.
 
         Raises:
             MfluxError: it holds numbers that are not finite.
         """
         if not np.isfinite(heat).all():
             raise not_finite("the heatmap's sums")
-        self.image = heat_picture(heat, self.height, self.width)
+        return cls(concept, heat_picture(heat, height, width), layers, timesteps, height, width)
 
     def save(
         self,

@@ -1,9 +1,10 @@
-"""FLUX.1 with a ControlNet: pictures that follow the edges of another one, or show it with more pixels."""
+"""FLUX.1 with a ControlNet: images that follow the edges of another one, or show it with more pixels."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -14,18 +15,20 @@ from mflux.errors import CheckpointError
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.controls.canny import canny
 from mflux.models.common.family import Component
+from mflux.models.common.memory import LazyComponent
 from mflux.models.flux.family import CONTROLNET, FAMILY
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
+from mflux.models.flux.model.controlnet import FluxControlNet
 from mflux.models.flux.model.transformer import latent_image_ids
+from mflux.models.flux.pipeline import FluxPipeline
 from mflux.models.flux.sources import needed, picture
-from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils import values
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.metadata_reader import MetadataReader
 
 
-class Flux1Controlnet(Flux1):
-    """FLUX.1 dev or schnell with a ControlNet; see `Pipeline`.
+class Flux1Controlnet(FluxPipeline):
+    """FLUX.1 dev or schnell with a ControlNet; see `Model`.
 
     Reference: diffusers' `FluxControlNetPipeline`.
 
@@ -35,6 +38,7 @@ class Flux1Controlnet(Flux1):
 
     default_model = "dev-controlnet-canny"
     components = (*FAMILY.components, CONTROLNET)
+    transformer_controlnet: LazyComponent[FluxControlNet]
 
     def __init__(
         self,
@@ -48,7 +52,10 @@ class Flux1Controlnet(Flux1):
     ):
         self._controlnet_path = controlnet_path
         super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
-        # Told now and not after the prompt is encoded.
+
+    def opened(self) -> None:
+        super().opened()
+        # Refused now and not after the prompt is encoded.
         settings = self.folder_of(CONTROLNET).config(CONTROLNET.folder)
         if settings.get("_class_name", CONTROLNET.published_class) != CONTROLNET.published_class:
             raise CheckpointError(
@@ -70,23 +77,18 @@ class Flux1Controlnet(Flux1):
         width: int | None = None,
         guidance: float = 4.0,
         controlnet_strength: float = 1.0,
-        scheduler: str = "linear",
+        scheduler: str | None = None,
     ) -> GeneratedImage:
-        """Draw one picture.
+        """Generate one image.
 
         Args:
-            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
-            prompt: what to draw; encoded once and kept.
-            controlnet_image_path: the picture to follow; for a ControlNet of edges they are found in it.
-            num_inference_steps: 1 or more.
-            height, width: in pixels, rounded down to multiples of 16; None for the picture's own.
-            guidance: how closely to follow the prompt; models without guidance (schnell) have no use for it.
-            controlnet_strength: how closely to follow the picture; 0 is not at all.
-            scheduler: "linear", "flow_match_euler_discrete", or "package.module.Class".
+            seed, prompt, num_inference_steps, guidance, scheduler: as for `Flux1.generate_image`.
+            controlnet_image_path: the image to follow; for a ControlNet of edges they are found in it.
+            height, width: in pixels, rounded down to multiples of 16; None for the image's own.
+            controlnet_strength: how closely to follow the image; 0 is not at all.
 
         Raises:
-            MfluxError: sizes, steps, picture or weights are unusable; the message says which.
-            StopImageGenerationException: Ctrl-C, or a callback, stopped it.
+            as `Flux1.generate_image`.
         """
         source = Path(os.fsdecode(needed(controlnet_image_path, "controlnet_image_path (--controlnet-image-path)")))
         strength = values.real(controlnet_strength, "controlnet_strength")
@@ -103,36 +105,36 @@ class Flux1Controlnet(Flux1):
         )
 
         # 1. Encode the prompt
-        embeds = self.encode_prompt(prompt)
+        (encoded,) = self.encode_prompts(prompt)
 
-        # 2. Make the noise to start from, and the latents of the picture to follow
+        # 2. Make the noise to start from, and the latents of the image to follow
         latents = FluxLatentCreator.create_noise(seed, config.height, config.width)
         shown = picture(source, config.width, config.height)
         edges = PIL.Image.fromarray(canny(np.asarray(shown))) if self.model_config.is_canny() else None
         control = self.encode_image(shown if edges is None else edges.convert("RGB"), config.height, config.width)
 
         # 3. Denoise
-        predict = self.predictor(config, *embeds)
+        predict = self.predictor(config, encoded)
         asks = self.transformer_controlnet.config.guidance_embeds
-        common = {
-            "control": control.astype(embeds[0].dtype),
+        common: dict[str, Any] = {
+            "control": control.astype(encoded.embeds.dtype),
             "strength": strength,
-            "prompt_embeds": embeds[0],
-            "pooled_prompt_embeds": embeds[1],
+            "prompt_embeds": encoded.embeds,
+            "pooled_prompt_embeds": encoded.pooled,
             "image_ids": latent_image_ids(config.height // 16, config.width // 16),
             "guidance": mx.array([config.guidance]) if asks else None,
         }
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            seen = latents.astype(embeds[0].dtype)
+            seen = latents.astype(encoded.embeds.dtype)
             residuals = self.transformer_controlnet(seen, sigma=sigma[None], **common)
             return predict(latents, sigma, residuals=residuals)
 
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt, canny_image=edges)
 
         # 4. Decode
-        about = {"image_path": None, "controlnet_image_path": source}
+        about: dict[str, Any] = {"image_path": None, "controlnet_image_path": source}
         about["init_metadata"] = MetadataReader.read_all_metadata(source)
-        image = self.picture(config, latents, seed=seed, prompt=prompt, **about)
+        image = self.make_image(config, latents, seed=seed, prompt=prompt, **about)
         image.canny_image = edges
         return image

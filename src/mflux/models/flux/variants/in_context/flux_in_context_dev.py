@@ -1,4 +1,4 @@
-"""FLUX.1-dev with an In-Context LoRA: a picture in the manner of another one that stands beside it."""
+"""FLUX.1-dev with an In-Context LoRA: an image in the manner of another one beside it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
+from mflux.models.flux.pipeline import FluxPipeline
 from mflux.models.flux.sources import needed, refuse_strength
-from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils.generated_image import GeneratedImage
 
 
-class Flux1InContextDev(Flux1):
-    """FLUX.1-dev that draws the right one of two pictures, while the left one is held; see `Pipeline`.
+class Flux1InContextDev(FluxPipeline):
+    """FLUX.1-dev that generates the right one of two images, while the left one is held; see `Model`.
 
-    Source: Huang et al. 2024, https://arxiv.org/abs/2410.23775. The LoRA is the caller's; without one the two pictures
+    Source: Huang et al. 2024, https://arxiv.org/abs/2410.23775. The LoRA is the caller's; without one the two images
     have little to do with each other.
     """
 
@@ -30,26 +30,22 @@ class Flux1InContextDev(Flux1):
         guidance: float = 4.0,
         image_path: Path | str | None = None,
         image_strength: float | None = None,
-        scheduler: str = "linear",
+        scheduler: str | None = None,
     ) -> GeneratedImage:
-        """Draw one picture beside another.
+        """Generate an image beside another.
 
         Args:
-            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
-            prompt: what both pictures show; encoded once and kept.
-            num_inference_steps: 1 or more.
-            height, width: of one picture in pixels, rounded down to multiples of 16; None for the given one's own.
-            guidance: how closely to follow the prompt.
-            image_path: the left picture.
+            seed, num_inference_steps, guidance, scheduler: as for `Flux1.generate_image`.
+            prompt: what both images show; encoded once and kept.
+            height, width: of one image in pixels, rounded down to multiples of 16; None for the left one's own.
+            image_path: the left image.
             image_strength: refused.
-            scheduler: "linear", "flow_match_euler_discrete", or "package.module.Class".
 
         Returns:
-            Both pictures; `get_right_half` gives the one that was drawn.
+            Both images; `get_right_half` gives the one that was generated.
 
         Raises:
-            MfluxError: sizes, steps, picture or weights are unusable; the message says which.
-            StopImageGenerationException: Ctrl-C, or a callback, stopped it.
+            as `Flux1.generate_image`.
         """
         refuse_strength(image_strength)
         config = self.settings(
@@ -61,14 +57,15 @@ class Flux1InContextDev(Flux1):
             guidance=guidance,
             image_path=needed(image_path, "image_path (--reference-image)"),
             scheduler=scheduler,
+            side_by_side=2,
         )
+        width = config.width // 2
 
         # 1. Encode the prompt
-        embeds = self.encode_prompt(prompt)
+        (encoded,) = self.encode_prompts(prompt)
 
-        # 2. Make the noise to start from, and the latents of the left picture
-        reference = self.encode_image(config.image_path, config.height, config.width)
-        width, config.width = config.width, 2 * config.width
+        # 2. Make the noise to start from, and the latents of the left image
+        reference = self.encode_image(config.image_path, config.height, width)
         latent_size = config.height // 8, config.width // 8
         noise = mx.random.normal((1, 16, *latent_size), key=mx.random.key(seed))
         noise = FluxLatentCreator.pack_latents(noise, config.height, config.width)
@@ -79,17 +76,14 @@ class Flux1InContextDev(Flux1):
 
         left, left_noise = reference.reshape(1, rows, -1, reference.shape[-1]), left_and_right(noise)[0]
 
-        # 3. Denoise; the left picture is as noisy after each step as the right one
+        # 3. Denoise; the left image is as noisy after each step as the right one
         def hold(latents: mx.array, step: int) -> mx.array:
             sigma = config.scheduler.sigmas[step + 1]
             held = (1 - sigma) * left + sigma * left_noise
             return mx.concatenate([held, left_and_right(latents)[1]], axis=2).reshape(latents.shape)
 
-        predict = self.predictor(config, *embeds)
+        predict = self.predictor(config, encoded)
         latents = self.denoise(config, noise, predict, seed=seed, prompt=prompt, after_step=hold)
 
         # 4. Decode
-        image = self.picture(config, latents, seed=seed, prompt=prompt)
-        # What is to be said to draw it again.
-        image.width = width
-        return image
+        return self.make_image(config, latents, seed=seed, prompt=prompt, width=width)

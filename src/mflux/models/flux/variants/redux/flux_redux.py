@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.memory import LazyComponent, digest_of
 from mflux.models.flux.family import FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
-from mflux.models.flux.model.redux import SiglipConfig, SiglipProcessor
+from mflux.models.flux.model.redux import ReduxEmbedder, SiglipConfig, SiglipProcessor, SiglipVision
+from mflux.models.flux.pipeline import FluxPipeline, Prompt
 from mflux.models.flux.sources import refuse_strength
-from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.utils import values
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -21,29 +23,23 @@ from mflux.utils.image_util import ImageUtil
 _BASE = "black-forest-labs/FLUX.1-dev"
 
 
-class Flux1Redux(Flux1):
-    """FLUX.1-dev with FLUX.1-Redux-dev; see `Pipeline`.
+class Flux1Redux(FluxPipeline):
+    """FLUX.1-dev with FLUX.1-Redux-dev; see `Model`.
 
     Reference: diffusers' `FluxPriorReduxPipeline`, whose prompt embeds `FluxPipeline` draws with.
     """
 
     default_model = "dev-redux"
     components = (*FAMILY.components, IMAGE_ENCODER, IMAGE_EMBEDDER)
+    image_encoder: LazyComponent[SiglipVision]
+    image_embedder: LazyComponent[ReduxEmbedder]
 
     def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
         return super().resolve_folder(model_path or _BASE, model_config)
 
-    def __init__(
-        self,
-        quantize: int | None = None,
-        model_path: str | None = None,
-        lora_paths: list[str] | None = None,
-        lora_scales: list[float] | None = None,
-        bake_lora: bool = True,
-        model_config: ModelConfig | None = None,
-    ):
-        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
-        # Told now and not after the prompt is encoded.
+    def opened(self) -> None:
+        super().opened()
+        # Refused now and not after the prompt is encoded.
         folder = self.folder_of(IMAGE_ENCODER)
         settings = folder.root / "feature_extractor" / "preprocessor_config.json"
         self.processor = SiglipProcessor.from_dict(read_json(settings) if settings.is_file() else {}, source=settings)
@@ -62,24 +58,20 @@ class Flux1Redux(Flux1):
         guidance: float = 4.0,
         redux_image_strengths: list[float] | None = None,
         image_strength: float | None = None,
-        scheduler: str = "linear",
+        scheduler: str | None = None,
     ) -> GeneratedImage:
-        """Draw one picture.
+        """Generate one image.
 
         Args:
-            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
-            prompt: what to draw; encoded once and kept.
-            redux_image_paths: pictures to draw after, one or more.
-            num_inference_steps: 1 or more.
+            seed, prompt, num_inference_steps, scheduler: as for `Flux1.generate_image`.
+            redux_image_paths: images to generate after, one or more.
             height, width: in pixels, rounded down to multiples of 16; None for the model's own.
-            guidance: how closely to follow prompt and pictures.
-            redux_image_strengths: how much of each picture, in their order; 1 where there are fewer than pictures.
+            guidance: how closely to follow prompt and images.
+            redux_image_strengths: how much of each image, in their order; 1 where there are fewer than images.
             image_strength: refused.
-            scheduler: "linear", "flow_match_euler_discrete", or "package.module.Class".
 
         Raises:
-            MfluxError: sizes, steps, pictures or weights are unusable; the message says which.
-            StopImageGenerationException: Ctrl-C, or a callback, stopped it.
+            as `Flux1.generate_image`.
         """
         refuse_strength(image_strength)
         paths = list(redux_image_paths or ())
@@ -96,35 +88,38 @@ class Flux1Redux(Flux1):
             scheduler=scheduler,
         )
 
-        # 1. Encode the prompt, and the pictures behind it
-        embeds, pooled = self.encode_prompt(prompt)
-        pictures = [strength * self.encode_picture(path) for path, strength in zip(paths, strengths, strict=True)]
-        embeds = mx.concatenate([embeds, *(picture.astype(embeds.dtype) for picture in pictures)], axis=1)
+        # 1. Encode the prompt, and the images after it
+        (encoded,) = self.encode_prompts(prompt)
+        images = [
+            (strength * embeds).astype(encoded.embeds.dtype)
+            for embeds, strength in zip(self.encode_images(paths), strengths, strict=True)
+        ]
+        encoded = Prompt(mx.concatenate([encoded.embeds, *images], axis=1), encoded.pooled)
 
         # 2. Make the noise to start from
         latents = FluxLatentCreator.create_noise(seed, config.height, config.width)
 
         # 3. Denoise
-        latents = self.denoise(config, latents, self.predictor(config, embeds, pooled), seed=seed, prompt=prompt)
+        latents = self.denoise(config, latents, self.predictor(config, encoded), seed=seed, prompt=prompt)
 
         # 4. Decode
         about = {"redux_image_paths": paths, "redux_image_strengths": strengths}
-        return self.picture(config, latents, seed=seed, prompt=prompt, **about)
+        return self.make_image(config, latents, seed=seed, prompt=prompt, **about)
 
-    def encode_picture(self, path: Path | str) -> mx.array:
-        """Prompt embeds (1, patches, D) of a picture, from the cache if it was seen."""
-        picture = ImageUtil.load_image(path)
-        key = picture.size, picture.tobytes()
-        if key not in self.prompt_cache:
-            self.enter("encode")
-            encoder = self.image_encoder
-            states = encoder(self.processor(picture, encoder.config))
-            embeds = self.image_embedder(states)
-            mx.eval(embeds)
-            del encoder
-            self.encoded("image_encoder", "image_embedder")
-            self.prompt_cache[key] = embeds
-        return self.prompt_cache[key]
+    def encode_images(self, paths: Sequence[Path | str]) -> list[mx.array]:
+        """Prompt embeds (1, patches, D) of each image."""
+        images = [ImageUtil.load_image(path) for path in paths]
+        keys = [digest_of(image) for image in images]
+        by_key = dict(zip(keys, images, strict=True))
+
+        def encode(missing: list[bytes]) -> Iterator[mx.array]:
+            for key in missing:
+                states = self.image_encoder(self.processor(by_key[key], self.image_encoder.config))
+                embeds = self.image_embedder(states)
+                mx.eval(embeds)
+                yield embeds
+
+        return self.remembered(keys, encode, "image_encoder", "image_embedder")
 
 
 def settle_strengths(strengths: list[float] | None, pictures: int) -> list[float]:

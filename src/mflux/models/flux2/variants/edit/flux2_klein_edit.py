@@ -1,4 +1,4 @@
-"""FLUX.2 klein: editing, from a prompt and pictures."""
+"""FLUX.2 klein: editing, from a prompt and images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mflux.errors import ImageError, UsageError
 from mflux.models.common.networks.autoencoders import tiling
 from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
 from mflux.models.flux2.model.transformer import grid_ids
-from mflux.models.flux2.pipeline import Klein
+from mflux.models.flux2.pipeline import KleinPipeline
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
 
@@ -24,8 +24,8 @@ LARGEST_AREA = 1024 * 1024
 TIME = 10
 
 
-class Flux2KleinEdit(Klein):
-    """Draws from a prompt and pictures; see `Klein`.
+class Flux2KleinEdit(KleinPipeline):
+    """Generates from a prompt and images; see `KleinPipeline`.
 
     Reference classes: diffusers' `Flux2KleinPipeline`, and `Flux2KleinKVPipeline` for klein 9B KV.
     """
@@ -40,26 +40,18 @@ class Flux2KleinEdit(Klein):
         guidance: float = 1.0,
         image_paths: list[Path | str] | None = None,
         image_strength: float | None = None,
-        scheduler: str = "flow_match_euler_discrete",
+        scheduler: str | None = None,
         use_kv_cache: bool | None = None,
     ) -> GeneratedImage:
-        """Draw one picture.
+        """Generate one image; arguments and errors are those of `Flux2Klein.generate_image` but for these.
 
         Args:
-            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
-            prompt: what to make of the pictures; encoded once and kept.
-            num_inference_steps: 1 or more; 4 for the distilled models, 50 for the base models.
-            height, width: in pixels, rounded down to multiples of 16; None for the first picture's, or 1024.
-            guidance: above 1, classifier-free guidance for the base models; each step takes twice as long.
-            image_paths: the pictures, each of a size of its own; none draws from the prompt alone.
+            prompt: what to make of the images; encoded once and kept.
+            height, width: in pixels, rounded down to multiples of 16; None for the first image's, or 1024.
+            image_paths: the images, each of a size of its own; none generates from the prompt alone.
             image_strength: not for editing, which starts from noise; None or 0.
-            scheduler: "flow_match_euler_discrete" as published, "linear", or "package.module.Class".
-            use_kv_cache: whether the pictures pass through the model once instead of in each step; None for what the
+            use_kv_cache: whether the images pass through the model once instead of in each step; None for what the
                 model was trained for. It is faster, and right for klein 9B KV only.
-
-        Raises:
-            MfluxError: sizes, steps, pictures or weights are unusable; the message says which.
-            StopImageGenerationException: Ctrl-C, or a callback, stopped it.
         """
         if image_strength:
             raise UsageError("editing starts from noise: leave image_strength out, or draw with Flux2Klein")
@@ -77,26 +69,25 @@ class Flux2KleinEdit(Klein):
         pictures = [reference_picture(ImageUtil.load_image(path), path) for path in image_paths]
 
         # 1. Encode the prompt
-        prompts = self.encode_prompts(prompt, config.guidance)
+        encoded = self.encode_prompts(*self.prompts_of(prompt, config.guidance))
 
-        # 2. Make the latents: noise to start from, and the pictures
+        # 2. Make the latents: noise to start from, and the images
         latents = Flux2LatentCreator.create_noise(seed, config.height, config.width)
         beside = self.encode_references(pictures) if pictures else None
 
         # 3. Denoise
         kept = None
         if beside is not None and (self.keeps_references if use_kv_cache is None else use_kv_cache):
-            dtype = prompts[0].embeds.dtype
+            dtype = encoded[0].embeds.dtype
             kept = self.transformer.keep(beside[0].astype(dtype), beside[1], dtype)
             mx.eval(kept)
             beside = None
-        size = config.height // SIDE, config.width // SIDE
-        velocity = self.velocity(prompts, config.guidance, size, beside=beside, references=kept)
+        velocity = self.predictor(config, *encoded, beside=beside, references=kept)
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
         del velocity, kept, beside
 
         # 4. Decode
-        return self.picture(
+        return self.make_image(
             config,
             latents,
             seed=seed,

@@ -1,10 +1,9 @@
-"""Qwen-Image-Edit: pictures changed, or put together, as words say."""
+"""Qwen-Image-Edit: images changed, or put together, as words say."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import PIL.Image
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
-from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.memory import LazyComponent, digest_of
+from mflux.models.common.networks.qwen2_5_vl import Qwen25VLEncoder
 from mflux.models.common.tokenizers.qwen import chat
 from mflux.models.qwen.family import EDIT_COMPONENTS
 from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
 from mflux.models.qwen.model.picture_processor import PictureProcessor
-from mflux.models.qwen.variants.txt2img.qwen_image import NOTHING, QwenBase
+from mflux.models.qwen.pipeline import NOTHING, QwenPipeline
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
 
@@ -38,26 +38,18 @@ _GRID = 32
 _FIRST_RELEASE = "QwenImageEditPipeline"
 
 
-class QwenImageEdit(QwenBase):
-    """Qwen-Image-Edit 2509 and 2511, which take several pictures, and the first release, which takes one; see
-    `Pipeline`.
+class QwenImageEdit(QwenPipeline):
+    """Qwen-Image-Edit 2509 and 2511, which take several images, and the first release, which takes one; see `Model`.
 
     The model's folder says which of them it is: `model_index.json` and the transformer's `zero_cond_t`.
     """
 
     components = EDIT_COMPONENTS
     default_model = "qwen-image-edit"
+    text_encoder: LazyComponent[Qwen25VLEncoder]
 
-    def __init__(
-        self,
-        quantize: int | None = None,
-        model_path: str | None = None,
-        lora_paths: list[str] | None = None,
-        lora_scales: list[float] | None = None,
-        bake_lora: bool = True,
-        model_config: ModelConfig | None = None,
-    ):
-        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+    def opened(self) -> None:
+        super().opened()
         index, processor = self.root / "model_index.json", self.root / "processor" / "preprocessor_config.json"
         self.takes_one = index.is_file() and read_json(index).get("_class_name") == _FIRST_RELEASE
         self.processor = PictureProcessor.from_dict(
@@ -81,26 +73,17 @@ class QwenImageEdit(QwenBase):
         width: int | None = None,
         guidance: float = 4.0,
         image_path: Path | str | None = None,
-        scheduler: str = "linear",
+        scheduler: str | None = None,
         negative_prompt: str | None = None,
     ) -> GeneratedImage:
-        """Draw one picture.
+        """Edit images; arguments and errors are those of `QwenImage.generate_image` but for these.
 
         Args:
-            seed: 0 to 2^64 - 1; the same seed and settings give the same picture.
-            prompt: what to change; encoded once for the same pictures and kept.
-            image_paths: the pictures to start from, which the prompt may call Picture 1, Picture 2, …
-            num_inference_steps: 1 or more.
+            prompt: what to change; encoded once for the same images and kept.
+            image_paths: the images to start from, which the prompt may call Picture 1, Picture 2, …
             height, width: in pixels, rounded down to multiples of 16; None for about a million pixels in the shape of
-                the last picture.
-            guidance: how far to go away from the negative prompt; each step takes two passes above 1, one otherwise.
-            image_path: a picture whose shape is taken instead of the last one's.
-            scheduler: "linear", "flow_match_euler_discrete", "lightning", or "package.module.Class".
-            negative_prompt: what not to draw; a single space if nothing is said.
-
-        Raises:
-            MfluxError: sizes, steps, pictures or weights are unusable; the message says which.
-            StopImageGenerationException: Ctrl-C, or a callback, stopped it.
+                the last image.
+            image_path: an image whose shape is taken instead of the last one's.
         """
         pictures = self._pictures(image_paths)
         shape = pictures[-1] if image_path is None else ImageUtil.load_image(image_path)
@@ -117,8 +100,7 @@ class QwenImageEdit(QwenBase):
 
         # 1. Encode the prompts together with the pictures
         prompts = [prompt, negative_prompt or NOTHING] if config.guidance > 1 else [prompt]
-        positive, *negative = self.encode_prompts(prompts, pictures)
-        embeds = positive, negative[0] if negative else None
+        encoded = self.encode_prompts(*prompts, images=pictures)
 
         # 2. Make the latents to start from, and those of the pictures
         latents = QwenLatentCreator.create_noise(seed, config.height, config.width)
@@ -128,15 +110,12 @@ class QwenImageEdit(QwenBase):
         ]
 
         # 3. Denoise
-        grids = [(config.height // 16, config.width // 16), *((height // 16, width // 16) for width, height in sizes)]
-
-        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            return self.velocity(mx.concatenate([latents, *sources], axis=1), sigma, embeds, config.guidance, grids)
-
+        grids = [(height // 16, width // 16) for width, height in sizes]
+        velocity = self.predictor(config, *encoded, sources=sources, source_grids=grids)
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
 
         # 4. Decode
-        return self.picture(
+        return self.make_image(
             config,
             latents,
             seed=seed,
@@ -161,24 +140,20 @@ class QwenImageEdit(QwenBase):
             )
         return [ImageUtil.load_image(path) for path in paths]
 
-    def encode_prompts(self, prompts: Sequence[str], pictures: Sequence[PIL.Image.Image]) -> list[mx.array]:
-        """Embeddings (1, L, D) of prompts about pictures, from the cache where they were seen."""
-        about = tuple(
-            hashlib.sha256(picture.tobytes()).digest() + bytes(str(picture.size), "ascii") for picture in pictures
-        )
-        if any((prompt, about) not in self.prompt_cache for prompt in prompts):
-            self.enter("encode")
-            seen = [
-                self.processor(ImageUtil.scale_to_dimensions(picture, *self._shown(picture))) for picture in pictures
-            ]
+    def encode_prompts(self, *prompts: str, images: Sequence[PIL.Image.Image]) -> list[mx.array]:
+        """Embeddings (1, L, D) of prompts about images."""
+
+        def encode(missing: list[tuple[str, tuple[bytes, ...]]]) -> Iterator[mx.array]:
+            seen = [self.processor(ImageUtil.scale_to_dimensions(image, *self._shown(image))) for image in images]
             patches, grids = mx.array(np.concatenate([cut for cut, _ in seen])), [grid for _, grid in seen]
-            for prompt in prompts:
+            for prompt, _ in missing:
                 ids = self._ids(prompt, grids)
                 embeds = self.text_encoder(ids, patches, grids, image_token=self.image_token)[:, _TEMPLATE_TOKENS:]
                 mx.eval(embeds)
-                self.prompt_cache[prompt, about] = embeds
-            self.encoded("text_encoder")
-        return [self.prompt_cache[prompt, about] for prompt in prompts]
+                yield embeds
+
+        about = tuple(digest_of(image) for image in images)
+        return self.remembered([(prompt, about) for prompt in prompts], encode, "text_encoder")
 
     def _shown(self, picture: PIL.Image.Image) -> tuple[int, int]:
         return fitted(picture, _AREA if self.takes_one else _SHOWN_AREA)

@@ -10,13 +10,16 @@ import numpy as np
 from mflux.backend import mx
 from mflux.errors import NotBuiltError
 from mflux.models.common.config.model_config import ModelConfig
-from mflux.models.common.memory import timed
+from mflux.models.common.memory import LazyComponent, timed
+from mflux.models.common.model import key_in_registry
 from mflux.models.common.networks.autoencoders import tiling
-from mflux.models.common.pipeline import Pipeline, key_in_registry
+from mflux.models.common.pipeline import Pipeline
 from mflux.models.seedvr2 import colour
 from mflux.models.seedvr2.family import FAMILY
 from mflux.models.seedvr2.latent_creator.seedvr2_latent_creator import SeedVR2LatentCreator
 from mflux.models.seedvr2.layouts import TRANSFORMER_FILES, key_of, resolve_folder
+from mflux.models.seedvr2.model.autoencoder import SeedVR2Autoencoder
+from mflux.models.seedvr2.model.transformer import SeedVR2Transformer
 from mflux.models.seedvr2.sources import read_source, recorded
 from mflux.models.seedvr2.text import text_embeds
 from mflux.utils.generated_image import GeneratedImage
@@ -28,7 +31,7 @@ _NOISE = 1000
 
 
 class SeedVR2(Pipeline):
-    """SeedVR2 3B or 7B; see `Pipeline`. Encodes and decodes in tiles, unless `tiling_config` is None.
+    """SeedVR2 3B or 7B; see `Model`. Encodes and decodes in tiles, unless `tiling_config` is None.
 
     Source: Wang et al. 2025, https://arxiv.org/abs/2506.05301. Reference: github.com/numz/ComfyUI-SeedVR2_VideoUpscaler
     at 4490bd1, for a video of one frame.
@@ -37,11 +40,15 @@ class SeedVR2(Pipeline):
     family = FAMILY
     latent_creator = SeedVR2LatentCreator
     default_model = "seedvr2-3b"
+    transformer: LazyComponent[SeedVR2Transformer]
+    vae: LazyComponent[SeedVR2Autoencoder]
 
     def __init__(
         self, quantize: int | None = None, model_path: str | None = None, model_config: ModelConfig | None = None
     ):
         super().__init__(quantize, model_path, model_config=model_config)
+
+    def opened(self) -> None:
         # Which of the two it is the weights tell, whatever the folder is called.
         self.model_config = ModelConfig.from_name(key_of(self.folder))
         self.tiling_config = tiling.TilingConfig()
@@ -102,15 +109,15 @@ class SeedVR2(Pipeline):
         latents = self.denoise(config, latents, velocity, seed=seed, prompt="")
 
         # 4. Decode, and give it the source's colours
-        self.enter("decode")
+        self.make_room_for("decode")
         with timed("decode"):
             decoded = self.decode(latents, config)
         with timed("colours"):
             seen = np.s_[:, : source.height, : source.width]
             drawn = colour.correct(np.array(decoded[0].astype(mx.float32))[seen], np.array(pixels[0])[seen])
         parameters = {"resolution": recorded(resolution), "softness": float(softness) or None}
-        image = self.finished(config, mx.array(drawn)[None], seed=seed, prompt="", parameters=parameters)
-        image.width, image.height = source.width, source.height
+        size = {"width": source.width, "height": source.height}
+        image = self.finished(config, mx.array(drawn)[None], seed=seed, prompt="", parameters=parameters, **size)
         image.image = source.dressed(image.image)
         return image
 

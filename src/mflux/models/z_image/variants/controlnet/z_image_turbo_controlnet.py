@@ -14,12 +14,13 @@ from mflux.hub import fetch_file
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.controls.canny import canny
 from mflux.models.common.family import Component
-from mflux.models.common.memory import give_back_memory
+from mflux.models.common.memory import LazyComponent, give_back_memory
 from mflux.models.z_image.family import COMPONENTS, CONTROLNET
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.layouts import ZImageFolder
+from mflux.models.z_image.model.controlnet import ZImageControlNet
+from mflux.models.z_image.pipeline import ZImagePipeline
 from mflux.models.z_image.variants.controlnet.control_types import ControlSpec, ControlType
-from mflux.models.z_image.variants.z_image import ZImage
 from mflux.utils import values
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -28,8 +29,8 @@ from mflux.utils.paths import recorded_file
 BUILT = (ControlType.canny, ControlType.depth)
 
 
-class ZImageTurboControlnet(ZImage):
-    """Z-Image-Turbo and a Union ControlNet; see `ZImage`.
+class ZImageTurboControlnet(ZImagePipeline):
+    """Z-Image-Turbo and a Union ControlNet; see `ZImagePipeline`.
 
     The ControlNet is that of the model's folder (`controlnet/`), or else the file in the repository
     `model_config.controlnet_model` that is called like it.
@@ -37,6 +38,7 @@ class ZImageTurboControlnet(ZImage):
 
     components = (*COMPONENTS, CONTROLNET)
     default_model = "z-image-turbo-controlnet-union-2.1"
+    controlnet: LazyComponent[ZImageControlNet]
 
     def __init__(
         self,
@@ -106,9 +108,8 @@ class ZImageTurboControlnet(ZImage):
             controlnet_strength=strength,
         )
 
-        # 1. Encode the prompt, and what the control pictures show
-        prompt_embeds = self.encode_prompt(prompt)
-        self.encoded("text_encoder")
+        # 1. Encode the prompt, and what the control images show
+        (encoded,) = self.encode_prompts(prompt)
         images = [control_image(control, config.width, config.height) for control in controls]
         latents_of_controls = [self.encode_pixels(ImageUtil.to_array(image)) for image in images]
 
@@ -116,18 +117,19 @@ class ZImageTurboControlnet(ZImage):
         latents = ZImageLatentCreator.create_noise(seed, config.height, config.width)
 
         # 3. Denoise
-        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            hints: dict[int, mx.array] = {}
+        def hints(latents: mx.array, sigma: mx.array) -> dict[int, mx.array]:
+            summed: dict[int, mx.array] = {}
             for control, control_latents in zip(controls, latents_of_controls, strict=True):
-                found = self.hints(latents, sigma, prompt_embeds, control_latents, strength * control.strength)
+                found = self.hints(latents, sigma, encoded, control_latents, strength * control.strength)
                 for place, hint in found.items():
-                    hints[place] = hints[place] + hint if place in hints else hint
-            return -self.predict(latents, sigma, prompt_embeds, hints=hints)
+                    summed[place] = summed[place] + hint if place in summed else hint
+            return summed
 
+        velocity = self.predictor(config, encoded, hints=hints)
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt, control_images=images)
 
         # 4. Decode
-        return self.picture(
+        return self.make_image(
             config,
             latents,
             seed=seed,

@@ -1,0 +1,439 @@
+"""A model that is loaded by stages: its folder, its components, its LoRAs.
+
+Generating an image, checking a folder and saving a model all start from here; what lies between a prompt and an image
+is in `pipeline.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from mflux.backend import has_gpu, mx, nn, tree_flatten
+from mflux.checkpoints.loading import build, load_component
+from mflux.checkpoints.published import Alone, PublishedFolder
+from mflux.checkpoints.quantization import Quantization
+from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
+from mflux.errors import CheckpointError, UsageError
+from mflux.hub import resolve_model
+from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig, check_is_somewhere
+from mflux.models.common.family import STAGES, Component, Family, families, load_object
+from mflux.models.common.lora.library import find_lora, settle_scales
+from mflux.models.common.lora.reading import LoraNames, Loras
+from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
+from mflux.models.common.saved_model import FILE_NAME, record
+from mflux.utils.paths import user_path
+
+
+class Model:
+    """Base of the classes that generate. Components are attributes that load when they are first read.
+
+    Args:
+        quantize: 3, 4, 5, 6 or 8 bits for the weights of linear layers and embeddings, quantized while they load.
+        model_path: a folder or Hugging Face repository to take the weights from instead of the model's own.
+        lora_paths: LoRAs to apply one after the other: files, names from LORA_LIBRARY_PATH, or files on Hugging Face,
+            see `find_lora`.
+        lora_scales: how much of each: 0 is nothing, 1 (where none is given) as it was trained.
+        bake_lora: add them to the weights while these load; weights that are stored quantized stay as they are, and
+            LoRAs are computed beside them in each step.
+        model_config: which model; the class's `default_model` by default.
+
+    Attributes:
+        family: the family whose table describes the model.
+        components: the family's, and what a subclass adds to them. Each has a `LazyComponent` of its name, which a
+            subclass declares with the component's type.
+        default_model: a key of the registry.
+        latents: channels of the latents, pixels along a side of each, and channels of a token that the transformer
+            takes (None: the class checks them itself), which a folder's parts must agree on.
+        keep: which components stay in memory past their stage.
+        compute_precision: what attention and feed-forwards are computed in, for families that offer it; None is the
+            weights' own.
+        vae_full_precision: encode and decode in float32, whatever the weights are stored in, and the whole image at
+            once.
+
+    Raises:
+        DownloadError: the weights cannot be had.
+        CheckpointError: the folder is not a model of this kind, or a LoRA is not for this model.
+        UsageError: no such number of bits, or more scales than LoRAs.
+    """
+
+    family: ClassVar[Family]
+    components: ClassVar[tuple[Component, ...]] = ()
+    default_model: ClassVar[str]
+    latents: ClassVar[tuple[int, int, int | None] | None] = None
+    compute_precision: mx.Dtype | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "family" in cls.__dict__ and "components" not in cls.__dict__:
+            cls.components = cls.family.components
+        for component in cls.components:
+            lazy: LazyComponent[nn.Module] = LazyComponent(partial(_load, component))
+            lazy.__set_name__(cls, component.name)
+            setattr(cls, component.name, lazy)
+
+    def __init__(
+        self,
+        quantize: int | None = None,
+        model_path: str | None = None,
+        lora_paths: list[str] | None = None,
+        lora_scales: list[float] | None = None,
+        bake_lora: bool = True,
+        model_config: ModelConfig | None = None,
+    ):
+        asked = Quantization.asked(quantize)
+        scales = settle_scales(lora_scales, len(lora_paths or ()))
+        # Found before the model is, which may be a long download.
+        lora_files = [find_lora(str(path)) for path in lora_paths or ()]
+        # With the settings of mflux 0.24; `model_config` has the checkpoint's schedule.
+        self.registered = model_config or ModelConfig.from_name(self.default_model)
+        self._folders: dict[str, PublishedFolder] = {}
+        # What does not come from the model's folder, and where it comes from.
+        self._sources: dict[str, str] = {}
+        self.root = self.resolve_folder(model_path, self.registered)
+        self.folder = self.open_folder()
+        self.folder.overrides["transformer"] = self.registered.transformer_overrides
+        self.check_folder()
+        self.model_path = model_path
+        self.model_config = self.registered.with_scheduler(self.folder.scheduler())
+        stored = self.folder_of(self.component("transformer")).stored("transformer")
+        # What the images say: a folder that is quantized stays as it is, whatever is asked for.
+        self.bits = stored.bits if stored else asked.bits if asked else None
+        self._quantize = quantize
+        self.prompt_cache = Encoded()
+        self.keep = Keep()
+        self.vae_full_precision = False
+        self._take_loras(lora_paths or [], lora_files, scales, bake_lora)
+        self.opened()
+
+    def opened(self) -> None:
+        """Read what a class needs beside its components, once the folder is known to be sound."""
+
+    @classmethod
+    def from_name(cls, model_name: str, quantize: int | None = None) -> Self:
+        """A built-in model by its name or alias."""
+        return cls(model_config=ModelConfig.from_name(model_name), quantize=quantize)
+
+    @property
+    def key(self) -> str:
+        """The registry's name of this model, or of the one it derives from."""
+        return key_in_registry(self.model_config)
+
+    # ---- the folder
+
+    def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
+        """The folder with the model's components, downloaded if need be.
+
+        Raises:
+            DownloadError: it cannot be had.
+        """
+        if model_path is None and model_config.model_name == "demo":
+            from mflux.demo import checkpoint_folder
+
+            return checkpoint_folder()
+        own = [component for component in self.components if component.repository is None]
+        return resolve(model_path or model_config.model_name, own, self.family.beside)
+
+    def open_folder(self) -> PublishedFolder:
+        """The model's folder, of whichever layout it is."""
+        return open_folder(self.root, self.family)
+
+    def check_folder(self) -> None:
+        """
+        Raises:
+            CheckpointError: the folder holds a model of another kind, or parts of different ones.
+        """
+        for component in self.components:
+            if component.published_class and component.repository is None and self.folder.has(component.folder):
+                kind = self.folder.config(component.folder).get("_class_name", component.published_class)
+                if kind != component.published_class:
+                    raise CheckpointError(
+                        f"{self.root} holds a {kind}, not a {self.family.title} {component.name}: {_who_draws(kind)}"
+                    )
+        if self.latents is not None:
+            self._check_latents(*self.latents)
+
+    def _check_latents(self, channels: int, side: int, token: int | None) -> None:
+        vae = self.configuration("vae")
+        taken = self.transformer_settings().get("in_channels", token)
+        if (*vae.latents, taken if token else None) == (channels, side, token):
+            return
+        has, pixels = vae.latents
+        also, ours = (f" and a transformer that takes {taken}", f", {token} a token") if token else ("", "")
+        raise CheckpointError(
+            f"{self.root} holds an autoencoder with {has} latent channels for every {pixels} pixels of a side{also}; "
+            f"{self.family.title}'s has {channels} for every {side}{ours}: put the folders of one model there"
+        )
+
+    def component(self, name: str) -> Component:
+        """One of `components`, by name."""
+        return next(component for component in self.components if component.name == name)
+
+    def folder_of(self, component: Component) -> PublishedFolder:
+        """Where a component lies: in the model's folder, or where that has none, in a repository of its own.
+
+        Raises:
+            DownloadError: the repository cannot be had.
+        """
+        if component.repository is None or self.folder.has(component.folder):
+            return self.folder
+        name = getattr(self.model_config, component.repository, None) or component.repository
+        return self.elsewhere(component, name, at_root=component.at_root)
+
+    def elsewhere(self, component: Component, name: str, *, at_root: bool) -> PublishedFolder:
+        """A folder or repository with a component that does not lie in the model's folder.
+
+        Args:
+            at_root: whether its files lie there without a folder of their own.
+
+        Raises:
+            DownloadError: it cannot be had.
+        """
+        if component.name not in self._folders:
+            root = resolve(name, [replace(component, folder="") if at_root else component], component.beside)
+            self._folders[component.name] = Alone(root) if at_root else PublishedFolder(root)
+            self._sources[component.folder] = name
+        return self._folders[component.name]
+
+    def transformer_settings(self) -> dict[str, Any]:
+        """The transformer's `config.json`."""
+        component = self.component("transformer")
+        return self.folder_of(component).config(component.folder)
+
+    def configuration(self, name: str) -> Any:
+        """A component's configuration, a `ComponentConfig`, without loading it.
+
+        Raises:
+            CheckpointError: it asks for something that cannot be built.
+        """
+        component = self.component(name)
+        folder = self.folder_of(component)
+        source = folder.root / component.folder / "config.json"
+        config_class: type[ComponentConfig] = component.module_class().config_class
+        return config_class.from_dict(folder.config(component.folder), source=source)
+
+    # ---- components
+
+    def load(self, component: Component, *, keep_dtypes: bool = False) -> nn.Module:
+        """A component, filled from its folder, with its LoRAs."""
+        folder = self.folder_of(component)
+        part = component.folder
+        module_class = component.module_class()
+        if keep_dtypes:
+            # What a class leaves out because no image needs it belongs into a folder that others read as well.
+            module_class = getattr(module_class, "saved_class", module_class)
+        dtype = getattr(mx, component.dtype) if component.dtype and has_gpu() else None
+        full = self.vae_full_precision and component.name == "vae"
+        load = partial(
+            load_component,
+            module_class,
+            folder.root / part,
+            dtype=mx.float32 if full and not keep_dtypes else dtype,
+            quantize=self._quantize,
+            keep_dtypes=keep_dtypes and dtype is None,
+            config=folder.config(part),
+            tensors=folder.tensors(part),
+        )
+        if self._loras is None:
+            module = load()
+        else:
+            module = self._loras.apply(
+                part, lambda adjust: load(adjust=adjust), bake=self.bake_lora, to_save=keep_dtypes
+            )
+        if self.compute_precision is not None and component.stage == "denoise" and not keep_dtypes:
+            module.compute_in(self.compute_precision)
+        return module
+
+    def set_loras(self, paths: list[str] | None, scales: list[float] | None = None, bake: bool = True) -> None:
+        """Apply other LoRAs than before, or none; components that LoRAs change are loaded anew when they are needed.
+
+        Args:
+            paths, scales, bake: as `lora_paths`, `lora_scales` and `bake_lora`.
+
+        Raises:
+            DownloadError: a LoRA cannot be had.
+            CheckpointError: it is not for this model.
+            UsageError: more scales than LoRAs.
+        """
+        settled = settle_scales(scales, len(paths or ()))
+        self._take_loras(paths or [], [find_lora(str(path)) for path in paths or ()], settled, bake)
+        changed = [component for component in self.components if component.lora]
+        release(self, *(component.name for component in changed if is_loaded(self, component.name)))
+        if any(component.stage == "encode" for component in changed):
+            self.prompt_cache.clear()
+
+    def _take_loras(self, paths: list[str], files: list[Path], scales: list[float], bake: bool) -> None:
+        # As they were asked for: what an image says of them means the same on another machine.
+        loras = self._match_loras(files, scales) if files else None
+        self.lora_paths = [str(path) for path in paths] or None
+        self.lora_scales = scales or None
+        self.bake_lora = bake
+        self._lora_files = files
+        self._loras = loras
+
+    def _match_loras(self, files: list[Path], scales: list[float]) -> Loras:
+        if self.family.lora is None:
+            raise UsageError(f"{self.family.title} takes no LoRAs: leave lora_paths (--lora) out")
+        modules = {}
+        for component in self.components:
+            if component.lora:
+                # Its arrays are never computed: only the layers' names and shapes are needed.
+                folder, part = self.folder_of(component), component.folder
+                modules[part] = build(
+                    component.module_class(),
+                    folder.config(part),
+                    folder.tensors(part),
+                    source=folder.root / part / "config.json",
+                )
+        names: LoraNames = load_object(self.family.lora)
+        return Loras(files, scales, spellings=names.spellings, layouts=names.layouts, modules=modules)
+
+    def make_room_for(self, stage: str) -> None:
+        """Release the components that `keep` does not hold past the beginning of a stage."""
+        later = STAGES[STAGES.index(stage) + 1 :]
+        if stage == "encode" and not self.keep.transformer:
+            self.release_stages(*later)
+        elif stage == "decode" and not self.keep.for_next_image:
+            self.release_stages("encode", "denoise")
+
+    def release_encoders(self, *names: str) -> None:
+        """Release text encoders that have done their work, unless they are to be kept."""
+        if not self.keep.text_encoders:
+            release(self, *(name for name in names if is_loaded(self, name)))
+
+    def release_stages(self, *stages: str) -> None:
+        """Release every loaded component of these stages."""
+        names = [component.name for component in self.components if component.stage in stages]
+        release(self, *(name for name in names if is_loaded(self, name)))
+
+    def loaded(self) -> dict[str, nn.Module]:
+        """The components that are in memory, by name; asking loads none."""
+        names = [component.name for component in self.components]
+        return {name: getattr(self, name) for name in names if is_loaded(self, name)}
+
+    def named_modules(self) -> list[tuple[str, Any]]:
+        """All modules of the loaded components with their paths, as MLX's modules have it."""
+        modules: list[tuple[str, Any]] = [("", self)]
+        for name, component in self.loaded().items():
+            modules += [(f"{name}.{path}" if path else name, module) for path, module in component.named_modules()]
+        return modules
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of the loaded components, nested by name."""
+        return {name: component.parameters() for name, component in self.loaded().items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
+        """The parameters of the loaded components with their paths."""
+        yield from tree_flatten(self.parameters())
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """As `parameters`; nothing here is trained."""
+        return self.parameters()
+
+    @property
+    def training(self) -> bool:
+        return False
+
+    def freeze(self, **_: Any) -> Self:
+        """Returns itself: components are frozen from the start."""
+        return self
+
+    # ---- saving
+
+    def save_model(self, base_path: str) -> None:
+        """Write the model to a folder in the published layout, quantized if it is, with its LoRAs in the weights.
+
+        Components are released, then loaded, written and released one after the other. Floats keep the dtype that
+        they were stored in. The folder takes its name when all is written; otherwise there is none.
+
+        Args:
+            base_path: the folder, which must not exist or must be empty.
+
+        Raises:
+            OutputError: it exists, cannot be written, or the disk has too little room.
+            CheckpointError: there are LoRAs, and the weights are stored quantized.
+        """
+        self.release_stages(*STAGES)
+        wanted = Quantization.asked(self._quantize)
+        needed = sum(
+            estimated_bytes(
+                self.folder_of(part).tensors(part.folder), wanted, getattr(part.module_class(), "least_bits", None)
+            )
+            for part in self.components
+        )
+        with new_folder(user_path(base_path), needed=needed) as target:
+            for part in self.components:
+                with timed(f"save {part.folder}") as note:
+                    component = self.load(part, keep_dtypes=True)
+                    config = self.folder_of(part).config(part.folder)
+                    size = save_component(component, target / part.folder, config, stem=part.stem)
+                    note.append(f"{size / 1e9:.2f} GB")
+                    del component
+                    give_back_memory()
+                    copy_beside(self.folder_of(part).root, target, part.beside)
+            copy_beside(self.root, target, self.family.beside)
+            for path, content in self.folder.lacking().items():
+                write_json(target / path, content)
+            content = record(
+                key=self.key,
+                source=self.model_path,
+                root=self.root,
+                bits=self.bits,
+                size=size_of(target),
+                loras=list(zip(self.lora_paths or (), self.lora_scales or (), self._lora_files, strict=True)),
+                sources={
+                    part.folder: (self._sources[part.folder], self.folder_of(part).root)
+                    for part in self.components
+                    if part.folder in self._sources
+                },
+            )
+            write_json(target / FILE_NAME, content)
+
+
+def _load(component: Component, model: Model) -> nn.Module:
+    return model.load(component)
+
+
+def key_in_registry(model_config: ModelConfig) -> str:
+    """The registry's name of a model. Its aliases tell: several models share a repository."""
+    return next(key for key, model in AVAILABLE_MODELS.items() if model.aliases == model_config.aliases)
+
+
+def open_folder(root: Path, family: Family) -> PublishedFolder:
+    """A model's folder, of whichever layout it is."""
+    other = load_object(family.open_folder)(root) if family.open_folder else None
+    return PublishedFolder(root) if other is None else other
+
+
+def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> Path:
+    """The folder of a model in the published layout or in mflux 0.24's, downloaded if need be.
+
+    Raises:
+        DownloadError: it cannot be had.
+        ModelConfigError: the name is no folder's and no repository's.
+    """
+    check_is_somewhere(name)
+    # Most repositories also hold the transformer as one file in another layout.
+    parts = [f"{component.folder}/" if component.folder else "" for component in components]
+    files = [entry if "." in entry else f"{entry}/*" for entry in beside]
+    files += [f"{part}*{ending}" for part in parts for ending in (".json", ".safetensors")]
+
+    def required(settings: str) -> list[str]:
+        return [f"{part}{file}" for part in parts for file in (settings, "*.safetensors")]
+
+    # What mflux 0.24 saved has no configurations.
+    saved_by_024 = required("model.safetensors.index.json")
+    return resolve_model(name, files, required=required("config.json"), alternatives=[saved_by_024])
+
+
+def _who_draws(kind: str) -> str:
+    """Which command draws with a component of that published class, as the end of a sentence."""
+    for family in families().values():
+        if any(component.published_class == kind for component in family.components) and family.commands:
+            return f"mflux-{family.commands[0].name} draws with it"
+    return "another command draws with it"

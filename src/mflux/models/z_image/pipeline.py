@@ -1,0 +1,183 @@
+"""What Z-Image and its ControlNet share: a folder in either layout, prompts, and a step's prediction."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mflux.backend import mx
+from mflux.checkpoints.published import PublishedFolder
+from mflux.errors import UsageError
+from mflux.models.common.config.config import Config
+from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.memory import LazyComponent
+from mflux.models.common.model import resolve
+from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.pipeline import Pipeline, Velocity
+from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
+from mflux.models.z_image.family import FAMILY
+from mflux.models.z_image.latent_creator import ZImageLatentCreator
+from mflux.models.z_image.layouts import BASE_SHIFT, TURBO_SHIFT, ZImageFolder, ZImageFolderOf024
+from mflux.models.z_image.model.text_encoder import ZImageTextEncoder
+from mflux.models.z_image.model.transformer import ZImageTransformer
+from mflux.utils.paths import is_file, user_path
+
+log = logging.getLogger(__name__)
+
+# What Z-Image's authors advise where nothing is said; Turbo has none.
+GUIDANCE = 4.0
+
+
+class ZImagePipeline(Pipeline):
+    """Base of Z-Image's classes; see `Model` for the arguments that all models have.
+
+    Args:
+        model_path: also a single file of the transformer, in ComfyUI's layout or the published one: the rest is then
+            taken from the model's own repository.
+        model_config: `ModelConfig.z_image_turbo()` by default.
+        float32: keep what passes between the transformer's layers in float32, as mflux up to 0.20 did.
+        compute_precision: `mx.float16` computes attention and feed-forwards in it; such a model cannot be saved.
+    """
+
+    family = FAMILY
+    latent_creator = ZImageLatentCreator
+    default_model = "z-image-turbo"
+    latents = (16, 8, 16)
+    text_encoder: LazyComponent[ZImageTextEncoder]
+    transformer: LazyComponent[ZImageTransformer]
+    vae: LazyComponent[AutoencoderKL]
+
+    def __init__(
+        self,
+        quantize: int | None = None,
+        model_path: str | None = None,
+        lora_paths: list[str] | None = None,
+        lora_scales: list[float] | None = None,
+        bake_lora: bool = True,
+        model_config: ModelConfig | None = None,
+        float32: bool = False,
+        compute_precision: mx.Dtype | None = None,
+    ):
+        if compute_precision is not None and compute_precision != mx.float16:
+            raise UsageError(f"compute_precision is {compute_precision}: it is mx.float16 or None")
+        self.float32 = float32
+        self.compute_precision = compute_precision
+        self._file: Path | None = None
+        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+
+    def opened(self) -> None:
+        self.tokenizer = qwen_tokenizer(self.root / "tokenizer")
+
+    # ---- the folder
+
+    def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
+        if model_path is None or not is_file(user_path(model_path)):
+            return super().resolve_folder(model_path, model_config)
+        self._file = user_path(model_path)
+        others = [part for part in self.components if part.name != "transformer" and part.repository is None]
+        return resolve(model_config.base_model or model_config.model_name, others, self.family.beside)
+
+    def open_folder(self) -> PublishedFolder:
+        folder = super().open_folder()
+        return folder if self._file is None else ZImageFolder(self.root, {"transformer": self._file})
+
+    def check_folder(self) -> None:
+        if isinstance(self.folder, ZImageFolderOf024):
+            self.folder.shift = BASE_SHIFT if self.registered.supports_guidance else TURBO_SHIFT
+        super().check_folder()
+
+    def save_model(self, base_path: str) -> None:
+        if self.compute_precision is not None:
+            raise UsageError("a model that computes in float16 cannot be saved: leave compute_precision out")
+        super().save_model(base_path)
+
+    def settings(self, *, scheduler: str | None = None, **settings: Any) -> Config:
+        """As `Pipeline.settings`; a schedule that is named is mflux 0.24's, and shifts as it did."""
+        config = super().settings(scheduler=scheduler, **settings)
+        if scheduler is not None:
+            config.model_config = self.registered
+        return config
+
+    def parameters_of(self, scheduler: str | None) -> dict[str, Any]:
+        """Settings for the image that not every family has."""
+        return {
+            "scheduler": scheduler,
+            "float32": self.float32,
+            "compute_precision": "float16" if self.compute_precision is not None else None,
+        }
+
+    def guidance_of(self, asked: float | None) -> float:
+        """What is taken for it: Turbo was made without."""
+        if self.registered.supports_guidance:
+            return GUIDANCE if asked is None else asked
+        if asked:
+            log.warning("guidance is ignored: Z-Image-Turbo was made without")
+        return 0.0
+
+    def inputs(self, sigma: mx.array, prompt_embeds: mx.array) -> tuple[mx.Dtype, mx.array]:
+        """What the transformer takes its latents in, and its time (1,)."""
+        return mx.float32 if self.float32 else prompt_embeds.dtype, ((1000 - 1000 * sigma) / 1000)[None]
+
+    def encode_prompts(self, *prompts: str) -> list[mx.array]:
+        """The text encoder's (1, T, D) of several prompts: T is as many tokens as each has, the chat template's
+        included, and 512 at most."""
+        return self.remembered(prompts, self._encode, "text_encoder")
+
+    def _encode(self, prompts: list[str]) -> Iterator[mx.array]:
+        length = self.model_config.max_sequence_length
+        for prompt in prompts:
+            text = chat(prompt)
+            if self.tokenizer.is_cut(text, max_length=length):
+                log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", length)
+            ids, mask = self.tokenizer([text], max_length=length, pad_to_longest=True)
+            (prompt_embeds,) = self.text_encoder(ids, mask)
+            mx.eval(prompt_embeds)
+            yield prompt_embeds
+
+    def predictor(
+        self,
+        config: Config,
+        positive: mx.array,
+        negative: mx.array | None = None,
+        *,
+        hints: Callable[[mx.array, mx.array], dict[int, mx.array]] | None = None,
+        normalization: float = 0.0,
+        truncation: float | None = None,
+    ) -> Velocity:
+        """The velocity of latents at a noise level, guided away from the negative prompt if there is one.
+
+        Args:
+            positive, negative: encoded prompts (1, T, D).
+            hints: gives what a ControlNet adds after layers of the transformer, by their numbers.
+            normalization: how long a guided prediction may be, as a multiple of the prompt's own; 0 is no limit.
+            truncation: from which time on (0 is noise, 1 the image) guidance stops.
+        """
+
+        def predict(latents: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
+            dtype, timestep = self.inputs(sigma, prompt_embeds)
+            more = {} if hints is None else {"hints": hints(latents, sigma)}
+            # The transformer predicts image - noise.
+            return self.transformer(
+                latents.astype(dtype), timestep=timestep, prompt_embeds=prompt_embeds, **more
+            ).astype(mx.float32)
+
+        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
+            towards = predict(latents, sigma, positive)
+            stopped = truncation is not None and 1 - sigma.item() > truncation
+            if negative is None or stopped:
+                return -towards
+            guided = towards + config.guidance * (towards - predict(latents, sigma, negative))
+            return -limited(guided, towards, normalization)
+
+        return velocity
+
+
+def limited(guided: mx.array, positive: mx.array, factor: float) -> mx.array:
+    """A guided prediction (1, C, H, W), no longer than `factor` times the prompt's own; 0 is no limit."""
+    if not factor:
+        return guided
+    longest = factor * mx.linalg.norm(positive.reshape(-1))
+    length = mx.linalg.norm(guided.reshape(-1))
+    return guided * mx.where(length > longest, longest / length, 1.0)
