@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import sys
+from typing import Any
 
 from mflux.optional import file_of, pip_command
 
@@ -75,6 +76,7 @@ __all__ = [
     "compute_dtype",
     "has_gpu",
     "mx",
+    "named_arrays",
     "nn",
     "settle_compiling",
     "tree_flatten",
@@ -132,3 +134,8 @@ def blas_advice() -> str | None:
 settle_compiling()
 if _TOO_LATE and (_advice := blas_advice()) is not None:
     log.warning(_advice)
+
+
+def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
+    """The arrays of nested dictionaries and lists, such as a module's parameters, by dotted paths."""
+    return list(tree_flatten(tree))

@@ -29,6 +29,9 @@ class GeneratedImage:
     model_path: str | None = None
     # Whether the prompt, a JSON object, goes beside the picture as `name.json`; set by the pipeline.
     prompt_beside: bool = False
+    # What was found in the source image and generated after, where that is so; set by the pipeline.
+    canny_image: PIL.Image.Image | None = None
+    depth_image: PIL.Image.Image | None = None
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class GeneratedImage:
         steps: int,
         guidance: float | None,
         precision: mx.Dtype,
-        quantization: int,
+        quantization: int | None,
         generation_time: float,
         lora_paths: list[str] | None = None,
         lora_scales: list[float] | None = None,

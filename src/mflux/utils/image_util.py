@@ -42,7 +42,7 @@ class ImageUtil:
         config: Config,
         seed: int,
         prompt: str,
-        quantization: int,
+        quantization: int | None,
         generation_time: float,
         lora_paths: list[str] | None = None,
         lora_scales: list[float] | None = None,
@@ -166,7 +166,9 @@ class ImageUtil:
         return expanded
 
     @staticmethod
-    def create_outpaint_mask_image(orig_width: int, orig_height: int, **create_bordered_image_kwargs):
+    def create_outpaint_mask_image(
+        orig_width: int, orig_height: int, **create_bordered_image_kwargs: Any
+    ) -> PIL.Image.Image:
         """A mask for `expand_image`: the margin white, to be painted; the picture black, to be kept."""
         return ImageUtil.create_bordered_image(
             orig_width,

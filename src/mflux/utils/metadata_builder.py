@@ -38,10 +38,10 @@ class MetadataBuilder:
     @staticmethod
     def save_arguments(metadata: dict[str, Any], picture_format: str) -> dict[str, Any]:
         """Keyword arguments for PIL's `save` that embed `metadata`; empty for a format that has no room for it."""
-        exif = PIL.Image.Exif()
-        exif[_EXIF_IFD] = {_USER_COMMENT: COMMENT_PREFIX + json.dumps(metadata).encode()}
+        settings = PIL.Image.Exif()
+        settings[_EXIF_IFD] = {_USER_COMMENT: COMMENT_PREFIX + json.dumps(metadata).encode()}
         # As bytes, which PIL takes for TIFF as well.
-        exif = exif.tobytes()
+        exif = settings.tobytes()
         if picture_format == "PNG":
             info = PIL.PngImagePlugin.PngInfo()
             info.add_itxt(XMP_KEY, MetadataBuilder.build_xmp_packet(metadata))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 from xml.etree import ElementTree
 
 import PIL.Image
@@ -73,6 +75,9 @@ def _read_sidecar(path: Path) -> dict | None:
         raise ImageError(f"the settings in {path} cannot be read: it {error}") from None
 
 
+T = TypeVar("T")
+
+
 class MetadataReader:
     @staticmethod
     def read_exif_metadata(image_path: str | Path) -> dict | None:
@@ -85,6 +90,8 @@ class MetadataReader:
         comment = _of_picture(image_path, lambda image: image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b""))
         if isinstance(comment, str):
             comment = comment.encode(errors="surrogatepass")
+        if comment is None:
+            return None
         try:
             settings = parse(bytes(comment).removeprefix(COMMENT_PREFIX))
         except (NotJSON, TypeError):
@@ -124,7 +131,7 @@ class MetadataReader:
         }
 
 
-def _of_picture(path: str | Path, take):
+def _of_picture(path: str | Path, take: Callable[[PIL.Image.Image], T]) -> T | None:
     """What `take(image)` finds in a picture file, None in anything else."""
     try:
         with opened(path) as image:

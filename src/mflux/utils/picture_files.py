@@ -50,7 +50,7 @@ def opened(source: Source) -> Iterator[PIL.Image.Image]:
         ImageError: there is no such file, it is no picture in one of `FORMATS`, or too large to be decoded.
         UsageError: the name is none that a file can have.
     """
-    if hasattr(source, "read"):
+    if not isinstance(source, (str, bytes, os.PathLike)):
         with _image(source, source) as image:
             yield image
         return
@@ -175,8 +175,8 @@ def in_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, bytes | None]:
     Raises:
         ValueError: its colours cannot be turned into RGB.
     """
-    profile = image.info.get("icc_profile")
-    described = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK", b"Lab ": "LAB"}.get((profile or b"")[16:20])
+    profile: bytes = image.info.get("icc_profile") or b""
+    described = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK", b"Lab ": "LAB"}.get(profile[16:20])
     stored = {"CMYK": "CMYK", "LAB": "LAB"}.get(image.mode) or ("L" if image.mode[0] in "1L" else "RGB")
     if described == "RGB" and stored in ("RGB", "L"):
         return as_rgb(image, on_white=False), profile if _in_srgb(PIL.Image.new("RGB", (1, 1)), profile) else None
@@ -256,7 +256,7 @@ def _range(values: np.ndarray, bits: int, stored: str, kind: str | None) -> tupl
         raise ValueError("none of its pixels is a finite number")
     lowest, highest = float(finite.min()), float(finite.max())
     if values.dtype.kind == "f":
-        steps = (1.0,)
+        steps: tuple[float, ...] = (1.0,)
     else:
         sixteen = bits == 16 or stored.startswith("I;16") or kind in ("PNG", "PPM")
         steps = (65535.0,) if sixteen and lowest >= 0 else (255.0, 65535.0)
@@ -378,7 +378,7 @@ def save_picture(
             image.save(file, format=picture_format, **embedded, **colours)
         except ValueError as error:
             if not embedded:
-                raise OutputError(f"cannot write {path}: {error}") from None
+                raise OutputError(f"cannot write {os.fsdecode(path)}: {error}") from None
             # A JPEG holds 64 KB of settings; the picture is worth more than they are.
             log.warning("the settings do not fit into %s (%s): it is written without them", path, error)
             file.seek(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from typing import Any
 
 from mflux.utils.exceptions import StopImageGenerationException
 
@@ -15,7 +16,7 @@ class BatterySaver:
     def __init__(self, battery_percentage_stop_limit: int = 10):
         self.limit = battery_percentage_stop_limit
 
-    def call_before_loop(self, **kwargs) -> None:
+    def call_before_loop(self, **_: Any) -> None:
         """
         Raises:
             StopImageGenerationException: the battery is at the limit or below.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mflux.backend import mx
 from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 
 if TYPE_CHECKING:
-    import PIL.Image
-    from tqdm import tqdm
-
-    from mflux.models.common.config.config import Config
+    from mflux.models.common.pipeline import Pipeline
 
 
 class MemorySaver:
@@ -29,10 +26,10 @@ class MemorySaver:
 
     def __init__(
         self,
-        model,
+        model: Pipeline,
         keep_transformer: bool = True,
         cache_limit_bytes: int | None = 1000**3,
-        args=None,
+        args: Any = None,
         num_seeds: int = 1,
         keep_text_encoder: bool = False,
     ):
@@ -46,23 +43,14 @@ class MemorySaver:
             if own < cache_limit_bytes:
                 limit_cache(own)
 
-    def call_before_loop(
-        self,
-        seed: int,
-        prompt: str,
-        latents: mx.array,
-        config: Config,
-        canny_image: PIL.Image.Image | None = None,
-        depth_image: PIL.Image.Image | None = None,
-        control_images: list[PIL.Image.Image] | None = None,
-    ) -> None:
+    def call_before_loop(self, **_: Any) -> None:
         if not self.keep_text_encoder:
             self.model.release_stages("encode")
 
-    def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm) -> None:
+    def call_in_loop(self, **_: Any) -> None:
         mx.clear_cache()
 
-    def call_after_loop(self, seed: int, prompt: str, latents: mx.array, config: Config) -> None:
+    def call_after_loop(self, latents: mx.array, **_: Any) -> None:
         mx.eval(latents)
         if not self.keep_transformer:
             self.model.release_stages("denoise")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mflux.utils.image_util import ImageUtil
 from mflux.utils.paths import user_path
 
 if TYPE_CHECKING:
-    import PIL.Image
-    from tqdm import tqdm
-
     from mflux.backend import mx
     from mflux.models.common.config.config import Config
+    from mflux.models.common.pipeline import Pipeline
+    from mflux.utils.generated_image import GeneratedImage
 
 
 class StepwiseHandler:
@@ -26,36 +25,25 @@ class StepwiseHandler:
         latent_creator: taken for compatibility with mflux 0.24; the pipeline knows its own.
     """
 
-    def __init__(self, model, output_dir: str | Path, latent_creator):
+    def __init__(self, model: Pipeline, output_dir: str | Path, latent_creator: Any = None):
         self.model = model
         self.output_dir = user_path(output_dir)
         self.latent_creator = latent_creator
-        self.step_wise_images: list = []
+        self.step_wise_images: list[GeneratedImage] = []
         self._composite: Path | None = None
         self._start = time.perf_counter()
 
-    def call_before_loop(
-        self,
-        seed: int,
-        prompt: str,
-        latents: mx.array,
-        config: Config,
-        canny_image: PIL.Image.Image | None = None,
-        depth_image: PIL.Image.Image | None = None,
-        control_images: list[PIL.Image.Image] | None = None,
-    ) -> None:
+    def call_before_loop(self, seed: int, prompt: str, latents: mx.array, config: Config, **_: Any) -> None:
         # Each picture has its own strip.
         self.step_wise_images = []
         self._composite = None
         self._start = time.perf_counter()
         self._save(config.init_time_step, seed, prompt, latents, config)
 
-    def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm) -> None:
+    def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, **_: Any) -> None:
         self._save(t + 1, seed, prompt, latents, config)
 
-    def call_interrupt(
-        self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm
-    ) -> None:
+    def call_interrupt(self, seed: int, **_: Any) -> None:
         self._save_composite(seed)
 
     def _save(self, step: int, seed: int, prompt: str, latents: mx.array, config: Config) -> None:

@@ -60,7 +60,8 @@ class Component:
         """What its files of weights are called when it is saved: transformers' name or diffusers'."""
         return "model" if self.stage == "encode" and not self.published_class else "diffusion_pytorch_model"
 
-    def module_class(self) -> type:
+    def module_class(self) -> Any:
+        """Its class, an `nn.Module` with a `config_class`."""
         return load_object(self.module)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, overload
 
 import PIL.Image
 
-from mflux.backend import has_gpu, mx, nn, tree_flatten
+from mflux.backend import has_gpu, mx, named_arrays, nn
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _of_glibc(name: str) -> Any:
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters."""
-    return sum(value.nbytes for _, value in tree_flatten(module.parameters()))
+    return sum(value.nbytes for _, value in named_arrays(module.parameters()))
 
 
 @contextmanager

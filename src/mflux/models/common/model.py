@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from mflux.backend import has_gpu, mx, nn, tree_flatten
+from mflux.backend import has_gpu, mx, named_arrays, nn
 from mflux.checkpoints.loading import build, load_component
 from mflux.checkpoints.published import Alone, PublishedFolder
 from mflux.checkpoints.quantization import Quantization
@@ -328,7 +328,7 @@ class Model:
 
     def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
         """The parameters of the loaded components with their paths."""
-        yield from tree_flatten(self.parameters())
+        yield from named_arrays(self.parameters())
 
     @property
     def state(self) -> dict[str, Any]:

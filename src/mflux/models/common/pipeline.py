@@ -7,7 +7,7 @@ here is the same for all: settings, encoded prompts, the denoising loop, decodin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -97,6 +97,11 @@ class Pipeline(Model):
 
     # ---- 1. prompts
 
+    @property
+    def longest_prompt(self) -> int:
+        """How many tokens of a prompt the model reads."""
+        return self.model_config.max_sequence_length or 512
+
     def remembered(self, keys: Sequence[K], encode: Callable[[list[K]], Iterable[T]], *encoders: str) -> list[T]:
         """What encoders make of each key, from `prompt_cache` where it is there.
 
@@ -148,7 +153,7 @@ class Pipeline(Model):
         latents: mx.array,
         velocity: Velocity,
         after_step: Callable[[mx.array, int], mx.array] | None = None,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step]:
         """Take the steps from noise to image, one each time that the next is asked for.
 
         Args:

@@ -84,7 +84,7 @@ class FluxPipeline(Pipeline):
             yield Prompt(states, self._encode_with_clip(prompt))
 
     def _encode_with_t5(self, prompt: str) -> mx.array:
-        length = self.model_config.max_sequence_length
+        length = self.longest_prompt
         if self.tokenizers["t5"].is_cut(prompt, max_length=length):
             log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", length)
         embeds = self.t5_text_encoder(self.tokenizers["t5"](prompt, max_length=length))

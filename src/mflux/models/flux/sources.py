@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import PIL.Image
@@ -14,6 +15,8 @@ from mflux.utils.image_util import ImageUtil, oriented_size
 from mflux.utils.scale_factor import GRID
 
 log = logging.getLogger(__name__)
+
+AnyPath = str | bytes | os.PathLike
 
 # The models were made for pictures of about this many pixels.
 _MOST_PIXELS = 1024 * 1024
@@ -31,7 +34,7 @@ def refuse_strength(strength: float | None) -> None:
         )
 
 
-def needed(path: Path | str | None, option: str) -> Path | str:
+def needed(path: AnyPath | None, option: str) -> AnyPath:
     """
     Raises:
         UsageError: there is no picture.
@@ -41,7 +44,7 @@ def needed(path: Path | str | None, option: str) -> Path | str:
     return path
 
 
-def fitted_size(path: Path | str) -> tuple[int, int]:
+def fitted_size(path: AnyPath) -> tuple[int, int]:
     """Width and height to draw at: the picture's, shrunk to about a megapixel, with a warning, if it is larger."""
     width, height = oriented_size(path)
     shrink = min(1.0, (_MOST_PIXELS / (width * height)) ** 0.5)

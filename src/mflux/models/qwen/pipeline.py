@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from mflux.backend import mx
 from mflux.models.common.config.config import Config
+from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.wan import AutoencoderWan
 from mflux.models.common.pipeline import Pipeline, Velocity
@@ -26,7 +28,7 @@ class QwenPipeline(Pipeline):
     """
 
     family = FAMILY
-    components = ()
+    components: ClassVar[tuple[Component, ...]] = ()
     latent_creator = QwenLatentCreator
     latents = (16, 8, 64)
     transformer: LazyComponent[QwenTransformer]

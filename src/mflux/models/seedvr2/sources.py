@@ -68,15 +68,15 @@ def read_source(path: str | bytes | os.PathLike, resolution: int | ScaleFactor, 
         ImageError: it cannot be read.
         UsageError: the size or the softness makes no sense.
     """
-    path = values.path(path, "image_path")
+    file = values.path(path, "image_path") or path
     softness = values.real(softness, "softness", least=0, most=1)
-    image = open_image(path)
+    image = open_image(file)
     size = target_size(image.size, resolution)
     try:
         colour, profile = in_rgb(image)
         alpha = alpha_of(image)
     except (ValueError, OSError) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(file, error) from None
     if softness > 0:
         factor = 1 + softness * (_SOFTEST - 1)
         colour = colour.resize([max(2, int(side / factor)) for side in size], _BICUBIC)

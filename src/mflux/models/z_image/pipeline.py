@@ -126,7 +126,7 @@ class ZImagePipeline(Pipeline):
         return self.remembered(prompts, self._encode, "text_encoder")
 
     def _encode(self, prompts: list[str]) -> Iterator[mx.array]:
-        length = self.model_config.max_sequence_length
+        length = self.longest_prompt
         for prompt in prompts:
             text = chat(prompt)
             if self.tokenizer.is_cut(text, max_length=length):
@@ -165,7 +165,7 @@ class ZImagePipeline(Pipeline):
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             towards = predict(latents, sigma, positive)
-            stopped = truncation is not None and 1 - sigma.item() > truncation
+            stopped = truncation is not None and 1 - float(sigma) > truncation
             if negative is None or stopped:
                 return -towards
             guided = towards + config.guidance * (towards - predict(latents, sigma, negative))

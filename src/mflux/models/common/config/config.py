@@ -49,15 +49,16 @@ class Config:
         num_inference_steps = values.whole(num_inference_steps, "num_inference_steps (--steps)", least=1, most=10_000)
         image_strength = values.real(image_strength, "image_strength", least=0, most=1, optional=True)
         guidance = values.real(guidance, "guidance", least=0, optional=True)
-        height = values.side(height, "height")
-        width = values.side(width, "width")
         image_path = values.path(image_path, "image_path", optional=True)
-        width, height = DimensionResolver.resolve(
-            height=height, width=width, reference_image_path=image_path, default=model_config.default_size
+        across, down = DimensionResolver.resolve(
+            height=values.side(height, "height"),
+            width=values.side(width, "width"),
+            reference_image_path=image_path,
+            default=model_config.default_size,
         )
         self.model_config = model_config
         self.num_inference_steps = num_inference_steps
-        self.width, self.height = on_grid(width, "width"), on_grid(height, "height")
+        self.width, self.height = on_grid(across, "width"), on_grid(down, "height")
         self.guidance = 0.0 if guidance is None else float(guidance)
         self.image_path = image_path
         self.image_strength = image_strength

@@ -33,21 +33,25 @@ _BUILT_SCHEDULES = {
 }
 
 
-class _Precision(type):
-    """`ModelConfig.precision` without importing MLX before someone asks."""
+class _Precision:
+    """`precision` of the class and of its instances, without importing MLX before someone asks."""
 
-    @property
-    def precision(cls) -> mx.Dtype:
+    def __get__(self, config: object, owner: type | None = None) -> mx.Dtype:
         from mflux.backend import compute_dtype, mx
 
         return compute_dtype(mx.bfloat16)
 
 
-class ModelConfig(metaclass=_Precision):
+class ModelConfig:
     """One model: names, repository, and the settings that do not come with the weights.
 
     Built-in models come from `ModelConfig.from_name("schnell")` or `ModelConfig.schnell()`.
+
+    Attributes:
+        precision: the dtype that this machine computes in.
     """
+
+    precision = _Precision()
 
     def __init__(
         self,
@@ -107,11 +111,6 @@ class ModelConfig(metaclass=_Precision):
 
     def __hash__(self) -> int:
         return hash(self.model_name)
-
-    @property
-    def precision(self) -> mx.Dtype:
-        """The dtype that this machine computes in."""
-        return type(self).precision
 
     @staticmethod
     def from_name(model_name: str | None, base_model: str | None = None) -> ModelConfig:
@@ -176,15 +175,16 @@ class ModelConfig(metaclass=_Precision):
 
 def key_of(model_name: str | None, base_model: str | None = None) -> str:
     """The registry key that a model's name, or its `base_model`, stands for; see `ModelConfig.from_name`."""
-    if base_model is not None and (base := _exact(base_model)) is None:
+    base = None if base_model is None else _exact(base_model)
+    if base_model is not None and base is None:
         raise InvalidBaseModel(f"the base model {base_model!r} is not known: choose one of {', '.join(MODELS)}")
     if model_name is None:
-        if base_model is None:
+        if base is None:
             raise ModelConfigError(f"no model was named: {suggestion()}")
         return base
     if (key := _exact(model_name)) is not None:
         return key
-    if base_model is not None:
+    if base is not None:
         return base
     if (key := _inferred(model_name)) is not None:
         return key
@@ -287,8 +287,10 @@ def _inferred(name: str) -> str | None:
 
 def _build(priority: int, settings: dict[str, Any]) -> ModelConfig:
     settings = copy.deepcopy(settings)
-    optional = ("controlnet_model", "custom_transformer_model", "num_train_steps", "max_sequence_length")
-    optional += ("supports_guidance", "requires_sigma_shift")
+    optional = (
+        *("controlnet_model", "custom_transformer_model", "num_train_steps", "max_sequence_length"),
+        *("supports_guidance", "requires_sigma_shift"),
+    )
     return ModelConfig(
         priority=priority,
         base_model=None,

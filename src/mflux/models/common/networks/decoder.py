@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
@@ -57,7 +57,7 @@ class DecoderConfig(ComponentConfig):
     # positions can be built.
     kind = ""
     qk_norm = True
-    rope_types = ("default",)
+    rope_types: ClassVar[tuple[str, ...]] = ("default",)
 
     @property
     def head_size(self) -> int:
@@ -115,7 +115,7 @@ class DecoderAttention(nn.Module):
             self.q_norm = RMSNorm(head, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(head, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, rotary: Rotary | None, mask: mx.array | str | None, cache) -> mx.array:
+    def __call__(self, x: mx.array, rotary: Rotary | None, mask: mx.array | str | None, cache: Any) -> mx.array:
         q = split_heads(self.q_proj(x), self.heads)
         k = split_heads(self.k_proj(x), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
@@ -191,12 +191,17 @@ class DecoderTextEncoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.wanted = resolved(self.hidden_states, config.num_hidden_layers)
+        self.wanted = resolved(self.hidden_states_of(config), config.num_hidden_layers)
         depth, has_norm = max(self.wanted), config.num_hidden_layers in self.wanted
         self.model = DecoderStack(config, depth, norm=has_norm)
         self.exceptions = Exceptions(
             ignored=unused_patterns("model.", depth, config.num_hidden_layers, norm=has_norm), optional_prefix="model."
         )
+
+    @classmethod
+    def hidden_states_of(cls, config: Any) -> tuple[int, ...]:
+        """The hidden states that are given for a configuration."""
+        return cls.hidden_states
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> list[mx.array]:
         """Encode a batch of prompts.

@@ -27,9 +27,10 @@ def embedded(embedding: nn.Module, ids: mx.array) -> mx.array:
         CheckpointError: there is no such row.
     """
     rows = embedding.weight.shape[0]
-    if ids.size and not (ids.min().item() >= 0 and ids.max().item() < rows):
+    least, most = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if least < 0 or (most >= rows and ids.size):
         raise CheckpointError(
-            f"the tokenizer has a token {ids.max().item():,} and the text encoder only {rows:,} of them: these folders "
+            f"the tokenizer has a token {most:,} and the text encoder only {rows:,} of them: these folders "
             "do not belong together; fetch the model again"
         )
     return embedding(ids)
@@ -69,7 +70,9 @@ def merge_heads(x: mx.array) -> mx.array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = None, mask=None) -> mx.array:
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = None, mask: mx.array | str | None = None
+) -> mx.array:
     """Scaled dot-product attention over (B, heads, L, D); `scale` defaults to 1/√D."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cpu.attention_serves(q, k, v):
@@ -125,8 +128,8 @@ def rotary_embedding(ids: mx.array, axes: Sequence[int], theta: float = 10_000.0
         ids[:, axis, None].astype(mx.float32) * inverse_frequencies(channels, theta)
         for axis, channels in enumerate(axes)
     ]
-    angles = mx.concatenate(angles, axis=-1)
-    return mx.cos(angles), mx.sin(angles)
+    turned = mx.concatenate(angles, axis=-1)
+    return mx.cos(turned), mx.sin(turned)
 
 
 # ---- norms
@@ -199,6 +202,11 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float = 1e-6) -
 def residual(x: mx.array, gate: mx.array | int, y: mx.array) -> mx.array:
     """x + gate · y: what a block adds to its stream, let through by the condition's gate (1: all of it)."""
     return cpu.residual(x, gate, y)
+
+
+def parts_of(x: mx.array, count: int, axis: int = -1) -> list[mx.array]:
+    """An array cut into so many equal parts along an axis."""
+    return list(mx.split(x, count, axis=axis))
 
 
 # ---- feed-forward

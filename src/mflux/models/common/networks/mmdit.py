@@ -18,6 +18,7 @@ from mflux.models.common.networks.layers import (
     gelu_approx,
     merge_heads,
     modulate,
+    parts_of,
     residual,
     rotate_pairs,
     silu,
@@ -43,7 +44,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(features, parts * features)
 
     def __call__(self, condition: mx.array) -> list[mx.array]:
-        return mx.split(self.linear(silu(condition))[:, None], self.parts, axis=-1)
+        return parts_of(self.linear(silu(condition))[:, None], self.parts)
 
 
 class JointAttention(nn.Module):
@@ -81,7 +82,7 @@ class JointAttention(nn.Module):
         self, image: mx.array, text: mx.array, rotary: Rotary, watch: Callable[..., None] | None = None
     ) -> tuple[mx.array, mx.array]:
         pairs = zip(self.text_heads(text), self.image_heads(image), strict=True)
-        q, k, v = (mx.concatenate(pair, axis=2) for pair in pairs)
+        q, k, v = (mx.concatenate(list(pair), axis=2) for pair in pairs)
         q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
         out = merge_heads(attention(q, k, v))
         length = text.shape[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -124,7 +124,10 @@ class Qwen25VLConfig(ComponentConfig):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: object = "config.json") -> Self:
         text = values.get("text_config") or values
-        parts = {"text_config": (Qwen25VLTextConfig, text), "vision_config": (Qwen25VLVisionConfig, {})}
+        parts: dict[str, tuple[type[ComponentConfig], Mapping[str, Any]]] = {
+            "text_config": (Qwen25VLTextConfig, text),
+            "vision_config": (Qwen25VLVisionConfig, {}),
+        }
         read = {
             name: kind.from_dict(values.get(name) or other, source=f"{name} of {source}")
             for name, (kind, other) in parts.items()
@@ -237,6 +240,8 @@ class Qwen25VLTextEncoder(nn.Module):
     """Token ids → what the language model makes of them, after its last norm."""
 
     config_class = Qwen25VLConfig
+    # Who reads a saved folder may want to edit with it.
+    saved_class: ClassVar[type[nn.Module]]
     # mflux 0.24 found that quantizing it costs meaning.
     least_bits = {"": UNQUANTIZED}
 
@@ -251,7 +256,8 @@ class Qwen25VLTextEncoder(nn.Module):
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """Hidden states of one prompt's tokens, (1, L, hidden_size)."""
         places = list(range(len(ids)))
-        return self.read(embedded(self.model.embed_tokens, mx.array(ids))[None], mx.array([places, places, places]))
+        embeddings = embedded(self.model.embed_tokens, mx.array(list(ids)))
+        return self.read(embeddings[None], mx.array([places, places, places]))
 
     def read(self, embeddings: mx.array, positions: mx.array) -> mx.array:
         """Hidden states of (1, L, hidden_size) at the positions (3, L)."""
@@ -297,13 +303,12 @@ class Qwen25VLEncoder(Qwen25VLTextEncoder):
         merge = self.config.vision_config.spatial_merge_size
         token = self.config.image_token_id if image_token is None else image_token
         positions, _ = prompt_positions(ids, token, [(rows // merge, columns // merge) for rows, columns in grids])
-        embeddings = embedded(self.model.embed_tokens, mx.array(ids))
-        if grids:
+        embeddings = embedded(self.model.embed_tokens, mx.array(list(ids)))
+        if grids and patches is not None:
             tokens = mx.concatenate(see(self.visual, patches, grids))
             places = mx.array([place for place, other in enumerate(ids) if other == token])
             embeddings[places] = tokens.astype(embeddings.dtype)
         return self.read(embeddings[None], mx.array(positions))
 
 
-# Who reads a saved folder may want to edit with it.
 Qwen25VLTextEncoder.saved_class = Qwen25VLEncoder

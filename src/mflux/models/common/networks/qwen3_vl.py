@@ -84,8 +84,9 @@ class Qwen3VLVisionConfig(ComponentConfig):
             return "deepstack_visual_indexes names a layer that the vision tower does not have"
         if len(set(self.deepstack_visual_indexes)) != len(self.deepstack_visual_indexes):
             return "deepstack_visual_indexes names a layer twice"
-        if (self.rope_parameters or {}).get("rope_type", "axial") not in ("axial", "default"):
-            return f"rotary positions of type {self.rope_parameters['rope_type']!r} are not built for the vision tower"
+        kind = (self.rope_parameters or {}).get("rope_type", "axial")
+        if kind not in ("axial", "default"):
+            return f"rotary positions of type {kind!r} are not built for the vision tower"
         return None
 
 
@@ -231,7 +232,7 @@ class Qwen3VLVisionModel(nn.Module):
         share = at - before
         before = before.astype(mx.int32)
         after = mx.minimum(before + 1, last)
-        result = 0
+        result = mx.array(0)
         for row, row_share in ((before, 1 - share), (after, share)):
             for column, column_share in ((before, 1 - share), (after, share)):
                 embedding = self.pos_embed(row[:, 0] * (last + 1) + column[:, 1])
@@ -255,11 +256,13 @@ class KeyValueCache:
     def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Add what comes next, and return all there is."""
         start, self.length = self.length, self.length + keys.shape[2]
-        if self.keys is None or self.length > self.keys.shape[2]:
-            self.keys, self.values = self._grown(self.keys, keys, start), self._grown(self.values, values, start)
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        seen, told = self.keys, self.values
+        if seen is None or told is None or self.length > seen.shape[2]:
+            seen, told = self._grown(seen, keys, start), self._grown(told, values, start)
+        seen[:, :, start : self.length] = keys
+        told[:, :, start : self.length] = values
+        self.keys, self.values = seen, told
+        return seen[:, :, : self.length], told[:, :, : self.length]
 
     def _grown(self, old: mx.array | None, new: mx.array, start: int) -> mx.array:
         room = -(-self.length // self.step) * self.step
@@ -383,7 +386,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         """
         pictures = see(self.model.visual, patches, grids)
         seen = [(tokens, *deepstack) for tokens, deepstack in pictures]
-        tokens, *deepstack = (mx.concatenate(features) for features in zip(*seen, strict=True))
+        tokens, *deepstack = (mx.concatenate(list(features)) for features in zip(*seen, strict=True))
         return tokens, deepstack
 
     def prompt(self, ids: Sequence[int], patches: mx.array | None = None, grids: Sequence[Grid] = ()) -> Prompt:
@@ -401,9 +404,9 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         image_token = self.config.image_token_id
         token_grids = [(rows // merge, columns // merge) for rows, columns in grids]
         positions, next_position = prompt_positions(ids, image_token, token_grids)
-        embeddings = embedded(self.model.language_model.embed_tokens, mx.array(ids))
+        embeddings = embedded(self.model.language_model.embed_tokens, mx.array(list(ids)))
         deepstack: list[mx.array] = []
-        if grids:
+        if grids and patches is not None:
             tokens, features = self.see(patches, grids)
             places = mx.array([place for place, token in enumerate(ids) if token == image_token])
             embeddings[places] = tokens.astype(embeddings.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from mflux.backend import mx
@@ -37,6 +37,9 @@ class ScheduleSettings(Protocol):
 class BaseScheduler(ABC):
     """Steps are counted from 0; `sigmas` has one entry more than there are steps, the last one 0."""
 
+    def __init__(self, config: ScheduleSettings):
+        self.config = config
+
     @property
     @abstractmethod
     def sigmas(self) -> mx.array:
@@ -48,7 +51,7 @@ class BaseScheduler(ABC):
         return self.sigmas[:-1] * 1000
 
     @abstractmethod
-    def step(self, noise: mx.array, timestep: int, latents: mx.array, **kwargs) -> mx.array:
+    def step(self, noise: mx.array, timestep: int, latents: mx.array, **_: Any) -> mx.array:
         """The latents after step `timestep`, given the model's prediction there."""
 
     def scale_model_input(self, latents: mx.array, t: int) -> mx.array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mflux.backend import mx
 from mflux.models.common.schedulers.base_scheduler import BaseScheduler, ScheduleSettings
 from mflux.models.common.schedulers.linear_scheduler import shift_exponentially, stretch_to_terminal
@@ -34,7 +36,7 @@ class FlowMatchEulerDiscreteScheduler(BaseScheduler):
     def sigmas(self) -> mx.array:
         return self._sigmas
 
-    def step(self, noise: mx.array, timestep: int, latents: mx.array, **kwargs) -> mx.array:
+    def step(self, noise: mx.array, timestep: int, latents: mx.array, **_: Any) -> mx.array:
         return latents + (self._sigmas[timestep + 1] - self._sigmas[timestep]).astype(latents.dtype) * noise
 
 

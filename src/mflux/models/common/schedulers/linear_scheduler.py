@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from mflux.backend import mx
 from mflux.models.common.schedulers.base_scheduler import BaseScheduler, ModelShift, ScheduleSettings
@@ -44,7 +45,7 @@ class LinearScheduler(BaseScheduler):
     def timesteps(self) -> mx.array:
         return self._timesteps
 
-    def step(self, noise: mx.array, timestep: int, latents: mx.array, **kwargs) -> mx.array:
+    def step(self, noise: mx.array, timestep: int, latents: mx.array, **_: Any) -> mx.array:
         return latents + (self._sigmas[timestep + 1] - self._sigmas[timestep]).astype(latents.dtype) * noise
 
 

@@ -133,9 +133,11 @@ def check_character_map(text: object, source: object) -> None:
     damaged = CheckpointError(f"{source} is damaged: its table of characters makes no sense; fetch it again")
     if text is None or text == "":
         return
+    if not isinstance(text, str):
+        raise damaged
     try:
         data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError, TypeError):
+    except (binascii.Error, ValueError):
         raise damaged from None
     length = int.from_bytes(data[:4], "little")
     texts = data[4 + length :]
@@ -159,14 +161,14 @@ def check_character_map(text: object, source: object) -> None:
 
 def _steps(value: object) -> Iterator[Mapping[str, Any]]:
     """All tables of a `tokenizer.json` but those of its vocabulary: normalizers and pre-tokenizers are among them."""
-    open_values = [value]
+    open_values: list[Any] = [value]
     while open_values:
-        value = open_values.pop()
-        if isinstance(value, Mapping):
-            yield value
-            items = [item for name, item in value.items() if name not in ("vocab", "merges")]
+        table = open_values.pop()
+        if isinstance(table, Mapping):
+            yield table
+            items = [item for name, item in table.items() if name not in ("vocab", "merges")]
         else:
-            items = value
+            items = table
         open_values += [item for item in items if isinstance(item, (dict, list))]
 
 

@@ -220,11 +220,11 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     lines = read_text(path).split("\n")
-    pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
     if any(len(pair) != 2 for pair in pairs):
         raise CheckpointError(f"{path} is damaged: a line is not a pair of tokens")
     check_pieces((half for pair in pairs for half in pair), path)
-    return pairs
+    return [(first, second) for first, second in pairs]
 
 
 def special_tokens(folder: Path, usual: dict[str, str]) -> tuple[dict[str, str], list[AddedToken]]:

@@ -144,9 +144,9 @@ class FiboTransformer(nn.Module):
             text_stream = mx.concatenate([kept, next(of_block)], axis=-1)
             image, text_stream = block(image, text_stream, condition, rotary)
             kept = text_stream[..., :half]
-        for block in self.single_transformer_blocks:
+        for single in self.single_transformer_blocks:
             text_stream = mx.concatenate([kept, next(of_block)], axis=-1)
-            x = block(mx.concatenate([text_stream, image], axis=1), condition, rotary)
+            x = single(mx.concatenate([text_stream, image], axis=1), condition, rotary)
             kept, image = x[:, :length, :half], x[:, length:]
 
         scale, shift = self.norm_out(condition)

@@ -79,7 +79,7 @@ class FluxControlNet(FluxTrunk):
             image, text = block(image, text, condition, rotary)
             double.append(strength * out(image))
         x = mx.concatenate([text, image], axis=1)
-        for block, out in zip(self.single_transformer_blocks, self.controlnet_single_blocks, strict=True):
-            x = block(x, condition, rotary)
+        for last, out in zip(self.single_transformer_blocks, self.controlnet_single_blocks, strict=True):
+            x = last(x, condition, rotary)
             single.append(strength * out(x[:, length:]))
         return Residuals(double, single)

@@ -114,7 +114,8 @@ class SiglipProcessor(ComponentConfig):
         """A picture in RGB as the tower takes it, (1, 3, H, W); squeezed to a square, as it was trained."""
         side = config.image_size
         pixels = np.asarray(picture.resize((side, side), PIL.Image.Resampling(self.resample)), np.float32)
-        pixels = (pixels * np.float32(self.rescale_factor) - np.float32(self.image_mean)) / np.float32(self.image_std)
+        mean, deviation = (np.asarray(values, np.float32) for values in (self.image_mean, self.image_std))
+        pixels = (pixels * np.float32(self.rescale_factor) - mean) / deviation
         return mx.array(pixels.transpose(2, 0, 1)[None])
 
 

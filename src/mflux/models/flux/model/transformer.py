@@ -61,7 +61,7 @@ class ConditionEmbedder(nn.Module):
 
     def __call__(self, sigma: mx.array, guidance: mx.array | None, pooled: mx.array) -> mx.array:
         embedding = self.timestep_embedder(waves(1000 * sigma).astype(pooled.dtype))
-        if "guidance_embedder" in self:
+        if "guidance_embedder" in self and guidance is not None:
             embedding = embedding + self.guidance_embedder(waves(1000 * guidance).astype(pooled.dtype))
         return embedding + self.text_embedder(pooled)
 
@@ -156,8 +156,8 @@ class FluxTransformer(FluxTrunk):
             if residuals.double:
                 image = image + _share(residuals.double, number, len(self.transformer_blocks))
         x = mx.concatenate([text, image], axis=1)
-        for number, block in enumerate(self.single_transformer_blocks):
-            x = block(x, condition, rotary)
+        for number, single in enumerate(self.single_transformer_blocks):
+            x = single(x, condition, rotary)
             if residuals.single:
                 added = _share(residuals.single, number, len(self.single_transformer_blocks))
                 x = mx.concatenate([x[:, :length], x[:, length:] + added], axis=1)

@@ -19,11 +19,13 @@ _EPS = 1e-5
 class KleinTextEncoder(Qwen3TextEncoder):
     """Token ids → prompt embeds (B, L, 3 · hidden_size). Padding counts as text for the transformer."""
 
-    hidden_states = (9, 18, 27)
+    hidden_states: tuple[int, ...] = (9, 18, 27)
     # What is saved, so that others can read it.
     saved_class = Qwen3TextEncoder
 
-    def __call__(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> mx.array:
+    def __call__(  # type: ignore[override]  # one array of all the hidden states
+        self, input_ids: mx.array, attention_mask: mx.array | None = None
+    ) -> mx.array:
         return mx.concatenate(super().__call__(input_ids, attention_mask), axis=-1)
 
 

@@ -7,6 +7,7 @@ is new: no biases, feed-forwards with a gate, one modulation for all blocks of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
@@ -18,6 +19,7 @@ from mflux.models.common.networks.layers import (
     attention,
     merge_heads,
     modulate,
+    parts_of,
     residual,
     rotary_embedding,
     rotate_pairs,
@@ -111,7 +113,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(features, parts * features, bias=False)
 
     def __call__(self, condition: mx.array) -> list[mx.array]:
-        return mx.split(self.linear(silu(condition))[:, None], self.parts, axis=-1)
+        return parts_of(self.linear(silu(condition))[:, None], self.parts)
 
 
 class Interior(nn.Module):
@@ -179,7 +181,7 @@ class JointAttention(Interior):
         self, image: mx.array, text: mx.array, rotary: Rotary, cached: KeysValues | None
     ) -> tuple[mx.array, mx.array]:
         parts = zip(self.of_text(self.enter(text)), self.of_image(self.enter(image)), strict=True)
-        q, k, v = (mx.concatenate(pair, axis=2) for pair in parts)
+        q, k, v = (mx.concatenate(list(pair), axis=2) for pair in parts)
         out = attend(rotate_pairs(q, rotary), (rotate_pairs(k, rotary), v), cached)
         length = text.shape[1]
         return self.leave(self.to_out[0](out[:, length:]), image), self.leave(self.to_add_out(out[:, :length]), text)
@@ -209,7 +211,13 @@ class DoubleBlock(nn.Module):
         self.ff_context = FeedForward(config)
 
     def __call__(
-        self, image: mx.array, text: mx.array, of_image, of_text, rotary: Rotary, cached: KeysValues | None
+        self,
+        image: mx.array,
+        text: mx.array,
+        of_image: Sequence[mx.array],
+        of_text: Sequence[mx.array],
+        rotary: Rotary,
+        cached: KeysValues | None,
     ) -> tuple[mx.array, mx.array]:
         shift, scale, gate, *image_ff = of_image
         shift_t, scale_t, gate_t, *text_ff = of_text
@@ -221,12 +229,12 @@ class DoubleBlock(nn.Module):
             self.feed(self.ff_context, residual(text, gate_t, text_out), text_ff),
         )
 
-    def alone(self, image: mx.array, modulation, rotary: Rotary) -> tuple[mx.array, KeysValues]:
+    def alone(self, image: mx.array, modulation: Sequence[mx.array], rotary: Rotary) -> tuple[mx.array, KeysValues]:
         shift, scale, gate, *image_ff = modulation
         out, kept = self.attn.alone(modulate(image, shift, scale, self.eps), rotary)
         return self.feed(self.ff, residual(image, gate, out), image_ff), kept
 
-    def feed(self, layer: FeedForward, x: mx.array, modulation) -> mx.array:
+    def feed(self, layer: FeedForward, x: mx.array, modulation: Sequence[mx.array]) -> mx.array:
         shift, scale, gate = modulation
         return residual(x, gate, layer(modulate(x, shift, scale, self.eps)))
 
@@ -260,7 +268,7 @@ class SingleBlock(nn.Module):
         self.attn = ParallelAttention(config)
 
     def __call__(
-        self, x: mx.array, modulation, rotary: Rotary, cached: KeysValues | None = None
+        self, x: mx.array, modulation: Sequence[mx.array], rotary: Rotary, cached: KeysValues | None = None
     ) -> tuple[mx.array, KeysValues]:
         shift, scale, gate = modulation
         out, own = self.attn(modulate(x, shift, scale, self.eps), rotary, cached)
@@ -326,8 +334,8 @@ class Flux2Transformer(nn.Module):
         length = text.shape[1]
         x = mx.concatenate([text, image], axis=1)
         modulation = self.single_stream_modulation(condition)
-        for block in self.single_transformer_blocks:
-            x, _ = block(x, modulation, rotary, next(kept, None))
+        for single in self.single_transformer_blocks:
+            x, _ = single(x, modulation, rotary, next(kept, None))
 
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(x[:, length:], shift, scale, self.config.eps))
@@ -352,8 +360,8 @@ class Flux2Transformer(nn.Module):
             x, own = block.alone(x, modulation, rotary)
             kept.append(own)
         modulation = self.single_stream_modulation(condition)
-        for block in self.single_transformer_blocks:
-            x, own = block(x, modulation, rotary)
+        for single in self.single_transformer_blocks:
+            x, own = single(x, modulation, rotary)
             kept.append(own)
         return kept
 

@@ -85,7 +85,7 @@ class PictureProcessor(ComponentConfig):
         `vision.patch_places`, and how many rows and columns of them there are."""
         width, height = self.size(*picture.size)
         pixels = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BICUBIC), np.float32) / 255
-        pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
+        pixels = (pixels - np.asarray(self.image_mean, np.float32)) / np.asarray(self.image_std, np.float32)
         rows, columns = height // self.patch_size, width // self.patch_size
         merge, side = self.merge_size, self.patch_size
         cut = pixels.reshape(rows // merge, merge, side, columns // merge, merge, side, 3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from mflux.models.common.networks.layers import (
     MLPEmbedder,
     RMSNorm,
     modulate,
+    parts_of,
     residual,
     rotary_embedding,
     waves,
@@ -106,7 +108,7 @@ class TransformerBlock(nn.Module):
         self.txt_mlp = FeedForward(width)
 
     def __call__(
-        self, image: mx.array, text: mx.array, condition: mx.array, clean: mx.array | None, drawn: mx.array, rotary
+        self, image: mx.array, text: mx.array, condition: mx.array, clean: mx.array | None, drawn: mx.array, rotary: Any
     ) -> tuple[mx.array, mx.array]:
         """One block on picture tokens (B, L, width) and text tokens (B, T, width).
 
@@ -128,9 +130,9 @@ class TransformerBlock(nn.Module):
         return image, text
 
     @staticmethod
-    def _parts(layers: list[nn.Module], condition: mx.array) -> list[mx.array]:
+    def _parts(layers: list[Any], condition: mx.array) -> list[mx.array]:
         activation, linear = layers
-        return mx.split(linear(activation(condition))[:, None], 6, axis=-1)
+        return parts_of(linear(activation(condition))[:, None], 6)
 
 
 class QwenTransformer(nn.Module):

@@ -8,7 +8,7 @@ frame all taps of a kernel along time see the same picture, and their sum does w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mflux.backend import compute_dtype, mx, nn
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig, Decoder
@@ -81,7 +81,7 @@ class StillUpsampler(nn.Module):
 
 
 class StillDecoder(Decoder):
-    def upsampler(self, config: SeedVR2AutoencoderConfig, level: int, channels: int) -> nn.Module:
+    def upsampler(self, config: Any, level: int, channels: int) -> nn.Module:
         return StillUpsampler(config, channels, frames=2 if level < config.temporal_scale_num else 1)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from mflux.models.common.networks.layers import (
     attention,
     gelu_approx,
     merge_heads,
+    parts_of,
     rms_norm,
     rotate_pairs,
     silu,
@@ -121,11 +122,12 @@ def borders(length: int, size: int, shifted: bool) -> list[int]:
 def window_size(rows: int, columns: int, counts: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of a window, in a picture of so many rows and columns of patches."""
     scale = sqrt(_PATCHES / (rows * columns))
-    return tuple(
+    height, width = (
         # A picture that is thinner than a window has one of a single patch.
         max(1, ceil(round(length * scale) / count))
         for length, count in zip((rows, columns), counts, strict=True)
     )
+    return height, width
 
 
 class Windows:
@@ -188,6 +190,7 @@ def _from_minus_one_to_one(steps: np.ndarray, number: np.ndarray) -> np.ndarray:
 def rotaries(config: SeedVR2TransformerConfig, windows: Windows, length: int) -> tuple[Rotary, Rotary | None]:
     """The turns of a picture's patches, in the windows' order, and of a text of `length` tokens, if it is turned."""
     row, column, height, width = windows.places
+    frequencies: np.ndarray
     if config.rope_type is None:
         half_turns = np.linspace(1, _MOST_HALF_TURNS, config.rope_pairs, dtype=np.float32)
         frequencies = (half_turns * np.float32(np.pi)).astype(np.float32)
@@ -218,11 +221,11 @@ class Streams(nn.Module):
                 self.txt = make()
 
     @property
-    def for_video(self) -> nn.Module:
+    def for_video(self) -> Any:
         return self.all if "all" in self else self.vid
 
     @property
-    def for_text(self) -> nn.Module:
+    def for_text(self) -> Any:
         return self.all if "all" in self else self.txt
 
 
@@ -286,31 +289,30 @@ class WindowAttention(nn.Module):
     def __call__(
         self, video: mx.array, text: mx.array, windows: Windows, turns: tuple[Rotary, Rotary | None]
     ) -> tuple[mx.array, mx.array]:
-        video = [split_heads(x, self.heads) for x in mx.split(self.proj_qkv.for_video(video), 3, axis=-1)]
-        video = [mx.take(x, windows.order, axis=2) for x in video]
-        text = [split_heads(x, self.heads) for x in mx.split(self.proj_qkv.for_text(text), 3, axis=-1)]
-        for stream, rotary, names in ((video, turns[0], "for_video"), (text, turns[1], "for_text")):
+        of_video = [split_heads(x, self.heads) for x in parts_of(self.proj_qkv.for_video(video), 3)]
+        of_video = [mx.take(x, windows.order, axis=2) for x in of_video]
+        of_text = [split_heads(x, self.heads) for x in parts_of(self.proj_qkv.for_text(text), 3)]
+        for stream, rotary, names in ((of_video, turns[0], "for_video"), (of_text, turns[1], "for_text")):
             for place, norm in enumerate((self.norm_q, self.norm_k)):
                 stream[place] = getattr(norm, names)(stream[place])
                 if rotary is not None:
                     stream[place] = rotate_pairs(stream[place], rotary)
-        batch = video[0].shape[0]
-        seen, heard, start = [], 0, 0
+        batch = of_video[0].shape[0]
+        seen, heard, start = [], mx.array(0), 0
         for number, patches in windows.groups:
             end = start + number * patches
             # Windows of one shape are a batch: (B · number, heads, patches + length, D).
             joint = [
                 mx.concatenate([_batched(x[:, :, start:end], number), mx.repeat(words, number, axis=0)], axis=2)
-                for x, words in zip(video, text, strict=True)
+                for x, words in zip(of_video, of_text, strict=True)
             ]
             result = attention(*joint)
             seen.append(_unbatched(result[:, :, :patches], batch))
             words = result[:, :, patches:]
             heard = heard + words.reshape(batch, number, *words.shape[1:]).sum(axis=1)
             start = end
-        seen = mx.take(mx.concatenate(seen, axis=2), windows.back, axis=2)
         return (
-            self.proj_out.for_video(merge_heads(seen)),
+            self.proj_out.for_video(merge_heads(mx.take(mx.concatenate(seen, axis=2), windows.back, axis=2))),
             self.proj_out.for_text(merge_heads(heard / windows.number)),
         )
 

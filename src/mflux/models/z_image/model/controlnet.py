@@ -61,13 +61,11 @@ class ControlBlock(TransformerBlock):
             self.before_proj = nn.Linear(config.dim, config.dim)
         self.after_proj = nn.Linear(config.dim, config.dim)
 
-    def __call__(
-        self, control: mx.array, x: mx.array, rotary: Rotary, condition: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Returns the control tokens for the next block, and the hint."""
+    def hint(self, control: mx.array, x: mx.array, rotary: Rotary, condition: mx.array) -> tuple[mx.array, mx.array]:
+        """The control tokens for the next block, and the hint."""
         if "before_proj" in self:
             control = self.before_proj(control) + x
-        control = super().__call__(control, rotary, condition)
+        control = self(control, rotary, condition)
         return control, self.after_proj(control)
 
 
@@ -81,6 +79,7 @@ class ZImageControlNet(ComputesInside):
         self.control_all_x_embedder = {
             config.patch_name: nn.Linear(config.patch**2 * config.control_in_dim, config.dim)
         }
+        self.control_noise_refiner: list[TransformerBlock]
         if config.add_control_noise_refiner == "control_noise_refiner":
             self.control_noise_refiner = [
                 ControlBlock(config, first=number == 0) for number in range(config.n_refiner_layers)
@@ -129,7 +128,7 @@ class ZImageControlNet(ComputesInside):
                 control = layer(control, rotary, condition)
         else:
             control, found = run(getattr(self, config.add_control_noise_refiner), control, picture, rotary, condition)
-            hints = dict(zip(config.control_refiner_layers_places, found, strict=False))
+            hints = dict(zip(config.control_refiner_layers_places or (), found, strict=False))
         for number, layer in enumerate(base.noise_refiner):
             picture = layer(picture, rotary, condition)
             if number in hints:
@@ -141,10 +140,12 @@ class ZImageControlNet(ComputesInside):
         return {place: strength * hint for place, hint in zip(config.control_layers_places, found, strict=True)}
 
 
-def run(layers: list[ControlBlock], control, x, rotary: Rotary, condition) -> tuple[mx.array, list[mx.array]]:
+def run(
+    layers: list[ControlBlock], control: mx.array, x: mx.array, rotary: Rotary, condition: mx.array
+) -> tuple[mx.array, list[mx.array]]:
     """All blocks one after the other: the control tokens at the end, and the hints."""
     hints = []
     for layer in layers:
-        control, hint = layer(control, x, rotary, condition)
+        control, hint = layer.hint(control, x, rotary, condition)
         hints.append(hint)
     return control, hints

@@ -20,6 +20,7 @@ from mflux.models.common.networks.layers import (
     attention,
     layer_norm,
     merge_heads,
+    parts_of,
     residual,
     rotary_embedding,
     rotate_pairs,
@@ -191,10 +192,13 @@ class TransformerBlock(nn.Module):
             self.adaLN_modulation = [nn.Linear(config.condition_dim, 4 * config.dim)]
 
     def __call__(self, x: mx.array, rotary: Rotary, condition: mx.array | None = None) -> mx.array:
-        scale = gate = scale_ff = gate_ff = 1
-        if "adaLN_modulation" in self:
-            scale, gate, scale_ff, gate_ff = mx.split(self.adaLN_modulation[0](condition)[:, None], 4, axis=-1)
-            scale, gate, scale_ff, gate_ff = 1 + scale, mx.tanh(gate), 1 + scale_ff, mx.tanh(gate_ff)
+        scale: mx.array | int = 1
+        gate: mx.array | int = 1
+        scale_ff: mx.array | int = 1
+        gate_ff: mx.array | int = 1
+        if condition is not None and "adaLN_modulation" in self:
+            parts = parts_of(self.adaLN_modulation[0](condition)[:, None], 4)
+            scale, gate, scale_ff, gate_ff = 1 + parts[0], mx.tanh(parts[1]), 1 + parts[2], mx.tanh(parts[3])
         x = residual(x, gate, self.attention_norm2(self.attention(self.attention_norm1(x) * scale, rotary)))
         return residual(x, gate_ff, self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_ff)))
 

@@ -59,6 +59,8 @@ class AutoencoderKLFlux2(AutoencoderKL):
     config_class = AutoencoderKLFlux2Config
     exceptions = Exceptions(ignored=(r"^bn\.num_batches_tracked$",))
 
+    config: AutoencoderKLFlux2Config
+
     def __init__(self, config: AutoencoderKLFlux2Config):
         super().__init__(config)
         self.bn = Statistics(self.latent_channels)

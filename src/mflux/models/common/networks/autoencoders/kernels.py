@@ -7,7 +7,8 @@ views of one padded copy, which BLAS adds up in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 
 import numpy as np
 
@@ -58,18 +59,18 @@ class OnGPU:
         return nn.silu(y) if silu else y
 
     @staticmethod
-    def convolution(layer: nn.Conv2d):
+    def convolution(layer: nn.Conv2d) -> Callable[[mx.array], mx.array]:
         """Of a strip with the rows around it: 1 × 1, or 3 × 3 with a column of zeros on either side."""
         sides = (0, layer.weight.shape[2] // 2)
         return lambda x: _biased(mx.conv2d(x, layer.weight, padding=sides), layer)
 
     @staticmethod
-    def halving(layer: nn.Conv2d):
+    def halving(layer: nn.Conv2d) -> Callable[[mx.array], mx.array]:
         """3 × 3, every second position, with a column of zeros on the right."""
         return lambda x: _biased(mx.conv2d(mx.pad(x, [(0, 0), (0, 0), (0, 1), (0, 0)]), layer.weight, stride=2), layer)
 
     @staticmethod
-    def doubling(layer: nn.Conv2d):
+    def doubling(layer: nn.Conv2d) -> Callable[[mx.array], mx.array]:
         """3 × 3 of pixels repeated twice along each side; of the rows around, only the nearer copy is used."""
 
         def run(x: mx.array) -> mx.array:
@@ -140,18 +141,18 @@ class OnCPU:
 
     @staticmethod
     def rms_norm(x: np.ndarray, weight: mx.array, eps: float, silu: bool) -> np.ndarray:
-        weight = np.array(weight)
+        factors = np.array(weight)
         y = np.empty(x.shape, np.float32)
         for (_, rows), (_, into) in zip(_blocks(x), _blocks(y), strict=True):
             squares = np.einsum("rwc,rwc->rw", rows, rows)
             np.multiply(rows, (1 / np.sqrt(squares / x.shape[-1] + np.float32(eps)))[..., None], out=into)
-            into *= weight
+            into *= factors
             if silu:
                 _silu(into)
         return y
 
     @staticmethod
-    def convolution(layer: nn.Conv2d):
+    def convolution(layer: nn.Conv2d) -> Callable[[np.ndarray], np.ndarray]:
         if layer.weight.shape[1:3] == (1, 1):
             return lambda x: _finish(_product(np.ascontiguousarray(x), layer.weight.squeeze((1, 2))), layer)
         taps = _taps(layer)
@@ -181,7 +182,7 @@ class OnCPU:
         return run
 
     @staticmethod
-    def halving(layer: nn.Conv2d):
+    def halving(layer: nn.Conv2d) -> Callable[[np.ndarray], np.ndarray]:
         taps = _taps(layer)
 
         def run(x: np.ndarray) -> np.ndarray:
@@ -200,7 +201,7 @@ class OnCPU:
         return run
 
     @staticmethod
-    def doubling(layer: nn.Conv2d):
+    def doubling(layer: nn.Conv2d) -> Callable[[np.ndarray], np.ndarray]:
         """Of the nine pixels under the kernel, repeated ones are the same, so four products do for one result; they
         differ with its being in an even or an odd row and column."""
         kernel = np.array(layer.weight).transpose(1, 2, 0, 3)
@@ -273,7 +274,7 @@ def _exponentials(scores: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _blocks(x: np.ndarray):
+def _blocks(x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Rows of a strip, as many at a time as the cache likes, each with the number of its picture."""
     step = max(1, _BLOCK // (x.shape[2] * x.shape[3]))
     for index, picture in enumerate(x):
@@ -328,17 +329,16 @@ def _product(x: np.ndarray, weight: mx.array) -> np.ndarray:
 
 def _sum_of_products(places: Iterable[tuple[mx.array, int, mx.array]], count: int) -> np.ndarray:
     """The sum over (x, place, weight) of `count` positions of x from that place, (B, count, C), times (O, C)."""
-    y = None
-    for x, place, weight in places:
-        if BLAS is None:
-            # MLX has no good product of its own here; numpy brings one.
-            part = np.array(x, copy=False)[:, place : place + count] @ np.array(weight, copy=False).T
-            y = part if y is None else np.add(y, part, out=y)
-        else:
-            part = x[:, place : place + count]
-            y = part @ weight.T if y is None else mx.addmm(y, part, weight.T)
     if BLAS is None:
-        return y
+        # MLX has no good product of its own here; numpy brings one.
+        return reduce(
+            lambda one, other: np.add(one, other, out=one),
+            (np.array(x, copy=False)[:, at : at + count] @ np.array(weight, copy=False).T for x, at, weight in places),
+        )
+    y: mx.array | None = None
+    for x, at, weight in places:
+        part = x[:, at : at + count]
+        y = part @ weight.T if y is None else mx.addmm(y, part, weight.T)
     mx.eval(y)
     return np.array(y, copy=False)
 

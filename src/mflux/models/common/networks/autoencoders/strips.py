@@ -47,7 +47,7 @@ class Map:
 
     def __init__(
         self,
-        shape: tuple[int, int, int, int],
+        shape: tuple[int, ...],
         dtype: mx.Dtype,
         make: Callable[[_Pass], Read] | None,
         sources: tuple[Map, ...] = (),
@@ -58,7 +58,8 @@ class Map:
         self.multiple = multiple
         self._make = make
         self._sources = sources
-        self._kernels = kernels(dtype)
+        # What takes a strip is the one of the two that made it.
+        self._kernels: Any = kernels(dtype)
         self._strips: deque[Strip] | None = None
         self._moments: tuple[np.ndarray, np.ndarray] | None = None
 

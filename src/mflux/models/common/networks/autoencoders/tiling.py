@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from mflux.backend import mx, tree_flatten
+from mflux.backend import mx, named_arrays
 from mflux.errors import UsageError
 
 
@@ -57,7 +58,7 @@ class TilingConfig:
         return bool(getattr(getattr(model, "vae", None), "supports_implicit_tiling", True))
 
 
-def decode(vae, latents: mx.array, tiling: TilingConfig | None) -> mx.array:
+def decode(vae: Any, latents: mx.array, tiling: TilingConfig | None) -> mx.array:
     """Decode (1, C, h, w) to (1, 3, H, W); at once if `tiling` is None or one tile covers it."""
     run = _in_its_dtype(vae, vae.decode)
     if tiling is None or (tiling.vae_decode_tiles_per_dim or 1) <= 1:
@@ -67,7 +68,7 @@ def decode(vae, latents: mx.array, tiling: TilingConfig | None) -> mx.array:
     return _in_tiles(run, latents, tile, tiling.vae_decode_overlap, into=1, out=scale)
 
 
-def encode(vae, image: mx.array, tiling: TilingConfig | None) -> mx.array:
+def encode(vae: Any, image: mx.array, tiling: TilingConfig | None) -> mx.array:
     """Encode (1, 3, H, W) to (1, C, h, w); at once if `tiling` does not ask for tiles or one covers it."""
     run = _in_its_dtype(vae, vae.encode)
     if tiling is None or not tiling.vae_encode_tiled:
@@ -77,12 +78,12 @@ def encode(vae, image: mx.array, tiling: TilingConfig | None) -> mx.array:
     return _in_tiles(run, image, tile, overlap, into=scale, out=1)
 
 
-def _in_its_dtype(vae, run: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+def _in_its_dtype(vae: Any, run: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
     """`run` in the dtype of the autoencoder's weights; what comes out has that of what goes in.
 
     Not in float16, whose range an autoencoder's sums of squares leave.
     """
-    floats = (value.dtype for _, value in tree_flatten(vae.parameters()) if mx.issubdtype(value.dtype, mx.floating))
+    floats = (value.dtype for _, value in named_arrays(vae.parameters()) if mx.issubdtype(value.dtype, mx.floating))
     dtype = next(floats, None)
     if dtype is None or dtype == mx.float16:
         return run
@@ -98,7 +99,7 @@ def _in_tiles(
     if height <= tile and width <= tile:
         return run(x)
     overlap = min(overlap, tile // 2)
-    result = None
+    result: np.ndarray | None = None
     weights = np.zeros((height * out, width * out), np.float32)
     for top in _starts(height, tile, overlap):
         for left in _starts(width, tile, overlap):
@@ -112,6 +113,8 @@ def _in_tiles(
             result[:, *window] += done * fade
             weights[window] += fade
             mx.clear_cache()
+    if result is None:
+        raise ValueError(f"there is nothing to go through in tiles: {x.shape}")
     return mx.array(result / weights)[None]
 
 

@@ -9,7 +9,7 @@ attention in the middle rows run through all layers at once, in strips.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Self
@@ -155,7 +155,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.resample = [nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2)]
+        self.resample: list[Any] = [nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2)]
 
     def __call__(self, x: Map) -> Map:
         return x.halve(self.resample[1])
@@ -166,7 +166,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
-        self.resample = [nn.Identity(), nn.Conv2d(channels, out_channels, 3, padding=1)]
+        self.resample: list[Any] = [nn.Identity(), nn.Conv2d(channels, out_channels, 3, padding=1)]
 
     def __call__(self, x: Map) -> Map:
         return x.double(self.resample[1])
@@ -278,7 +278,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.base_dim * factor for factor in (1, *config.dim_mult)]
         self.conv_in = FrameConv(config.in_channels, widths[0], 3)
-        self.down_blocks = []
+        self.down_blocks: list[Callable[[Map], Map]] = []
         for level, (in_channels, out_channels) in enumerate(pairwise(widths)):
             if config.is_residual:
                 self.down_blocks.append(ResidualDownBlock(config, level, in_channels, out_channels))
@@ -303,14 +303,13 @@ class Decoder(nn.Module):
         widths = [(config.decoder_base_dim or config.base_dim) * factor for factor in config.dim_mult[::-1]]
         self.conv_in = FrameConv(config.z_dim, widths[0], 3)
         self.mid_block = MidBlock(widths[0])
-        self.up_blocks = []
+        self.up_blocks: list[Callable[[Map], Map]] = []
         for level, (in_channels, out_channels) in enumerate(pairwise([widths[0], *widths])):
             if config.is_residual:
-                block = ResidualUpBlock(config, level, in_channels, out_channels)
-            else:
-                halved = in_channels // 2 if level else in_channels
-                block = UpBlock(config, halved, out_channels, is_last=level == len(widths) - 1)
-            self.up_blocks.append(block)
+                self.up_blocks.append(ResidualUpBlock(config, level, in_channels, out_channels))
+                continue
+            halved = in_channels // 2 if level else in_channels
+            self.up_blocks.append(UpBlock(config, halved, out_channels, is_last=level == len(widths) - 1))
         self.norm_out = ChannelNorm(widths[-1], 3)
         self.conv_out = FrameConv(widths[-1], config.out_channels, 3)
 

@@ -7,6 +7,7 @@ transformers 5 leave that out, and both load.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import Exceptions
@@ -36,8 +37,30 @@ class CLIPTextConfig(ComponentConfig):
         return None
 
 
+class LayerConfig(Protocol):
+    """What a layer is built from; CLIP's configuration and SigLIP's say it in the same words."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def hidden_act(self) -> str: ...
+
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
 class CLIPAttention(nn.Module):
-    def __init__(self, config: CLIPTextConfig, mask: str | None):
+    def __init__(self, config: LayerConfig, mask: str | None):
         super().__init__()
         self.mask = mask
         self.heads = config.num_attention_heads
@@ -53,7 +76,7 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
+    def __init__(self, config: LayerConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -64,7 +87,7 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
-    def __init__(self, config: CLIPTextConfig, mask: str | None):
+    def __init__(self, config: LayerConfig, mask: str | None):
         super().__init__()
         self.self_attn = CLIPAttention(config, mask)
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -89,7 +112,7 @@ class CLIPEmbeddings(nn.Module):
 class CLIPEncoder(nn.Module):
     """Layers whose tokens see those before them, or with `mask=None` all; SigLIP's are the same."""
 
-    def __init__(self, config: CLIPTextConfig, mask: str | None = "causal"):
+    def __init__(self, config: LayerConfig, mask: str | None = "causal"):
         super().__init__()
         self.layers = [CLIPLayer(config, mask) for _ in range(config.num_hidden_layers)]
 

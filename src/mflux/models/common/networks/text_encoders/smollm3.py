@@ -31,18 +31,21 @@ class SmolLM3Config(DecoderConfig):
     kind = "smollm3"
     qk_norm = False
 
-    def __post_init__(self):
-        if self.no_rope_layers is None:
-            # A 1 for every layer that turns queries and keys, in spite of the name.
-            turned = (int(layer % self.no_rope_layer_interval != 0) for layer in range(1, self.num_hidden_layers + 1))
-            object.__setattr__(self, "no_rope_layers", tuple(turned))
+    @property
+    def turned(self) -> tuple[int, ...]:
+        """A 1 for every layer that turns queries and keys, in spite of the field's name."""
+        if self.no_rope_layers is not None:
+            return self.no_rope_layers
+        return tuple(int(layer % self.no_rope_layer_interval != 0) for layer in range(1, self.num_hidden_layers + 1))
 
     def has_positions(self, layer: int) -> bool:
-        return bool(self.no_rope_layers[layer])
+        return bool(self.turned[layer])
 
     def check(self) -> str | None:
-        if len(self.no_rope_layers) < self.num_hidden_layers:
-            return f"no_rope_layers tells of {len(self.no_rope_layers)} of {self.num_hidden_layers} layers"
+        if self.no_rope_layer_interval < 1:
+            return f"no_rope_layer_interval {self.no_rope_layer_interval} counts no layers"
+        if len(self.turned) < self.num_hidden_layers:
+            return f"no_rope_layers tells of {len(self.turned)} of {self.num_hidden_layers} layers"
         if not 0 <= self.bos_token_id < self.vocab_size:
             return f"the bos_token_id {self.bos_token_id} is none of {self.vocab_size} tokens"
         if self.mlp_bias:
@@ -54,7 +57,8 @@ class SmolLM3TextEncoder(DecoderTextEncoder):
     """Token ids → all hidden states, embeddings first, the last one normed."""
 
     config_class = SmolLM3Config
+    config: SmolLM3Config
 
-    @property
-    def hidden_states(self) -> tuple[int, ...]:
-        return tuple(range(self.config.num_hidden_layers + 1))
+    @classmethod
+    def hidden_states_of(cls, config: SmolLM3Config) -> tuple[int, ...]:
+        return tuple(range(config.num_hidden_layers + 1))

@@ -90,7 +90,8 @@ class Flux1Controlnet(FluxPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        source = Path(os.fsdecode(needed(controlnet_image_path, "controlnet_image_path (--controlnet-image-path)")))
+        given = needed(controlnet_image_path, "controlnet_image_path (--controlnet-image-path)")
+        source = Path(os.fsdecode(given))
         strength = values.real(controlnet_strength, "controlnet_strength")
         config = self.settings(
             seed=seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 
@@ -91,7 +92,7 @@ class Flux1Depth(FluxPipeline):
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt, depth_image=found)
 
         # 4. Decode
-        about = {"image_path": image_path, "depth_image_path": depth_image_path}
+        about: dict[str, Any] = {"image_path": image_path, "depth_image_path": depth_image_path}
         image = self.make_image(config, latents, seed=seed, prompt=prompt, **about)
         image.depth_image = found
         return image

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux.backend import mx
+from mflux.models.common.networks.layers import parts_of
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.pipeline import FluxPipeline
 from mflux.models.flux.sources import needed, refuse_strength
@@ -72,7 +73,7 @@ class Flux1InContextDev(FluxPipeline):
         rows = config.height // 16
 
         def left_and_right(tokens: mx.array) -> list[mx.array]:
-            return mx.split(tokens.reshape(1, rows, -1, tokens.shape[-1]), 2, axis=2)
+            return parts_of(tokens.reshape(1, rows, -1, tokens.shape[-1]), 2, axis=2)
 
         left, left_noise = reference.reshape(1, rows, -1, reference.shape[-1]), left_and_right(noise)[0]
 

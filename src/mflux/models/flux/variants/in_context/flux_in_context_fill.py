@@ -87,7 +87,7 @@ class Flux1InContextFill(FillPipeline):
         )
         size = config.width // 2, config.height
         left = ImageUtil.to_array(picture(left_image_path, *size))
-        if right_image_path is None:
+        if right_image_path is None or masked_image_path is None:
             right, white = mx.zeros_like(left), mx.ones((1, 1, config.height, size[0]))
         else:
             right, white = ImageUtil.to_array(picture(right_image_path, *size)), mask(masked_image_path, *size)

@@ -46,9 +46,9 @@ class Flux1Kontext(FluxPipeline):
             as `Flux1.generate_image`.
         """
         refuse_strength(image_strength)
-        image_path = needed(image_path, "image_path (--image)")
+        source = needed(image_path, "image_path (--image)")
         if height is None and width is None:
-            width, height = fitted_size(image_path)
+            width, height = fitted_size(source)
         config = self.settings(
             seed=seed,
             prompt=prompt,
@@ -56,7 +56,7 @@ class Flux1Kontext(FluxPipeline):
             height=height,
             width=width,
             guidance=guidance,
-            image_path=image_path,
+            image_path=source,
             scheduler=scheduler,
         )
 

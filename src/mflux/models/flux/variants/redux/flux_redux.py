@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
@@ -103,7 +104,7 @@ class Flux1Redux(FluxPipeline):
         latents = self.denoise(config, latents, self.predictor(config, encoded), seed=seed, prompt=prompt)
 
         # 4. Decode
-        about = {"redux_image_paths": paths, "redux_image_strengths": strengths}
+        about: dict[str, Any] = {"redux_image_paths": paths, "redux_image_strengths": strengths}
         return self.make_image(config, latents, seed=seed, prompt=prompt, **about)
 
     def encode_images(self, paths: Sequence[Path | str]) -> list[mx.array]:

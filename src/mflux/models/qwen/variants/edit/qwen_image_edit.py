@@ -183,4 +183,5 @@ def fitted(picture: PIL.Image.Image, area: int) -> tuple[int, int]:
     ratio = picture.width / picture.height
     width = math.sqrt(area * ratio)
     # A picture that is very long and narrow still has a row of tokens.
-    return tuple(max(_GRID, round(side / _GRID) * _GRID) for side in (width, width / ratio))
+    across, down = (max(_GRID, round(side / _GRID) * _GRID) for side in (width, width / ratio))
+    return across, down
