@@ -331,8 +331,8 @@ def read_picture_settings(folder: Path) -> None:
     """As `-C` and `mflux-info` do; of a picture as it is, and of one with the changed text in it."""
     import PIL.Image
 
-    from mflux.cli.generate import take_settings
     from mflux.cli.info import lines
+    from mflux.cli.replay import take_settings
     from mflux.models.flux.cli.flux_generate import build_parser
     from mflux.utils.metadata_builder import COMMENT_PREFIX
     from mflux.utils.metadata_reader import MetadataReader, read_settings

@@ -541,7 +541,7 @@ def test_repositories_that_settings_name_are_told_before_one_is_asked(cli, in_fo
     log.records = []
     log.emit = log.records.append
     monkeypatch.setattr(mflux.hub, "_fetch", ask)
-    monkeypatch.setattr("mflux.cli.generate.log.handlers", [log])
+    monkeypatch.setattr("mflux.cli.replay.log.handlers", [log])
     (in_folder / "old.json").write_text(json.dumps(settings | {"prompt": "x"}))
     result = cli("generate", "-C", "old.json")
     assert result.errors == ["error: asked"]

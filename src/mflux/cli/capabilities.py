@@ -15,7 +15,9 @@ from typing import Any
 
 from mflux.cli.commands import COMMANDS
 from mflux.cli.generate import Generate
-from mflux.cli.parser import NOT_BUILT_OPTIONS, MfluxParser, nearest, run, say
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.parser.settle import NOT_BUILT_OPTIONS
+from mflux.cli.terminal import nearest, run, say
 from mflux.errors import UsageError
 
 SCHEMA = 1

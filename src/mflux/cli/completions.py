@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux.cli.commands import COMMANDS
-from mflux.cli.parser import MfluxParser, run, say, say_line
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say, say_line
 from mflux.errors import MfluxError, OutputError
 
 log = logging.getLogger(__name__)

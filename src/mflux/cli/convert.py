@@ -9,7 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import MfluxParser, run, say, say_line
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say, say_line
 from mflux.errors import OutputError, UsageError
 from mflux.text import some
 from mflux.utils.paths import is_there

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mflux.cli.parser import MfluxParser, run, say
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say
 from mflux.text import one_line, size
 from mflux.utils.memory import lines_of, machine_memory
 

@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mflux.cli import parser as options
-from mflux.cli.parser import was_given
-from mflux.errors import ModelConfigError, NotBuiltError, UsageError
-from mflux.models.common.family import STAGES, built, found
-from mflux.text import shown, some
+from mflux.cli import terminal
+from mflux.cli.parser import groups, settle
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.parser.settle import was_given
+from mflux.cli.replay import take_settings
+from mflux.errors import UsageError
+from mflux.models.common.family import STAGES, found
 from mflux.utils import values
-from mflux.utils.paths import is_repository
 from mflux.utils.scale_factor import ScaleFactor
-from mflux.utils.settings import SETTINGS
 
 log = logging.getLogger(__name__)
 
@@ -88,28 +88,28 @@ class Generate:
     pixels: Callable[[Any, argparse.Namespace], Any] | None = None
     after: Callable[[Any, Any, argparse.Namespace], None] | None = None
 
-    def build_parser(self) -> options.MfluxParser:
+    def build_parser(self) -> MfluxParser:
         """The command's parser; completions and tests use it as well."""
         known = f"Models: {', '.join(self.models)}."
         if "demo" in self.models:
             known += " The model demo comes with mflux and needs no download."
-        parser = options.MfluxParser(prog=self.prog, description=self.description, epilog=known)
-        options.add_model_options(parser)
+        parser = MfluxParser(prog=self.prog, description=self.description, epilog=known)
+        groups.add_model_options(parser)
         if "prompt" not in self.leave_out:
-            options.add_prompt_options(parser)
+            groups.add_prompt_options(parser)
         guidance = "the model's" if self.guidance is None else str(self.guidance)
         scheduler = self.defaults.get("scheduler", "linear")
-        options.add_generation_options(parser, default_size=self.default_size, guidance=guidance, scheduler=scheduler)
+        groups.add_generation_options(parser, default_size=self.default_size, guidance=guidance, scheduler=scheduler)
         if "image" not in self.leave_out:
-            options.add_image_options(parser)
+            groups.add_image_options(parser)
         if self.add_options is not None:
             self.add_options(parser)
         if "lora" not in self.leave_out:
-            options.add_lora_options(parser, style="lora_style" not in self.leave_out)
+            groups.add_lora_options(parser, style="lora_style" not in self.leave_out)
         if "pid" not in self.leave_out:
-            options.add_pid_options(parser)
-        options.add_output_options(parser, settings="settings" not in self.leave_out)
-        options.add_machine_options(parser)
+            groups.add_pid_options(parser)
+        groups.add_output_options(parser, settings="settings" not in self.leave_out)
+        groups.add_machine_options(parser)
         for action in parser._actions:
             if action.dest == "model" and self.default_model is not None:
                 action.help = f"{action.help} (default: {self.default_model})"
@@ -121,20 +121,20 @@ class Generate:
         return parser
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        return options.run(self.run, argv)
+        return terminal.run(self.run, argv)
 
     def run(self, argv: Sequence[str] | None) -> None:
         """Parse, check everything that can be checked without the model, then draw."""
         args = self.build_parser().parse_args(argv)
-        options.refuse_what_is_not_built(args)
+        settle.refuse_what_is_not_built(args)
         if "image" not in self.leave_out:
-            options.settle_image(args)
+            settle.settle_image(args)
         if getattr(args, "config_from_metadata", None):
             take_settings(args)
         if "lora" not in self.leave_out:
-            options.settle_loras(args)
-        options.settle_seeds(args)
-        options.settle_paths(args, self.sources)
+            settle.settle_loras(args)
+        settle.settle_seeds(args)
+        settle.settle_paths(args, self.sources)
         model_config = self._check(args)
 
         # From here on it takes time; the imports alone are half a second.
@@ -148,7 +148,7 @@ class Generate:
             check_output(f"{args.stepwise_image_output_dir}/step.png")
         if args.scheduler is not None:
             scheduler_class(args.scheduler)
-        prompt = None if "prompt" in self.leave_out else options.read_prompt(args)
+        prompt = None if "prompt" in self.leave_out else settle.read_prompt(args)
         width, height = self._size(args, model_config)
         make_prompt = self._prompt_maker(args, prompt)
 
@@ -159,15 +159,15 @@ class Generate:
             and "guidance" not in self.ignored
         ):
             log.warning("--guidance is ignored: %s was made without guidance", args.model)
-        memory = prepare_machine(args, pipeline, len(args.seed))
-        options.advise()
+        memory = settle.prepare_machine(args, pipeline, len(args.seed))
+        terminal.advise()
 
         if make_prompt is not None:
             said, prompt = prompt, make_prompt()
         for index, seed in enumerate(args.seed):
             pipeline.is_last_picture = index == len(args.seed) - 1
             if index > 0 and getattr(args, "prompt_file", None) is not None:
-                words = options.read_prompt(args)
+                words = settle.read_prompt(args)
                 if self.rewrite is None:
                     prompt = words
                 elif words != said:
@@ -175,7 +175,7 @@ class Generate:
                     pipeline.release_stages(*STAGES)
                     prompt = make_prompt()
             image = pipeline.generate_image(**self._picture(args, seed, prompt, width, height))
-            path = options.save_picture(image, args, seed, self.pixels(image, args) if self.pixels else None)
+            path = settle.save_picture(image, args, seed, self.pixels(image, args) if self.pixels else None)
             if self.after is not None:
                 self.after(image, path, args)
         if memory is not None:
@@ -229,7 +229,7 @@ class Generate:
         """
         from mflux.models.common.config.model_config import DEFAULT_STEPS, ModelConfig
 
-        settle_model(
+        settle.settle_model(
             args,
             prog=self.prog,
             models=self.models,
@@ -238,7 +238,7 @@ class Generate:
             stands_for=self.stands_for,
         )
         if "image" not in self.leave_out:
-            check_strength(args, self.size_source)
+            settle.check_strength(args, self.size_source)
         for name, why in self.ignored.items():
             if was_given(args, name) and getattr(args, name) not in (None, ""):
                 log.warning("--%s is ignored: %s", name.replace("_", "-"), why)
@@ -287,169 +287,3 @@ class Generate:
             default=model_config.default_size,
         )
         return on_grid(width, "width"), on_grid(height, "height")
-
-
-def settle_model(
-    args: argparse.Namespace,
-    *,
-    prog: str,
-    models: Sequence[str],
-    default_model: str | None,
-    default: str | None = None,
-    stands_for: Mapping[str, str] | None = None,
-) -> None:
-    """Fill in `model` and `base_model`, which together name one of a command's models.
-
-    Args:
-        prog, models, default_model, stands_for: as `Generate` has them.
-        default: what `--model` says where nothing is said.
-
-    Raises:
-        UsageError: no model, or one that another command draws with.
-        ModelConfigError: the model's name tells nothing.
-    """
-    from mflux.models.common.config.model_config import built_key, check_is_somewhere, key_of, suggestion
-    from mflux.models.common.saved_model import recorded_base_model
-
-    if args.model in (None, default) and was_given(args, "base_model"):
-        args.model = args.base_model
-    args.model = args.model or args.base_model or default_model
-    if args.model is None:
-        raise UsageError(f"no model was named: {suggestion()}")
-    args.base_model = args.base_model or recorded_base_model(args.model)
-    try:
-        meant = (stands_for or {}).get(key_of(args.model, args.base_model))
-    except ModelConfigError:
-        if default_model is None:
-            raise
-        meant = default_model
-    if meant is not None:
-        args.base_model = meant
-        if key_of(args.model, meant) != meant:
-            args.model = meant
-    key = built_key(args.model, args.base_model)
-    if key not in models:
-        check_is_somewhere(args.model)
-        raise UsageError(f"{prog} does not draw with {key}: use {built()[key]} --model {args.model}")
-
-
-def check_strength(args: argparse.Namespace, source: str) -> None:
-    """
-    Raises:
-        UsageError: a strength without a picture.
-    """
-    if args.image_path is None and not getattr(args, source, None) and was_given(args, "image_strength"):
-        raise UsageError(
-            "--image-strength says how much of a picture to keep, and there is none: use --image PATH STRENGTH"
-        )
-
-
-def take_settings(args: argparse.Namespace) -> None:
-    """Fill in from the settings of an earlier picture what the command line leaves open.
-
-    Raises:
-        UsageError: a setting makes no sense, or asks for what this command has no option for.
-        NotBuiltError: it asks for what is not built.
-    """
-    source = args.config_from_metadata
-    settings = options.read_settings(source)
-    if settings.get("pid_decode") and not was_given(args, "pid_decode"):
-        raise NotBuiltError(
-            f"{source}: the model of that picture is decoded with PiD, which is not built yet: --no-pid-decode does "
-            "without"
-        )
-    args.taken = frozenset()
-    # Its schedule is the command's of then, or the one that is written down.
-    args.schedule_is_recorded = settings.get("scheduler") is not None
-    args.of_old_picture = is_old(settings.get("mflux_version"))
-    for setting in SETTINGS:
-        value = settings.get(setting.name)
-        if setting.read is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
-            continue
-        if was_given(args, setting.name, *setting.beaten_by):
-            continue
-        if setting.name == "image_path" and settings.get("image_paths") and not hasattr(args, setting.name):
-            # mflux 0.24 noted the first of several source pictures twice.
-            continue
-        if not hasattr(args, setting.name):
-            raise UsageError(
-                f"{source} was made with {setting.label.lower()} ({setting.option}), which this command does not have: "
-                "use the command that made it"
-            )
-        try:
-            setattr(args, setting.name, setting.read(value))
-            args.taken |= {setting.name}
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(
-                f"{source}: its {setting.name} makes no sense, {shown(error, 300)}: say {setting.option} yourself"
-            ) from None
-    if args.scheduler and "." in args.scheduler and not was_given(args, "scheduler"):
-        raise UsageError(f"{source}: its scheduler {shown(args.scheduler)} would be imported: say --scheduler yourself")
-    _take_model(args, settings)
-    _tell_repositories(args)
-
-
-def _tell_repositories(args: argparse.Namespace) -> None:
-    """Say which repositories the settings name, before one is asked: whoever made the picture chose them."""
-    named = [] if was_given(args, "model") or args.model is None else [args.model]
-    if not was_given(args, "lora", "lora_paths", "lora_style"):
-        named += getattr(args, "lora_paths", None) or ()
-    if named := [name for name in named if is_repository(name)]:
-        log.info("%s names %s: Hugging Face is asked for what is not here yet", args.config_from_metadata, some(named))
-
-
-def is_old(version: Any) -> bool:
-    """Whether that is mflux 0.24's version or an older one."""
-    return isinstance(version, str) and version.startswith("0.")
-
-
-def _take_model(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
-    """The command line of the earlier picture named a folder or repository; the model is what that was taken for."""
-    if was_given(args, "model"):
-        return
-    names = {name: settings.get(name) for name in ("model", "model_path", "base_model")}
-    for name, value in names.items():
-        if value is not None and not isinstance(value, str):
-            raise UsageError(
-                f"{args.config_from_metadata}: its {name} makes no sense, {shown(value, 40)} is not text: say --model "
-                "yourself"
-            )
-    model = names["model_path"] or names["model"]
-    if model is None:
-        return
-    args.model = model
-    if args.base_model is None:
-        if names["model_path"]:
-            args.base_model = names["model"]
-        if names["base_model"] not in (None, "None"):  # older versions of mflux wrote this for a built-in model
-            args.base_model = names["base_model"]
-
-
-def prepare_machine(args: argparse.Namespace, pipeline, pictures: int):
-    """Register what watches over memory, battery and steps; returns the memory saver of `--low-ram`, or None.
-
-    Args:
-        pictures: how many are drawn.
-    """
-    from mflux.callbacks.instances.battery_saver import BatterySaver
-    from mflux.callbacks.instances.memory_saver import MemorySaver, limit_cache
-    from mflux.models.common.networks.autoencoders.tiling import TilingConfig
-
-    if args.vae_tiling or args.vae_tile_size:
-        pipeline.tiling_config = TilingConfig(vae_decode_tile_size=args.vae_tile_size or 512)
-    pipeline.vae_full_precision = getattr(args, "vae_full_precision", False)
-    limit = int(args.mlx_cache_limit_gb * 1e9) if args.mlx_cache_limit_gb else None
-    pipeline.callbacks.register(BatterySaver(args.battery_percentage_stop_limit))
-    if args.stepwise_image_output_dir:
-        from mflux.callbacks.instances.stepwise_handler import StepwiseHandler
-
-        pipeline.callbacks.register(StepwiseHandler(pipeline, args.stepwise_image_output_dir, pipeline.latent_creator))
-    # A run that encodes another prompt later makes room for the encoders: its peak is one stage, not two.
-    pipeline.keep_transformer = False
-    memory = None
-    if args.low_ram:
-        memory = MemorySaver(pipeline, keep_transformer=pictures > 1)
-        pipeline.callbacks.register(memory)
-    if limit is not None:
-        limit_cache(limit)
-    return memory

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mflux.cli.parser import MfluxParser, run, say
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say
 from mflux.text import shown
 from mflux.utils.settings import SETTINGS
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mflux.cli.commands import COMMANDS, NOT_BUILT
-from mflux.cli.parser import nearest, run, say
+from mflux.cli.terminal import nearest, run, say
 from mflux.errors import NotBuiltError, UsageError
 
 

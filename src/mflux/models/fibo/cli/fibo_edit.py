@@ -82,7 +82,7 @@ def pixels(image, args: argparse.Namespace):
 
 def write_matte(image, path: Path, args: argparse.Namespace) -> None:
     if args.removes and args.matte_output is not None:
-        from mflux.cli.parser import say_line
+        from mflux.cli.terminal import say_line
 
         say_line(image.save(matte_path(args, image.seed), embed_metadata=not args.no_metadata))
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import was_given
+from mflux.cli.parser.settle import was_given
 from mflux.models.fibo.cli.options import add_vlm_option, with_vlm
 from mflux.models.fibo.family import FAMILY
 from mflux.models.fibo.prompts import VLM_SEED, as_object

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import say, was_given, was_said
+from mflux.cli.parser.settle import was_given, was_said
+from mflux.cli.terminal import say
 from mflux.errors import UsageError
 from mflux.models.flux.cli.options import IGNORED
 from mflux.models.flux.family import FAMILY

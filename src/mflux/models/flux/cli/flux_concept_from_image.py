@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from mflux.cli.parser import was_given, was_said
+from mflux.cli.parser.settle import was_given, was_said
 from mflux.errors import UsageError
 from mflux.models.flux.cli.flux_concept import Concept, add_options, check_concept, draw_concept
 

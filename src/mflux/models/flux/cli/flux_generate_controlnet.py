@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import say_line
+from mflux.cli.terminal import say_line
 from mflux.errors import UsageError
 from mflux.models.flux.cli.options import IGNORED, add_controlnet_options, draw_controlled
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import say_line, was_given
+from mflux.cli.parser.settle import was_given
+from mflux.cli.terminal import say_line
 from mflux.errors import UsageError
 from mflux.models.flux.cli.options import IGNORED
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import was_given
+from mflux.cli.parser.settle import was_given
 from mflux.errors import UsageError
 from mflux.models.flux.cli.options import IGNORED, add_full_image_option, right_half, save_full_image
 

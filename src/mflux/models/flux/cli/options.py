@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mflux.cli.parser import say_line, was_given
+from mflux.cli.parser.settle import was_given
+from mflux.cli.terminal import say_line
 from mflux.errors import UsageError
 from mflux.utils import values
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mflux.cli.parser import add_compute_precision_option, add_vae_precision_option, was_given
+from mflux.cli.parser.groups import add_compute_precision_option, add_vae_precision_option
+from mflux.cli.parser.settle import was_given
 from mflux.errors import UsageError
 from mflux.utils.paths import user_path
 

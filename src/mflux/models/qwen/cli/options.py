@@ -7,7 +7,7 @@ import logging
 import re
 from pathlib import PurePath
 
-from mflux.cli.parser import was_given
+from mflux.cli.parser.settle import was_given
 
 log = logging.getLogger(__name__)
 

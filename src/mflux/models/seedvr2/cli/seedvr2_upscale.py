@@ -11,8 +11,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mflux.cli import parser as options
-from mflux.cli.generate import prepare_machine, settle_model
+from mflux.cli.parser.groups import add_machine_options, add_model_options, add_output_options
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.parser.settle import add_to_name, prepare_machine, save_picture, settle_model, settle_paths
+from mflux.cli.terminal import advise, is_out_of_memory, run
 from mflux.errors import CheckpointError, DownloadError, MfluxError, OutputError, UsageError
 from mflux.models.seedvr2.family import FAMILY
 from mflux.text import shown
@@ -29,14 +31,14 @@ _KINDS = ", ".join(kind[1:] for kind in SUFFIXES)
 _MOST_NAMES = 20
 
 
-def build_parser() -> options.MfluxParser:
+def build_parser() -> MfluxParser:
     """The command's parser; completions use it as well."""
-    parser = options.MfluxParser(
+    parser = MfluxParser(
         prog=PROG,
         description="Draw pictures again with more pixels, with SeedVR2.",
         epilog=f"Models: {', '.join(MODELS)}.",
     )
-    options.add_model_options(parser)
+    add_model_options(parser)
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--image-path",
@@ -63,8 +65,8 @@ def build_parser() -> options.MfluxParser:
         default=0.0,
         help="how much detail to take away first, from 0 to 1, so that more is drawn anew (default: 0)",
     )
-    options.add_output_options(parser, settings=False)
-    options.add_machine_options(parser)
+    add_output_options(parser, settings=False)
+    add_machine_options(parser)
     helps = {
         "model": f"a model's name, a Hugging Face repository (org/name), or a folder (default: {MODELS[0]})",
         "output": "where to write; {image_name} and {seed} stand for the picture's name and the seed, and are added "
@@ -77,7 +79,7 @@ def build_parser() -> options.MfluxParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return options.run(upscale, argv)
+    return run(upscale, argv)
 
 
 def upscale(argv: Sequence[str] | None) -> None:
@@ -87,7 +89,7 @@ def upscale(argv: Sequence[str] | None) -> None:
         MfluxError: some could not be drawn; the others are.
     """
     args = build_parser().parse_args(argv)
-    options.settle_paths(args, ())
+    settle_paths(args, ())
     settle_model(args, prog=PROG, models=MODELS, default_model=MODELS[0])
     batch = Batch(args)
 
@@ -109,7 +111,7 @@ def upscale(argv: Sequence[str] | None) -> None:
         if args.vae_tile_size:
             # Encoding would take the most memory otherwise.
             pipeline.tiling_config = replace(pipeline.tiling_config, vae_encode_tile_size=args.vae_tile_size)
-        options.advise()
+        advise()
         batch.draw(pipeline)
         if memory is not None:
             log.info(memory.memory_stats())
@@ -137,9 +139,9 @@ class Batch:
         # The same file twice is one picture.
         self.pictures = list(dict.fromkeys(self.pictures))
         if not self.alone:
-            options.add_to_name(args, "_", "{image_name}")
+            add_to_name(args, "_", "{image_name}")
         if len(args.seed) > 1:
-            options.add_to_name(args, "_seed_", "{seed}")
+            add_to_name(args, "_seed_", "{seed}")
 
     @contextmanager
     def apart(self, path: Path) -> Iterator[None]:
@@ -155,7 +157,7 @@ class Batch:
                 raise
             why = str(error)
         except (MemoryError, RuntimeError) as error:
-            if not options.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             why = "not enough memory: try --low-ram, a smaller --resolution, or --vae-tile-size 256"
             if self.alone:
@@ -211,7 +213,7 @@ class Batch:
                 for seed in args.seed:
                     pipeline.is_last_picture = path is self.sound[-1] and seed == args.seed[-1]
                     image = pipeline.generate_image(seed, path, args.resolution, args.softness)
-                    options.save_picture(image, args, seed, output=self.output(path, seed))
+                    save_picture(image, args, seed, output=self.output(path, seed))
             if len(self.failed) > failed:
                 give_back_memory()
 

@@ -6,16 +6,16 @@ import argparse
 import sys
 from typing import Any
 
-from mflux.cli import parser as options
 from mflux.cli.generate import Generate
-from mflux.cli.parser import was_given
+from mflux.cli.parser.groups import add_compute_precision_option, add_float32_option, add_vae_precision_option
+from mflux.cli.parser.settle import was_given
 from mflux.models.z_image.family import FAMILY
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.add_compute_precision_option(parser)
-    options.add_float32_option(parser)
-    options.add_vae_precision_option(parser)
+    add_compute_precision_option(parser)
+    add_float32_option(parser)
+    add_vae_precision_option(parser)
 
 
 def build(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mflux.cli import parser as options
 from mflux.cli.generate import Generate
+from mflux.cli.parser.groups import add_float32_option, add_vae_precision_option
 from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.variants.controlnet.control_types import ControlSpec, ControlType
 from mflux.utils import values
@@ -50,8 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="how much all controls count (default: 1.0; 0.65 to 1 is advised)",
     )
-    options.add_float32_option(parser)
-    options.add_vae_precision_option(parser)
+    add_float32_option(parser)
+    add_vae_precision_option(parser)
 
 
 def check(args: argparse.Namespace, _: Any) -> None:
