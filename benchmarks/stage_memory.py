@@ -88,7 +88,7 @@ def stages_of(family) -> dict[type, str]:
     from mflux.models.common.family import found
 
     components = list(family.components)
-    for _, reference in family.pipelines:
+    for reference in family.pipelines:
         components += found(reference).components
     return {component.module_class(): component.stage for component in components}
 

@@ -348,8 +348,7 @@ def read_picture_settings(folder: Path) -> None:
             MetadataReader.read_all_metadata(path)
             for line in lines(read_settings(path)):
                 assert line.isprintable()
-            args = build_parser().parse_args(["-C", str(path)])
-            take_settings(args)
+            take_settings(*build_parser().parse(["-C", str(path)]))
         except Exception as error:
             failure = failure or error
             if not _is_ours(error):

@@ -152,8 +152,16 @@ def test_settings_that_make_no_sense_are_quoted_as_text(in_folder, setting):
 
     (in_folder / "a.metadata.json").write_text(json.dumps(setting))
     with pytest.raises(UsageError) as caught:
-        take_settings(build_parser().parse_args(["-C", "a.metadata.json"]))
+        take_settings(*build_parser().parse(["-C", "a.metadata.json"]))
     assert str(caught.value).isprintable() and "\\x1b" in str(caught.value)
+
+
+def test_a_program_that_plans_has_no_standard_input(in_folder):
+    from mflux.models.flux.cli.flux_generate import COMMAND
+
+    plan = COMMAND.plan({"model": "demo", "prompt": "-", "output": "nowhere/a.png"})
+    assert (plan.prompt, plan.words) == ("-", "-")
+    assert list(in_folder.iterdir()) == [], "nothing is written before it is generated"
 
 
 # ---- parts

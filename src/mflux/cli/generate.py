@@ -1,4 +1,4 @@
-"""The one command that draws, whatever the family: parse, settle, check, then a picture for each seed.
+"""The one command that generates, whatever the family: options become a `Plan`, and the plan becomes images.
 
 A family's command is a `Generate`: which class, which options, which defaults. Everything that can be checked without
 the model is checked before anything heavy is loaded.
@@ -8,92 +8,98 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mflux.cli import terminal
+from mflux.cli import replay, terminal
 from mflux.cli.parser import groups, settle
-from mflux.cli.parser.parsers import MfluxParser
-from mflux.cli.parser.settle import was_given
-from mflux.cli.replay import take_settings
+from mflux.cli.parser.parsers import MfluxParser, Said
+from mflux.cli.plan import Plan
 from mflux.errors import UsageError
-from mflux.models.common.family import STAGES, found
+from mflux.models.common.family import STAGES, Command
 from mflux.utils import values
 from mflux.utils.scale_factor import ScaleFactor
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
+    from mflux.utils.generated_image import GeneratedImage
 
 log = logging.getLogger(__name__)
 
 PLAIN_SIZES = ("width", "height")
+# As a default model: the first of the command's.
+FIRST = "first"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """A command that draws, as data.
+    """A command that generates images, as data.
 
     Attributes:
-        prog: "mflux-generate".
+        command: its entry in the family's table: name, class, models.
         description: one sentence about it.
-        pipeline: its class, "package.module:Class".
-        models: what it draws with, keys of the registry.
-        default_model: what it draws with where no model is said, and what a folder or repository is taken for whose
-            name and settings do not tell.
-        stands_for: which of `models` is meant by another model's key: {"dev": "dev-controlnet-canny"}.
+        default_model: what it generates with where no model is named, and what a folder or repository is taken for
+            whose name and settings do not tell; None where there is no such model.
+        stands_for: which of its models is meant by another model's key: {"dev": "dev-controlnet-canny"}.
         default_size: what is taken where no size is said, for the help.
         leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`); or
-            "lora_style" alone, since styles are FLUX.1's.
-        published_schedule: whether `--scheduler`'s default is only what 0.24 took: where nothing is said the class gets
-            None and takes the checkpoint's schedule, and a picture that 0.24 or older made is replayed with 0.24's.
+            "lora_style" alone.
         defaults: other defaults than the common ones, by destination: {"scheduler": …, "model": …, "width": 1024}.
             A width and height that are numbers make both options plain numbers of pixels.
         guidance: what is taken where no guidance is said; None leaves it to the class.
         add_options: adds the command's own options to the parser.
-        sources: destinations of options, beside `image_path`, that name pictures: one path, or a list of them.
-        size_source: the destination whose picture (the first, if several) gives the size for `auto` and `2x`.
-        own_size: whether the class chooses the size where none is said, although there is a source picture.
-        exact_auto: whether `auto`, if it is said, is the picture's size then, as with mflux 0.24.
+        sources: destinations of options, beside `image_path`, that name images: one path, or a list of them.
+        size_source: the destination whose image (the first, if several) gives the size for `auto` and `2x`.
+        own_size: says of the options whether the class is to choose the size although there is a source image:
+            `settle.is_auto` or `settle.is_untyped_auto`. None: never.
         ignored: destination → why the option is ignored; said as a warning where it is given.
-        check: the command's own checks of its options, before anything heavy: called with the options and the model's
-            configuration; may fill in what is not said, and raises `UsageError`.
+        check: the command's own checks of its options, before anything heavy: called with the options, who chose them
+            and the model's configuration; may fill in what is not said, and raises `UsageError`.
         build: further arguments for the class.
         draw: further arguments for `generate_image`.
         rewrite: how words become the prompt that the class takes. Called with the options and the words before anything
-            is loaded, and raises what there is to be refused; what it returns makes the prompt, and is called when the
-            model's folder is known to be sound and none of its components is in memory.
-        pixels: called with the picture and the options, gives what is written in its place, with its settings.
-        after: called with the picture, the path it went to, and the options, for what a command writes beside it.
+            is loaded, and raises what there is to be refused. Returns the prompt, or what makes it, which is called
+            when the model's folder is known to be sound and none of its components is in memory.
+        pixels: called with the image and the options, gives what is written in its place, with its settings.
+        after: called with the image, the path it went to, and the options, for what a command writes beside it.
     """
 
-    prog: str
+    command: Command
     description: str
-    pipeline: str
-    models: tuple[str, ...]
-    default_model: str | None = None
+    default_model: str | None = FIRST
     stands_for: Mapping[str, str] = field(default_factory=dict)
     default_size: str = "1024; the source picture's, if there is one"
     leave_out: tuple[str, ...] = ()
-    published_schedule: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     guidance: float | None = 3.5
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
     sources: tuple[str, ...] = ()
     size_source: str = "image_path"
-    own_size: bool = False
-    exact_auto: bool = False
+    own_size: Callable[[argparse.Namespace, Said], bool] | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)
-    check: Callable[[argparse.Namespace, Any], None] | None = None
+    check: Callable[[argparse.Namespace, Said, ModelConfig], None] | None = None
     build: Callable[[argparse.Namespace], dict[str, Any]] | None = None
     draw: Callable[[argparse.Namespace], dict[str, Any]] | None = None
-    rewrite: Callable[[argparse.Namespace, str], Callable[[], str]] | None = None
+    rewrite: Callable[[argparse.Namespace, str], str | Callable[[], str]] | None = None
     pixels: Callable[[Any, argparse.Namespace], Any] | None = None
-    after: Callable[[Any, Any, argparse.Namespace], None] | None = None
+    after: Callable[[Any, Path, argparse.Namespace], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.default_model == FIRST:
+            object.__setattr__(self, "default_model", self.command.models[0])
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return self.command.models
 
     def build_parser(self) -> MfluxParser:
         """The command's parser; completions and tests use it as well."""
         known = f"Models: {', '.join(self.models)}."
         if "demo" in self.models:
             known += " The model demo comes with mflux and needs no download."
-        parser = MfluxParser(prog=self.prog, description=self.description, epilog=known)
+        parser = MfluxParser(prog=self.command.prog, description=self.description, epilog=known)
         groups.add_model_options(parser)
         if "prompt" not in self.leave_out:
             groups.add_prompt_options(parser)
@@ -115,7 +121,7 @@ class Generate:
                 action.help = f"{action.help} (default: {self.default_model})"
             if action.dest in PLAIN_SIZES and isinstance(self.defaults.get(action.dest), int):
                 action.type, action.help = values.pixels, f"pixels (default: {self.defaults[action.dest]})"
-            elif action.dest == "width" and self.own_size:
+            elif action.dest == "width" and self.own_size is not None:
                 action.help = f"pixels, or 2x or auto of the source picture (default: {self.default_size})"
         parser.set_defaults(**self.defaults)
         return parser
@@ -124,87 +130,117 @@ class Generate:
         return terminal.run(self.run, argv)
 
     def run(self, argv: Sequence[str] | None) -> None:
-        """Parse, check everything that can be checked without the model, then draw."""
-        args = self.build_parser().parse_args(argv)
+        """Settle what a command line asks for, then write its images."""
+        self.write(self.settle(*self.build_parser().parse(argv)))
+
+    def plan(self, settings: Mapping[str, Any]) -> Plan:
+        """Settle what a program asks for: settings as an image records them, and options by their destinations.
+
+        Raises:
+            UsageError: one of them is unknown, makes no sense, or is missing.
+        """
+        return self.settle(*replay.as_options(self.build_parser(), settings))
+
+    def settle(self, args: argparse.Namespace, said: Said) -> Plan:
+        """Check everything that can be checked without the model.
+
+        Raises:
+            UsageError: options make no sense, or not together.
+            MfluxError: a source image, a prompt's file or a model's name is not what it should be.
+        """
         settle.refuse_what_is_not_built(args)
         if "image" not in self.leave_out:
-            settle.settle_image(args)
+            settle.settle_image(args, said)
         if getattr(args, "config_from_metadata", None):
-            take_settings(args)
+            said = replay.take_settings(args, said)
+        if not said.was_set("scheduler"):
+            # The checkpoint's.
+            args.scheduler = None
         if "lora" not in self.leave_out:
-            settle.settle_loras(args)
-        settle.settle_seeds(args)
+            settle.settle_loras(args, said)
+        settle.settle_seeds(args, said)
         settle.settle_paths(args, self.sources)
-        model_config = self._check(args)
+        config = self._check(args, said)
 
         # From here on it takes time; the imports alone are half a second.
-        from mflux.models.common.config.model_config import is_builtin
         from mflux.models.common.schedulers import scheduler_class
+
+        if args.scheduler is not None:
+            scheduler_class(args.scheduler)
+        words = None if "prompt" in self.leave_out else settle.read_prompt(args, said)
+        width, height = self._size(args, said, config)
+        return Plan(
+            pipeline=self.command.pipeline,
+            constructor=self._constructor(args, config),
+            images=tuple(self._image(args, seed, width, height) for seed in args.seed),
+            words=words,
+            prompt=self._prompt(args, words),
+            options=args,
+            said=said,
+        )
+
+    def write(self, plan: Plan) -> None:
+        """Load the model, and write the images of a plan where its options say."""
         from mflux.utils.image_util import check_output
 
+        args = plan.options
         for seed in args.seed:
             check_output(args.output.replace("{seed}", str(seed)))
         if args.stepwise_image_output_dir:
             check_output(f"{args.stepwise_image_output_dir}/step.png")
-        if args.scheduler is not None:
-            scheduler_class(args.scheduler)
-        prompt = None if "prompt" in self.leave_out else settle.read_prompt(args)
-        width, height = self._size(args, model_config)
-        make_prompt = self._prompt_maker(args, prompt)
-
-        pipeline = found(self.pipeline)(**self._constructor(args, model_config, is_builtin(args.model)))
+        pipeline = plan.load()
         if (
-            was_given(args, "guidance")
+            plan.said.was_typed("guidance")
             and not pipeline.model_config.supports_guidance
             and "guidance" not in self.ignored
         ):
             log.warning("--guidance is ignored: %s was made without guidance", args.model)
-        memory = settle.prepare_machine(args, pipeline, len(args.seed))
+        memory = settle.prepare_machine(args, pipeline, len(plan.images))
         terminal.advise()
-
-        if make_prompt is not None:
-            said, prompt = prompt, make_prompt()
-        for index, seed in enumerate(args.seed):
-            pipeline.is_last_picture = index == len(args.seed) - 1
-            if index > 0 and getattr(args, "prompt_file", None) is not None:
-                words = settle.read_prompt(args)
-                if self.rewrite is None:
-                    prompt = words
-                elif words != said:
-                    said, make_prompt = words, self._prompt_maker(args, words)
-                    pipeline.release_stages(*STAGES)
-                    prompt = make_prompt()
-            image = pipeline.generate_image(**self._picture(args, seed, prompt, width, height))
-            path = settle.save_picture(image, args, seed, self.pixels(image, args) if self.pixels else None)
+        for image in self.images(plan, pipeline):
+            path = settle.save_picture(image, args, image.seed, self.pixels(image, args) if self.pixels else None)
             if self.after is not None:
                 self.after(image, path, args)
         if memory is not None:
             log.info(memory.memory_stats())
 
-    def _prompt_maker(self, args: argparse.Namespace, words: str | None) -> Callable[[], str] | None:
-        return None if self.rewrite is None or words is None else self.rewrite(args, words)
+    def images(self, plan: Plan, pipeline: Any) -> Iterator[GeneratedImage]:
+        """Generate the images of a plan, one after the other, with a model that fits its `key`.
 
-    def _constructor(self, args: argparse.Namespace, model_config, builtin: bool) -> dict[str, Any]:
+        A prompt's file is read anew for each of them, and where its words have changed, the prompt is made anew.
+        """
+        words, prompt = plan.words, plan.prompt
+        for index, arguments in enumerate(plan.images):
+            pipeline.is_last_picture = index == len(plan.images) - 1
+            if index > 0 and getattr(plan.options, "prompt_file", None) is not None:
+                now = settle.read_prompt(plan.options, plan.said)
+                if now != words:
+                    words, prompt = now, self._prompt(plan.options, now)
+            if callable(prompt):
+                pipeline.release_stages(*STAGES)
+                prompt = prompt()
+            yield pipeline.generate_image(**arguments, **({} if prompt is None else {"prompt": prompt}))
+
+    def _prompt(self, args: argparse.Namespace, words: str | None) -> str | Callable[[], str] | None:
+        return words if self.rewrite is None or words is None else self.rewrite(args, words)
+
+    def _constructor(self, args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+        from mflux.models.common.config.model_config import is_builtin
+
         arguments = {
             "quantize": args.quantize,
-            "model_path": None if builtin else args.model,
-            "model_config": model_config,
+            "model_path": None if is_builtin(args.model) else args.model,
+            "model_config": config,
         }
         if "lora" not in self.leave_out:
             names = ("lora_paths", "lora_scales", "bake_lora")
             arguments |= {name: getattr(args, name) for name in names}
         return arguments | (self.build(args) if self.build else {})
 
-    def _picture(self, args: argparse.Namespace, seed: int, prompt: str | None, width, height) -> dict[str, Any]:
-        arguments = {
-            "seed": seed,
-            "num_inference_steps": args.steps,
-            "height": height,
-            "width": width,
-            "scheduler": args.scheduler if self._schedule_is_said(args) else None,
-        }
-        if prompt is not None:
-            arguments["prompt"] = prompt
+    def _image(self, args: argparse.Namespace, seed: int, width: int | None, height: int | None) -> dict[str, Any]:
+        arguments = {"seed": seed, "num_inference_steps": args.steps, "height": height, "width": width}
+        if args.scheduler is not None:
+            arguments["scheduler"] = args.scheduler
         guidance = self.guidance if args.guidance is None else args.guidance
         if guidance is not None and "guidance" not in self.ignored:
             arguments["guidance"] = guidance
@@ -215,43 +251,39 @@ class Generate:
             arguments["negative_prompt"] = args.negative_prompt
         return arguments | (self.draw(args) if self.draw else {})
 
-    def _schedule_is_said(self, args: argparse.Namespace) -> bool:
-        if not self.published_schedule or was_given(args, "scheduler"):
-            return True
-        return getattr(args, "schedule_is_recorded", False) or getattr(args, "of_old_picture", False)
-
-    def _check(self, args: argparse.Namespace):
+    def _check(self, args: argparse.Namespace, said: Said) -> ModelConfig:
         """The model's configuration, once all that needs no weights has been found in order.
 
         Raises:
-            UsageError: no model, no prompt, or a model that another command draws with.
+            UsageError: no model, no prompt, or a model that another command generates with.
             ModelConfigError: the model's name tells nothing.
         """
         from mflux.models.common.config.model_config import DEFAULT_STEPS, ModelConfig
 
         settle.settle_model(
             args,
-            prog=self.prog,
+            said,
+            prog=self.command.prog,
             models=self.models,
             default_model=self.default_model,
             default=self.defaults.get("model"),
             stands_for=self.stands_for,
         )
         if "image" not in self.leave_out:
-            settle.check_strength(args, self.size_source)
+            settle.check_strength(args, said, self.size_source)
         for name, why in self.ignored.items():
-            if was_given(args, name) and getattr(args, name) not in (None, ""):
+            if said.was_typed(name) and getattr(args, name) not in (None, ""):
                 log.warning("--%s is ignored: %s", name.replace("_", "-"), why)
         config = ModelConfig.from_name(args.model, args.base_model)
         if args.steps is None:
             args.steps = config.default_steps or DEFAULT_STEPS
         if self.check is not None:
-            self.check(args, config)
+            self.check(args, said, config)
         if "prompt" not in self.leave_out and args.prompt is None and args.prompt_file is None:
             raise UsageError('no prompt was given: use --prompt "…", --prompt - or --prompt-file FILE')
         return config
 
-    def _size(self, args: argparse.Namespace, model_config) -> tuple[int | None, int | None]:
+    def _size(self, args: argparse.Namespace, said: Said, config: ModelConfig) -> tuple[int | None, int | None]:
         """Width and height in pixels.
 
         Raises:
@@ -268,9 +300,7 @@ class Generate:
             sources = getattr(args, name)
             for source in sources if isinstance(sources, list) else [sources]:
                 open_image(source)
-        said = self.exact_auto and was_given(args, "width", "height")
-        is_auto = all(isinstance(side, ScaleFactor) and side.value == 1 for side in (args.width, args.height))
-        if self.own_size and is_auto and not said:
+        if self.own_size is not None and self.own_size(args, said):
             return None, None
         reference = getattr(args, self.size_source, None) or None
         if isinstance(reference, list):
@@ -284,6 +314,6 @@ class Generate:
             height=args.height,
             width=args.width,
             reference_image_path=reference,
-            default=model_config.default_size,
+            default=config.default_size,
         )
         return on_grid(width, "width"), on_grid(height, "height")

@@ -1,18 +1,21 @@
-"""Settings of an earlier picture in the place of options: `-C`."""
+"""Settings in the place of options: those of an earlier image (`-C`), and those that a program asks for."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mflux.cli.parser.settle import was_given
+from mflux.cli.parser.parsers import MfluxParser, Said, default_of
+from mflux.cli.terminal import nearest
 from mflux.errors import NotBuiltError, UsageError
 from mflux.text import shown, some
-from mflux.utils.paths import is_repository, read_bounded
-from mflux.utils.settings import SETTINGS
+from mflux.utils.paths import is_repository, read_bounded, user_path
+from mflux.utils.settings import SETTINGS, switch, text
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +23,11 @@ log = logging.getLogger(__name__)
 _LARGEST = 16 << 20
 
 
-def take_settings(args: argparse.Namespace) -> None:
-    """Fill in from the settings of an earlier picture what the command line leaves open.
+def take_settings(args: argparse.Namespace, said: Said) -> Said:
+    """Fill in from the settings of an earlier image what the command line leaves open.
+
+    Returns:
+        `said`, with what was taken.
 
     Raises:
         UsageError: a setting makes no sense, or asks for what this command has no option for.
@@ -29,20 +35,17 @@ def take_settings(args: argparse.Namespace) -> None:
     """
     source = args.config_from_metadata
     settings = read_settings(source)
-    if settings.get("pid_decode") and not was_given(args, "pid_decode"):
+    if settings.get("pid_decode") and not said.was_typed("pid_decode"):
         raise NotBuiltError(
             f"{source}: the model of that picture is decoded with PiD, which is not built yet: --no-pid-decode does "
             "without"
         )
-    args.taken = frozenset()
-    # Its schedule is the command's of then, or the one that is written down.
-    args.schedule_is_recorded = settings.get("scheduler") is not None
-    args.of_old_picture = is_old(settings.get("mflux_version"))
+    taken = set()
     for setting in SETTINGS:
         value = settings.get(setting.name)
         if setting.read is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
             continue
-        if was_given(args, setting.name, *setting.beaten_by):
+        if said.was_typed(setting.name, *setting.beaten_by):
             continue
         if setting.name == "image_path" and settings.get("image_paths") and not hasattr(args, setting.name):
             # mflux 0.24 noted the first of several source pictures twice.
@@ -54,15 +57,86 @@ def take_settings(args: argparse.Namespace) -> None:
             )
         try:
             setattr(args, setting.name, setting.read(value))
-            args.taken |= {setting.name}
+            taken.add(setting.name)
         except argparse.ArgumentTypeError as error:
             raise UsageError(
                 f"{source}: its {setting.name} makes no sense, {shown(error, 300)}: say {setting.option} yourself"
             ) from None
-    if args.scheduler and "." in args.scheduler and not was_given(args, "scheduler"):
+    if args.scheduler and "." in args.scheduler and not said.was_typed("scheduler"):
         raise UsageError(f"{source}: its scheduler {shown(args.scheduler)} would be imported: say --scheduler yourself")
-    _take_model(args, settings)
-    _tell_repositories(args)
+    _take_model(args, said, settings)
+    _tell_repositories(args, said)
+    version = settings.get("mflux_version")
+    return replace(said, file=frozenset(taken), file_version=version if isinstance(version, str) else None)
+
+
+def as_options(parser: MfluxParser, settings: Mapping[str, Any]) -> tuple[argparse.Namespace, Said]:
+    """What a command line that asks for these settings would be parsed to.
+
+    Args:
+        settings: as an image records them, and options by their destinations; None stands for what is not said.
+
+    Raises:
+        UsageError: one of them is unknown, makes no sense, is missing, or excludes another.
+    """
+    args = argparse.Namespace()
+    options = {action.dest: action for action in parser._actions if action.default is not argparse.SUPPRESS}
+    for name, action in options.items():
+        setattr(args, name, default_of(action))
+    wanted = {name: _plain(value) for name, value in settings.items() if value is not None}
+    recorded = {setting.name: setting.read for setting in SETTINGS if setting.read is not None}
+    for name, value in wanted.items():
+        if name not in options:
+            raise UsageError(f"{parser.prog} has no setting {shown(repr(name), 60)}{nearest(name, options)}")
+        # A list of seeds is one only here.
+        read = None if isinstance(value, list) else recorded.get(name)
+        try:
+            setattr(args, name, read(value) if read else _as_typed(options[name], value))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{name}: {shown(error, 300)}") from None
+    if missing := [name for name, action in options.items() if action.required and name not in wanted]:
+        raise UsageError(f"{parser.prog} needs {some(missing)}")
+    for group in parser._mutually_exclusive_groups:
+        names = [action.dest for action in group._group_actions if action.dest in wanted]
+        if len(names) > 1:
+            raise UsageError(f"{names[1]} is not allowed with {names[0]}")
+    return args, Said(frozenset(wanted), by_program=True)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: paths as text."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _as_typed(action: argparse.Action, value: Any) -> Any:
+    """A value, checked as the option's words are on a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none that could be typed.
+    """
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        return switch(value)
+    if action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction):
+        if not isinstance(value, list):
+            raise argparse.ArgumentTypeError(f"{shown(value, 40)} is not a list")
+        return [_word(action, item) for item in value]
+    return _word(action, value)
+
+
+def _word(action: argparse.Action, value: Any) -> Any:
+    if action.type is None or action.type is Path:
+        value = text(value)
+    elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise argparse.ArgumentTypeError(f"{shown(value, 40)} is neither text nor a number")
+    read: Any = user_path if action.type is Path else action.type or str
+    found = read(str(value))
+    if action.choices is not None and found not in action.choices:
+        raise argparse.ArgumentTypeError(
+            f"{shown(repr(found), 40)} is not one of {', '.join(map(str, action.choices))}"
+        )
+    return found
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -91,23 +165,18 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _tell_repositories(args: argparse.Namespace) -> None:
+def _tell_repositories(args: argparse.Namespace, said: Said) -> None:
     """Say which repositories the settings name, before one is asked: whoever made the picture chose them."""
-    named = [] if was_given(args, "model") or args.model is None else [args.model]
-    if not was_given(args, "lora", "lora_paths", "lora_style"):
+    named = [] if said.was_typed("model") or args.model is None else [args.model]
+    if not said.was_typed("lora", "lora_paths", "lora_style"):
         named += getattr(args, "lora_paths", None) or ()
     if named := [name for name in named if is_repository(name)]:
         log.info("%s names %s: Hugging Face is asked for what is not here yet", args.config_from_metadata, some(named))
 
 
-def is_old(version: Any) -> bool:
-    """Whether that is mflux 0.24's version or an older one."""
-    return isinstance(version, str) and version.startswith("0.")
-
-
-def _take_model(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+def _take_model(args: argparse.Namespace, said: Said, settings: Mapping[str, Any]) -> None:
     """The command line of the earlier picture named a folder or repository; the model is what that was taken for."""
-    if was_given(args, "model"):
+    if said.was_typed("model"):
         return
     names = {name: settings.get(name) for name in ("model", "model_path", "base_model")}
     for name, value in names.items():

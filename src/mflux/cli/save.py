@@ -37,9 +37,9 @@ def build_parser() -> MfluxParser:
 
 def save(argv: Sequence[str] | None) -> None:
     """Check everything that can be checked without the model, then write it."""
-    args = build_parser().parse_args(argv)
+    args, said = build_parser().parse(argv)
     refuse_what_is_not_built(args)
-    settle_loras(args)
+    settle_loras(args, said)
     settle_paths(args, ())
     if not args.bake_lora:
         raise UsageError("a saved model holds its LoRAs in its weights: leave --no-bake-lora out")

@@ -17,7 +17,7 @@ from mflux.utils.paths import recorded_file, recorded_source
 from mflux.utils.version_util import VersionUtil
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     if not isinstance(value, str):
         raise argparse.ArgumentTypeError(f"{str(value)[:40]} is not text")
     return value
@@ -41,7 +41,7 @@ def _list(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
     return check
 
 
-def _switch(value: Any) -> bool:
+def switch(value: Any) -> bool:
     if not isinstance(value, bool):
         raise argparse.ArgumentTypeError(f"{str(value)[:40]} is neither true nor false")
     return value
@@ -110,8 +110,8 @@ _pixels, _floating = _number(values.pixels), _number(values.number(float))
 
 # In the order in which they are written and shown.
 SETTINGS = (
-    Setting("prompt", "Prompt", lambda picture: picture.prompt, _text, "--prompt", ("prompt_file",)),
-    Setting("negative_prompt", "Negative prompt", _as_is("negative_prompt"), _text, "--negative-prompt"),
+    Setting("prompt", "Prompt", lambda picture: picture.prompt, text, "--prompt", ("prompt_file",)),
+    Setting("negative_prompt", "Negative prompt", _as_is("negative_prompt"), text, "--negative-prompt"),
     Setting("model", "Model", lambda picture: _each(recorded_source, picture.model_config.model_name)),
     Setting("model_path", "Weights", _source("model_path")),
     Setting("base_model", "Base model", lambda picture: _each(recorded_source, picture.model_config.base_model)),
@@ -120,24 +120,24 @@ SETTINGS = (
     Setting("seed", "Seed", lambda picture: picture.seed, _seeds, "--seed", ("auto_seeds",)),
     Setting("steps", "Steps", lambda picture: picture.steps, _number(values.steps), "--steps"),
     Setting("guidance", "Guidance", _guidance, _number(values.guidance), "--guidance"),
-    Setting("scheduler", "Scheduler", None, _text, "--scheduler"),
+    Setting("scheduler", "Scheduler", None, text, "--scheduler"),
     Setting(
         "quantize", "Quantization (bits)", lambda picture: picture.quantization, _number(values.bits), "--quantize"
     ),
     Setting("precision", "Precision", lambda picture: str(picture.precision)),
-    Setting("compute_precision", "Compute precision", None, _text, "--compute-precision"),
-    Setting("float32", "float32 throughout", None, _switch, "--float32"),
-    Setting("vae_full_precision", "Whole autoencoder in float32", None, _switch, "--vae-full-precision"),
-    Setting("small_text_encoder", "Small text encoder", None, _switch, "--small-text-encoder"),
-    Setting("small_decoder", "Small decoder", None, _switch, "--small-decoder"),
-    Setting("lora_paths", "LoRAs", _source("lora_paths"), _list(_text), "--lora", _LORA),
+    Setting("compute_precision", "Compute precision", None, text, "--compute-precision"),
+    Setting("float32", "float32 throughout", None, switch, "--float32"),
+    Setting("vae_full_precision", "Whole autoencoder in float32", None, switch, "--vae-full-precision"),
+    Setting("small_text_encoder", "Small text encoder", None, switch, "--small-text-encoder"),
+    Setting("small_decoder", "Small decoder", None, switch, "--small-decoder"),
+    Setting("lora_paths", "LoRAs", _source("lora_paths"), _list(text), "--lora", _LORA),
     Setting("lora_scales", "LoRA scales", _floats("lora_scales"), _list(_floating), "--lora-scales", _LORA),
-    Setting("bake_lora", "LoRAs in the weights", None, _switch, "--bake-lora"),
-    Setting("image_path", "Source picture", _file("image_path"), _text, "--image", ("image",)),
-    Setting("image_paths", "Source pictures", _file("image_paths"), _list(_text), "--image-paths"),
+    Setting("bake_lora", "LoRAs in the weights", None, switch, "--bake-lora"),
+    Setting("image_path", "Source picture", _file("image_path"), text, "--image", ("image",)),
+    Setting("image_paths", "Source pictures", _file("image_paths"), _list(text), "--image-paths"),
     Setting("image_strength", "Image strength", _strength, _number(values.strength), "--image-strength", ("image",)),
     Setting(
-        "controlnet_image_path", "Control picture", _file("controlnet_image_path"), _text, "--controlnet-image-path"
+        "controlnet_image_path", "Control picture", _file("controlnet_image_path"), text, "--controlnet-image-path"
     ),
     Setting(
         # 0, too, says something.
@@ -147,9 +147,9 @@ SETTINGS = (
         _floating,
         "--controlnet-strength",
     ),
-    Setting("masked_image_path", "Mask", _file("masked_image_path"), _text, "--masked-image-path"),
-    Setting("depth_image_path", "Depth picture", _file("depth_image_path"), _text, "--depth-image-path"),
-    Setting("redux_image_paths", "Redux pictures", _file("redux_image_paths"), _list(_text), "--redux-image-paths"),
+    Setting("masked_image_path", "Mask", _file("masked_image_path"), text, "--masked-image-path"),
+    Setting("depth_image_path", "Depth picture", _file("depth_image_path"), text, "--depth-image-path"),
+    Setting("redux_image_paths", "Redux pictures", _file("redux_image_paths"), _list(text), "--redux-image-paths"),
     Setting(
         "redux_image_strengths",
         "Redux strengths",
@@ -159,7 +159,7 @@ SETTINGS = (
     ),
     Setting("resolution", "Resolution"),
     Setting("softness", "Softness"),
-    Setting("pid_decode", "Decoded with PiD", None, _switch, "--pid-decode"),
+    Setting("pid_decode", "Decoded with PiD", None, switch, "--pid-decode"),
     Setting("generation_time_seconds", "Generation time (s)", lambda picture: round(picture.generation_time, 2)),
     Setting("created_at", "Created", lambda picture: datetime.now().isoformat()),
     Setting("mflux_version", "mflux version", lambda picture: VersionUtil.get_mflux_version()),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mflux.cli.parser.parsers import Said
 from mflux.cli.terminal import say_line
 from mflux.errors import ModelConfigError, NotBuiltError, UsageError
 from mflux.models.common.family import built
@@ -15,20 +16,11 @@ from mflux.models.common.lora.styles import style_path
 from mflux.text import size
 from mflux.utils import values
 from mflux.utils.paths import read_bounded
+from mflux.utils.scale_factor import ScaleFactor
 from mflux.utils.values import number
 
 # Of a prompt's file: nobody's has more.
 _LARGEST = 16 << 20
-
-
-def was_given(args: argparse.Namespace, *names: str) -> bool:
-    """Whether one of these options, by their destinations, stands on the command line."""
-    return any(name in args.given for name in names)
-
-
-def was_said(args: argparse.Namespace, *names: str) -> bool:
-    """Whether one of them stands there, or in the settings that `-C` names."""
-    return was_given(args, *names) or any(name in getattr(args, "taken", ()) for name in names)
 
 
 _NO_PID = "PiD decoding is not built yet in this version: leave --pid-decode out"
@@ -50,7 +42,7 @@ def refuse_what_is_not_built(args: argparse.Namespace) -> None:
             raise NotBuiltError(sentence)
 
 
-def settle_image(args: argparse.Namespace) -> None:
+def settle_image(args: argparse.Namespace, said: Said) -> None:
     """Fold `--image PATH [STRENGTH]` into `image_path` and `image_strength`.
 
     Raises:
@@ -58,7 +50,7 @@ def settle_image(args: argparse.Namespace) -> None:
     """
     if args.image is None:
         return
-    if was_given(args, "image_path", "image_strength"):
+    if said.was_typed("image_path", "image_strength"):
         raise UsageError("--image says what --image-path and --image-strength say: use --image PATH [STRENGTH] alone")
     if len(args.image) > 2:
         raise UsageError(f"--image takes a path and a strength, not {len(args.image)} values: --image photo.jpg 0.6")
@@ -70,14 +62,14 @@ def settle_image(args: argparse.Namespace) -> None:
             raise UsageError(f"the strength of --image: {error}") from None
 
 
-def settle_loras(args: argparse.Namespace) -> None:
+def settle_loras(args: argparse.Namespace, said: Said) -> None:
     """Fold `--lora PATH [SCALE]` and `--lora-style` into `lora_paths` and `lora_scales`, a scale for each path.
 
     Raises:
         UsageError: the same said twice, too many values, or a scale that is not a number.
     """
     if args.lora is not None:
-        if was_given(args, "lora_paths", "lora_scales"):
+        if said.was_typed("lora_paths", "lora_scales"):
             raise UsageError(
                 "--lora says what --lora-paths and --lora-scales say: use --lora PATH [SCALE] alone, once for each LoRA"
             )
@@ -98,6 +90,16 @@ def settle_loras(args: argparse.Namespace) -> None:
     if getattr(args, "lora_style", None) is not None:
         args.lora_paths.append(style_path(args.lora_style))
         args.lora_scales.append(1.0)
+
+
+def is_auto(args: argparse.Namespace, said: Said) -> bool:
+    """Whether neither side is said, or both as `auto`."""
+    return all(isinstance(side, ScaleFactor) and side.value == 1 for side in (args.width, args.height))
+
+
+def is_untyped_auto(args: argparse.Namespace, said: Said) -> bool:
+    """The same where a typed `auto` stands for the source image's size, as in mflux 0.24."""
+    return is_auto(args, said) and not said.was_typed("width", "height")
 
 
 def settle_paths(args: argparse.Namespace, sources: Sequence[str]) -> None:
@@ -136,7 +138,7 @@ def save_picture(image, args: argparse.Namespace, seed: int, pixels=None, output
     return path
 
 
-def settle_seeds(args: argparse.Namespace) -> None:
+def settle_seeds(args: argparse.Namespace, said: Said) -> None:
     """Give every picture its seed, and every seed its file name.
 
     Raises:
@@ -145,8 +147,8 @@ def settle_seeds(args: argparse.Namespace) -> None:
     import random
     import time
 
-    if was_given(args, "auto_seeds"):
-        if was_given(args, "seed"):
+    if said.was_typed("auto_seeds"):
+        if said.was_typed("seed"):
             raise UsageError("--auto-seeds draws its seeds and --seed says them: leave one of them out")
         if args.auto_seeds <= 0:
             raise UsageError(f"--auto-seeds {args.auto_seeds} asks for no picture: give 1 or more, or leave it out")
@@ -166,7 +168,7 @@ def add_to_name(args: argparse.Namespace, words: str, placeholder: str) -> None:
         args.output = str(output.with_stem(output.stem + words + placeholder))
 
 
-def read_prompt(args: argparse.Namespace) -> str:
+def read_prompt(args: argparse.Namespace, said: Said) -> str:
     """The prompt for the next picture: from the option, from standard input, or from the file as it is now.
 
     Raises:
@@ -176,7 +178,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
     source = "--prompt"
     try:
-        if args.prompt == "-":
+        if args.prompt == "-" and not said.by_program:
             source = "standard input"
             if sys.stdin is None:
                 raise PromptFileReadError(
@@ -204,6 +206,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def settle_model(
     args: argparse.Namespace,
+    said: Said,
     *,
     prog: str,
     models: Sequence[str],
@@ -224,7 +227,7 @@ def settle_model(
     from mflux.models.common.config.model_config import built_key, check_is_somewhere, key_of, suggestion
     from mflux.models.common.saved_model import recorded_base_model
 
-    if args.model in (None, default) and was_given(args, "base_model"):
+    if args.model in (None, default) and said.was_typed("base_model"):
         args.model = args.base_model
     args.model = args.model or args.base_model or default_model
     if args.model is None:
@@ -246,12 +249,12 @@ def settle_model(
         raise UsageError(f"{prog} does not draw with {key}: use {built()[key]} --model {args.model}")
 
 
-def check_strength(args: argparse.Namespace, source: str) -> None:
+def check_strength(args: argparse.Namespace, said: Said, source: str) -> None:
     """
     Raises:
         UsageError: a strength without a picture.
     """
-    if args.image_path is None and not getattr(args, source, None) and was_given(args, "image_strength"):
+    if args.image_path is None and not getattr(args, source, None) and said.was_typed("image_strength"):
         raise UsageError(
             "--image-strength says how much of a picture to keep, and there is none: use --image PATH STRENGTH"
         )

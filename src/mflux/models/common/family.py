@@ -68,16 +68,23 @@ class Command:
     """A command that belongs to a family.
 
     Attributes:
-        name: behind "mflux-".
+        name: without the `mflux-` prefix.
         module: has `build_parser()` and `main(argv)`.
         summary: one line about it.
-        models: what it draws with, as keys of `registry.MODELS`; a model's first command is the one that is named.
+        models: what it generates with, as keys of `registry.MODELS`; a model's first command is the one that is named.
+        pipeline: the class that it generates with, "package.module:Class".
     """
 
     name: str
     module: str
     summary: str
     models: tuple[str, ...] = ()
+    pipeline: str = ""
+
+    @property
+    def prog(self) -> str:
+        """What it is called where it is installed."""
+        return f"mflux-{self.name}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,6 @@ class Family:
         title: as a person says it: "FLUX.1".
         components: in the order in which they are saved.
         commands: those that draw with it, or do something else with it.
-        pipelines: the class that loads a model for `mflux-save`, by its key in `registry.MODELS`; "*" for all others.
         beside: what a model's folder holds besides its components, and a saved one takes along.
         lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.reading.LoraNames`.
         open_folder: reads folders in other layouts than the published one, "package.module:function": takes the folder,
@@ -101,7 +107,6 @@ class Family:
     title: str
     components: tuple[Component, ...] = ()
     commands: tuple[Command, ...] = ()
-    pipelines: tuple[tuple[str, str], ...] = ()
     beside: tuple[str, ...] = ("model_index.json", "scheduler", "tokenizer")
     lora: str | None = None
     open_folder: str | None = None
@@ -110,10 +115,18 @@ class Family:
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)
 
+    def command(self, name: str) -> Command:
+        """One of `commands`, by its name without the prefix."""
+        return next(command for command in self.commands if command.name == name)
+
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """The classes that its commands generate with, "package.module:Class"."""
+        return tuple(dict.fromkeys(command.pipeline for command in self.commands if command.pipeline))
+
     def pipeline_class(self, key: str) -> type:
-        """The class that draws with a model, by its key in `registry.MODELS`."""
-        pipelines = dict(self.pipelines)
-        return found(pipelines.get(key) or pipelines["*"])
+        """The class of a model, by its key in `registry.MODELS`: that of its first command."""
+        return found(next(command.pipeline for command in self.commands if key in command.models))
 
 
 @cache
@@ -133,7 +146,7 @@ def built() -> dict[str, str]:
     for family in families().values():
         for command in family.commands:
             for key in command.models:
-                drawn.setdefault(key, f"mflux-{command.name}")
+                drawn.setdefault(key, command.prog)
     return drawn
 
 

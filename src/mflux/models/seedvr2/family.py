@@ -19,10 +19,10 @@ FAMILY = Family(
             "upscale-seedvr2",
             "mflux.models.seedvr2.cli.seedvr2_upscale",
             "draw pictures again with more pixels, with SeedVR2",
-            ("seedvr2-3b", "seedvr2-7b"),
+            models=("seedvr2-3b", "seedvr2-7b"),
+            pipeline="mflux.models.seedvr2.variants.upscale.seedvr2:SeedVR2",
         ),
     ),
-    pipelines=(("*", "mflux.models.seedvr2.variants.upscale.seedvr2:SeedVR2"),),
     beside=(),
     open_folder="mflux.models.seedvr2.layouts:open_folder",
 )

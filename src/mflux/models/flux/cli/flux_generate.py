@@ -8,10 +8,9 @@ from mflux.cli.generate import Generate
 from mflux.models.flux.family import FAMILY
 
 COMMAND = Generate(
-    prog="mflux-generate",
+    command=FAMILY.command("generate"),
     description="Draw with FLUX.1 from a prompt, or from a prompt and a picture.",
-    pipeline="mflux.models.flux.variants.txt2img.flux:Flux1",
-    models=FAMILY.commands[0].models,
+    default_model=None,
     default_size="1024; demo: 128; the source picture's, if there is one",
     ignored={"negative_prompt": "FLUX.1 has no negative branch"},
 )

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mflux.cli.parser.settle import was_given
+from mflux.cli.parser.parsers import Said
 from mflux.cli.terminal import say_line
 from mflux.errors import UsageError
 from mflux.utils import values
 
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
+
 IGNORED = {"negative_prompt": "FLUX.1 has no negative branch"}
 
 
-def check_picture(args: argparse.Namespace, config: Any) -> None:
+def check_picture(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     """
     Raises:
         UsageError: no picture, or a strength, for which a model that starts from noise has no use.
     """
     if args.image_path is None:
         raise UsageError("no picture was given: use --image PATH")
-    if was_given(args, "image_strength") or len(getattr(args, "image", None) or ()) > 1:
+    if said.was_typed("image_strength") or len(getattr(args, "image", None) or ()) > 1:
         raise UsageError(
             "this model sees the picture in every step and starts from noise: leave the strength (--image-strength, or "
             "the number after --image PATH) out"

@@ -23,8 +23,7 @@ from mflux.utils.exceptions import StopImageGenerationException
 
 log = logging.getLogger(__name__)
 
-PROG = "mflux-upscale-seedvr2"
-MODELS = FAMILY.commands[0].models
+COMMAND = FAMILY.command("upscale-seedvr2")
 # What is taken from a folder; a file that is named may be any that can be read.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _KINDS = ", ".join(kind[1:] for kind in SUFFIXES)
@@ -34,9 +33,9 @@ _MOST_NAMES = 20
 def build_parser() -> MfluxParser:
     """The command's parser; completions use it as well."""
     parser = MfluxParser(
-        prog=PROG,
+        prog=COMMAND.prog,
         description="Draw pictures again with more pixels, with SeedVR2.",
-        epilog=f"Models: {', '.join(MODELS)}.",
+        epilog=f"Models: {', '.join(COMMAND.models)}.",
     )
     add_model_options(parser)
     group = parser.add_argument_group("pictures")
@@ -68,7 +67,7 @@ def build_parser() -> MfluxParser:
     add_output_options(parser, settings=False)
     add_machine_options(parser)
     helps = {
-        "model": f"a model's name, a Hugging Face repository (org/name), or a folder (default: {MODELS[0]})",
+        "model": f"a model's name, a Hugging Face repository (org/name), or a folder (default: {COMMAND.models[0]})",
         "output": "where to write; {image_name} and {seed} stand for the picture's name and the seed, and are added "
         "where there are several (default: image.png; an existing file is never replaced)",
         "vae_tiling": "encode and decode in overlapping tiles, as is always done here",
@@ -88,9 +87,9 @@ def upscale(argv: Sequence[str] | None) -> None:
     Raises:
         MfluxError: some could not be drawn; the others are.
     """
-    args = build_parser().parse_args(argv)
+    args, said = build_parser().parse(argv)
     settle_paths(args, ())
-    settle_model(args, prog=PROG, models=MODELS, default_model=MODELS[0])
+    settle_model(args, said, prog=COMMAND.prog, models=COMMAND.models, default_model=COMMAND.models[0])
     batch = Batch(args)
 
     # From here on it takes time; the imports alone are half a second.
