@@ -13,9 +13,10 @@ from typing import Any
 from mflux.cli.parser.parsers import MfluxParser, Said, default_of
 from mflux.cli.terminal import nearest
 from mflux.errors import NotBuiltError, UsageError
+from mflux.models.common.family import all_settings
 from mflux.text import shown, some
 from mflux.utils.paths import is_repository, read_bounded, user_path
-from mflux.utils.settings import SETTINGS, switch, text
+from mflux.utils.settings import switch, text
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def take_settings(args: argparse.Namespace, said: Said) -> Said:
             "without"
         )
     taken = set()
-    for setting in SETTINGS:
+    for setting in all_settings():
         value = settings.get(setting.name)
         if setting.read is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
             continue
@@ -84,7 +85,7 @@ def as_options(parser: MfluxParser, settings: Mapping[str, Any]) -> tuple[argpar
     for name, action in options.items():
         setattr(args, name, default_of(action))
     wanted = {name: _plain(value) for name, value in settings.items() if value is not None}
-    recorded = {setting.name: setting.read for setting in SETTINGS if setting.read is not None}
+    recorded = {setting.name: setting.read for setting in all_settings() if setting.read is not None}
     for name, value in wanted.items():
         if name not in options:
             raise UsageError(f"{parser.prog} has no setting {shown(repr(name), 60)}{nearest(name, options)}")

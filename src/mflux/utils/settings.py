@@ -1,4 +1,7 @@
-"""The settings of a picture: one table for writing them into it, for reading them back, and for showing them.
+"""The settings that images of several families have: one table for writing, for reading back, and for showing them.
+
+What one family alone has stands in its own table, and `mflux.models.common.family.all_settings` has both. The source
+images of FLUX.1's variants stand here, because 0.24's `GeneratedImage` has a place for each.
 
 Loads nothing heavy. What a file says is checked like what a person types: by a type from `values`.
 """
@@ -94,7 +97,8 @@ class Setting:
         write: what a `GeneratedImage` has to say of it; None for what pictures note in `generation_parameters`.
         read: checks what a file says; None for what no command line can say.
         option: what says it on a command line, for messages.
-        beaten_by: destinations that, when given, take its place, beside its own, which is its name.
+        beaten_by: other options, by their destinations, that override this one.
+        after: where one of a family's stands in the order: behind the setting of this name.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Setting:
     read: Callable[[Any], Any] | None = None
     option: str = ""
     beaten_by: tuple[str, ...] = ()
+    after: str = ""
 
 
 _LORA = ("lora", "lora_paths", "lora_style")
@@ -126,10 +131,7 @@ SETTINGS = (
     ),
     Setting("precision", "Precision", lambda picture: str(picture.precision)),
     Setting("compute_precision", "Compute precision", None, text, "--compute-precision"),
-    Setting("float32", "float32 throughout", None, switch, "--float32"),
     Setting("vae_full_precision", "Whole autoencoder in float32", None, switch, "--vae-full-precision"),
-    Setting("small_text_encoder", "Small text encoder", None, switch, "--small-text-encoder"),
-    Setting("small_decoder", "Small decoder", None, switch, "--small-decoder"),
     Setting("lora_paths", "LoRAs", _source("lora_paths"), _list(text), "--lora", _LORA),
     Setting("lora_scales", "LoRA scales", _floats("lora_scales"), _list(_floating), "--lora-scales", _LORA),
     Setting("bake_lora", "LoRAs in the weights", None, switch, "--bake-lora"),
@@ -157,8 +159,6 @@ SETTINGS = (
         _list(_floating),
         "--redux-image-strengths",
     ),
-    Setting("resolution", "Resolution"),
-    Setting("softness", "Softness"),
     Setting("pid_decode", "Decoded with PiD", None, switch, "--pid-decode"),
     Setting("generation_time_seconds", "Generation time (s)", lambda picture: round(picture.generation_time, 2)),
     Setting("created_at", "Created", lambda picture: datetime.now().isoformat()),

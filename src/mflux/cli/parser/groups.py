@@ -111,15 +111,6 @@ def add_vae_precision_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_float32_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--float32",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="keep what passes between the transformer's layers in float32, as mflux up to 0.20 did",
-    )
-
-
 def add_pid_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("PiD decoder")
     group.add_argument(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.models.common.registry import MODELS
+from mflux.utils.settings import SETTINGS, Setting
 
 # In the order in which they take their turn; the component of a later stage may be released when an earlier one begins.
 STAGES = ("encode", "denoise", "decode")
@@ -96,6 +97,7 @@ class Family:
         components: in the order in which they are saved.
         commands: those that draw with it, or do something else with it.
         beside: what a model's folder holds besides its components, and a saved one takes along.
+        settings: those of its images that no other family's have; `after` says where they stand among all.
         lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.reading.LoraNames`.
         open_folder: reads folders in other layouts than the published one, "package.module:function": takes the folder,
             gives a `checkpoints.published.PublishedFolder`, or None where the folder is not in that layout.
@@ -108,6 +110,7 @@ class Family:
     components: tuple[Component, ...] = ()
     commands: tuple[Command, ...] = ()
     beside: tuple[str, ...] = ("model_index.json", "scheduler", "tokenizer")
+    settings: tuple[Setting, ...] = ()
     lora: str | None = None
     open_folder: str | None = None
     single: tuple[tuple[str, str], ...] = ()
@@ -137,6 +140,17 @@ def families() -> dict[str, Family]:
     order = list(dict.fromkeys(model["family"] for model in MODELS.values()))
     names.sort(key=lambda name: order.index(name) if name in order else len(order))
     return {name: importlib.import_module(f"mflux.models.{name}.family").FAMILY for name in names if name != "common"}
+
+
+@cache
+def all_settings() -> tuple[Setting, ...]:
+    """The settings of all families' images, in the order in which they are shown."""
+    table = list(SETTINGS)
+    for family in families().values():
+        for setting in family.settings:
+            place = next(number for number, other in enumerate(table) if other.name == setting.after)
+            table.insert(place + 1, setting)
+    return tuple(table)
 
 
 @cache

@@ -1,6 +1,7 @@
 """FLUX.2 klein as data: its components, commands and models."""
 
 from mflux.models.common.family import Command, Component, Family
+from mflux.utils.settings import Setting, switch
 
 _MODELS = (
     "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv", "flux2-klein-base-4b", "flux2-klein-base-9b",
@@ -46,6 +47,16 @@ FAMILY = Family(
             models=_MODELS,
             pipeline="mflux.models.flux2.variants.edit.flux2_klein_edit:Flux2KleinEdit",
         ),
+    ),
+    settings=(
+        Setting(
+            "small_text_encoder",
+            "Small text encoder",
+            read=switch,
+            option="--small-text-encoder",
+            after="vae_full_precision",
+        ),
+        Setting("small_decoder", "Small decoder", read=switch, option="--small-decoder", after="small_text_encoder"),
     ),
     lora="mflux.models.flux2.lora_names:LORA",
     open_folder="mflux.models.flux2.layouts:open_folder",

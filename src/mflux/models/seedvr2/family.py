@@ -1,6 +1,7 @@
 """SeedVR2 as data: its components and its command."""
 
 from mflux.models.common.family import Command, Component, Family
+from mflux.utils.settings import Setting
 
 _MODEL = "mflux.models.seedvr2.model"
 
@@ -24,5 +25,9 @@ FAMILY = Family(
         ),
     ),
     beside=(),
+    settings=(
+        Setting("resolution", "Resolution", after="redux_image_strengths"),
+        Setting("softness", "Softness", after="resolution"),
+    ),
     open_folder="mflux.models.seedvr2.layouts:open_folder",
 )

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser.groups import add_compute_precision_option, add_float32_option, add_vae_precision_option
+from mflux.cli.parser.groups import add_compute_precision_option, add_vae_precision_option
 from mflux.cli.parser.parsers import Said
 from mflux.models.z_image.family import FAMILY
 
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 
 # 0.24's where none is said.
 _SCHEDULE = "flow_match_euler_discrete"
+
+
+def add_float32_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--float32",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep what passes between the transformer's layers in float32, as mflux up to 0.20 did",
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser.groups import add_float32_option, add_vae_precision_option
+from mflux.cli.parser.groups import add_vae_precision_option
 from mflux.cli.parser.parsers import Said
+from mflux.models.z_image.cli.z_image_generate import add_float32_option
 from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.variants.controlnet.control_types import ControlSpec, ControlType
 from mflux.utils import values
