@@ -131,7 +131,7 @@ def type_name(action: argparse.Action) -> str:
     if isinstance(action.type, type):
         name = action.type.__name__
     else:
-        name = str(action.type.__annotations__["return"])
+        name = getattr(action.type, "gives", None) or str(action.type.__annotations__["return"])
     return _TYPES.get(name, name)
 
 

@@ -16,7 +16,7 @@ from mflux.errors import NotBuiltError, UsageError
 from mflux.models.common.family import all_settings
 from mflux.text import shown, some
 from mflux.utils.paths import is_repository, read_bounded, user_path
-from mflux.utils.settings import switch, text
+from mflux.utils.values import Switch, Text, Wrong
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def take_settings(args: argparse.Namespace, said: Said) -> Said:
     taken = set()
     for setting in all_settings():
         value = settings.get(setting.name)
-        if setting.read is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
+        if setting.kind is None or value is None or value == [] or value == "" or setting.name == "pid_decode":
             continue
         if said.was_typed(setting.name, *setting.beaten_by):
             continue
@@ -57,7 +57,7 @@ def take_settings(args: argparse.Namespace, said: Said) -> Said:
                 "use the command that made it"
             )
         try:
-            setattr(args, setting.name, setting.read(value))
+            setattr(args, setting.name, setting.kind.of_setting(value))
             taken.add(setting.name)
         except argparse.ArgumentTypeError as error:
             raise UsageError(
@@ -85,14 +85,14 @@ def as_options(parser: MfluxParser, settings: Mapping[str, Any]) -> tuple[argpar
     for name, action in options.items():
         setattr(args, name, default_of(action))
     wanted = {name: _plain(value) for name, value in settings.items() if value is not None}
-    recorded = {setting.name: setting.read for setting in all_settings() if setting.read is not None}
+    kinds = {setting.name: setting.kind for setting in all_settings() if setting.kind is not None}
     for name, value in wanted.items():
         if name not in options:
             raise UsageError(f"{parser.prog} has no setting {shown(repr(name), 60)}{nearest(name, options)}")
         # A list of seeds is one only here.
-        read = None if isinstance(value, list) else recorded.get(name)
+        kind = None if isinstance(value, list) else kinds.get(name)
         try:
-            setattr(args, name, read(value) if read else _as_typed(options[name], value))
+            setattr(args, name, kind.of_setting(value) if kind else _as_typed(options[name], value))
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{name}: {shown(error, 300)}") from None
     if missing := [name for name, action in options.items() if action.required and name not in wanted]:
@@ -115,28 +115,26 @@ def _as_typed(action: argparse.Action, value: Any) -> Any:
     """A value, checked as the option's words are on a command line.
 
     Raises:
-        argparse.ArgumentTypeError: it is none that could be typed.
+        Wrong: it is none that could be typed.
     """
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-        return switch(value)
+        return Switch().of_setting(value)
     if action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction):
         if not isinstance(value, list):
-            raise argparse.ArgumentTypeError(f"{shown(value, 40)} is not a list")
+            raise Wrong(f"{shown(value, 40)} is not a list")
         return [_word(action, item) for item in value]
     return _word(action, value)
 
 
 def _word(action: argparse.Action, value: Any) -> Any:
     if action.type is None or action.type is Path:
-        value = text(value)
+        value = Text().of_setting(value)
     elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise argparse.ArgumentTypeError(f"{shown(value, 40)} is neither text nor a number")
+        raise Wrong(f"{shown(value, 40)} is neither text nor a number")
     read: Any = user_path if action.type is Path else action.type or str
     found = read(str(value))
     if action.choices is not None and found not in action.choices:
-        raise argparse.ArgumentTypeError(
-            f"{shown(repr(found), 40)} is not one of {', '.join(map(str, action.choices))}"
-        )
+        raise Wrong(f"{shown(repr(found), 40)} is not one of {', '.join(map(str, action.choices))}")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mflux.models.common.lora.styles import STYLES
 from mflux.utils import values
-from mflux.utils.values import number
+from mflux.utils.values import Real, Whole
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -36,7 +36,7 @@ def add_lora_options(parser: argparse.ArgumentParser, *, style: bool = True) -> 
         group.add_argument("--lora-style", choices=sorted(STYLES), help="an In-Context LoRA by the name of its style")
     group.add_argument("--lora-paths", nargs="*", help="LoRAs without scales; --lora says both at once")
     group.add_argument(
-        "--lora-scales", nargs="*", type=number(float), help="one scale for each of --lora-paths", metavar="SCALE"
+        "--lora-scales", nargs="*", type=Real(), help="one scale for each of --lora-paths", metavar="SCALE"
     )
     group.add_argument(
         "--bake-lora",
@@ -62,7 +62,7 @@ def add_generation_options(
         "--seed", type=values.seed, nargs="+", help="one picture for each seed (default: one, from the clock)"
     )
     group.add_argument(
-        "--auto-seeds", type=number(int, most=10**6), default=-1, metavar="N", help="N pictures with random seeds"
+        "--auto-seeds", type=Whole(most=10**6), default=-1, metavar="N", help="N pictures with random seeds"
     )
     group.add_argument(
         "--width",
@@ -154,7 +154,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--low-ram", action="store_true", help="use as little memory as possible; slower")
     group.add_argument(
-        "--mlx-cache-limit-gb", type=number(float, above=0), metavar="GB", help="how much freed memory MLX may keep"
+        "--mlx-cache-limit-gb", type=Real(above=0), metavar="GB", help="how much freed memory MLX may keep"
     )
     group.add_argument("--vae-tiling", action="store_true", help="decode in overlapping tiles")
     group.add_argument(

@@ -17,7 +17,7 @@ from mflux.text import size
 from mflux.utils import values
 from mflux.utils.paths import read_bounded
 from mflux.utils.scale_factor import ScaleFactor
-from mflux.utils.values import number
+from mflux.utils.values import Real
 
 # Of a prompt's file: nobody's has more.
 _LARGEST = 16 << 20
@@ -81,7 +81,7 @@ def settle_loras(args: argparse.Namespace, said: Said) -> None:
                     "for another LoRA"
                 )
             try:
-                args.lora_scales.append(number(float)(scale[0]) if scale else 1.0)
+                args.lora_scales.append(Real()(scale[0]) if scale else 1.0)
             except argparse.ArgumentTypeError as error:
                 raise UsageError(f"the scale of --lora {path}: {error}") from None
             args.lora_paths.append(path)

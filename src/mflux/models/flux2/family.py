@@ -1,7 +1,8 @@
 """FLUX.2 klein as data: its components, commands and models."""
 
 from mflux.models.common.family import Command, Component, Family
-from mflux.utils.settings import Setting, switch
+from mflux.utils.settings import Setting
+from mflux.utils.values import Switch
 
 _MODELS = (
     "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv", "flux2-klein-base-4b", "flux2-klein-base-9b",
@@ -52,11 +53,11 @@ FAMILY = Family(
         Setting(
             "small_text_encoder",
             "Small text encoder",
-            read=switch,
+            kind=Switch(),
             option="--small-text-encoder",
             after="vae_full_precision",
         ),
-        Setting("small_decoder", "Small decoder", read=switch, option="--small-decoder", after="small_text_encoder"),
+        Setting("small_decoder", "Small decoder", kind=Switch(), option="--small-decoder", after="small_text_encoder"),
     ),
     lora="mflux.models.flux2.lora_names:LORA",
     open_folder="mflux.models.flux2.layouts:open_folder",

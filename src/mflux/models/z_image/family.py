@@ -1,7 +1,8 @@
 """Z-Image as data: its components, commands and models."""
 
 from mflux.models.common.family import Command, Component, Family
-from mflux.utils.settings import Setting, switch
+from mflux.utils.settings import Setting
+from mflux.utils.values import Switch
 
 _MODEL = "mflux.models.z_image.model"
 _CLI = "mflux.models.z_image.cli"
@@ -61,7 +62,7 @@ FAMILY = Family(
             pipeline="mflux.models.z_image.variants.controlnet.z_image_turbo_controlnet:ZImageTurboControlnet",
         ),
     ),
-    settings=(Setting("float32", "float32 throughout", read=switch, option="--float32", after="compute_precision"),),
+    settings=(Setting("float32", "float32 throughout", kind=Switch(), option="--float32", after="compute_precision"),),
     lora="mflux.models.z_image.lora_names:LORA",
     open_folder="mflux.models.z_image.layouts:open_folder",
 )

@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser, *, of_picture: bool = False) ->
     group.add_argument("--concept", required=True, help="what to look for: a word, or a few")
     told = "the picture to look at" if of_picture else "taken by mflux-concept-from-image only"
     group.add_argument("--input-image-path", type=Path, required=of_picture, help=told)
-    whole = values.number(int)
+    whole = values.Whole()
     group.add_argument(
         "--heatmap-layer-indices",
         nargs="*",

@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--redux-image-strengths",
         nargs="*",
-        type=values.number(float),
+        type=values.Real(),
         metavar="STRENGTH",
         help="how much of each, in their order (default: 1)",
     )

@@ -59,7 +59,7 @@ def add_controlnet_options(parser: argparse.ArgumentParser, *, required: bool = 
     group.add_argument("--controlnet-image-path", type=Path, required=required, help="the picture")
     group.add_argument(
         "--controlnet-strength",
-        type=values.number(float),
+        type=values.Real(),
         default=0.4,
         metavar="STRENGTH",
         help="how closely to follow it; 0 is not at all (default: 0.4)",

@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--controlnet-strength",
-        type=values.number(float),
+        type=values.Real(),
         default=1.0,
         help="how much all controls count (default: 1.0; 0.65 to 1 is advised)",
     )
