@@ -65,7 +65,7 @@ def take_settings(args: argparse.Namespace, said: Said) -> Said:
             ) from None
     if args.scheduler and "." in args.scheduler and not said.was_typed("scheduler"):
         raise UsageError(f"{source}: its scheduler {shown(args.scheduler)} would be imported: say --scheduler yourself")
-    _take_model(args, said, settings)
+    take_model(args, said, settings)
     _tell_repositories(args, said)
     version = settings.get("mflux_version")
     return replace(said, file=frozenset(taken), file_version=version if isinstance(version, str) else None)
@@ -173,7 +173,7 @@ def _tell_repositories(args: argparse.Namespace, said: Said) -> None:
         log.info("%s names %s: Hugging Face is asked for what is not here yet", args.config_from_metadata, some(named))
 
 
-def _take_model(args: argparse.Namespace, said: Said, settings: Mapping[str, Any]) -> None:
+def take_model(args: argparse.Namespace, said: Said, settings: Mapping[str, Any]) -> None:
     """The command line of the earlier picture named a folder or repository; the model is what that was taken for."""
     if said.was_typed("model"):
         return

@@ -156,12 +156,22 @@ def all_settings() -> tuple[Setting, ...]:
 @cache
 def built() -> dict[str, str]:
     """The models that this version draws with, as keys of `registry.MODELS`, and the first command for each."""
-    drawn: dict[str, str] = {}
+    return {key: command.prog for key, command in _first_commands().items()}
+
+
+def first_command(key: str) -> Command | None:
+    """The first command that generates with a model, by its key in `registry.MODELS`; None if none does."""
+    return _first_commands().get(key)
+
+
+@cache
+def _first_commands() -> dict[str, Command]:
+    first: dict[str, Command] = {}
     for family in families().values():
         for command in family.commands:
             for key in command.models:
-                drawn.setdefault(key, command.prog)
-    return drawn
+                first.setdefault(key, command)
+    return first
 
 
 def family_of(key: str) -> Family | None:
