@@ -320,8 +320,8 @@ def test_its_models_are_listed_and_other_commands_tell_its_own(cli, name):
     assert family_of(key) is not None
     assert tiny.command in [command.name for command in family_of(key).commands]
     assert key in built()
-    other = "generate-depth" if tiny.command != "generate-depth" else "generate-kontext"
-    result = cli(other, "--model", tiny.base_model, "--image-path", "x.png", "--prompt", "x")
+    other = "generate-qwen" if tiny.command != "generate-qwen" else "generate-flux2"
+    result = cli(other, "--model", tiny.base_model, "--prompt", "x")
     assert result.status == 2
     assert f"{built()[key]} --model {tiny.base_model}" in result.errors[0]
 
