@@ -9,7 +9,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -103,7 +103,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
                 yield from (option for option in _actions(below) if not known & set(option.option_strings))
 
 
-def option(action: argparse.Action, ignored: dict[str, str]) -> dict[str, Any]:
+def option(action: argparse.Action, ignored: Mapping[str, str]) -> dict[str, Any]:
     """One option: its long name, type, default, whether it is honoured, and what else there is to say."""
     flags = action.option_strings or [action.dest]
     flag = next((flag for flag in flags if flag.startswith("--")), flags[0])

@@ -95,9 +95,9 @@ def _mark_paths(parser: argparse.ArgumentParser) -> None:
         if action.nargs == 0 or action.choices is not None:
             continue
         if action.dest.endswith("dir"):
-            action.complete = shtab.DIRECTORY
+            vars(action)["complete"] = shtab.DIRECTORY
         elif action.type is Path or action.dest in _PATHS:
-            action.complete = shtab.FILE
+            vars(action)["complete"] = shtab.FILE
         if isinstance(action.metavar, tuple):
             action.metavar = action.metavar[0]
 

@@ -114,7 +114,7 @@ def convert(
             if value is None or described[name].same != previous:
                 previous, value = described[name].same, _converted(checkpoint, name, specs[name], overflowing)
             parts = {name: value}
-            if name in packed:
+            if name in packed and quantization is not None:
                 parts = {name.removesuffix("weight") + leaf: part for leaf, part in pack(value, quantization).items()}
             for part, array in parts.items():
                 writer.write(part, array)

@@ -94,7 +94,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image-strength", type=values.strength, default=0.4, help="the strength alone")
 
 
-def add_compute_precision_option(parser: argparse.ArgumentParser) -> None:
+def add_compute_precision_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--compute-precision",
         choices=["float16"],
@@ -102,7 +102,7 @@ def add_compute_precision_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_vae_precision_option(parser: argparse.ArgumentParser) -> None:
+def add_vae_precision_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--vae-full-precision",
         action=argparse.BooleanOptionalAction,

@@ -76,7 +76,9 @@ class MfluxParser(argparse.ArgumentParser):
             logging.getLogger("mflux").setLevel(logging.DEBUG)
         return args, Said(frozenset(typed))
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
         """The options alone, as argparse has them."""
         return self.parse(args)[0]
 
@@ -91,7 +93,7 @@ class MfluxParser(argparse.ArgumentParser):
             and not isinstance(action, argparse._AppendAction)
         }
 
-    def _get_value(self, action, arg_string):
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """`~` stands for a home folder in every option that takes a path."""
         if action.type is not Path:
             return super()._get_value(action, arg_string)
@@ -109,7 +111,13 @@ class _Version(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         import mflux
 
         say(f"mflux {mflux.__version__}")

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mflux.cli.parser.parsers import Said
 from mflux.cli.terminal import say_line
@@ -18,6 +19,13 @@ from mflux.utils import values
 from mflux.utils.paths import read_bounded
 from mflux.utils.scale_factor import ScaleFactor
 from mflux.utils.values import Real
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from mflux.callbacks.instances.memory_saver import MemorySaver
+    from mflux.models.common.pipeline import Pipeline
+    from mflux.utils.generated_image import GeneratedImage
 
 # Of a prompt's file: nobody's has more.
 _LARGEST = 16 << 20
@@ -125,7 +133,13 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def save_picture(image, args: argparse.Namespace, seed: int, pixels=None, output: str | None = None) -> Path:
+def save_picture(
+    image: GeneratedImage,
+    args: argparse.Namespace,
+    seed: int,
+    pixels: PIL.Image.Image | None = None,
+    output: str | None = None,
+) -> Path:
     """Write a picture, or other pixels with its settings, to `output` or where the options say, and tell where it
     went."""
     path = image.save_with_image(
@@ -260,7 +274,7 @@ def check_strength(args: argparse.Namespace, said: Said, source: str) -> None:
         )
 
 
-def prepare_machine(args: argparse.Namespace, pipeline, pictures: int):
+def prepare_machine(args: argparse.Namespace, pipeline: Pipeline, pictures: int) -> MemorySaver | None:
     """Register what watches over memory, battery and steps; returns the memory saver of `--low-ram`, or None.
 
     Args:

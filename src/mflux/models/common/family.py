@@ -60,7 +60,7 @@ class Component:
     optional: bool = False
     beside: tuple[str, ...] = ()
 
-    def module_class(self) -> type:
+    def module_class(self) -> type[Any]:
         return found(self.module)
 
 
@@ -127,7 +127,7 @@ class Family:
         """The classes that its commands generate with, "package.module:Class"."""
         return tuple(dict.fromkeys(command.pipeline for command in self.commands if command.pipeline))
 
-    def pipeline_class(self, key: str) -> type:
+    def pipeline_class(self, key: str) -> type[Any]:
         """The class of a model, by its key in `registry.MODELS`: that of its first command."""
         return found(next(command.pipeline for command in self.commands if key in command.models))
 
@@ -174,6 +174,6 @@ def _first_commands() -> dict[str, Command]:
     return first
 
 
-def family_of(key: str) -> Family | None:
-    """The family of a model, by its key in `registry.MODELS`; None if that family is not built."""
-    return families().get(MODELS[key]["family"])
+def family_of(key: str) -> Family:
+    """The family of a model that is built, by its key in `registry.MODELS`."""
+    return families()[MODELS[key]["family"]]

@@ -17,7 +17,10 @@ from mflux.models.fibo.family import FAMILY
 from mflux.models.fibo.prompts import MATTE_PROMPT, VLM_SEED, as_object, check_edit
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from mflux.models.common.config.model_config import ModelConfig
+    from mflux.utils.generated_image import GeneratedImage
 
 _REMOVER = "fibo-edit-rmbg"
 
@@ -83,7 +86,7 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
     return {"image_path": args.image_path, "mask_path": args.masked_image_path}
 
 
-def pixels(image, args: argparse.Namespace):
+def pixels(image: GeneratedImage, args: argparse.Namespace) -> PIL.Image.Image:
     if not removes(args):
         return image.image
     from mflux.models.fibo.sources import cut_out
@@ -91,7 +94,7 @@ def pixels(image, args: argparse.Namespace):
     return cut_out(args.image_path, image.image)
 
 
-def write_matte(image, path: Path, args: argparse.Namespace) -> None:
+def write_matte(image: GeneratedImage, path: Path, args: argparse.Namespace) -> None:
     if removes(args) and args.matte_output is not None:
         from mflux.cli.terminal import say_line
 

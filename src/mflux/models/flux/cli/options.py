@@ -39,7 +39,7 @@ def with_picture(args: argparse.Namespace) -> dict[str, Any]:
     return {"image_path": args.image_path}
 
 
-def add_full_image_option(parser: argparse.ArgumentParser) -> None:
+def add_full_image_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--save-full-image", action="store_true", help="also write both pictures side by side, as NAME_full"
     )
@@ -54,7 +54,7 @@ def save_full_image(image: Any, path: Path, args: argparse.Namespace) -> None:
         say_line(image.save(path.with_stem(path.stem + "_full"), embed_metadata=not args.no_metadata))
 
 
-def add_controlnet_options(parser: argparse.ArgumentParser, *, required: bool = False) -> Any:
+def add_controlnet_options(parser: argparse.ArgumentParser, *, required: bool = False) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("picture to follow")
     group.add_argument("--controlnet-image-path", type=Path, required=required, help="the picture")
     group.add_argument(

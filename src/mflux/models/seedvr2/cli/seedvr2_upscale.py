@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mflux.cli.parser.groups import add_machine_options, add_model_options, add_output_options
 from mflux.cli.parser.parsers import MfluxParser
@@ -20,6 +21,9 @@ from mflux.models.seedvr2.family import FAMILY
 from mflux.text import shown
 from mflux.utils import values
 from mflux.utils.exceptions import StopImageGenerationException
+
+if TYPE_CHECKING:
+    from mflux.models.seedvr2.variants.upscale.seedvr2 import SeedVR2
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +111,7 @@ def upscale(argv: Sequence[str] | None) -> None:
             model_config=ModelConfig.from_name(args.model, args.base_model),
         )
         memory = prepare_machine(args, pipeline, len(batch.sound) * len(args.seed))
-        if args.vae_tile_size:
+        if pipeline.tiling_config is not None and args.vae_tile_size:
             # Encoding would take the most memory otherwise.
             pipeline.tiling_config = replace(pipeline.tiling_config, vae_encode_tile_size=args.vae_tile_size)
         advise()
@@ -191,7 +195,7 @@ class Batch:
         # The seed first: a picture's own name may hold anything.
         return self.args.output.replace("{seed}", str(seed)).replace("{image_name}", path.stem)
 
-    def draw(self, pipeline) -> None:
+    def draw(self, pipeline: SeedVR2) -> None:
         """A picture for each sound file and seed."""
         from mflux.models.common.memory import give_back_memory
         from mflux.models.seedvr2.sources import target_size

@@ -12,13 +12,14 @@ from mflux.cli.parser.parsers import Said
 from mflux.models.z_image.family import FAMILY
 
 if TYPE_CHECKING:
+    from mflux.backend import mx
     from mflux.models.common.config.model_config import ModelConfig
 
 # 0.24's where none is said.
 _SCHEDULE = "flow_match_euler_discrete"
 
 
-def add_float32_option(parser: argparse.ArgumentParser) -> None:
+def add_float32_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--float32",
         action=argparse.BooleanOptionalAction,
@@ -37,12 +38,12 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     return {"float32": args.float32, "compute_precision": compute_dtype(args)}
 
 
-def compute_dtype(args: argparse.Namespace):
+def compute_dtype(args: argparse.Namespace) -> mx.Dtype | None:
     if args.compute_precision is None:
         return None
-    from mflux.backend import mx
+    from mflux import backend
 
-    return getattr(mx, args.compute_precision)
+    return getattr(backend.mx, args.compute_precision)
 
 
 def as_in_024(args: argparse.Namespace, said: Said, schedule: str) -> None:
