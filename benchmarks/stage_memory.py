@@ -88,7 +88,7 @@ def stages_of(family) -> dict[type, str]:
     from mflux.models.common.family import load_object
 
     components = list(family.components)
-    for _, reference in family.pipelines:
+    for reference in family.pipelines:
         components += load_object(reference).components
     return {component.module_class(): component.stage for component in components}
 

@@ -331,8 +331,8 @@ def read_picture_settings(folder: Path) -> None:
     """As `-C` and `mflux-info` do; of a picture as it is, and of one with the changed text in it."""
     import PIL.Image
 
-    from mflux.cli.generate import take_settings
     from mflux.cli.info import lines
+    from mflux.cli.replay import take_settings
     from mflux.models.flux.cli.flux_generate import build_parser
     from mflux.utils.metadata_builder import COMMENT_PREFIX
     from mflux.utils.metadata_reader import MetadataReader, read_settings
@@ -348,8 +348,7 @@ def read_picture_settings(folder: Path) -> None:
             MetadataReader.read_all_metadata(path)
             for line in lines(read_settings(path)):
                 assert line.isprintable()
-            args = build_parser().parse_args(["-C", str(path)])
-            take_settings(args)
+            take_settings(*build_parser().parse(["-C", str(path)]))
         except Exception as error:
             failure = failure or error
             if not _is_ours(error):

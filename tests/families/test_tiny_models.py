@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from support.cases import Tiny, every
 from mflux.backend import mx, nn, tree_flatten
 from mflux.cli.commands import COMMANDS
 from mflux.cli.generate import Generate
-from mflux.errors import MfluxError, NotBuiltError
+from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.model_config import key_of
 from mflux.models.common.family import built, family_of
@@ -131,6 +133,64 @@ def test_class_and_command_agree_with_the_command(draw, folder, name):
     assert np.array_equal(picture(pipeline(name, folder(name)), name), pixels(draw(name, "--seed", 1)))
 
 
+def as_settings(command: Generate, words: Sequence[object]) -> dict[str, object]:
+    """Words of a command line as a program has them: {"image_path": "photo.png", "steps": 2}."""
+    options = {flag: action for action in command.build_parser()._actions for flag in action.option_strings}
+    settings: dict[str, object] = {}
+    for word in map(str, words):
+        if word in options:
+            action = options[word]
+            settings[action.dest] = [] if action.nargs in ("*", "+") else None
+            continue
+        value = float(word) if re.fullmatch(r"[0-9.]+", word) else word
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        # One number of several may stand alone.
+        taken = settings[action.dest]
+        settings[action.dest] = value if taken is None or action.dest == "seed" else [*taken, value]
+    return settings
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_program_plans_what_a_command_line_does(draw, folder, name):
+    """Without argv: settings by their names, through the same checks, and one loaded model for what has its key."""
+    tiny, command = TINY[name], command_of(TINY[name])
+    words = ["--model", folder(name), "--base-model", tiny.base_model, *tiny.words, "--prompt", tiny.prompt]
+    words = [str(word) for word in (*words, "--steps", 2, *SIZE, "--seed", 1)]
+    typed, planned = command.settle(*command.build_parser().parse(words)), command.plan(as_settings(command, words))
+    assert planned == typed
+    assert hash(planned.key) == hash(typed.key) and planned.key == typed.key
+    more = as_settings(command, words) | {"quantize": 8}
+    assert command.plan(more).key != planned.key
+    other = command.plan(as_settings(command, words) | {"seed": [2, 3]})
+    assert other.key == planned.key and [image["seed"] for image in other.images] == [2, 3]
+    (image,) = command.images(planned, planned.load())
+    image = image.image if command.pixels is None else command.pixels(image, planned.options)
+    assert np.array_equal(np.asarray(image).astype(int), pixels(draw(name, "--seed", 1)))
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"step": 2}, "has no setting 'step': did you mean steps?"),
+        ({"steps": "2"}, "steps: '2' is not a number"),
+        ({"steps": 0}, "steps: 0 is too small: at least 1"),
+        ({"quantize": 7}, "quantize: 7 is not one of 3, 4, 5, 6, 8"),
+        ({"low_ram": 1}, "low_ram: 1 is neither true nor false"),
+        ({"prompt": 3}, "prompt: 3 is not text"),
+        ({"prompt_file": "a.txt"}, "is not allowed with"),
+        ({"output": ["a.png"]}, "output: ['a.png'] is not text"),
+    ],
+    ids=str,
+)
+def test_what_a_program_asks_for_is_checked(folder, name, wrong, told):
+    tiny, command = TINY[name], command_of(TINY[name])
+    words = ["--model", folder(name), "--base-model", tiny.base_model, *tiny.words, "--prompt", tiny.prompt]
+    with pytest.raises(UsageError) as caught:
+        command.plan(as_settings(command, words) | wrong)
+    assert told in str(caught.value)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_stage_holds_only_what_it_needs(folder, name):
     """No text encoder is left when the steps begin, and before the last picture is decoded nothing else is either."""
@@ -192,9 +252,11 @@ def test_a_saved_model_knows_what_it_is(cli, draw, folder, name):
     tiny = TINY[name]
     result = cli("save", "--model", folder(name), "--base-model", tiny.base_model, "--path", "saved")
     assert result.status == 0, result.err
+    # Whatever its name: `mflux-generate` asks the folder, and hands over to the model's first command.
+    is_first = built()[key_of(tiny.base_model)] == f"mflux-{tiny.command}"
     result = cli(
-        *(tiny.command, "--model", "saved", *tiny.words, "--prompt", tiny.prompt, "--steps", 2, *SIZE),
-        *("--seed", 1, "--output", "saved.png"),
+        *("generate" if is_first else tiny.command, "--model", "saved", *tiny.words, "--prompt", tiny.prompt),
+        *("--steps", 2, *SIZE, "--seed", 1, "--output", "saved.png"),
     )
     assert (result.status, result.errors) == (0, []), result.err
     assert np.array_equal(pixels(result.paths[0]), pixels(draw(name, "--seed", 1)))
@@ -258,10 +320,10 @@ def test_its_models_are_listed_and_other_commands_tell_its_own(cli, name):
     assert family_of(key) is not None
     assert tiny.command in [command.name for command in family_of(key).commands]
     assert key in built()
-    if built()[key] != "mflux-generate":
-        result = cli("generate", "--model", tiny.base_model, "--prompt", "x")
-        assert result.status == 2
-        assert f"{built()[key]} --model {tiny.base_model}" in result.errors[0]
+    other = "generate-qwen" if tiny.command != "generate-qwen" else "generate-flux2"
+    result = cli(other, "--model", tiny.base_model, "--prompt", "x")
+    assert result.status == 2
+    assert f"{built()[key]} --model {tiny.base_model}" in result.errors[0]
 
 
 @pytest.mark.parametrize("name", TINY)

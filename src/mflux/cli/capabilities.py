@@ -9,13 +9,15 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from mflux.cli.commands import COMMANDS
 from mflux.cli.generate import Generate
-from mflux.cli.parser import NOT_BUILT_OPTIONS, MfluxParser, nearest, run, say
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.parser.settle import NOT_BUILT_OPTIONS
+from mflux.cli.terminal import nearest, run, say
 from mflux.errors import UsageError
 
 SCHEMA = 1
@@ -101,7 +103,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
                 yield from (option for option in _actions(below) if not known & set(option.option_strings))
 
 
-def option(action: argparse.Action, ignored: dict[str, str]) -> dict[str, Any]:
+def option(action: argparse.Action, ignored: Mapping[str, str]) -> dict[str, Any]:
     """One option: its long name, type, default, whether it is honoured, and what else there is to say."""
     flags = action.option_strings or [action.dest]
     flag = next((flag for flag in flags if flag.startswith("--")), flags[0])
@@ -129,7 +131,7 @@ def type_name(action: argparse.Action) -> str:
     if isinstance(action.type, type):
         name = action.type.__name__
     else:
-        name = str(action.type.__annotations__["return"])
+        name = getattr(action.type, "gives", None) or str(action.type.__annotations__["return"])
     return _TYPES.get(name, name)
 
 

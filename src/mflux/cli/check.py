@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mflux.cli import parser as options
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say
 from mflux.errors import MfluxError
 from mflux.text import one_line, size
 
 
-def build_parser() -> options.MfluxParser:
+def build_parser() -> MfluxParser:
     """The command's parser; completions use it as well."""
-    parser = options.MfluxParser(
+    parser = MfluxParser(
         prog="mflux-check", description="Find out whether a model is whole, offline, before drawing with it."
     )
     commands = parser.add_subparsers(dest="command", metavar="model", required=True)
@@ -59,26 +60,26 @@ def check(argv: Sequence[str] | None) -> int:
         except MfluxError as error:
             # Nothing of it is left.
             report.problems, report.broken = [str(error)], []
-    options.say(f"check: {'pass' if report.passed else 'fail'}")
+    say(f"check: {'pass' if report.passed else 'fail'}")
     for name in ("model", "layout", "root"):
         if (value := getattr(report, name)) is not None:
-            options.say(f"{'format' if name == 'layout' else name}: {value}")
-    options.say(f"size: {size(report.size)}")
+            say(f"{'format' if name == 'layout' else name}: {value}")
+    say(f"size: {size(report.size)}")
     for problem in report.problems:
-        options.say(f"problem: {one_line(problem)}")
+        say(f"problem: {one_line(problem)}")
     for entry in report.broken:
-        options.say(f"{'broken' if entry.is_fault else 'leftover'}: {one_line(entry)}")
+        say(f"{'broken' if entry.is_fault else 'leftover'}: {one_line(entry)}")
     for line in done:
-        options.say(f"fixed: {one_line(line)}")
+        say(f"fixed: {one_line(line)}")
     if report.broken and not args.fix:
-        options.say(f"fix: mflux-check model --fix {one_line(args.model_reference)}")
+        say(f"fix: mflux-check model --fix {one_line(args.model_reference)}")
     if args.fix and report.holder is None:
-        options.say("fixed: nothing, since only Hugging Face's cache is changed and this is a folder of your own")
+        say("fixed: nothing, since only Hugging Face's cache is changed and this is a folder of your own")
     return 0 if report.passed else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return options.run(check, argv)
+    return run(check, argv)
 
 
 if __name__ == "__main__":

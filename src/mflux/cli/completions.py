@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux.cli.commands import COMMANDS
-from mflux.cli.parser import MfluxParser, run, say, say_line
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say, say_line
 from mflux.errors import MfluxError, OutputError
 
 log = logging.getLogger(__name__)
@@ -94,9 +95,9 @@ def _mark_paths(parser: argparse.ArgumentParser) -> None:
         if action.nargs == 0 or action.choices is not None:
             continue
         if action.dest.endswith("dir"):
-            action.complete = shtab.DIRECTORY
+            vars(action)["complete"] = shtab.DIRECTORY
         elif action.type is Path or action.dest in _PATHS:
-            action.complete = shtab.FILE
+            vars(action)["complete"] = shtab.FILE
         if isinstance(action.metavar, tuple):
             action.metavar = action.metavar[0]
 

@@ -9,7 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import MfluxParser, run, say, say_line
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say, say_line
 from mflux.errors import OutputError, UsageError
 from mflux.text import some
 from mflux.utils.paths import is_there
@@ -113,7 +114,7 @@ def convert(
             if value is None or described[name].same != previous:
                 previous, value = described[name].same, _converted(checkpoint, name, specs[name], overflowing)
             parts = {name: value}
-            if name in packed:
+            if name in packed and quantization is not None:
                 parts = {name.removesuffix("weight") + leaf: part for leaf, part in pack(value, quantization).items()}
             for part, array in parts.items():
                 writer.write(part, array)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mflux.cli.parser import MfluxParser, run, say
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say
 from mflux.text import one_line, size
 from mflux.utils.memory import lines_of, machine_memory
 
@@ -54,7 +55,7 @@ def examine(*, sizes: bool = False) -> dict[str, Part]:
 
     `problems` lists what is wrong, each with the command that mends it.
     """
-    found = {
+    found: dict[str, Any] = {
         "mflux": _safely(mflux_part),
         "python": _safely(python_part),
         "platform": _safely(platform_part),
@@ -174,7 +175,7 @@ def hugging_face_part() -> Part:
     return {"token": source, "offline": bool(constants.HF_HUB_OFFLINE), "endpoint": one_line(constants.ENDPOINT)}
 
 
-def _hub_constants():
+def _hub_constants() -> Any:
     import huggingface_hub.constants
 
     return huggingface_hub.constants
@@ -182,12 +183,11 @@ def _hub_constants():
 
 def sizes_part() -> Part:
     """Bytes of each installed distribution, bytecode left out, the largest first."""
-    found = {
-        name: {"version": distribution.version, "bytes": _size(distribution)}
-        for name, distribution in _distributions().items()
-    }
-    ordered = sorted(found.items(), key=lambda item: (-item[1]["bytes"], item[0].lower()))
-    return {"total": sum(part["bytes"] for _, part in ordered), "distributions": dict(ordered)}
+    installed = _distributions()
+    sizes = {name: _size(distribution) for name, distribution in installed.items()}
+    ordered = sorted(sizes, key=lambda name: (-sizes[name], name.lower()))
+    found = {name: {"version": installed[name].version, "bytes": sizes[name]} for name in ordered}
+    return {"total": sum(sizes.values()), "distributions": found}
 
 
 def _size(distribution: Distribution) -> int:
@@ -207,7 +207,7 @@ def _distributions() -> dict[str, Distribution]:
         try:
             name, version = distribution.metadata["Name"], distribution.version
         except (KeyError, OSError, ValueError):
-            name = version = None
+            continue
         # The remains of an installation that broke off have neither.
         if name and version:
             found.setdefault(name, distribution)
@@ -266,7 +266,7 @@ def answer_probe() -> None:
 
     kinds = {kind for kind in ("metal", "cuda") if hasattr(mx, kind) and getattr(mx, kind).is_available()}
     answer: Part = {
-        "version": mx.__version__,
+        "version": vars(mx)["__version__"],
         "backend": kinds.pop() if has_gpu() and kinds else "cpu",
         "device": _safely(lambda: dict(mx.device_info())),
         "blas": BLAS,
@@ -285,7 +285,7 @@ def _mapped_file(library: str | None) -> str | None:
     return min(files, default=None)
 
 
-def _gflops(mx) -> float:
+def _gflops(mx: Any) -> float:
     """Billions of operations a second in a product of two float32 matrices, the best of several."""
     import time
 
@@ -347,7 +347,7 @@ def _library_problems(part: Part, path: Path | None) -> list[Part]:
     wheels: dict[str, str] = part["wheels"]
     if part["mlx"] is None:
         return [_problem("mlx is not installed", _reinstall_mlx(part, _has_nvidia_driver()))]
-    if not wheels:
+    if not wheels or path is None:
         return [_problem("no wheel with MLX's library is installed", _reinstall_mlx(part, _has_nvidia_driver()))]
     names = list(wheels)
     if len(names) > 1:

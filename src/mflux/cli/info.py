@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mflux.cli.parser import MfluxParser, run, say
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say
+from mflux.models.common.family import all_settings
 from mflux.text import shown
-from mflux.utils.settings import SETTINGS
 
 # Long prompts are shown whole; what a hostile file holds is not.
 _MOST = 20_000
@@ -36,8 +37,8 @@ def show(argv: Sequence[str] | None) -> None:
 
 def lines(settings: dict[str, Any]) -> list[str]:
     """One line for each setting that says something, fit for a terminal whatever the file holds."""
-    text = []
-    labels = {setting.name: setting.label for setting in SETTINGS}
+    text: list[str] = []
+    labels = {setting.name: setting.label for setting in all_settings()}
     for name in dict.fromkeys([*labels, *settings]):
         value = settings.get(name)
         if value is None or value in ([], ""):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mflux.cli.commands import COMMANDS, NOT_BUILT
-from mflux.cli.parser import nearest, run, say
+from mflux.cli.terminal import nearest, run, say
 from mflux.errors import NotBuiltError, UsageError
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(overview, words)
 
 
-def overview(words: Sequence[str]) -> None:
+def overview(words: Sequence[str] | None) -> None:
     """Everything that is not a command: help, the version, and names that are none."""
     name = words[0] if words else "--help"
     if name in ("--help", "-h"):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TextIO
 
 # Besides SIGINT, which Python itself turns into KeyboardInterrupt: kill's, and that of a terminal that is closed.
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -75,5 +76,5 @@ def open_standard_streams() -> bool:
     return was_open
 
 
-def _nowhere():
+def _nowhere() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123

@@ -6,26 +6,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mflux.cli import parser as options
+from mflux.cli.parser.groups import add_lora_options, add_model_options
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.parser.settle import refuse_what_is_not_built, settle_loras, settle_paths
+from mflux.cli.terminal import run, say_line
 from mflux.errors import UsageError
 from mflux.models.common.family import built, family_of
 
 
-def build_parser() -> options.MfluxParser:
+def build_parser() -> MfluxParser:
     """The command's parser; completions use it as well."""
-    parser = options.MfluxParser(
+    parser = MfluxParser(
         prog="mflux-save",
         description="Save a model, quantized or as it is, to a folder in the published layout, which loads without -q.",
         epilog=f"Models: {', '.join(built())}, and folders and repositories that derive from them.",
     )
-    options.add_model_options(parser, required=True)
+    add_model_options(parser, required=True)
     parser.add_argument(
         "--path",
         type=Path,
         metavar="FOLDER",
         help="the folder to write, which must not exist (default: one named for the model in $MFLUX_MODELS_DIR)",
     )
-    options.add_lora_options(parser)
+    add_lora_options(parser)
     parser.add_argument(
         "--hf-symlink", nargs="?", const="", metavar="USER", help="not built yet: link it into Hugging Face's cache"
     )
@@ -34,10 +37,10 @@ def build_parser() -> options.MfluxParser:
 
 def save(argv: Sequence[str] | None) -> None:
     """Check everything that can be checked without the model, then write it."""
-    args = build_parser().parse_args(argv)
-    options.refuse_what_is_not_built(args)
-    options.settle_loras(args)
-    options.settle_paths(args, ())
+    args, said = build_parser().parse(argv)
+    refuse_what_is_not_built(args)
+    settle_loras(args, said)
+    settle_paths(args, ())
     if not args.bake_lora:
         raise UsageError("a saved model holds its LoRAs in its weights: leave --no-bake-lora out")
 
@@ -74,11 +77,11 @@ def save(argv: Sequence[str] | None) -> None:
     else:
         target = with_loras(parent / folder_name(key, model_path, pipeline.bits), bool(args.lora_paths))
     pipeline.save_model(str(target))
-    options.say_line(target)
+    say_line(target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return options.run(save, argv)
+    return run(save, argv)
 
 
 if __name__ == "__main__":

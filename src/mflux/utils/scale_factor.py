@@ -17,7 +17,7 @@ class ScaleFactor:
 
     value: int | float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.value > 0:
             raise ValueError(f"a scale factor of {self.value} leaves nothing: it must be above 0")
 

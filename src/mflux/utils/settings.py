@@ -1,11 +1,13 @@
-"""The settings of a picture: one table for writing them into it, for reading them back, and for showing them.
+"""The settings that images of several families have: one table for writing, for reading back, and for showing them.
 
-Loads nothing heavy. What a file says is checked like what a person types: by a type from `values`.
+What one family alone has stands in its own table, and `mflux.models.common.family.all_settings` has both. The source
+images of FLUX.1's variants stand here, because 0.24's `GeneratedImage` has a place for each.
+
+Loads nothing heavy. What a file says is checked like what a person types: by a kind from `values`.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,38 +19,11 @@ from mflux.utils.paths import recorded_file, recorded_source
 from mflux.utils.version_util import VersionUtil
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise argparse.ArgumentTypeError(f"{str(value)[:40]} is not text")
-    return value
+class _Seeds:
+    """A seed; an option takes several."""
 
-
-def _number(read: Callable[[str], Any]) -> Callable[[Any], Any]:
-    def check(value: Any):
-        if type(value) not in (int, float):
-            raise argparse.ArgumentTypeError(f"{str(value)[:40]!r} is not a number")
-        return read(str(value))
-
-    return check
-
-
-def _list(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
-    def check(value: Any) -> list[Any]:
-        if not isinstance(value, list):
-            raise argparse.ArgumentTypeError(f"{str(value)[:40]} is not a list")
-        return [read(item) for item in value]
-
-    return check
-
-
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise argparse.ArgumentTypeError(f"{str(value)[:40]} is neither true nor false")
-    return value
-
-
-def _seeds(value: Any) -> list[int]:
-    return [_number(values.seed)(value)]
+    def of_setting(self, value: Any) -> list[int]:
+        return [values.seed.of_setting(value)]
 
 
 def _guidance(picture: Any) -> Any:
@@ -92,74 +67,70 @@ class Setting:
         name: in the file.
         label: for a person.
         write: what a `GeneratedImage` has to say of it; None for what pictures note in `generation_parameters`.
-        read: checks what a file says; None for what no command line can say.
+        kind: what a file may say; None for what no command line can say.
         option: what says it on a command line, for messages.
-        beaten_by: destinations that, when given, take its place, beside its own, which is its name.
+        beaten_by: other options, by their destinations, that override this one.
+        after: where one of a family's stands in the order: behind the setting of this name.
     """
 
     name: str
     label: str
     write: Callable[[Any], Any] | None = None
-    read: Callable[[Any], Any] | None = None
+    kind: values.Kind | None = None
     option: str = ""
     beaten_by: tuple[str, ...] = ()
+    after: str = ""
 
 
+_TEXT, _SWITCH = values.Text(), values.Switch()
+_TEXTS, _REALS = values.Several(_TEXT), values.Several(values.Real())
 _LORA = ("lora", "lora_paths", "lora_style")
-_pixels, _floating = _number(values.pixels), _number(values.number(float))
 
 # In the order in which they are written and shown.
 SETTINGS = (
-    Setting("prompt", "Prompt", lambda picture: picture.prompt, _text, "--prompt", ("prompt_file",)),
-    Setting("negative_prompt", "Negative prompt", _as_is("negative_prompt"), _text, "--negative-prompt"),
+    Setting("prompt", "Prompt", lambda picture: picture.prompt, _TEXT, "--prompt", ("prompt_file",)),
+    Setting("negative_prompt", "Negative prompt", _as_is("negative_prompt"), _TEXT, "--negative-prompt"),
     Setting("model", "Model", lambda picture: _each(recorded_source, picture.model_config.model_name)),
     Setting("model_path", "Weights", _source("model_path")),
     Setting("base_model", "Base model", lambda picture: _each(recorded_source, picture.model_config.base_model)),
-    Setting("width", "Width", lambda picture: picture.width, _pixels, "--width"),
-    Setting("height", "Height", lambda picture: picture.height, _pixels, "--height"),
-    Setting("seed", "Seed", lambda picture: picture.seed, _seeds, "--seed", ("auto_seeds",)),
-    Setting("steps", "Steps", lambda picture: picture.steps, _number(values.steps), "--steps"),
-    Setting("guidance", "Guidance", _guidance, _number(values.guidance), "--guidance"),
-    Setting("scheduler", "Scheduler", None, _text, "--scheduler"),
-    Setting(
-        "quantize", "Quantization (bits)", lambda picture: picture.quantization, _number(values.bits), "--quantize"
-    ),
+    Setting("width", "Width", lambda picture: picture.width, values.pixels, "--width"),
+    Setting("height", "Height", lambda picture: picture.height, values.pixels, "--height"),
+    Setting("seed", "Seed", lambda picture: picture.seed, _Seeds(), "--seed", ("auto_seeds",)),
+    Setting("steps", "Steps", lambda picture: picture.steps, values.steps, "--steps"),
+    Setting("guidance", "Guidance", _guidance, values.guidance, "--guidance"),
+    Setting("scheduler", "Scheduler", None, _TEXT, "--scheduler"),
+    Setting("quantize", "Quantization (bits)", lambda picture: picture.quantization, values.bits, "--quantize"),
     Setting("precision", "Precision", lambda picture: str(picture.precision)),
-    Setting("compute_precision", "Compute precision", None, _text, "--compute-precision"),
-    Setting("float32", "float32 throughout", None, _switch, "--float32"),
-    Setting("vae_full_precision", "Whole autoencoder in float32", None, _switch, "--vae-full-precision"),
-    Setting("small_text_encoder", "Small text encoder", None, _switch, "--small-text-encoder"),
-    Setting("small_decoder", "Small decoder", None, _switch, "--small-decoder"),
-    Setting("lora_paths", "LoRAs", _source("lora_paths"), _list(_text), "--lora", _LORA),
-    Setting("lora_scales", "LoRA scales", _floats("lora_scales"), _list(_floating), "--lora-scales", _LORA),
-    Setting("bake_lora", "LoRAs in the weights", None, _switch, "--bake-lora"),
-    Setting("image_path", "Source picture", _file("image_path"), _text, "--image", ("image",)),
-    Setting("image_paths", "Source pictures", _file("image_paths"), _list(_text), "--image-paths"),
-    Setting("image_strength", "Image strength", _strength, _number(values.strength), "--image-strength", ("image",)),
+    Setting("compute_precision", "Compute precision", None, _TEXT, "--compute-precision"),
+    Setting("vae_full_precision", "Whole autoencoder in float32", None, _SWITCH, "--vae-full-precision"),
+    Setting("lora_paths", "LoRAs", _source("lora_paths"), _TEXTS, "--lora", _LORA),
+    Setting("lora_scales", "LoRA scales", _floats("lora_scales"), _REALS, "--lora-scales", _LORA),
+    Setting("bake_lora", "LoRAs in the weights", None, _SWITCH, "--bake-lora"),
+    Setting("image_path", "Source picture", _file("image_path"), _TEXT, "--image", ("image",)),
+    Setting("image_paths", "Source pictures", _file("image_paths"), _TEXTS, "--image-paths"),
+    Setting("image_strength", "Image strength", _strength, values.strength, "--image-strength", ("image",)),
     Setting(
-        "controlnet_image_path", "Control picture", _file("controlnet_image_path"), _text, "--controlnet-image-path"
+        "controlnet_image_path", "Control picture", _file("controlnet_image_path"), _TEXT, "--controlnet-image-path"
     ),
     Setting(
         # 0, too, says something.
         "controlnet_strength",
         "Control strength",
         attrgetter("controlnet_strength"),
-        _floating,
+        values.Real(),
         "--controlnet-strength",
     ),
-    Setting("masked_image_path", "Mask", _file("masked_image_path"), _text, "--masked-image-path"),
-    Setting("depth_image_path", "Depth picture", _file("depth_image_path"), _text, "--depth-image-path"),
-    Setting("redux_image_paths", "Redux pictures", _file("redux_image_paths"), _list(_text), "--redux-image-paths"),
+    Setting("masked_image_path", "Mask", _file("masked_image_path"), _TEXT, "--masked-image-path"),
+    Setting("depth_image_path", "Depth picture", _file("depth_image_path"), _TEXT, "--depth-image-path"),
+    Setting("redux_image_paths", "Redux pictures", _file("redux_image_paths"), _TEXTS, "--redux-image-paths"),
     Setting(
         "redux_image_strengths",
         "Redux strengths",
         _floats("redux_image_strengths"),
-        _list(_floating),
+        _REALS,
         "--redux-image-strengths",
     ),
-    Setting("resolution", "Resolution"),
-    Setting("softness", "Softness"),
-    Setting("pid_decode", "Decoded with PiD", None, _switch, "--pid-decode"),
+    Setting("pid_decode", "Decoded with PiD", None, _SWITCH, "--pid-decode"),
     Setting("generation_time_seconds", "Generation time (s)", lambda picture: round(picture.generation_time, 2)),
     Setting("created_at", "Created", lambda picture: datetime.now().isoformat()),
     Setting("mflux_version", "mflux version", lambda picture: VersionUtil.get_mflux_version()),

@@ -1,4 +1,7 @@
-"""What a value may be: the types of command line options, and the checks of what a Python program passes.
+"""What a value may be, as data: one bound for a command line, for a file of settings, and for a Python program.
+
+A kind reads what was typed (`of_text`, and called like a function, as argparse does), checks what a file of settings
+says (`of_setting`) and what a program passes (`of_value`). Each raises `Wrong`, and whoever asked adds the name.
 
 Loads nothing heavy. Whole numbers are whatever counts as one in Python, numpy's included.
 """
@@ -10,8 +13,9 @@ import math
 import numbers
 import operator
 import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from mflux.errors import UsageError
 from mflux.utils.paths import user_path
@@ -20,131 +24,219 @@ from mflux.utils.scale_factor import GRID, LARGEST, ScaleFactor
 QUANTIZE_CHOICES = (3, 4, 5, 6, 8)
 LARGEST_SEED = 2**64 - 1
 
+T = TypeVar("T")
 
-# ---- from the command line and from files of settings: text → value
+
+class Wrong(argparse.ArgumentTypeError, ValueError):
+    """A value is not what it may be. Of a text or a setting the message is a sentence, of a Python value the rest of
+    one that begins with the argument's name."""
 
 
-def number(kind: type, *, above: float | None = None, least: float | None = None, most: float | None = None):
-    """A type for `add_argument`: an int or float within bounds."""
+class Kind(Protocol):
+    """What a file of settings may say."""
 
-    def read(text: str):
+    def of_setting(self, value: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class _Number:
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+
+    read: ClassVar[Callable[[str], Any]]
+    gives: ClassVar[str]
+    noun: ClassVar[str]
+
+    def of_text(self, text: str) -> Any:
         try:
-            value = kind(text)
+            value = type(self).read(text)
             if not math.isfinite(value):
                 raise ValueError
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(
-                f"{text[:40]!r} is not a {'whole ' if kind is int else ''}number"
-            ) from None
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{text} is not above {above}")
-        if least is not None and value < least:
-            raise argparse.ArgumentTypeError(f"{text} is too small: at least {least}")
-        if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{text} is too large: at most {most}")
+            raise Wrong(f"{text[:40]!r} is not a {self.noun}") from None
+        if bound := self._beyond(value):
+            raise Wrong(f"{text} is {bound[0]}")
         return value
 
-    read.__annotations__["return"] = kind.__name__
-    return read
+    __call__ = of_text
+
+    def of_setting(self, value: Any) -> Any:
+        if type(value) not in (int, float):
+            raise Wrong(f"{str(value)[:40]!r} is not a number")
+        return self.of_text(str(value))
+
+    def of_value(self, value: Any) -> Any:
+        value = self._plain(value)
+        if bound := self._beyond(value):
+            raise Wrong(f"is {value}: it must be {bound[1]}")
+        return value
+
+    def _plain(self, value: Any) -> Any:
+        raise NotImplementedError
+
+    def _beyond(self, value: Any) -> tuple[str, str] | None:
+        """How a value is outside the bounds, and what it must be."""
+        if self.above is not None and value <= self.above:
+            return f"not above {self.above}", f"above {self.above}"
+        if self.least is not None and value < self.least:
+            return f"too small: at least {self.least}", f"at least {self.least}"
+        if self.most is not None and value > self.most:
+            return f"too large: at most {self.most}", f"at most {self.most}"
+        return None
 
 
-seed = number(int, least=0, most=LARGEST_SEED)
-steps = number(int, least=1, most=10_000)
-guidance = number(float, least=0)
-strength = number(float, least=0, most=1)
-pixels = number(int, least=GRID, most=LARGEST)
+@dataclass(frozen=True)
+class Whole(_Number):
+    """A whole number within bounds, perhaps a multiple of one, or one of a few."""
+
+    multiple: int = 1
+    choices: tuple[int, ...] = ()
+
+    read = int
+    gives = "int"
+    noun = "whole number"
+
+    def _plain(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise Wrong(f"is {_shown(value)}, which is not a whole number")
+        return operator.index(value)
+
+    def _beyond(self, value: int) -> tuple[str, str] | None:
+        if bound := super()._beyond(value):
+            return bound
+        if value % self.multiple:
+            return f"not a multiple of {self.multiple}", f"a multiple of {self.multiple}"
+        if self.choices and value not in self.choices:
+            known = ", ".join(map(str, self.choices))
+            return f"not one of {known}", f"one of {known}"
+        return None
 
 
-def dimension(text: str) -> int | ScaleFactor:
-    """A side in pixels, "auto", or a scale factor such as "2x"."""
-    if text.lower() == "auto":
-        return ScaleFactor(1)
-    try:
-        return ScaleFactor.parse(text) if text.lower().endswith("x") else pixels(text)
-    except argparse.ArgumentTypeError as error:
-        detail = str(error)
+@dataclass(frozen=True)
+class Real(_Number):
+    """A finite number within bounds."""
+
+    read = float
+    gives = "float"
+    noun = "number"
+
+    def _plain(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise Wrong(f"is {_shown(value)}, which is not a number")
+        value = float(value)
+        if not math.isfinite(value):
+            raise Wrong(f"is {value}, which is not a finite number")
+        return value
+
+
+@dataclass(frozen=True)
+class Side:
+    """A side of an image: pixels, or a scale factor such as "2x"; "auto" is 1x."""
+
+    gives: ClassVar[str] = "int | ScaleFactor"
+
+    def of_text(self, text: str) -> int | ScaleFactor:
+        if text.lower() == "auto":
+            return ScaleFactor(1)
+        try:
+            return ScaleFactor.parse(text) if text.lower().endswith("x") else pixels.of_text(text)
+        except ValueError as error:
+            detail = str(error)
         if "not a whole number" in detail:
             detail = f"{text!r} is neither a number of pixels, nor auto, nor a scale factor such as 2x"
-        raise argparse.ArgumentTypeError(detail) from None
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise Wrong(detail)
+
+    __call__ = of_text
+
+    def of_value(self, value: Any) -> int | ScaleFactor:
+        # Which sizes an image may have is checked with both sides.
+        return value if isinstance(value, ScaleFactor) else Whole().of_value(value)
 
 
-def tile_size(text: str) -> int:
-    value = number(int, least=128)(text)
-    if value % 16:
-        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 16")
-    return value
+class Text:
+    def of_setting(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise Wrong(f"{str(value)[:40]} is not text")
+        return value
+
+    def of_value(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise Wrong(f"is {_shown(value)}, which is not text")
+        return value
 
 
-def bits(text: str) -> int:
-    value = number(int)(text)
-    if value not in QUANTIZE_CHOICES:
-        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(map(str, QUANTIZE_CHOICES))}")
-    return value
+class Switch:
+    def of_setting(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise Wrong(f"{str(value)[:40]} is neither true nor false")
+        return value
+
+
+@dataclass(frozen=True)
+class Several:
+    """A list of one kind."""
+
+    of: Kind
+
+    def of_setting(self, value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise Wrong(f"{str(value)[:40]} is not a list")
+        return [self.of.of_setting(item) for item in value]
+
+
+seed = Whole(0, LARGEST_SEED)
+steps = Whole(1, 10_000)
+guidance = Real(0)
+strength = Real(0, 1)
+pixels = Whole(GRID, LARGEST)
+dimension = Side()
+tile_size = Whole(128, multiple=16)
+bits = Whole(choices=QUANTIZE_CHOICES)
 
 
 def battery_limit(text: str) -> int:
-    return max(1, min(99, number(int)(text)))
+    return max(1, min(99, Whole().of_text(text)))
 
 
 # ---- from a Python program: a value, checked; each raises a `UsageError` that names the argument
 
 
-def whole(value: Any, name: str, *, least: int | None = None, most: int | None = None, optional: bool = False):
+def argument(read: Callable[[Any], T], value: Any, name: str) -> T:
+    """What `of_value` of a kind gives.
+
+    Raises:
+        UsageError: the value is none of the kind.
+    """
+    try:
+        return read(value)
+    except Wrong as wrong:
+        raise UsageError(f"{name} {wrong}") from None
+
+
+def whole(value: Any, name: str, *, least: int | None = None, most: int | None = None, optional: bool = False) -> Any:
     """A whole number within bounds, or None where that is allowed."""
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise UsageError(f"{name} is {_shown(value)}, which is not a whole number")
-    value = operator.index(value)
-    return _within(value, name, least, most)
+    return None if value is None and optional else argument(Whole(least, most).of_value, value, name)
 
 
-def real(value: Any, name: str, *, least: float | None = None, most: float | None = None, optional: bool = False):
+def real(
+    value: Any, name: str, *, least: float | None = None, most: float | None = None, optional: bool = False
+) -> Any:
     """A finite number within bounds, or None where that is allowed."""
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise UsageError(f"{name} is {_shown(value)}, which is not a number")
-    value = float(value)
-    if not math.isfinite(value):
-        raise UsageError(f"{name} is {value}, which is not a finite number")
-    return _within(value, name, least, most)
-
-
-def _within(value, name: str, least, most):
-    if least is not None and value < least:
-        raise UsageError(f"{name} is {value}: it must be at least {least}")
-    if most is not None and value > most:
-        raise UsageError(f"{name} is {value}: it must be at most {most}")
-    return value
-
-
-def indices(value: Any, count: int, name: str, of: str) -> list[int]:
-    """Numbers of some of so many things, each once and in order; [] where nothing is said."""
-    if not isinstance(value, (list, tuple, range, type(None))):
-        raise UsageError(f"{name} is {_shown(value)}, which is not a list of whole numbers")
-    chosen = sorted({whole(one, name) for one in value or ()})
-    if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
-        wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
-        raise UsageError(f"{name} says {wrong}, and the {of} are 0 to {count - 1}")
-    return chosen
+    return None if value is None and optional else argument(Real(least, most).of_value, value, name)
 
 
 def side(value: Any, name: str) -> int | ScaleFactor | None:
-    """A side of a picture: pixels, a scale factor, or None."""
-    return value if isinstance(value, ScaleFactor) else whole(value, name, optional=True)
+    """A side of an image: pixels, a scale factor, or None."""
+    return None if value is None else argument(dimension.of_value, value, name)
 
 
-def text(value: Any, name: str, *, optional: bool = False):
+def text(value: Any, name: str, *, optional: bool = False) -> Any:
     """Text, or None where that is allowed."""
-    if (value is None and optional) or isinstance(value, str):
-        return value
-    raise UsageError(f"{name} is {_shown(value)}, which is not text")
+    return None if value is None and optional else argument(Text().of_value, value, name)
 
 
-def path(value: Any, name: str, *, optional: bool = False) -> Path | None:
+def path(value: Any, name: str, *, optional: bool = False) -> Any:
     """A path as `user_path` has it, or None where that is allowed."""
     if value is None and optional:
         return None
@@ -154,6 +246,17 @@ def path(value: Any, name: str, *, optional: bool = False) -> Path | None:
         return user_path(value)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
+
+
+def indices(value: Any, count: int, name: str, of: str) -> list[int]:
+    """Numbers of some of so many things, each once and in order; [] where nothing is said."""
+    if not isinstance(value, (list, tuple, range, type(None))):
+        raise UsageError(f"{name} is {_shown(value)}, which is not a list of whole numbers")
+    chosen = sorted({argument(Whole().of_value, one, name) for one in value or ()})
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
+        wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
+        raise UsageError(f"{name} says {wrong}, and the {of} are 0 to {count - 1}")
+    return chosen
 
 
 def _shown(value: Any) -> str:

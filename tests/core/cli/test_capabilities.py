@@ -12,7 +12,7 @@ import mflux
 from mflux.cli.capabilities import FORMATS, capabilities, yaml_lines
 from mflux.cli.commands import COMMANDS
 from mflux.cli.generate import Generate
-from mflux.cli.parser import NOT_BUILT_OPTIONS
+from mflux.cli.parser.settle import NOT_BUILT_OPTIONS
 
 OPTIONS = json.loads((Path(__file__).parents[2] / "data" / "surface" / "cli.json").read_text())
 

@@ -113,8 +113,8 @@ def test_a_model_that_is_known_but_not_built(refused, name, what):
 
 
 def test_a_model_that_another_command_draws_with(refused):
-    told = "mflux-generate does not draw with qwen-image: use mflux-generate-qwen --model Qwen/Qwen-Image-2512"
-    refused(model="Qwen/Qwen-Image-2512", status=2, message=told)
+    told = "mflux-generate does not draw with seedvr2-3b: use mflux-upscale-seedvr2 --model seedvr2-3b"
+    refused(model="seedvr2-3b", status=2, message=told)
 
 
 def test_a_folder_that_is_not_there(refused):
@@ -541,7 +541,7 @@ def test_repositories_that_settings_name_are_told_before_one_is_asked(cli, in_fo
     log.records = []
     log.emit = log.records.append
     monkeypatch.setattr(mflux.hub, "_fetch", ask)
-    monkeypatch.setattr("mflux.cli.generate.log.handlers", [log])
+    monkeypatch.setattr("mflux.cli.replay.log.handlers", [log])
     (in_folder / "old.json").write_text(json.dumps(settings | {"prompt": "x"}))
     result = cli("generate", "-C", "old.json")
     assert result.errors == ["error: asked"]

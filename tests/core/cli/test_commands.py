@@ -12,7 +12,7 @@ from PIL import Image
 
 import mflux
 from mflux.cli.commands import COMMANDS
-from mflux.cli.parser import MfluxParser
+from mflux.cli.parser.parsers import MfluxParser
 from mflux.errors import UsageError
 from mflux.models.common.family import built
 from mflux.models.common.memory import release
@@ -147,13 +147,21 @@ def test_settings_that_a_command_cannot_honour(cli, in_folder, tiny_schnell, set
     "setting", [{"bake_lora": "\x1b[2J"}, {"lora_scales": "\x1b[2J"}, {"scheduler": "\x1b.C"}, {"model": ["\x1b[2J"]}]
 )
 def test_settings_that_make_no_sense_are_quoted_as_text(in_folder, setting):
-    from mflux.cli.generate import take_settings
+    from mflux.cli.replay import take_settings
     from mflux.models.flux.cli.flux_generate import build_parser
 
     (in_folder / "a.metadata.json").write_text(json.dumps(setting))
     with pytest.raises(UsageError) as caught:
-        take_settings(build_parser().parse_args(["-C", "a.metadata.json"]))
+        take_settings(*build_parser().parse(["-C", "a.metadata.json"]))
     assert str(caught.value).isprintable() and "\\x1b" in str(caught.value)
+
+
+def test_a_program_that_plans_has_no_standard_input(in_folder):
+    from mflux.models.flux.cli.flux_generate import COMMAND
+
+    plan = COMMAND.plan({"model": "demo", "prompt": "-", "output": "nowhere/a.png"})
+    assert (plan.prompt, plan.words) == ("-", "-")
+    assert list(in_folder.iterdir()) == [], "nothing is written before it is generated"
 
 
 # ---- parts

@@ -11,8 +11,8 @@ import threading
 import pytest
 from PIL import Image
 
-from mflux.cli.parser import run
 from mflux.cli.process import signals_raise
+from mflux.cli.terminal import run
 
 COMMAND = [sys.executable, "-m", "mflux.cli.main"]
 DRAW = ["generate", "--model", "demo", "--prompt", "a red circle", "--steps", "1", "--seed", "1", "--output", "a.png"]
@@ -22,7 +22,7 @@ ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 WRITING = """
 import os, signal, sys, time
 from pathlib import Path
-from mflux.cli.parser import run
+from mflux.cli.terminal import run
 from mflux.utils.atomic_files import write_atomically
 # A background job ignores the first, and what was started with nohup the second.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -124,7 +124,7 @@ sys.exit(main(["--version"]))
 """
 
 
-@pytest.mark.parametrize("at", ["argparse", "mflux.cli.commands", "mflux.models.common.family", "dataclasses"])
+@pytest.mark.parametrize("at", ["difflib", "mflux.cli.commands", "mflux.models.common.family", "dataclasses"])
 def test_ctrl_c_while_a_command_is_imported(environment, at):
     call = [sys.executable, "-c", IMPORTING, "mflux-generate", at]
     done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=30)
@@ -132,7 +132,7 @@ def test_ctrl_c_while_a_command_is_imported(environment, at):
 
 
 def test_a_program_of_somebody_keeps_its_traceback(environment):
-    call = [sys.executable, "-c", IMPORTING, "draw.py", "argparse"]
+    call = [sys.executable, "-c", IMPORTING, "draw.py", "difflib"]
     done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=30)
     assert done.stderr.startswith("Traceback")
     code = IMPORTING.replace("from mflux.cli.main import main", "1 / 0")

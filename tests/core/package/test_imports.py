@@ -58,7 +58,7 @@ def test_a_usage_error_loads_nothing_heavy_either():
     code = """
 import sys
 from mflux.cli.main import main
-for words in (["--width", "0"], ["--prompt", "x"], ["--model", "qwen", "--prompt", "x"]):
+for words in (["--width", "0"], ["--prompt", "x"], ["--model", "seedvr2-3b", "--prompt", "x"]):
     assert main(["generate", *words]) == 2
 print(*(name for name in sys.argv[1:] if name in sys.modules))
 """

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mflux.models.common.family import all_settings, families
+from mflux.utils.settings import SETTINGS
+
 SOURCE = Path(__file__).parents[3] / "src"
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -96,6 +99,38 @@ def test_families_know_nothing_of_each_other():
     """What two of them need stands in `models.common`."""
     pairs = {(family(name), family(other)) for name in MODULES for other in imports(name, late=True)}
     assert {pair for pair in pairs if None not in pair and pair[0] != pair[1]} == set()
+
+
+def _words(node: ast.AST) -> Iterator[str]:
+    """What a node names: a variable, an attribute, an argument, or as text a setting or an option."""
+    for field in ("id", "attr", "arg", "value"):
+        if isinstance(word := getattr(node, field, None), str):
+            yield word.removeprefix("--").replace("-", "_")
+
+
+def test_the_settings_of_a_family_are_named_in_its_folder_alone():
+    """A family's own settings need nothing beside its folder; what two have stands in `utils/settings.py`."""
+    own = {setting.name: name for name, one in families().items() for setting in one.settings}
+    assert own["softness"] == "seedvr2"
+    # What FLUX.2's and Z-Image's words mean to others: numbers in this format, and pixels of any image.
+    elsewhere = {"float32", "resolution"}
+    for module, path in MODULES.items():
+        named = {word for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for word in _words(node)}
+        found = {name for name in named & own.keys() if own[name] != family(module)}
+        assert found <= elsewhere, module
+    assert [setting.name for setting in SETTINGS if setting.name in own] == []
+
+
+def test_settings_stand_in_one_order():
+    names = [setting.name for setting in all_settings()]
+    assert names == [
+        "prompt", "negative_prompt", "model", "model_path", "base_model", "width", "height", "seed", "steps",
+        "guidance", "scheduler", "quantize", "precision", "compute_precision", "float32", "vae_full_precision",
+        "small_text_encoder", "small_decoder", "lora_paths", "lora_scales", "bake_lora", "image_path", "image_paths",
+        "image_strength", "controlnet_image_path", "controlnet_strength", "masked_image_path", "depth_image_path",
+        "redux_image_paths", "redux_image_strengths", "resolution", "softness", "pid_decode",
+        "generation_time_seconds", "created_at", "mflux_version",
+    ]  # fmt: skip
 
 
 def test_there_is_no_circle():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux.models.common.registry import MODELS
+from mflux.utils.settings import SETTINGS, Setting
 
 # In the order in which they take their turn; the component of a later stage may be released when an earlier one begins.
 STAGES = ("encode", "denoise", "decode")
@@ -70,16 +71,23 @@ class Command:
     """A command that belongs to a family.
 
     Attributes:
-        name: behind "mflux-".
+        name: without the `mflux-` prefix.
         module: has `build_parser()` and `main(argv)`.
         summary: one line about it.
-        models: what it draws with, as keys of `registry.MODELS`; a model's first command is the one that is named.
+        models: what it generates with, as keys of `registry.MODELS`; a model's first command is the one that is named.
+        pipeline: the class that it generates with, "package.module:Class".
     """
 
     name: str
     module: str
     summary: str
     models: tuple[str, ...] = ()
+    pipeline: str = ""
+
+    @property
+    def prog(self) -> str:
+        """What it is called where it is installed."""
+        return f"mflux-{self.name}"
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,8 @@ class Family:
         title: as a person says it: "FLUX.1".
         components: in the order in which they are saved.
         commands: those that draw with it, or do something else with it.
-        pipelines: the class that loads a model for `mflux-save`, by its key in `registry.MODELS`; "*" for all others.
         beside: what a model's folder holds besides its components, and a saved one takes along.
+        settings: those of its images that no other family's have; `after` says where they stand among all.
         lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.reading.LoraNames`.
         open_folder: reads folders in other layouts than the published one, "package.module:function": takes the folder,
             gives a `checkpoints.published.PublishedFolder`, or None where the folder is not in that layout.
@@ -103,8 +111,8 @@ class Family:
     title: str
     components: tuple[Component, ...] = ()
     commands: tuple[Command, ...] = ()
-    pipelines: tuple[tuple[str, str], ...] = ()
     beside: tuple[str, ...] = ("model_index.json", "scheduler", "tokenizer")
+    settings: tuple[Setting, ...] = ()
     lora: str | None = None
     open_folder: str | None = None
     single: tuple[tuple[str, str], ...] = ()
@@ -112,10 +120,18 @@ class Family:
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)
 
-    def pipeline_class(self, key: str) -> type:
-        """The class that draws with a model, by its key in `registry.MODELS`."""
-        pipelines = dict(self.pipelines)
-        return load_object(pipelines.get(key) or pipelines["*"])
+    def command(self, name: str) -> Command:
+        """One of `commands`, by its name without the prefix."""
+        return next(command for command in self.commands if command.name == name)
+
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """The classes that its commands generate with, "package.module:Class"."""
+        return tuple(dict.fromkeys(command.pipeline for command in self.commands if command.pipeline))
+
+    def pipeline_class(self, key: str) -> type[Any]:
+        """The class of a model, by its key in `registry.MODELS`: that of its first command."""
+        return load_object(next(command.pipeline for command in self.commands if key in command.models))
 
 
 @cache
@@ -129,16 +145,37 @@ def families() -> dict[str, Family]:
 
 
 @cache
+def all_settings() -> tuple[Setting, ...]:
+    """The settings of all families' images, in the order in which they are shown."""
+    table = list(SETTINGS)
+    for family in families().values():
+        for setting in family.settings:
+            place = next(number for number, other in enumerate(table) if other.name == setting.after)
+            table.insert(place + 1, setting)
+    return tuple(table)
+
+
+@cache
 def built() -> dict[str, str]:
     """The models that this version draws with, as keys of `registry.MODELS`, and the first command for each."""
-    drawn: dict[str, str] = {}
+    return {key: command.prog for key, command in _first_commands().items()}
+
+
+def first_command(key: str) -> Command | None:
+    """The first command that generates with a model, by its key in `registry.MODELS`; None if none does."""
+    return _first_commands().get(key)
+
+
+@cache
+def _first_commands() -> dict[str, Command]:
+    first: dict[str, Command] = {}
     for family in families().values():
         for command in family.commands:
             for key in command.models:
-                drawn.setdefault(key, f"mflux-{command.name}")
-    return drawn
+                first.setdefault(key, command)
+    return first
 
 
-def family_of(key: str) -> Family | None:
-    """The family of a model, by its key in `registry.MODELS`; None if that family is not built."""
-    return families().get(MODELS[key]["family"])
+def family_of(key: str) -> Family:
+    """The family of a model that is built, by its key in `registry.MODELS`."""
+    return families()[MODELS[key]["family"]]

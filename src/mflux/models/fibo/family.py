@@ -2,8 +2,6 @@
 
 from mflux.models.common.family import Command, Component, Family
 
-_EDIT = "mflux.models.fibo.variants.edit.fibo_edit:FIBOEdit"
-
 FAMILY = Family(
     title="FIBO",
     components=(
@@ -29,20 +27,22 @@ FAMILY = Family(
         ),
     ),
     commands=(
-        Command("generate-fibo", "mflux.models.fibo.cli.fibo_generate", "draw with FIBO", models=("fibo", "fibo-lite")),
+        Command(
+            "generate-fibo",
+            "mflux.models.fibo.cli.fibo_generate",
+            "draw with FIBO",
+            models=("fibo", "fibo-lite"),
+            pipeline="mflux.models.fibo.variants.txt2img.fibo:FIBO",
+        ),
         Command(
             "generate-fibo-edit",
             "mflux.models.fibo.cli.fibo_edit",
             "edit a picture, or cut out what is in it, with FIBO-Edit",
             models=("fibo-edit", "fibo-edit-rmbg"),
+            pipeline="mflux.models.fibo.variants.edit.fibo_edit:FIBOEdit",
         ),
         Command("inspire-fibo", "mflux.models.fibo.cli.fibo_inspire", "turn a picture into a prompt for FIBO"),
         Command("refine-fibo", "mflux.models.fibo.cli.fibo_refine", "change a prompt for FIBO as you say"),
-    ),
-    pipelines=(
-        ("fibo-edit", _EDIT),
-        ("fibo-edit-rmbg", _EDIT),
-        ("*", "mflux.models.fibo.variants.txt2img.fibo:FIBO"),
     ),
     lora="mflux.models.fibo.lora_names:LORA",
     open_folder="mflux.models.fibo.layouts:open_folder",

@@ -5,6 +5,8 @@ from mflux.models.common.family import Command, Component, Family
 _TEXT_ENCODERS = "mflux.models.common.networks.text_encoders"
 _VARIANTS = "mflux.models.flux.variants"
 _CONTROLNET = f"{_VARIANTS}.controlnet.flux_controlnet:Flux1Controlnet"
+_IN_CONTEXT_FILL = f"{_VARIANTS}.in_context.flux_in_context_fill:Flux1InContextFill"
+_TEXT_TO_IMAGE_MODELS = ("demo", "schnell", "dev", "krea-dev")
 _CLI = "mflux.models.flux.cli"
 
 # What a variant has besides; it lies in the model's folder where mflux saved it, and else in a repository of its own.
@@ -65,85 +67,86 @@ FAMILY = Family(
             "generate",
             f"{_CLI}.flux_generate",
             "draw with FLUX.1",
-            models=("demo", "schnell", "dev", "krea-dev"),
+            models=_TEXT_TO_IMAGE_MODELS,
+            pipeline=f"{_VARIANTS}.txt2img.flux:Flux1",
         ),
         Command(
             "generate-kontext",
             f"{_CLI}.flux_generate_kontext",
             "edit a picture with FLUX.1 Kontext",
             models=("dev-kontext",),
+            pipeline=f"{_VARIANTS}.kontext.flux_kontext:Flux1Kontext",
         ),
         Command(
             "generate-fill",
             f"{_CLI}.flux_generate_fill",
             "paint anew what is masked in a picture with FLUX.1 Fill",
             models=("dev-fill",),
+            pipeline=f"{_VARIANTS}.fill.flux_fill:Flux1Fill",
         ),
         Command(
             "generate-in-context-edit",
             f"{_CLI}.flux_generate_in_context_edit",
             "edit a picture with FLUX.1 Fill and IC-Edit's LoRA",
             models=("dev-fill",),
+            pipeline=_IN_CONTEXT_FILL,
         ),
         Command(
             "generate-in-context-catvton",
             f"{_CLI}.flux_generate_in_context_catvton",
             "show a person wearing a garment with CatVTON-FLUX",
             models=("dev-fill-catvton",),
+            pipeline=_IN_CONTEXT_FILL,
         ),
         Command(
             "generate-depth",
             f"{_CLI}.flux_generate_depth",
             "draw a picture of a given depth with FLUX.1 Depth",
             models=("dev-depth",),
+            pipeline=f"{_VARIANTS}.depth.flux_depth:Flux1Depth",
         ),
         Command(
             "generate-controlnet",
             f"{_CLI}.flux_generate_controlnet",
             "draw a picture with the edges of another one",
             models=("dev-controlnet-canny", "schnell-controlnet-canny"),
+            pipeline=_CONTROLNET,
         ),
         Command(
             "generate-redux",
             f"{_CLI}.flux_generate_redux",
             "draw after other pictures with FLUX.1 Redux",
             models=("dev-redux",),
+            pipeline=f"{_VARIANTS}.redux.flux_redux:Flux1Redux",
         ),
         Command(
             "generate-in-context",
             f"{_CLI}.flux_generate_in_context_dev",
             "draw a picture in the manner of another one",
             models=("dev",),
+            pipeline=f"{_VARIANTS}.in_context.flux_in_context_dev:Flux1InContextDev",
         ),
         Command(
             "concept",
             f"{_CLI}.flux_concept",
             "draw with FLUX.1, and show where a concept is",
-            models=("demo", "schnell", "dev", "krea-dev"),
+            models=_TEXT_TO_IMAGE_MODELS,
+            pipeline=f"{_VARIANTS}.concept_attention.flux_concept:Flux1Concept",
         ),
         Command(
             "concept-from-image",
             f"{_CLI}.flux_concept_from_image",
             "show where a concept is in a picture",
-            models=("demo", "schnell", "dev", "krea-dev"),
+            models=_TEXT_TO_IMAGE_MODELS,
+            pipeline=f"{_VARIANTS}.concept_attention.flux_concept_from_image:Flux1ConceptFromImage",
         ),
         Command(
             "upscale-controlnet",
             f"{_CLI}.flux_upscale",
             "draw a picture anew with more pixels",
             models=("dev-controlnet-upscaler",),
+            pipeline=_CONTROLNET,
         ),
-    ),
-    pipelines=(
-        ("dev-redux", f"{_VARIANTS}.redux.flux_redux:Flux1Redux"),
-        ("dev-depth", f"{_VARIANTS}.depth.flux_depth:Flux1Depth"),
-        ("dev-controlnet-canny", _CONTROLNET),
-        ("schnell-controlnet-canny", _CONTROLNET),
-        ("dev-controlnet-upscaler", _CONTROLNET),
-        ("dev-fill", f"{_VARIANTS}.fill.flux_fill:Flux1Fill"),
-        ("dev-fill-catvton", f"{_VARIANTS}.in_context.flux_in_context_fill:Flux1InContextFill"),
-        ("dev-kontext", f"{_VARIANTS}.kontext.flux_kontext:Flux1Kontext"),
-        ("*", f"{_VARIANTS}.txt2img.flux:Flux1"),
     ),
     beside=("model_index.json", "scheduler", "tokenizer", "tokenizer_2"),
     lora="mflux.models.flux.lora_names:LORA",

@@ -1,11 +1,12 @@
 """FLUX.2 klein as data: its components, commands and models."""
 
 from mflux.models.common.family import Command, Component, Family
+from mflux.utils.settings import Setting
+from mflux.utils.values import Switch
 
 _MODELS = (
     "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv", "flux2-klein-base-4b", "flux2-klein-base-9b",
 )  # fmt: skip
-_KLEIN = "mflux.models.flux2.variants.txt2img.flux2_klein:Flux2Klein"
 
 FAMILY = Family(
     title="FLUX.2",
@@ -32,15 +33,31 @@ FAMILY = Family(
         ),
     ),
     commands=(
-        Command("generate-flux2", "mflux.models.flux2.cli.flux2_generate", "draw with FLUX.2 klein", models=_MODELS),
+        Command(
+            "generate-flux2",
+            "mflux.models.flux2.cli.flux2_generate",
+            "draw with FLUX.2 klein",
+            models=_MODELS,
+            pipeline="mflux.models.flux2.variants.txt2img.flux2_klein:Flux2Klein",
+        ),
         Command(
             "generate-flux2-edit",
             "mflux.models.flux2.cli.flux2_edit_generate",
             "edit pictures with FLUX.2 klein",
             models=_MODELS,
+            pipeline="mflux.models.flux2.variants.edit.flux2_klein_edit:Flux2KleinEdit",
         ),
     ),
-    pipelines=(("*", _KLEIN),),
+    settings=(
+        Setting(
+            "small_text_encoder",
+            "Small text encoder",
+            kind=Switch(),
+            option="--small-text-encoder",
+            after="vae_full_precision",
+        ),
+        Setting("small_decoder", "Small decoder", kind=Switch(), option="--small-decoder", after="small_text_encoder"),
+    ),
     lora="mflux.models.flux2.lora_names:LORA",
     open_folder="mflux.models.flux2.layouts:open_folder",
 )

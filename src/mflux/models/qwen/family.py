@@ -6,7 +6,6 @@ from mflux.models.common.family import Command, Component, Family
 
 _MODEL = "mflux.models.qwen.model"
 _VARIANTS = "mflux.models.qwen.variants"
-EDIT_MODELS = ("qwen-image-edit", "qwen-image-edit-2511")
 
 _TEXT_ENCODER = Component(
     "text_encoder",
@@ -42,17 +41,15 @@ FAMILY = Family(
             "mflux.models.qwen.cli.qwen_image_generate",
             "draw with Qwen-Image",
             models=("qwen-image",),
+            pipeline=f"{_VARIANTS}.txt2img.qwen_image:QwenImage",
         ),
         Command(
             "generate-qwen-edit",
             "mflux.models.qwen.cli.qwen_image_edit_generate",
             "change pictures with Qwen-Image-Edit",
-            models=EDIT_MODELS,
+            models=("qwen-image-edit", "qwen-image-edit-2511"),
+            pipeline=f"{_VARIANTS}.edit.qwen_image_edit:QwenImageEdit",
         ),
-    ),
-    pipelines=(
-        *((model, f"{_VARIANTS}.edit.qwen_image_edit:QwenImageEdit") for model in EDIT_MODELS),
-        ("*", f"{_VARIANTS}.txt2img.qwen_image:QwenImage"),
     ),
     # Repositories of the Edit releases keep the picture processor's settings in a folder of their own.
     beside=("model_index.json", "scheduler", "tokenizer", "processor"),

@@ -1,6 +1,7 @@
 """SeedVR2 as data: its components and its command."""
 
 from mflux.models.common.family import Command, Component, Family
+from mflux.utils.settings import Setting
 
 _MODEL = "mflux.models.seedvr2.model"
 
@@ -19,10 +20,14 @@ FAMILY = Family(
             "upscale-seedvr2",
             "mflux.models.seedvr2.cli.seedvr2_upscale",
             "draw pictures again with more pixels, with SeedVR2",
-            ("seedvr2-3b", "seedvr2-7b"),
+            models=("seedvr2-3b", "seedvr2-7b"),
+            pipeline="mflux.models.seedvr2.variants.upscale.seedvr2:SeedVR2",
         ),
     ),
-    pipelines=(("*", "mflux.models.seedvr2.variants.upscale.seedvr2:SeedVR2"),),
     beside=(),
+    settings=(
+        Setting("resolution", "Resolution", after="redux_image_strengths"),
+        Setting("softness", "Softness", after="resolution"),
+    ),
     open_folder="mflux.models.seedvr2.layouts:open_folder",
 )

@@ -1,10 +1,12 @@
 """Z-Image as data: its components, commands and models."""
 
 from mflux.models.common.family import Command, Component, Family
+from mflux.utils.settings import Setting
+from mflux.utils.values import Switch
 
 _MODEL = "mflux.models.z_image.model"
 _CLI = "mflux.models.z_image.cli"
-_CONTROLNET = "z-image-turbo-controlnet-union-2.1"
+_Z_IMAGE = "mflux.models.z_image.variants.z_image:ZImage"
 
 # Turbo's transformer is published in float32, and everybody computes it in bfloat16: half of it is enough to hold.
 COMPONENTS = (
@@ -43,21 +45,24 @@ FAMILY = Family(
             f"{_CLI}.z_image_turbo_generate",
             "draw with Z-Image-Turbo, in few steps",
             models=("z-image-turbo",),
+            pipeline=_Z_IMAGE,
         ),
         Command(
-            "generate-z-image", f"{_CLI}.z_image_generate", "draw with Z-Image", models=("z-image", "z-image-turbo")
+            "generate-z-image",
+            f"{_CLI}.z_image_generate",
+            "draw with Z-Image",
+            models=("z-image", "z-image-turbo"),
+            pipeline=_Z_IMAGE,
         ),
         Command(
             "generate-z-image-controlnet",
             f"{_CLI}.z_image_turbo_generate_controlnet",
             "draw with Z-Image-Turbo after edges or depths of another picture",
-            models=(_CONTROLNET,),
+            models=("z-image-turbo-controlnet-union-2.1",),
+            pipeline="mflux.models.z_image.variants.controlnet.z_image_turbo_controlnet:ZImageTurboControlnet",
         ),
     ),
-    pipelines=(
-        (_CONTROLNET, "mflux.models.z_image.variants.controlnet.z_image_turbo_controlnet:ZImageTurboControlnet"),
-        ("*", "mflux.models.z_image.variants.z_image:ZImage"),
-    ),
+    settings=(Setting("float32", "float32 throughout", kind=Switch(), option="--float32", after="compute_precision"),),
     lora="mflux.models.z_image.lora_names:LORA",
     open_folder="mflux.models.z_image.layouts:open_folder",
 )

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mflux.cli import parser as options
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say_line
 from mflux.errors import UsageError
 from mflux.models.common.lora.library import VARIABLE, library, library_folders
 from mflux.utils.paths import is_folder
@@ -15,9 +16,9 @@ from mflux.utils.paths import is_folder
 log = logging.getLogger(__name__)
 
 
-def build_parser() -> options.MfluxParser:
+def build_parser() -> MfluxParser:
     """The command's parser; completions use it as well."""
-    parser = options.MfluxParser(
+    parser = MfluxParser(
         prog="mflux-lora-library",
         description=f"Show the LoRAs that --lora takes by name: the .safetensors files in the folders of {VARIABLE}, "
         "which are separated as in PATH. Where two have one name, the first folder's is taken.",
@@ -47,12 +48,12 @@ def list_loras(argv: Sequence[str] | None) -> None:
         raise UsageError(f"none of the folders of {'--paths' if args.paths else VARIABLE} is there: check their paths")
     found = library(folders)
     for name, path in sorted(found.items()):
-        options.say_line(f"{name} -> {path}")
+        say_line(f"{name} -> {path}")
     log.info("%d LoRAs in %d folders", len(found), len(folders))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return options.run(list_loras, argv)
+    return run(list_loras, argv)
 
 
 if __name__ == "__main__":

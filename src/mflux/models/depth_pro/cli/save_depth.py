@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux.cli.parser import MfluxParser, run, say_line
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say_line
 from mflux.errors import UsageError
 from mflux.utils.paths import is_folder
 from mflux.utils.values import QUANTIZE_CHOICES

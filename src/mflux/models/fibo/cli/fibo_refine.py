@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mflux.cli.parser import MfluxParser, run, say_line
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.terminal import run, say_line
 from mflux.errors import UsageError
 from mflux.models.fibo.cli import vlm_options as options
 

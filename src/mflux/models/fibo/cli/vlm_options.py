@@ -11,7 +11,7 @@ from mflux.errors import OutputError, UsageError
 from mflux.models.fibo.vlm.packages import check_installed
 from mflux.text import lines_shown
 from mflux.utils.paths import is_folder
-from mflux.utils.values import QUANTIZE_CHOICES, number, seed
+from mflux.utils.values import QUANTIZE_CHOICES, Real, Whole, seed
 
 if TYPE_CHECKING:
     from mflux.models.fibo.vlm.fibo_vlm import FiboVLM
@@ -36,18 +36,18 @@ def add_answer_options(parser: argparse.ArgumentParser, *, output: str) -> None:
     parser.add_argument("-q", "--quantize", type=int, choices=QUANTIZE_CHOICES, help="bits per weight to quantize to")
     parser.add_argument(
         "--top-p",
-        type=number(float, least=0, most=1),
+        type=Real(least=0, most=1),
         default=0.9,
         help="only the likeliest tokens that together have this probability may come (default: 0.9)",
     )
     parser.add_argument(
         "--temperature",
-        type=number(float, least=0),
+        type=Real(least=0),
         default=0.2,
         help="0 always takes the likeliest token, more is more varied (default: 0.2)",
     )
     parser.add_argument(
-        "--max-tokens", type=number(int, least=1), default=4096, help="where the answer is cut off (default: 4096)"
+        "--max-tokens", type=Whole(least=1), default=4096, help="where the answer is cut off (default: 4096)"
     )
     parser.add_argument("--seed", type=seed, help="the same seed gives the same answer (default: a new one each time)")
 

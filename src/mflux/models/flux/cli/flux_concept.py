@@ -6,17 +6,19 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import say, was_given, was_said
+from mflux.cli.parser.parsers import Said
+from mflux.cli.terminal import say
 from mflux.errors import UsageError
 from mflux.models.flux.cli.options import IGNORED
 from mflux.models.flux.family import FAMILY
 from mflux.utils import values
 
-MODELS = FAMILY.commands[0].models
-DEFAULT_MODEL = "schnell"
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
+
 SIZES = {"width": 1024, "height": 1024}
 HEATMAP = ("heatmap_layer_indices", "heatmap_timesteps")
 
@@ -26,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser, *, of_picture: bool = False) ->
     group.add_argument("--concept", required=True, help="what to look for: a word, or a few")
     told = "the picture to look at" if of_picture else "taken by mflux-concept-from-image only"
     group.add_argument("--input-image-path", type=Path, required=of_picture, help=told)
-    whole = values.number(int)
+    whole = values.Whole()
     group.add_argument(
         "--heatmap-layer-indices",
         nargs="*",
@@ -44,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser, *, of_picture: bool = False) ->
     )
 
 
-def check_concept(args: argparse.Namespace, config: Any) -> None:
+def check_concept(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     """
     Raises:
         UsageError: nothing to look for, or a step that is never taken.
@@ -54,21 +56,26 @@ def check_concept(args: argparse.Namespace, config: Any) -> None:
     # Which blocks and steps there are exactly is known with the model; this is, before it is fetched.
     values.indices(args.heatmap_timesteps, args.steps, "--heatmap-timesteps", "steps")
     for side in SIZES:
-        if not was_said(args, side):
+        if not said.was_set(side):
             setattr(args, side, config.default_size)
+    for name in HEATMAP:
+        if not said.was_typed(name):
+            # The class knows how many there are.
+            setattr(args, name, None)
 
 
-def check(args: argparse.Namespace, config: Any) -> None:
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     if args.input_image_path is not None:
         raise UsageError(
             "--input-image-path is for mflux-concept-from-image, which looks at a picture; to draw from one use "
             "--image PATH STRENGTH"
         )
-    check_concept(args, config)
+    check_concept(args, said, config)
 
 
 def draw_concept(args: argparse.Namespace) -> dict[str, Any]:
-    return {"concept": args.concept} | {name: getattr(args, name) for name in HEATMAP if was_given(args, name)}
+    chosen = {name: getattr(args, name) for name in HEATMAP}
+    return {"concept": args.concept} | {name: value for name, value in chosen.items() if value is not None}
 
 
 def save_heatmap(image: Any, path: Path, args: argparse.Namespace) -> None:
@@ -78,17 +85,15 @@ def save_heatmap(image: Any, path: Path, args: argparse.Namespace) -> None:
 
 Concept = partial(
     Generate,
-    models=MODELS,
-    default_model=DEFAULT_MODEL,
+    default_model="schnell",
     leave_out=("pid",),
     defaults=SIZES,
     ignored=IGNORED,
     after=save_heatmap,
 )
 COMMAND = Concept(
-    prog="mflux-concept",
+    command=FAMILY.command("concept"),
     description="Draw with FLUX.1, and show as NAME_heatmap where the picture has a concept.",
-    pipeline="mflux.models.flux.variants.concept_attention.flux_concept:Flux1Concept",
     add_options=add_options,
     check=check,
     draw=draw_concept,

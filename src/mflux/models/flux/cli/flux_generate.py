@@ -1,21 +1,29 @@
-"""`mflux-generate`: pictures with FLUX.1."""
+"""`mflux-generate`: images with FLUX.1, and with whatever other model is named, as its own command does it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
+from mflux.cli.entry import command_for
 from mflux.cli.generate import Generate
 from mflux.models.flux.family import FAMILY
 
 COMMAND = Generate(
-    prog="mflux-generate",
-    description="Draw with FLUX.1 from a prompt, or from a prompt and a picture.",
-    pipeline="mflux.models.flux.variants.txt2img.flux:Flux1",
-    models=FAMILY.commands[0].models,
+    command=FAMILY.command("generate"),
+    description="Draw with FLUX.1 from a prompt, or from a prompt and a picture. With a model of another family it is "
+    "the same as that family's command; --model NAME --help shows its options.",
+    default_model=None,
     default_size="1024; demo: 128; the source picture's, if there is one",
     ignored={"negative_prompt": "FLUX.1 has no negative branch"},
 )
-build_parser, main = COMMAND.build_parser, COMMAND.main
+build_parser = COMMAND.build_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    return (command_for(words) or COMMAND).main(words)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import say_line
+from mflux.cli.parser.parsers import Said
+from mflux.cli.terminal import say_line
 from mflux.errors import UsageError
 from mflux.models.flux.cli.options import IGNORED, add_controlnet_options, draw_controlled
+from mflux.models.flux.family import FAMILY
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     next(action for action in parser._actions if action.dest == "model").required = True
 
 
-def check(args: argparse.Namespace, config: Any) -> None:
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     if args.controlnet_image_path is None:
         raise UsageError("no picture to follow was given: use --controlnet-image-path PATH")
 
@@ -37,10 +42,9 @@ def save_edges(image: Any, path: Path, args: argparse.Namespace) -> None:
 
 
 COMMAND = Generate(
-    prog="mflux-generate-controlnet",
+    command=FAMILY.command("generate-controlnet"),
     description="Draw a picture with the edges of another one, with FLUX.1 and a ControlNet.",
-    pipeline="mflux.models.flux.variants.controlnet.flux_controlnet:Flux1Controlnet",
-    models=("dev-controlnet-canny", "schnell-controlnet-canny"),
+    default_model=None,
     stands_for={"dev": "dev-controlnet-canny", "schnell": "schnell-controlnet-canny"},
     leave_out=("image", "pid"),
     defaults={"width": 1024, "height": 1024},

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import say_line, was_given
+from mflux.cli.parser.parsers import Said
+from mflux.cli.terminal import say_line
 from mflux.errors import UsageError
 from mflux.models.flux.cli.options import IGNORED
+from mflux.models.flux.family import FAMILY
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +27,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check(args: argparse.Namespace, config: Any) -> None:
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     if args.image_path is None and args.depth_image_path is None:
         raise UsageError("no picture was given: use --image-path PATH, or --depth-image-path with a depth map")
-    if args.depth_image_path is not None and was_given(args, "save_depth_map"):
+    if args.depth_image_path is not None and said.was_typed("save_depth_map"):
         raise UsageError("--save-depth-map writes the map that is made from --image-path: leave --depth-image-path out")
 
 
@@ -41,11 +46,8 @@ def save_map(image: Any, path: Path, args: argparse.Namespace) -> None:
 
 
 COMMAND = Generate(
-    prog="mflux-generate-depth",
+    command=FAMILY.command("generate-depth"),
     description="Draw a picture of the depth of another one, with FLUX.1 Depth.",
-    pipeline="mflux.models.flux.variants.depth.flux_depth:Flux1Depth",
-    models=("dev-depth",),
-    default_model="dev-depth",
     stands_for={"dev": "dev-depth"},
     leave_out=("image", "pid"),
     defaults={"width": 1024, "height": 1024},

@@ -9,6 +9,7 @@ from typing import Any
 
 from mflux.cli.generate import Generate
 from mflux.models.flux.cli.options import IGNORED
+from mflux.models.flux.family import FAMILY
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +25,8 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
 
 
 COMMAND = Generate(
-    prog="mflux-generate-fill",
+    command=FAMILY.command("generate-fill"),
     description="Paint anew what is masked in a picture, with FLUX.1 Fill.",
-    pipeline="mflux.models.flux.variants.fill.flux_fill:Flux1Fill",
-    models=("dev-fill",),
-    default_model="dev-fill",
     stands_for={"dev": "dev-fill"},
     leave_out=("image", "pid"),
     defaults={"width": 1024, "height": 1024},

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mflux.cli.generate import Generate
+from mflux.cli.parser.parsers import Said
 from mflux.models.flux.cli.options import IGNORED, add_full_image_option, right_half, save_full_image
+from mflux.models.flux.family import FAMILY
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
 
 # What the model was trained with: a product shot on the left, the same worn by a person on the right.
 PROMPT = (
@@ -27,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_full_image_option(group)
 
 
-def check(args: argparse.Namespace, config: Any) -> None:
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     if args.prompt is None and args.prompt_file is None:
         args.prompt = PROMPT
 
@@ -41,11 +46,8 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
 
 
 COMMAND = Generate(
-    prog="mflux-generate-in-context-catvton",
+    command=FAMILY.command("generate-in-context-catvton"),
     description="Show a person wearing a garment, with CatVTON's transformer for FLUX.1 Fill.",
-    pipeline="mflux.models.flux.variants.in_context.flux_in_context_fill:Flux1InContextFill",
-    models=("dev-fill-catvton",),
-    default_model="dev-fill-catvton",
     stands_for={"dev": "dev-fill-catvton", "dev-fill": "dev-fill-catvton"},
     leave_out=("image", "pid", "settings"),
     defaults={"width": 1024, "height": 1024},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mflux.cli.generate import Generate
 from mflux.models.flux.cli.options import IGNORED, add_full_image_option, right_half, save_full_image, with_picture
+from mflux.models.flux.family import FAMILY
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -17,11 +18,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMAND = Generate(
-    prog="mflux-generate-in-context",
+    command=FAMILY.command("generate-in-context"),
     description="Draw a picture in the manner of another one, with FLUX.1-dev and an In-Context LoRA (--lora-style).",
-    pipeline="mflux.models.flux.variants.in_context.flux_in_context_dev:Flux1InContextDev",
-    models=("dev",),
-    default_model="dev",
     leave_out=("image", "pid"),
     defaults={"width": 1024, "height": 1024},
     add_options=add_options,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser import was_given
+from mflux.cli.parser.parsers import Said
 from mflux.errors import UsageError
 from mflux.models.flux.cli.options import IGNORED, add_full_image_option, right_half, save_full_image
+from mflux.models.flux.family import FAMILY
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
 
 LORA = "RiverZ/normal-lora:pytorch_lora_weights.safetensors"
 # The LoRA was trained with pictures of this width, and with this sentence before what is to be done.
@@ -28,9 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_full_image_option(group)
 
 
-def check(args: argparse.Namespace, config: Any) -> None:
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     if args.instruction is not None:
-        if was_given(args, "prompt", "prompt_file"):
+        if said.was_typed("prompt", "prompt_file"):
             raise UsageError("--instruction becomes the prompt: leave --prompt and --prompt-file out")
         args.prompt, args.prompt_file = _SENTENCE + args.instruction, None
     elif args.prompt is None and args.prompt_file is None:
@@ -48,11 +52,8 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
 
 
 COMMAND = Generate(
-    prog="mflux-generate-in-context-edit",
+    command=FAMILY.command("generate-in-context-edit"),
     description="Edit a picture as an instruction says, with FLUX.1 Fill and IC-Edit's LoRA.",
-    pipeline="mflux.models.flux.variants.in_context.flux_in_context_fill:Flux1InContextFill",
-    models=("dev-fill",),
-    default_model="dev-fill",
     stands_for={"dev": "dev-fill"},
     leave_out=("image", "pid"),
     defaults={"width": 1024, "height": 1024},

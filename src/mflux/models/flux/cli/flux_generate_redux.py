@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mflux.cli.generate import Generate
+from mflux.cli.parser.parsers import Said
 from mflux.errors import UsageError
 from mflux.models.flux.cli.options import IGNORED
+from mflux.models.flux.family import FAMILY
 from mflux.utils import values
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +24,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--redux-image-strengths",
         nargs="*",
-        type=values.number(float),
+        type=values.Real(),
         metavar="STRENGTH",
         help="how much of each, in their order (default: 1)",
     )
 
 
-def check(args: argparse.Namespace, config: Any) -> None:
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     paths, strengths = args.redux_image_paths or (), args.redux_image_strengths or ()
     if not paths:
         raise UsageError("no pictures to draw after were given: use --redux-image-paths PATH …")
@@ -39,11 +44,8 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
 
 
 COMMAND = Generate(
-    prog="mflux-generate-redux",
+    command=FAMILY.command("generate-redux"),
     description="Draw after other pictures and a prompt, with FLUX.1 Redux.",
-    pipeline="mflux.models.flux.variants.redux.flux_redux:Flux1Redux",
-    models=("dev-redux",),
-    default_model="dev-redux",
     stands_for={"dev": "dev-redux"},
     leave_out=("image", "pid"),
     defaults={"width": 1024, "height": 1024},

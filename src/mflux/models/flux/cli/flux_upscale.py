@@ -7,6 +7,7 @@ import sys
 
 from mflux.cli.generate import Generate
 from mflux.models.flux.cli.options import IGNORED, add_controlnet_options, draw_controlled
+from mflux.models.flux.family import FAMILY
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -14,11 +15,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMAND = Generate(
-    prog="mflux-upscale-controlnet",
+    command=FAMILY.command("upscale-controlnet"),
     description="Draw a picture anew with more pixels, with FLUX.1 and a ControlNet.",
-    pipeline="mflux.models.flux.variants.controlnet.flux_controlnet:Flux1Controlnet",
-    models=("dev-controlnet-upscaler",),
-    default_model="dev-controlnet-upscaler",
     stands_for={"dev": "dev-controlnet-upscaler"},
     default_size="the picture's",
     leave_out=("image", "pid"),

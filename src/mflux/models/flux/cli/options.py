@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mflux.cli.parser import say_line, was_given
+from mflux.cli.parser.parsers import Said
+from mflux.cli.terminal import say_line
 from mflux.errors import UsageError
 from mflux.utils import values
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
 
 IGNORED = {"negative_prompt": "FLUX.1 has no negative branch"}
 
 
-def check_picture(args: argparse.Namespace, config: Any) -> None:
+def check_picture(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     """
     Raises:
         UsageError: no picture, or a strength, for which a model that starts from noise has no use.
     """
     if args.image_path is None:
         raise UsageError("no picture was given: use --image PATH")
-    if was_given(args, "image_strength") or len(getattr(args, "image", None) or ()) > 1:
+    if said.was_typed("image_strength") or len(getattr(args, "image", None) or ()) > 1:
         raise UsageError(
             "this model sees the picture in every step and starts from noise: leave the strength (--image-strength, or "
             "the number after --image PATH) out"
@@ -35,7 +39,7 @@ def with_picture(args: argparse.Namespace) -> dict[str, Any]:
     return {"image_path": args.image_path}
 
 
-def add_full_image_option(parser: argparse.ArgumentParser) -> None:
+def add_full_image_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--save-full-image", action="store_true", help="also write both pictures side by side, as NAME_full"
     )
@@ -50,12 +54,12 @@ def save_full_image(image: Any, path: Path, args: argparse.Namespace) -> None:
         say_line(image.save(path.with_stem(path.stem + "_full"), embed_metadata=not args.no_metadata))
 
 
-def add_controlnet_options(parser: argparse.ArgumentParser, *, required: bool = False) -> Any:
+def add_controlnet_options(parser: argparse.ArgumentParser, *, required: bool = False) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("picture to follow")
     group.add_argument("--controlnet-image-path", type=Path, required=required, help="the picture")
     group.add_argument(
         "--controlnet-strength",
-        type=values.number(float),
+        type=values.Real(),
         default=0.4,
         metavar="STRENGTH",
         help="how closely to follow it; 0 is not at all (default: 0.4)",

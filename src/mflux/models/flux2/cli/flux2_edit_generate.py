@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mflux.cli.generate import Generate
+from mflux.cli.parser.parsers import Said
 from mflux.errors import UsageError
 from mflux.models.flux2.cli import options
 from mflux.models.flux2.family import FAMILY
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_options(parser)
 
 
-def check(args: argparse.Namespace, config: Any) -> None:
-    options.check(args, config)
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
+    options.check(args, said, config)
     if not args.image_paths:
         raise UsageError(
             "no picture to edit was named: use --image-paths PATH, or mflux-generate-flux2 to draw from text"
@@ -29,20 +33,17 @@ def check(args: argparse.Namespace, config: Any) -> None:
 
 
 COMMAND = Generate(
-    prog="mflux-generate-flux2-edit",
+    command=FAMILY.command("generate-flux2-edit"),
     description="Edit one picture or several with FLUX.2 klein, as a prompt says.",
-    pipeline="mflux.models.flux2.variants.edit.flux2_klein_edit:Flux2KleinEdit",
-    models=FAMILY.commands[1].models,
     default_size="the first picture's",
     leave_out=("image", "pid"),
-    default_model=options.DEFAULT_MODEL,
     guidance=1.0,
     add_options=add_options,
     sources=("image_paths",),
     size_source="image_paths",
     check=check,
     build=options.build,
-    draw=lambda args: options.draw(args) | {"image_paths": args.image_paths},
+    draw=lambda args: {"image_paths": args.image_paths},
 )
 build_parser, main = COMMAND.build_parser, COMMAND.main
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mflux.cli.parser import add_compute_precision_option, add_vae_precision_option, was_given
+from mflux.cli.parser.groups import add_compute_precision_option, add_vae_precision_option
+from mflux.cli.parser.parsers import Said
 from mflux.errors import UsageError
 from mflux.utils.paths import user_path
 
-DEFAULT_MODEL = "flux2-klein-4b"
-# As published; mflux 0.24 took it whatever --scheduler said.
-_SCHEDULE = "flow_match_euler_discrete"
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
+
 # Prompt embeds of the 4B models, which are the ones the small text encoder can give.
 _OF_4B = 7680
 
@@ -34,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_vae_precision_option(group)
 
 
-def check(args: argparse.Namespace, config: Any) -> None:
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     """
     Raises:
         UsageError: an option that FLUX.2, or this model of it, has no use for.
@@ -42,7 +43,7 @@ def check(args: argparse.Namespace, config: Any) -> None:
     from mflux.models.common.config.model_config import key_of
     from mflux.models.flux2.distilled import is_distilled
 
-    if was_given(args, "negative_prompt"):
+    if said.was_typed("negative_prompt"):
         raise UsageError("FLUX.2 has no negative prompt: leave --negative-prompt out, and describe what is to be seen")
     # What the settings of another model's picture may have brought along.
     args.negative_prompt = ""
@@ -66,9 +67,3 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         "small_text_encoder": args.small_text_encoder,
         "small_decoder": args.small_decoder,
     }
-
-
-def draw(args: argparse.Namespace) -> dict[str, Any]:
-    """`generate_image`'s own arguments."""
-    said = was_given(args, "scheduler") or getattr(args, "schedule_is_recorded", False)
-    return {"scheduler": args.scheduler if said else _SCHEDULE}

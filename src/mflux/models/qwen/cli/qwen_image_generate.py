@@ -9,11 +9,8 @@ from mflux.models.qwen.cli.options import settle_lightning
 from mflux.models.qwen.family import FAMILY
 
 COMMAND = Generate(
-    prog="mflux-generate-qwen",
+    command=FAMILY.command("generate-qwen"),
     description="Draw with Qwen-Image from a prompt, or from a prompt and a picture.",
-    pipeline="mflux.models.qwen.variants.txt2img.qwen_image:QwenImage",
-    models=FAMILY.commands[0].models,
-    default_model="qwen-image",
     guidance=3.5,
     check=settle_lightning,
 )

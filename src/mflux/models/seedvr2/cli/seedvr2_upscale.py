@@ -10,33 +10,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mflux.cli import parser as options
-from mflux.cli.generate import prepare_machine, settle_model
+from mflux.cli.parser.groups import add_machine_options, add_model_options, add_output_options
+from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.parser.settle import add_to_name, prepare_machine, save_picture, settle_model, settle_paths
+from mflux.cli.terminal import advise, is_out_of_memory, run
 from mflux.errors import CheckpointError, DownloadError, MfluxError, OutputError, UsageError
 from mflux.models.seedvr2.family import FAMILY
 from mflux.text import shown
 from mflux.utils import values
 from mflux.utils.exceptions import StopImageGenerationException
 
+if TYPE_CHECKING:
+    from mflux.models.seedvr2.variants.upscale.seedvr2 import SeedVR2
+
 log = logging.getLogger(__name__)
 
-PROG = "mflux-upscale-seedvr2"
-MODELS = FAMILY.commands[0].models
+COMMAND = FAMILY.command("upscale-seedvr2")
 # What is taken from a folder; a file that is named may be any that can be read.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _KINDS = ", ".join(kind[1:] for kind in SUFFIXES)
 _MOST_NAMES = 20
 
 
-def build_parser() -> options.MfluxParser:
+def build_parser() -> MfluxParser:
     """The command's parser; completions use it as well."""
-    parser = options.MfluxParser(
-        prog=PROG,
+    parser = MfluxParser(
+        prog=COMMAND.prog,
         description="Draw pictures again with more pixels, with SeedVR2.",
-        epilog=f"Models: {', '.join(MODELS)}.",
+        epilog=f"Models: {', '.join(COMMAND.models)}.",
     )
-    options.add_model_options(parser)
+    add_model_options(parser)
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--image-path",
@@ -63,10 +68,10 @@ def build_parser() -> options.MfluxParser:
         default=0.0,
         help="how much detail to take away first, from 0 to 1, so that more is drawn anew (default: 0)",
     )
-    options.add_output_options(parser, settings=False)
-    options.add_machine_options(parser)
+    add_output_options(parser, settings=False)
+    add_machine_options(parser)
     helps = {
-        "model": f"a model's name, a Hugging Face repository (org/name), or a folder (default: {MODELS[0]})",
+        "model": f"a model's name, a Hugging Face repository (org/name), or a folder (default: {COMMAND.models[0]})",
         "output": "where to write; {image_name} and {seed} stand for the picture's name and the seed, and are added "
         "where there are several (default: image.png; an existing file is never replaced)",
         "vae_tiling": "encode and decode in overlapping tiles, as is always done here",
@@ -77,7 +82,7 @@ def build_parser() -> options.MfluxParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return options.run(upscale, argv)
+    return run(upscale, argv)
 
 
 def upscale(argv: Sequence[str] | None) -> None:
@@ -86,9 +91,9 @@ def upscale(argv: Sequence[str] | None) -> None:
     Raises:
         MfluxError: some could not be drawn; the others are.
     """
-    args = build_parser().parse_args(argv)
-    options.settle_paths(args, ())
-    settle_model(args, prog=PROG, models=MODELS, default_model=MODELS[0])
+    args, said = build_parser().parse(argv)
+    settle_paths(args, ())
+    settle_model(args, said, prog=COMMAND.prog, models=COMMAND.models, default_model=COMMAND.models[0])
     batch = Batch(args)
 
     # From here on it takes time; the imports alone are half a second.
@@ -106,10 +111,10 @@ def upscale(argv: Sequence[str] | None) -> None:
             model_config=ModelConfig.from_name(args.model, args.base_model),
         )
         memory = prepare_machine(args, pipeline, len(batch.sound) * len(args.seed))
-        if args.vae_tile_size:
+        if pipeline.tiling_config is not None and args.vae_tile_size:
             # Encoding would take the most memory otherwise.
             pipeline.tiling_config = replace(pipeline.tiling_config, vae_encode_tile_size=args.vae_tile_size)
-        options.advise()
+        advise()
         batch.draw(pipeline)
         if memory is not None:
             log.info(memory.memory_stats())
@@ -137,9 +142,9 @@ class Batch:
         # The same file twice is one picture.
         self.pictures = list(dict.fromkeys(self.pictures))
         if not self.alone:
-            options.add_to_name(args, "_", "{image_name}")
+            add_to_name(args, "_", "{image_name}")
         if len(args.seed) > 1:
-            options.add_to_name(args, "_seed_", "{seed}")
+            add_to_name(args, "_seed_", "{seed}")
 
     @contextmanager
     def apart(self, path: Path) -> Iterator[None]:
@@ -155,7 +160,7 @@ class Batch:
                 raise
             why = str(error)
         except (MemoryError, RuntimeError) as error:
-            if not options.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             why = "not enough memory: try --low-ram, a smaller --resolution, or --vae-tile-size 256"
             if self.alone:
@@ -190,7 +195,7 @@ class Batch:
         # The seed first: a picture's own name may hold anything.
         return self.args.output.replace("{seed}", str(seed)).replace("{image_name}", path.stem)
 
-    def draw(self, pipeline) -> None:
+    def draw(self, pipeline: SeedVR2) -> None:
         """A picture for each sound file and seed."""
         from mflux.models.common.memory import give_back_memory
         from mflux.models.seedvr2.sources import target_size
@@ -212,7 +217,7 @@ class Batch:
                     is_last = path is self.sound[-1] and seed == args.seed[-1]
                     pipeline.keep = replace(pipeline.keep, for_next_image=not is_last)
                     image = pipeline.generate_image(seed, path, args.resolution, args.softness)
-                    options.save_picture(image, args, seed, output=self.output(path, seed))
+                    save_picture(image, args, seed, output=self.output(path, seed))
             if len(self.failed) > failed:
                 give_back_memory()
 

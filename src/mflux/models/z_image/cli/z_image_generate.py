@@ -4,50 +4,69 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mflux.cli import parser as options
 from mflux.cli.generate import Generate
-from mflux.cli.parser import was_given
+from mflux.cli.parser.groups import add_compute_precision_option, add_vae_precision_option
+from mflux.cli.parser.parsers import Said
 from mflux.models.z_image.family import FAMILY
+
+if TYPE_CHECKING:
+    from mflux.backend import mx
+    from mflux.models.common.config.model_config import ModelConfig
+
+# 0.24's where none is said.
+_SCHEDULE = "flow_match_euler_discrete"
+
+
+def add_float32_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--float32",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep what passes between the transformer's layers in float32, as mflux up to 0.20 did",
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.add_compute_precision_option(parser)
-    options.add_float32_option(parser)
-    options.add_vae_precision_option(parser)
+    add_compute_precision_option(parser)
+    add_float32_option(parser)
+    add_vae_precision_option(parser)
 
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
     return {"float32": args.float32, "compute_precision": compute_dtype(args)}
 
 
-def compute_dtype(args: argparse.Namespace):
+def compute_dtype(args: argparse.Namespace) -> mx.Dtype | None:
     if args.compute_precision is None:
         return None
-    from mflux.backend import mx
+    from mflux import backend
 
-    return getattr(mx, args.compute_precision)
+    return getattr(backend.mx, args.compute_precision)
 
 
-def draw(args: argparse.Namespace) -> dict[str, Any]:
-    """mflux 0.24 guided above 1 only, and not at all where nothing was said: its pictures are drawn again so."""
-    old = getattr(args, "of_old_picture", False) and not was_given(args, "guidance")
-    return {"guidance": 0.0} if old and (args.guidance or 0) <= 1 else {}
+def as_in_024(args: argparse.Namespace, said: Said, schedule: str) -> None:
+    """Let an image that mflux 0.24 made be made again as it was then: with its schedule, if none is recorded."""
+    if said.is_old and args.scheduler is None:
+        args.scheduler = schedule
+
+
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
+    as_in_024(args, said, _SCHEDULE)
+    if said.is_old and not said.was_typed("guidance") and (args.guidance or 0) <= 1:
+        # mflux 0.24 guided above 1 only, and not at all where nothing was said.
+        args.guidance = 0.0
 
 
 COMMAND = Generate(
-    prog="mflux-generate-z-image",
+    command=FAMILY.command("generate-z-image"),
     description="Draw with Z-Image from a prompt, or from a prompt and a picture.",
-    pipeline="mflux.models.z_image.variants.z_image:ZImage",
-    models=FAMILY.commands[1].models,
-    published_schedule=True,
-    default_model="z-image",
-    defaults={"width": 1024, "height": 1024, "scheduler": "flow_match_euler_discrete"},
+    defaults={"width": 1024, "height": 1024, "scheduler": _SCHEDULE},
     guidance=None,
     add_options=add_options,
     build=build,
-    draw=draw,
+    check=check,
 )
 build_parser, main = COMMAND.build_parser, COMMAND.main
 

@@ -6,13 +6,18 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mflux.cli import parser as options
 from mflux.cli.generate import Generate
+from mflux.cli.parser.groups import add_vae_precision_option
+from mflux.cli.parser.parsers import Said
+from mflux.models.z_image.cli.z_image_generate import add_float32_option
 from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.variants.controlnet.control_types import ControlSpec, ControlType
 from mflux.utils import values
+
+if TYPE_CHECKING:
+    from mflux.models.common.config.model_config import ModelConfig
 
 
 def control(text: str) -> ControlSpec:
@@ -46,15 +51,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--controlnet-strength",
-        type=values.number(float),
+        type=values.Real(),
         default=1.0,
         help="how much all controls count (default: 1.0; 0.65 to 1 is advised)",
     )
-    options.add_float32_option(parser)
-    options.add_vae_precision_option(parser)
+    add_float32_option(parser)
+    add_vae_precision_option(parser)
 
 
-def check(args: argparse.Namespace, _: Any) -> None:
+def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     from mflux.models.z_image.variants.controlnet.z_image_turbo_controlnet import check_controls
     from mflux.utils.image_util import open_image
 
@@ -64,14 +69,10 @@ def check(args: argparse.Namespace, _: Any) -> None:
 
 
 COMMAND = Generate(
-    prog="mflux-generate-z-image-controlnet",
+    command=FAMILY.command("generate-z-image-controlnet"),
     description="Draw with Z-Image-Turbo from a prompt, after the edges or depths of other pictures.",
-    pipeline="mflux.models.z_image.variants.controlnet.z_image_turbo_controlnet:ZImageTurboControlnet",
-    models=FAMILY.commands[2].models,
-    default_model=FAMILY.commands[2].models[0],
-    stands_for={"z-image-turbo": FAMILY.commands[2].models[0]},
+    stands_for={"z-image-turbo": "z-image-turbo-controlnet-union-2.1"},
     leave_out=("image", "pid", "settings"),
-    published_schedule=True,
     defaults={"model": "z-image-controlnet", "width": 1024, "height": 1024},
     guidance=None,
     ignored={

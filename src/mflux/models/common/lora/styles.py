@@ -1,4 +1,4 @@
-"""FLUX.1's In-Context LoRAs by the names of their styles, for `--lora-style`. Data only."""
+"""In-Context LoRAs by the names of their styles: what `--lora-style` takes, in most commands of mflux 0.24."""
 
 # Alibaba's In-Context LoRAs for FLUX.1-dev, by the names of their styles.
 STYLE_REPOSITORY = "ali-vilab/In-Context-LoRA"
