@@ -173,7 +173,7 @@ def _told(root: Path, reference: str, base_model: str | None) -> tuple[str | Non
         return None, None
     for family in families().values():
         if any(component.published_class == kind for component in family.components):
-            return family.pipeline_class("*").default_model, family.title
+            return load_object(family.pipelines[0]).default_model, family.title
     return None, None
 
 
