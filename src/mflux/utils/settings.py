@@ -19,7 +19,7 @@ from mflux.utils.paths import recorded_file, recorded_source
 from mflux.utils.version_util import VersionUtil
 
 
-class _Seeds:
+class _Seeds(values.Kind):
     """A seed; an option takes several."""
 
     def of_setting(self, value: Any) -> list[int]:

@@ -14,8 +14,7 @@ import numbers
 import operator
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from mflux.errors import UsageError
 from mflux.utils.paths import user_path
@@ -32,21 +31,20 @@ class Wrong(argparse.ArgumentTypeError, ValueError):
     one that begins with the argument's name."""
 
 
-class Kind(Protocol):
-    """What a file of settings may say."""
+class Kind:
+    """What a value may be. Plain classes: a dataclass for each would be felt in how soon `--help` answers."""
 
-    def of_setting(self, value: Any) -> Any: ...
+    def of_setting(self, value: Any) -> Any:
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class _Number:
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-
+class _Number(Kind):
     read: ClassVar[Callable[[str], Any]]
     gives: ClassVar[str]
     noun: ClassVar[str]
+
+    def __init__(self, least: float | None = None, most: float | None = None, above: float | None = None):
+        self.least, self.most, self.above = least, most, above
 
     def of_text(self, text: str) -> Any:
         try:
@@ -86,16 +84,18 @@ class _Number:
         return None
 
 
-@dataclass(frozen=True)
 class Whole(_Number):
     """A whole number within bounds, perhaps a multiple of one, or one of a few."""
-
-    multiple: int = 1
-    choices: tuple[int, ...] = ()
 
     read = int
     gives = "int"
     noun = "whole number"
+
+    def __init__(
+        self, least: int | None = None, most: int | None = None, multiple: int = 1, choices: tuple[int, ...] = ()
+    ):
+        super().__init__(least, most)
+        self.multiple, self.choices = multiple, choices
 
     def _plain(self, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -113,7 +113,6 @@ class Whole(_Number):
         return None
 
 
-@dataclass(frozen=True)
 class Real(_Number):
     """A finite number within bounds."""
 
@@ -130,7 +129,6 @@ class Real(_Number):
         return value
 
 
-@dataclass(frozen=True)
 class Side:
     """A side of an image: pixels, or a scale factor such as "2x"; "auto" is 1x."""
 
@@ -154,7 +152,7 @@ class Side:
         return value if isinstance(value, ScaleFactor) else Whole().of_value(value)
 
 
-class Text:
+class Text(Kind):
     def of_setting(self, value: Any) -> str:
         if not isinstance(value, str):
             raise Wrong(f"{str(value)[:40]} is not text")
@@ -166,18 +164,18 @@ class Text:
         return value
 
 
-class Switch:
+class Switch(Kind):
     def of_setting(self, value: Any) -> bool:
         if not isinstance(value, bool):
             raise Wrong(f"{str(value)[:40]} is neither true nor false")
         return value
 
 
-@dataclass(frozen=True)
-class Several:
+class Several(Kind):
     """A list of one kind."""
 
-    of: Kind
+    def __init__(self, of: Kind):
+        self.of = of
 
     def of_setting(self, value: Any) -> list[Any]:
         if not isinstance(value, list):
