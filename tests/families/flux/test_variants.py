@@ -32,15 +32,9 @@ BY_NAME = {case.command: case for case in TINY}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    written: dict[str, Path] = {}
-
-    def model(case: Tiny) -> Path:
-        if case.command not in written:
-            written[case.command] = case.write(tmp_path_factory.mktemp("models") / "tiny")
-        return written[case.command]
-
-    return model
+def models(written_models):
+    """The tiny model of a variant; not to be written to."""
+    return lambda case: written_models(f"flux {case.command}", False)
 
 
 @pytest.fixture
