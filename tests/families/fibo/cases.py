@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
+from support.tokenizers import write_json, write_whole_tokenizer
 
 from families.flux.cases import normal, token_ids
 from families.qwen.cases import run_vae, run_vae_reference, same_sum_in_a_resnet
@@ -245,24 +246,12 @@ PROMPT = json.dumps({"short_description": "a Café in Zürich, at night", "objec
 EDIT_PROMPT = json.dumps({"short_description": "a red wall", "edit_instruction": "Paint the wall red."})
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """A byte-level tokenizer that begins every text with a token of its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([PROMPT, EDIT_PROMPT], trainer)
-    tokenizer.add_special_tokens(["<|begin|>", "<|pad|>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "pad_token": "<|pad|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+def write_tokenizer(folder: Path) -> None:
+    kinds = {"bos_token": "<|begin|>", "pad_token": "<|pad|>"}
+    write_whole_tokenizer(
+        folder, [PROMPT, EDIT_PROMPT], size=300, special=list(kinds.values()), start="<|begin|>",
+        tokenizer_class="PreTrainedTokenizerFast", **kinds,
+    )  # fmt: skip
 
 
 def write_fibo(folder: Path, *, layers: int, blocks: tuple[int, int], edit: bool = False, **scheduler) -> Path:
@@ -528,7 +517,7 @@ PIPELINES = (
 def write_tiny(folder: Path, *, wide: bool = False, vocabulary: tuple[int, int] = (320, 300)) -> Path:
     """A whole model of random weights, in the published layout; `vocabulary` is how many tokens there are and which one
     stands for an empty prompt."""
-    from support.tiny import published, write_json
+    from support.tiny import write_components
 
     width = 64 if wide else 32
     write_tokenizer(folder / "tokenizer")
@@ -538,29 +527,24 @@ def write_tiny(folder: Path, *, wide: bool = False, vocabulary: tuple[int, int] 
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
     )
     parts = {
-        "text_encoder": (SmolLM3TextEncoder, "model", {
+        "text_encoder": (SmolLM3TextEncoder, {
             "model_type": "smollm3", "vocab_size": vocabulary[0], "hidden_size": width, "intermediate_size": 2 * width,
             "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": vocabulary[1],
             # As published: no shape of a folder that mflux 0.24 saved tells it.
             "head_dim": 128,
         }),
-        "transformer": (FiboTransformer, "diffusion_pytorch_model", {
+        "transformer": (FiboTransformer, {
             "_class_name": "BriaFiboTransformer2DModel", "num_layers": 1, "num_single_layers": 2,
             "attention_head_dim": width, "num_attention_heads": 2,
             "axes_dims_rope": [width // 8, width * 7 // 16, width * 7 // 16],
             "text_encoder_dim": width, "joint_attention_dim": 2 * width,
         }),
-        "vae": (FiboAutoencoder, "diffusion_pytorch_model", {
+        "vae": (FiboAutoencoder, {
             "_class_name": "AutoencoderKLWan", "base_dim": 4, "decoder_base_dim": 8, "dim_mult": [1, 2, 2, 2],
             "num_res_blocks": 1,
         }),
     }  # fmt: skip
-    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
-        write_json(folder / name / "config.json", config)
-        module = module_class(module_class.config_class.from_dict(config))
-        tensors = published(module, seed=number)
-        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
-    return folder
+    return write_components(folder, parts)
 
 
 TINY = (

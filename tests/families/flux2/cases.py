@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from support.cases import Component, Pipeline, Settings, Tiny
+from support.tokenizers import write_json, write_qwen_tokenizer
 
 from families.flux.cases import key_biases, normal, same_sum_in_a_resnet, token_ids
 from mflux.backend import mx
@@ -449,9 +450,8 @@ def write_klein(folder: Path, *, pipeline: str = "Flux2KleinPipeline", heads: in
     """A tiny model as it is published, by the reference classes."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from support.reference import draw
-    from support.tiny import write_qwen_tokenizer
 
-    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    vocabulary = len(write_qwen_tokenizer(folder / "tokenizer"))
     text = qwen3_reference(vocab_size=vocabulary, hidden_size=16)
     draw(text, 1).save_pretrained(folder / "text_encoder")
     transformer = transformer_reference(
@@ -624,40 +624,39 @@ PIPELINES = (
 
 def write_tiny(folder: Path, *, wide: bool = False, changes: Mapping[str, Settings] | None = None) -> Path:
     """A whole model of random weights, in the published layout; `changes` are to configurations, by folder."""
-    from support.tiny import published, write_json, write_qwen_tokenizer
+    from support.tiny import published, write_components
 
     width = 64 if wide else 32
-    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    vocabulary = len(write_qwen_tokenizer(folder / "tokenizer"))
     write_json(folder / "model_index.json", {"_class_name": "Flux2KleinPipeline", "is_distilled": True})
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | SCHEDULER
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     parts = {
-        "text_encoder": (KleinTextEncoder, "model", {
+        "text_encoder": (KleinTextEncoder.whole, {
             "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocabulary,
             "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 28, "num_attention_heads": 2,
             "num_key_value_heads": 1, "head_dim": width,
         }),
-        "transformer": (Flux2Transformer, "diffusion_pytorch_model", {
+        "transformer": (Flux2Transformer, {
             "_class_name": "Flux2Transformer2DModel", "num_layers": 1, "num_single_layers": 2,
             "attention_head_dim": width // 2, "num_attention_heads": 2, "axes_dims_rope": [width // 8] * 4,
             "joint_attention_dim": 3 * width,
         }),
-        "vae": (AutoencoderKLFlux2, "diffusion_pytorch_model", {
+        "vae": (AutoencoderKLFlux2, {
             "_class_name": "AutoencoderKLFlux2", "block_out_channels": [8, 8, 16, width], "norm_num_groups": 4,
             "layers_per_block": 1, "down_block_types": ["DownEncoderBlock2D"] * 4,
             "up_block_types": ["UpDecoderBlock2D"] * 4,
         }),
     }  # fmt: skip
-    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
-        config |= (changes or {}).get(name, {})
-        write_json(folder / name / "config.json", config)
-        whole = getattr(module_class, "whole", module_class)
-        tensors = published(whole(module_class.config_class.from_dict(config)), seed=number)
-        if name == "vae":
+
+    def weights(module, *, seed: int) -> dict[str, mx.array]:
+        tensors = published(module, seed=seed)
+        if isinstance(module, AutoencoderKLFlux2):
             tensors["bn.running_var"] = mx.abs(tensors["bn.running_var"]) + 0.5
             tensors["bn.num_batches_tracked"] = mx.array(7)
-        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
-    return folder
+        return tensors
+
+    return write_components(folder, parts, changes=changes, draw=weights)
 
 
 _SOURCE = Path(__file__).parents[3] / "docs" / "demo.png"

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
+from support.tokenizers import QWEN_VL_SPECIAL, spelled, write_json, write_qwen_tokenizer
 
 from mflux.backend import mx
 from mflux.models.common.config.model_config import ModelConfig
@@ -362,26 +363,12 @@ COMPONENTS = (
 # ---- whole pictures
 
 PROMPT = "a Café in Zürich, 4k, 猫 🐱"
-_SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>",
-)  # fmt: skip
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:
-    """Bytes, two merges and the special tokens; returns the ids of these."""
-    from tokenizers import pre_tokenizers
-
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
-    ids = {token: len(tokens) + number for number, token in enumerate(_SPECIAL)}
-    listed = {str(number): {"content": token, "special": True} for token, number in ids.items()}
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    settings |= {"unk_token": "<|endoftext|>", "added_tokens_decoder": listed, "model_max_length": 4096}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return ids
+    """Bytes, two pairs and the special tokens; returns all ids."""
+    options = dict(pairs=spelled(["the"]), added=QWEN_VL_SPECIAL)
+    return write_qwen_tokenizer(folder, **options, unk_token="<|endoftext|>", model_max_length=4096)
 
 
 def small_encoder(ids: dict[str, int], **text):
@@ -670,7 +657,7 @@ PIPELINES = (
 
 def write_tiny(folder: Path, *, wide: bool = False, text: dict | None = None, vision: dict | None = None) -> Path:
     """A whole model of random weights, in the published layout; `text` and `vision` change the text encoder."""
-    from support.tiny import published, write_json
+    from support.tiny import write_components
 
     width = 64 if wide else 32
     ids = write_tokenizer(folder / "tokenizer")
@@ -683,7 +670,7 @@ def write_tiny(folder: Path, *, wide: bool = False, text: dict | None = None, vi
         },
     )  # fmt: skip
     parts = {
-        "text_encoder": (Qwen25VLEncoder, "model", {
+        "text_encoder": (Qwen25VLEncoder, {
             "model_type": "qwen2_5_vl", "image_token_id": ids["<|image_pad|>"],
             "text_config": {
                 "model_type": "qwen2_5_vl_text", "vocab_size": 300, "hidden_size": width,
@@ -696,21 +683,16 @@ def write_tiny(folder: Path, *, wide: bool = False, text: dict | None = None, vi
                 "out_hidden_size": width, "fullatt_block_indexes": [1],
             } | (vision or {}),
         }),
-        "transformer": (QwenTransformer, "diffusion_pytorch_model", {
+        "transformer": (QwenTransformer, {
             "_class_name": "QwenImageTransformer2DModel", "num_layers": 2, "attention_head_dim": width,
             "num_attention_heads": 2, "axes_dims_rope": [width // 8, width * 7 // 16, width * 7 // 16],
             "joint_attention_dim": (text or {}).get("hidden_size", width),
         }),
-        "vae": (AutoencoderWan, "diffusion_pytorch_model", {
+        "vae": (AutoencoderWan, {
             "_class_name": "AutoencoderKLQwenImage", "base_dim": 4, "dim_mult": [1, 2, 2, 2],
         }),
     }  # fmt: skip
-    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
-        write_json(folder / name / "config.json", config)
-        module = module_class(module_class.config_class.from_dict(config))
-        tensors = published(module, seed=number)
-        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
-    return folder
+    return write_components(folder, parts)
 
 
 _SOURCE = Path(__file__).parents[3] / "docs" / "demo.png"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
+from support.tokenizers import write_json, write_qwen_tokenizer
 
 from families.flux.cases import normal, token_ids
 from mflux.backend import mx
@@ -307,9 +308,8 @@ def write_z_image(folder: Path, *, seed: int = 0, shift: float = 3.0, controlnet
     """A complete tiny folder, with a ControlNet if its settings are given."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from support.reference import draw, vae_model
-    from support.tiny import write_qwen_tokenizer
 
-    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    vocabulary = len(write_qwen_tokenizer(folder / "tokenizer"))
     text_encoder = text_encoder_reference(vocab_size=vocabulary, hidden_size=20)
     # Of the published class the files hold `model.…`, and no head.
     draw(text_encoder, seed + 1).save_pretrained(folder / "text_encoder")
@@ -545,40 +545,35 @@ def write_tiny(
     dtype: mx.Dtype = mx.float32,
 ) -> Path:
     """`changes` to the configurations, by component; `dtype` is what the files hold."""
-    from support.tiny import published, write_json, write_qwen_tokenizer
+    from support.tiny import published, write_components
 
-    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    vocabulary = len(write_qwen_tokenizer(folder / "tokenizer"))
     write_json(folder / "model_index.json", _INDEX)
     write_json(folder / "scheduler" / "scheduler_config.json", static_schedule(shift))
     # Three thirds of 64 make 192, whose feed-forward is 512 wide: all divide by 64.
     dim, text = (192, 64) if wide else (48, 24)
     common = dict(dim=dim, n_heads=3, n_kv_heads=3, n_refiner_layers=1)
     parts = {
-        "text_encoder": (ZImageTextEncoder.whole, "model", {
+        "text_encoder": (ZImageTextEncoder.whole, {
             "model_type": "qwen3", "vocab_size": vocabulary, "hidden_size": text, "intermediate_size": 2 * text,
             "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": text // 4,
         }),
-        "transformer": (ZImageTransformer, "diffusion_pytorch_model", {
+        "transformer": (ZImageTransformer, {
             "_class_name": "ZImageTransformer2DModel", "axes_dims": [dim // 12, dim // 8, dim // 8], "n_layers": 2,
             "cap_feat_dim": text, **common,
         }),
-        "vae": (AutoencoderKL, "diffusion_pytorch_model", {
+        "vae": (AutoencoderKL, {
             "_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4,
             "layers_per_block": 1, "latent_channels": 16, "down_block_types": ["DownEncoderBlock2D"] * 4,
             "up_block_types": ["UpDecoderBlock2D"] * 4,
         }),
     }  # fmt: skip
     if controlnet:
-        parts["controlnet"] = ZImageControlNet, "diffusion_pytorch_model", {
+        parts["controlnet"] = ZImageControlNet, {
             "_class_name": "ZImageControlNetModel", "control_layers_places": [0, 1],
             "control_refiner_layers_places": [0], "control_in_dim": 33, **common,
         }  # fmt: skip
-    for number, (name, (module_class, file, config)) in enumerate(parts.items()):
-        config |= (changes or {}).get(name, {})
-        write_json(folder / name / "config.json", config)
-        tensors = published(module_class(module_class.config_class.from_dict(config)), seed=number, dtype=dtype)
-        mx.save_safetensors(str(folder / name / f"{file}.safetensors"), tensors, metadata={"format": "pt"})
-    return folder
+    return write_components(folder, parts, changes=changes, draw=partial(published, dtype=dtype))
 
 
 TINY = (
