@@ -9,17 +9,19 @@ import importlib
 import inspect
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.cases import Tiny
-from support.tiny_models import EVERY_TINY, SIZE, pixels
+from support.tiny_models import EVERY_TINY, SIZE, TINY, pixels
 
 from mflux.backend import mx, nn, tree_flatten
 from mflux.cli.commands import COMMANDS
 from mflux.cli.generate import Generate
-from mflux.errors import MfluxError, NotBuiltError
+from mflux.errors import CheckpointError, MfluxError, NotBuiltError
 from mflux.models.common.config.model_config import key_of
 from mflux.models.common.family import built, family_of
 from mflux.models.common.memory import is_loaded
@@ -167,6 +169,33 @@ def test_weights_that_are_not_finite_draw_nothing(tiny, in_folder):
     assert "not finite" in result.errors[0]
     assert key in result.errors[0]
     assert set(in_folder.glob("*.png")) == before
+
+
+def each_refused(field: str):
+    """A case for each entry of `Tiny.refused` or `Tiny.refused_later`."""
+    cases = [(name, *entry) for name, case in TINY.items() for entry in getattr(case, field)]
+    return pytest.mark.parametrize(("tiny", "part", "change", "told"), cases, indirect=["tiny"])
+
+
+def with_change(source: Path, target: Path, part: str, change: Mapping[str, Any]) -> Path:
+    shutil.copytree(source, target)
+    path = target / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return target
+
+
+@each_refused("refused")
+def test_another_model_is_refused(tiny, in_folder, part, change, told):
+    other = with_change(tiny.folder(), in_folder / "other", part, change)
+    with pytest.raises(CheckpointError, match=told):
+        tiny.pipeline(other)
+
+
+@each_refused("refused_later")
+def test_another_model_is_refused_when_it_is_loaded(tiny, in_folder, part, change, told):
+    pipeline = tiny.pipeline(with_change(tiny.folder(), in_folder / "other", part, change))
+    with pytest.raises(CheckpointError, match=told):
+        tiny.generate(pipeline)
 
 
 @EVERY_TINY

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
+from support.images import generated, mask, noise, photo, pipeline_reference
 from support.tokenizers import write_json, write_whole_tokenizer
 
 from families.flux.cases import normal, token_ids
@@ -283,40 +283,6 @@ def write_fibo(folder: Path, *, layers: int, blocks: tuple[int, int], edit: bool
     return folder
 
 
-def photo(width: int, height: int):
-    """A smooth picture."""
-    import PIL.Image
-
-    pixels = np.random.default_rng(width).integers(0, 256, (3, 3, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
-
-
-def mask(width: int, height: int):
-    import PIL.Image
-
-    pixels = np.zeros((height, width), np.uint8)
-    pixels[: height // 2, width // 3 :] = 255
-    return PIL.Image.fromarray(pixels)
-
-
-class Last:
-    """What the denoising loop ended with."""
-
-    def call_after_loop(self, latents, **_) -> None:
-        self.latents = latents
-
-
-def drawn(pipeline, **settings):
-    for name in settings.keys() & {"image_path", "mask_path"}:
-        path = pipeline.root / f"{name}.png"
-        settings[name].save(path)
-        settings[name] = path
-    last = Last()
-    pipeline.callbacks.register(last)
-    image = pipeline.generate_image(**settings).image
-    return np.array(last.latents), np.asarray(image)
-
-
 def draw_fibo(folder: Path, settings):
     from mflux.models.fibo.variants.txt2img.fibo import FIBO
 
@@ -325,7 +291,7 @@ def draw_fibo(folder: Path, settings):
     pipeline = FIBO(
         model_path=str(folder), model_config=ModelConfig.fibo(), lora_paths=loras, lora_scales=loras and [0.7]
     )
-    return drawn(pipeline, **settings)
+    return generated(pipeline, **settings)
 
 
 def write_lora(folder: Path) -> Path:
@@ -352,28 +318,11 @@ def write_lora(folder: Path) -> Path:
 def draw_edit(folder: Path, settings):
     from mflux.models.fibo.variants.edit import FIBOEdit
 
-    return drawn(FIBOEdit(model_path=str(folder), model_config=ModelConfig.fibo_edit()), **settings)
-
-
-@cache
-def fibo_reference(folder: Path, name: str):
-    import diffusers
-
-    pipeline = getattr(diffusers, name).from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def noise(settings):
-    import torch
-
-    return torch.tensor(
-        np.array(FiboLatentCreator.create_noise(settings["seed"], settings["height"], settings["width"]))
-    )
+    return generated(FIBOEdit(model_path=str(folder), model_config=ModelConfig.fibo_edit()), **settings)
 
 
 def draw_fibo_reference(folder: Path, settings):
-    pipeline = fibo_reference(folder, "BriaFiboPipeline")
+    pipeline = pipeline_reference(folder, "BriaFiboPipeline")
     if settings.get("lora"):
         pipeline.load_lora_weights(str(write_lora(folder)), adapter_name="style")
         pipeline.set_adapters("style", 0.7)
@@ -387,7 +336,7 @@ def draw_fibo_reference(folder: Path, settings):
 def draw_with_reference(pipeline, settings):
     import torch
 
-    latents = noise(settings)
+    latents = noise(FiboLatentCreator, settings)
     steps, height, width = settings["num_inference_steps"], settings["height"], settings["width"]
     if "image_path" in settings:
         return from_picture_reference(pipeline, settings, latents)
@@ -440,7 +389,7 @@ def from_picture_reference(pipeline, settings, latents):
 
 
 def draw_edit_reference(folder: Path, settings):
-    pipeline = fibo_reference(folder, "BriaFiboEditPipeline")
+    pipeline = pipeline_reference(folder, "BriaFiboEditPipeline")
     common = dict(
         prompt=settings["prompt"],
         negative_prompt=settings.get("negative_prompt"),
@@ -449,7 +398,7 @@ def draw_edit_reference(folder: Path, settings):
         width=settings["width"],
         num_inference_steps=settings["num_inference_steps"],
         guidance_scale=settings["guidance"],
-        latents=noise(settings),
+        latents=noise(FiboLatentCreator, settings),
     )
     # A mask is pasted into the list of pictures that is given.
     result = pipeline(**common, image=settings["image_path"].copy(), output_type="latent").images
@@ -556,5 +505,13 @@ TINY = (
         # What the command takes where nothing is said.
         generate={"guidance": 5.0},
         prompt=PROMPT,
+        refused=(
+            ("transformer", {"in_channels": 16}, "16"),
+            ("text_encoder", {"hidden_size": 64}, "different models"),
+            ("vae", {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]}, "8 pixels"),
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "mflux-generate draws"),
+            ("transformer", {"guidance_embeds": True}, "guidance_embeds"),
+            ("text_encoder", {"bos_token_id": 320}, "none of 320 tokens"),
+        ),
     ),
 )

@@ -14,8 +14,8 @@ import numpy as np
 import PIL.Image
 import pytest
 from support.cases import Tiny
+from support.images import photo
 
-from families.fibo.cases import photo
 from families.flux.cases_variants import TINY, write_pictures
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.quantization import Quantization

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
+from support.images import generated, noise, photo, pipeline_reference
 from support.tokenizers import QWEN_VL_SPECIAL, spelled, write_json, write_qwen_tokenizer
 
 from mflux.backend import mx
@@ -409,62 +410,14 @@ def write_qwen(folder: Path, *, kind: str = "QwenImagePipeline", scheduler: dict
     return folder
 
 
-def photo(width: int, height: int):
-    """A smooth picture."""
-    import PIL.Image
-
-    pixels = np.random.default_rng(width).integers(0, 256, (3, 3, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
-
-
-class Last:
-    """What the denoising loop ended with."""
-
-    def call_after_loop(self, latents, **_) -> None:
-        self.latents = latents
-
-
-def drawn(pipeline, **settings):
-    def file(picture) -> Path:
-        path = pipeline.root / f"{picture.width}x{picture.height}.png"
-        picture.save(path)
-        return path
-
-    if "image_path" in settings:
-        settings["image_path"] = file(settings["image_path"])
-    if "image_paths" in settings:
-        settings["image_paths"] = [file(picture) for picture in settings["image_paths"]]
-    last = Last()
-    pipeline.callbacks.register(last)
-    image = pipeline.generate_image(**settings).image
-    return np.array(last.latents), np.asarray(image)
-
-
 def draw_qwen(folder: Path, settings):
     from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
 
-    return drawn(QwenImage(model_path=str(folder), model_config=ModelConfig.qwen_image()), **settings)
-
-
-@cache
-def qwen_reference(folder: Path, name: str):
-    import diffusers
-
-    pipeline = getattr(diffusers, name).from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def noise(settings):
-    import torch
-
-    return torch.tensor(
-        np.array(QwenLatentCreator.create_noise(settings["seed"], settings["height"], settings["width"]))
-    )
+    return generated(QwenImage(model_path=str(folder), model_config=ModelConfig.qwen_image()), **settings)
 
 
 def draw_qwen_reference(folder: Path, settings):
-    pipeline = qwen_reference(folder, "QwenImagePipeline")
+    pipeline = pipeline_reference(folder, "QwenImagePipeline")
     if "image_path" in settings:
         return from_picture_reference(pipeline, settings)
     guidance = settings["guidance"]
@@ -475,7 +428,7 @@ def draw_qwen_reference(folder: Path, settings):
         height=settings["height"],
         width=settings["width"],
         num_inference_steps=settings["num_inference_steps"],
-        latents=noise(settings),
+        latents=noise(QwenLatentCreator, settings),
         # It would leave out what comes after 512, and encodes twice as many.
         max_sequence_length=1024,
     )
@@ -499,7 +452,7 @@ def from_picture_reference(pipeline, settings):
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
         begin = max(1, int(steps * settings["image_strength"]))
         sigmas = scheduler.sigmas
-        latents = (1 - sigmas[begin]) * picture + sigmas[begin] * noise(settings)
+        latents = (1 - sigmas[begin]) * picture + sigmas[begin] * noise(QwenLatentCreator, settings)
         embeds, _ = pipeline.encode_prompt(settings["prompt"])
         for step in range(begin, steps):
             velocity = pipeline.transformer(
@@ -523,7 +476,7 @@ def draw_edit(folder: Path, settings):
 
     with patch.object(qwen_image_edit, "_AREA", _AREA):
         pipeline = qwen_image_edit.QwenImageEdit(model_path=str(folder), model_config=ModelConfig.qwen_image_edit())
-        return drawn(pipeline, **settings)
+        return generated(pipeline, **settings)
 
 
 class ReferenceProcessor:
@@ -590,7 +543,7 @@ def draw_edit_reference(folder: Path, settings):
             height=settings.get("height"),
             width=settings.get("width"),
             num_inference_steps=settings["num_inference_steps"],
-            latents=noise(settings),
+            latents=noise(QwenLatentCreator, settings),
             callback_on_step_end=keep,
         ).images[0]
     return last["latents"], np.asarray(picture)
@@ -706,6 +659,13 @@ TINY = (
         pipeline=f"{_QWEN}.txt2img.qwen_image:QwenImage",
         # What the command takes where nothing is said.
         generate={"guidance": 3.5},
+        refused=(
+            ("vae", {"z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "an autoencoder of 4"),
+            ("vae", {"dim_mult": 3}, "dim_mult"),
+            ("vae", {"dim_mult": None}, "dim_mult"),
+            ("vae", {"z_dim": "16"}, "z_dim"),
+            ("vae", {"z_dim": [16]}, "z_dim"),
+        ),
     ),
     Tiny(
         write=write_tiny,
