@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,34 @@ def tiny_dev(tmp_path_factory) -> Path:
     from support.tiny import write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny-dev", seed=2, guidance=True)
+
+
+@pytest.fixture(scope="session")
+def written_models(tmp_path_factory) -> Callable[[str, bool], Path]:
+    """Families' tiny models by name and width, each written when it is first asked for."""
+    from support.tiny_models import TINY
+
+    @cache
+    def write(name: str, wide: bool) -> Path:
+        return TINY[name].write(tmp_path_factory.mktemp("tiny") / ("wide" if wide else "narrow"), wide=wide)
+
+    return write
+
+
+@pytest.fixture
+def tiny(request, written_models, in_folder, monkeypatch, cli):
+    """One family's `TinyModel`, for tests marked with `EVERY_TINY`.
+
+    The working directory holds what it generates from, and what the family replaces to be fast is replaced.
+    """
+    from support.tiny_models import TINY, TinyModel
+
+    case = TINY[request.param]
+    for path, value in case.patches.items():
+        monkeypatch.setattr(path, value)
+    if case.pictures is not None:
+        case.pictures(in_folder)
+    return TinyModel(case, cli, partial(written_models, request.param))
 
 
 @pytest.fixture

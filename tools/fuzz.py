@@ -254,7 +254,7 @@ def read_model(folder: Path) -> None:
 
 def tokenizers(folder: Path) -> None:
     from support.cases import every
-    from support.tiny import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
+    from support.tokenizers import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
 
     for name, write in (("clip", write_clip_tokenizer), ("t5", write_t5_tokenizer), ("qwen", write_qwen_tokenizer)):
         (folder / name).mkdir()

@@ -25,7 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # Whatever installs something asks for the tools to do it with.
         if Path(__file__).parent in item.path.parents and "tools" in getattr(item, "fixturenames", ()):
-            item.add_marker("environment")
             if not wanted:
                 item.add_marker(pytest.mark.skip(reason="takes minutes and an index: make test-environments"))
 

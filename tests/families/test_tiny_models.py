@@ -9,128 +9,58 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
-from support.cases import Tiny, every
+from support.cases import Tiny
+from support.tiny_models import EVERY_TINY, SIZE, TINY, pixels
 
 from mflux.backend import mx, nn, tree_flatten
 from mflux.cli.commands import COMMANDS
 from mflux.cli.generate import Generate
-from mflux.errors import MfluxError, NotBuiltError, UsageError
-from mflux.models.common.config import ModelConfig
+from mflux.errors import CheckpointError, MfluxError, NotBuiltError, UsageError
 from mflux.models.common.config.model_config import key_of
 from mflux.models.common.family import built, family_of
 from mflux.models.common.memory import Keep, is_loaded
 from mflux.utils.metadata_reader import MetadataReader
-
-TINY: dict[str, Tiny] = every("TINY")
-SIZE = ("--width", 64, "--height", 32)
-
-
-@pytest.fixture(autouse=True)
-def patches(monkeypatch):
-    for tiny in TINY.values():
-        for path, value in tiny.patches.items():
-            monkeypatch.setattr(path, value)
-
-
-@pytest.fixture(autouse=True)
-def pictures(request, in_folder):
-    """What a model's command is told to draw from, in the working directory."""
-    if (write := TINY[request.getfixturevalue("name")].pictures) is not None:
-        write(in_folder)
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Each family's tiny model, written once; not to be written to. `wide`: so that most layers can be quantized."""
-    written: dict[tuple[str, bool], Path] = {}
-
-    def folder(name: str, wide: bool = False) -> Path:
-        if (name, wide) not in written:
-            path = tmp_path_factory.mktemp("tiny") / ("wide" if wide else "narrow")
-            written[name, wide] = TINY[name].write(path, wide=wide)
-        return written[name, wide]
-
-    return folder
-
-
-@pytest.fixture
-def draw(cli, in_folder, folder):
-    """Draw with a family's command and see it succeed; returns the picture's path."""
-
-    def draw(name: str, *words: object, model: Path | None = None) -> Path:
-        tiny = TINY[name]
-        call = [tiny.command, "--model", model or folder(name), "--base-model", tiny.base_model, *tiny.words]
-        result = cli(*call, "--prompt", tiny.prompt, "--steps", 2, *SIZE, *words)
-        assert result.status == 0, result.err
-        assert result.errors == result.warnings == []
-        # What else there is stands beside it.
-        return result.paths[0]
-
-    return draw
-
-
-def pixels(path: Path) -> np.ndarray:
-    with PIL.Image.open(path) as image:
-        return np.asarray(image).astype(int)
-
-
-def pipeline(name: str, root: Path, **options):
-    tiny = TINY[name]
-    config = ModelConfig.from_name(str(root), tiny.base_model)
-    return tiny.pipeline_class()(model_path=str(root), model_config=config, **options)
-
-
-def picture(pipeline, name: str, seed: int = 1) -> np.ndarray:
-    tiny = TINY[name]
-    settings = {"num_inference_steps": 2, "width": 64, "height": 32} | dict(tiny.generate)
-    drawn = pipeline.generate_image(seed=seed, prompt=tiny.prompt, **settings)
-    return np.asarray((drawn.get_right_half() if tiny.right_half else drawn).image).astype(int)
 
 
 def command_of(tiny: Tiny) -> Generate:
     return importlib.import_module(COMMANDS[tiny.command].module).COMMAND
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_the_same_seed_draws_the_same_picture_and_another_one_another(draw, name):
-    first, again, other = (draw(name, "--seed", seed, "--output", f"{n}.png") for n, seed in enumerate((1, 1, 2)))
+@EVERY_TINY
+def test_the_same_seed_draws_the_same_picture_and_another_one_another(tiny):
+    first, again, other = (tiny.draw("--seed", seed, "--output", f"{n}.png") for n, seed in enumerate((1, 1, 2)))
     assert pixels(first).shape[:2] == (32, 64)
     assert np.array_equal(pixels(first), pixels(again))
     assert np.abs(pixels(first) - pixels(other)).mean() > 0.5
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_picture_is_drawn_again_from_its_own_settings(draw, cli, name):
-    first = draw(name, "--seed", 3, "--metadata")
+@EVERY_TINY
+def test_a_picture_is_drawn_again_from_its_own_settings(tiny):
+    first = tiny.draw("--seed", 3, "--metadata")
     settings = MetadataReader.read_exif_metadata(first)
     written = first.with_suffix(".metadata.json").read_text()
     assert settings == json.loads(written)
     assert str(Path.cwd()) not in written, "a folder of the machine that it was made on"
     assert (settings["seed"], settings["steps"], settings["width"], settings["height"]) == (3, 2, 64, 32)
-    tiny = TINY[name]
-    if "settings" in command_of(tiny).leave_out:
+    if "settings" in command_of(tiny.case).leave_out:
         pytest.skip("mflux 0.24 reads no settings with it")
     for source in (first, first.with_suffix(".metadata.json")):
-        call = [tiny.command, "-C", source, "--model", folder_of(draw, name), "--base-model", tiny.base_model]
-        # Pictures say the names of their sources, not where these lie.
-        result = cli(*call, *tiny.words)
+        # Pictures say the names of their sources, not where these lie: the command's own words say that.
+        result = tiny.run("-C", source)
         assert result.status == 0, result.err
         assert np.array_equal(pixels(result.paths[0]), pixels(first))
 
 
-def folder_of(draw, name: str) -> Path:
-    return draw.__closure__[[cell for cell in draw.__code__.co_freevars].index("folder")].cell_contents(name)
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_class_and_command_agree_with_the_command(draw, folder, name):
-    assert np.array_equal(picture(pipeline(name, folder(name)), name), pixels(draw(name, "--seed", 1)))
+@EVERY_TINY
+def test_class_and_command_agree_with_the_command(tiny):
+    assert np.array_equal(tiny.picture(tiny.pipeline()), pixels(tiny.draw("--seed", 1)))
 
 
 def as_settings(command: Generate, words: Sequence[object]) -> dict[str, object]:
@@ -150,12 +80,17 @@ def as_settings(command: Generate, words: Sequence[object]) -> dict[str, object]
     return settings
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_program_plans_what_a_command_line_does(draw, folder, name):
+def words_of(tiny) -> list[str]:
+    """What the command is told for one small picture."""
+    case = tiny.case
+    words = ("--model", tiny.folder(), "--base-model", case.base_model, *case.words, "--prompt", case.prompt)
+    return [str(word) for word in (*words, "--steps", 2, *SIZE, "--seed", 1)]
+
+
+@EVERY_TINY
+def test_a_program_plans_what_a_command_line_does(tiny):
     """Without argv: settings by their names, through the same checks, and one loaded model for what has its key."""
-    tiny, command = TINY[name], command_of(TINY[name])
-    words = ["--model", folder(name), "--base-model", tiny.base_model, *tiny.words, "--prompt", tiny.prompt]
-    words = [str(word) for word in (*words, "--steps", 2, *SIZE, "--seed", 1)]
+    command, words = command_of(tiny.case), words_of(tiny)
     typed, planned = command.settle(*command.build_parser().parse(words)), command.plan(as_settings(command, words))
     assert planned == typed
     assert hash(planned.key) == hash(typed.key) and planned.key == typed.key
@@ -165,10 +100,10 @@ def test_a_program_plans_what_a_command_line_does(draw, folder, name):
     assert other.key == planned.key and [image["seed"] for image in other.images] == [2, 3]
     (image,) = command.images(planned, planned.load())
     image = image.image if command.pixels is None else command.pixels(image, planned.options)
-    assert np.array_equal(np.asarray(image).astype(int), pixels(draw(name, "--seed", 1)))
+    assert np.array_equal(np.asarray(image).astype(int), pixels(tiny.draw("--seed", 1)))
 
 
-@pytest.mark.parametrize("name", TINY)
+@EVERY_TINY
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -183,18 +118,17 @@ def test_a_program_plans_what_a_command_line_does(draw, folder, name):
     ],
     ids=str,
 )
-def test_what_a_program_asks_for_is_checked(folder, name, wrong, told):
-    tiny, command = TINY[name], command_of(TINY[name])
-    words = ["--model", folder(name), "--base-model", tiny.base_model, *tiny.words, "--prompt", tiny.prompt]
+def test_what_a_program_asks_for_is_checked(tiny, wrong, told):
+    command = command_of(tiny.case)
     with pytest.raises(UsageError) as caught:
-        command.plan(as_settings(command, words) | wrong)
+        command.plan(as_settings(command, words_of(tiny)) | wrong)
     assert told in str(caught.value)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_stage_holds_only_what_it_needs(folder, name):
+@EVERY_TINY
+def test_a_stage_holds_only_what_it_needs(tiny):
     """No text encoder is left when the steps begin, and before the last picture is decoded nothing else is either."""
-    model = pipeline(name, folder(name))
+    model = tiny.pipeline()
     by_stage = {stage: [c.name for c in model.components if c.stage == stage] for stage in ("encode", "denoise")}
     assert all(by_stage.values())
     held = []
@@ -207,7 +141,7 @@ def test_a_stage_holds_only_what_it_needs(folder, name):
     model.keep = Keep(for_next_image=False)
     decode = model.decode
     model.decode = lambda *args: held.append("decode") or held.append(sorted(model.loaded())) or decode(*args)
-    picture(model, name)
+    tiny.picture(model)
     steps = held[: held.index("decode")]
     assert len(steps) == 2
     assert all(entry == {"encode": False, "denoise": True} for entry in steps)
@@ -215,57 +149,50 @@ def test_a_stage_holds_only_what_it_needs(folder, name):
     assert not set(before_decode) & {part for parts in by_stage.values() for part in parts}
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_low_ram_draws_the_same(draw, name):
-    plain, low = draw(name, "--seed", 1), draw(name, "--seed", 1, "--low-ram", "--output", "low.png")
+@EVERY_TINY
+def test_low_ram_draws_the_same(tiny):
+    plain, low = tiny.draw("--seed", 1), tiny.draw("--seed", 1, "--low-ram", "--output", "low.png")
     assert np.abs(pixels(plain) - pixels(low)).max() <= 1
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_saved_and_quantized_it_draws_what_it_drew(cli, draw, folder, name):
+@EVERY_TINY
+def test_saved_and_quantized_it_draws_what_it_drew(tiny):
     """Quantizing while loading and loading what was saved quantized are the same, tensor by tensor."""
-    tiny, root = TINY[name], folder(name, wide=True)
-    result = cli("save", "--model", root, "--base-model", tiny.base_model, "--path", "saved", "-q", 8)
-    assert result.status == 0, result.err
-    for part in pipeline(name, Path("saved")).components:
-        if (Path("saved") / part.folder).is_dir():
-            assert (Path("saved") / part.folder / "model.safetensors.index.json").is_file()
-    record = json.loads(Path("saved", "mflux_model.json").read_text())
-    assert (record["base_model"], record["quantize"]) == (key_of(tiny.base_model), 8)
-    fresh, stored = pipeline(name, root, quantize=8), pipeline(name, Path("saved"))
+    root = tiny.folder(wide=True)
+    saved = tiny.save("-q", 8, model=root)
+    record = json.loads((saved / "mflux_model.json").read_text())
+    assert (record["base_model"], record["quantize"]) == (key_of(tiny.case.base_model), 8)
+    fresh, stored = tiny.pipeline(root, quantize=8), tiny.pipeline(saved)
     assert (fresh.bits, stored.bits) == (8, 8)
     for part in fresh.components:
-        if not (Path("saved") / part.folder).is_dir():
+        if not (saved / part.folder).is_dir():
             continue
+        assert (saved / part.folder / "model.safetensors.index.json").is_file()
         one, other = (dict(tree_flatten(getattr(model, part.name).parameters())) for model in (fresh, stored))
         assert one.keys() == other.keys()
         for key, value in one.items():
             assert mx.array_equal(value, other[key], equal_nan=True).item(), (part.name, key)
     assert any(isinstance(layer, nn.QuantizedLinear) for layer in fresh.transformer.modules())
-    assert np.array_equal(picture(fresh, name), picture(stored, name))
-    whole = picture(pipeline(name, root), name)
-    assert 0 < np.abs(whole - picture(stored, name)).mean() < 40
+    from_stored = tiny.picture(stored)
+    assert np.array_equal(tiny.picture(fresh), from_stored)
+    assert 0 < np.abs(tiny.picture(tiny.pipeline(root)) - from_stored).mean() < 40
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_saved_model_knows_what_it_is(cli, draw, folder, name):
-    tiny = TINY[name]
-    result = cli("save", "--model", folder(name), "--base-model", tiny.base_model, "--path", "saved")
-    assert result.status == 0, result.err
+@EVERY_TINY
+def test_a_saved_model_knows_what_it_is(cli, tiny):
+    case, saved = tiny.case, tiny.save()
+    words = (*case.words, "--prompt", case.prompt, "--steps", 2, *SIZE, "--seed", 1, "--output", "saved.png")
     # Whatever its name: `mflux-generate` asks the folder, and hands over to the model's first command.
-    is_first = built()[key_of(tiny.base_model)] == f"mflux-{tiny.command}"
-    result = cli(
-        *("generate" if is_first else tiny.command, "--model", "saved", *tiny.words, "--prompt", tiny.prompt),
-        *("--steps", 2, *SIZE, "--seed", 1, "--output", "saved.png"),
-    )
+    is_first = built()[key_of(case.base_model)] == f"mflux-{case.command}"
+    result = cli("generate" if is_first else case.command, "--model", saved, *words)
     assert (result.status, result.errors) == (0, []), result.err
-    assert np.array_equal(pixels(result.paths[0]), pixels(draw(name, "--seed", 1)))
+    assert np.array_equal(pixels(result.paths[0]), pixels(tiny.draw("--seed", 1)))
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_lora_changes_what_is_drawn(draw, folder, name):
+@EVERY_TINY
+def test_a_lora_changes_what_is_drawn(tiny):
     """In PEFT's layout, which every family knows, on one layer of the transformer."""
-    weights = tree_flatten(pipeline(name, folder(name)).transformer.parameters())
+    weights = tree_flatten(tiny.pipeline().transformer.parameters())
     layer, weight = next((path, value) for path, value in weights if path.endswith(".to_q.weight"))
     shapes = {"lora_A": (2, weight.shape[1]), "lora_B": (weight.shape[0], 2)}
     tensors = {
@@ -274,7 +201,7 @@ def test_a_lora_changes_what_is_drawn(draw, folder, name):
     }
     mx.save_safetensors("strong.safetensors", tensors)
     plain, none, all_of_it, beside = (
-        draw(name, "--seed", 1, *words, "--output", f"{number}.png")
+        tiny.draw("--seed", 1, *words, "--output", f"{number}.png")
         for number, words in enumerate(
             [
                 (),
@@ -292,20 +219,16 @@ def test_a_lora_changes_what_is_drawn(draw, folder, name):
     assert settings["bake_lora"] is False
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_weights_that_are_not_finite_draw_nothing(draw, cli, folder, in_folder, name):
-    import shutil
-
-    tiny = TINY[name]
+@EVERY_TINY
+def test_weights_that_are_not_finite_draw_nothing(tiny, in_folder):
     broken, before = in_folder / "broken", set(in_folder.glob("*.png"))
-    shutil.copytree(folder(name), broken)
+    shutil.copytree(tiny.folder(), broken)
     path = next((broken / "transformer").glob("*.safetensors"))
     tensors = mx.load(str(path))
     key = next(key for key, value in sorted(tensors.items()) if value.ndim == 2)
     tensors[key] = mx.full(tensors[key].shape, float("nan"), dtype=tensors[key].dtype)
     mx.save_safetensors(str(path), tensors)
-    call = [tiny.command, "--model", broken, "--base-model", tiny.base_model, *tiny.words, "--prompt", tiny.prompt]
-    result = cli(*call, "--steps", 1, *SIZE)
+    result = tiny.run("--prompt", tiny.case.prompt, "--steps", 1, *SIZE, model=broken)
     assert result.status == 1
     assert len(result.errors) == 1
     assert "not finite" in result.errors[0]
@@ -313,20 +236,46 @@ def test_weights_that_are_not_finite_draw_nothing(draw, cli, folder, in_folder, 
     assert set(in_folder.glob("*.png")) == before
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_its_models_are_listed_and_other_commands_tell_its_own(cli, name):
-    tiny = TINY[name]
-    key = key_of(tiny.base_model)
+def each_refused(field: str):
+    """A case for each entry of `Tiny.refused` or `Tiny.refused_later`."""
+    cases = [(name, *entry) for name, case in TINY.items() for entry in getattr(case, field)]
+    return pytest.mark.parametrize(("tiny", "part", "change", "told"), cases, indirect=["tiny"])
+
+
+def with_change(source: Path, target: Path, part: str, change: Mapping[str, Any]) -> Path:
+    shutil.copytree(source, target)
+    path = target / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return target
+
+
+@each_refused("refused")
+def test_another_model_is_refused(tiny, in_folder, part, change, told):
+    other = with_change(tiny.folder(), in_folder / "other", part, change)
+    with pytest.raises(CheckpointError, match=told):
+        tiny.pipeline(other)
+
+
+@each_refused("refused_later")
+def test_another_model_is_refused_when_it_is_loaded(tiny, in_folder, part, change, told):
+    pipeline = tiny.pipeline(with_change(tiny.folder(), in_folder / "other", part, change))
+    with pytest.raises(CheckpointError, match=told):
+        tiny.generate(pipeline)
+
+
+@EVERY_TINY
+def test_its_models_are_listed_and_other_commands_tell_its_own(cli, tiny):
+    key = key_of(tiny.case.base_model)
     assert family_of(key) is not None
-    assert tiny.command in [command.name for command in family_of(key).commands]
+    assert tiny.case.command in [command.name for command in family_of(key).commands]
     assert key in built()
-    other = "generate-qwen" if tiny.command != "generate-qwen" else "generate-flux2"
-    result = cli(other, "--model", tiny.base_model, "--prompt", "x")
+    other = "generate-qwen" if tiny.case.command != "generate-qwen" else "generate-flux2"
+    result = cli(other, "--model", tiny.case.base_model, "--prompt", "x")
     assert result.status == 2
-    assert f"{built()[key]} --model {tiny.base_model}" in result.errors[0]
+    assert f"{built()[key]} --model {tiny.case.base_model}" in result.errors[0]
 
 
-@pytest.mark.parametrize("name", TINY)
+@EVERY_TINY
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -339,32 +288,28 @@ def test_its_models_are_listed_and_other_commands_tell_its_own(cli, name):
     ],
     ids=str,
 )
-def test_arguments_of_the_wrong_type(folder, name, settings, told):
-    model = pipeline(name, folder(name))
-    tiny = TINY[name]
-    plain = {"seed": 1, "prompt": tiny.prompt, "num_inference_steps": 1, "width": 32, "height": 32}
+def test_arguments_of_the_wrong_type(tiny, settings, told):
+    model = tiny.pipeline()
     with pytest.raises(MfluxError, match=told) as failure:
-        model.generate_image(**plain | dict(tiny.generate) | settings)
+        tiny.generate(model, **settings)
     assert failure.value.exit_code == 2
     assert model.loaded() == {}, "refused before any work"
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_numpy_s_numbers_are_numbers(folder, name, tmp_path):
-    model = pipeline(name, folder(name))
-    tiny = TINY[name]
+@EVERY_TINY
+def test_numpy_s_numbers_are_numbers(tiny, tmp_path):
     sizes = {"num_inference_steps": np.int64(1), "width": np.int32(32), "height": np.int16(32)}
-    image = model.generate_image(seed=np.uint64(1), prompt=tiny.prompt, **sizes | dict(tiny.generate))
+    image = tiny.generate(tiny.pipeline(), seed=np.uint64(1), **sizes)
     saved = image.save(tmp_path / "image.png", export_json_metadata=True)
     assert MetadataReader.read_exif_metadata(saved)["seed"] == 1
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_pid_is_refused_where_mflux_had_it(folder, name):
-    model = pipeline(name, folder(name))
+@EVERY_TINY
+def test_pid_is_refused_where_mflux_had_it(tiny):
+    model = tiny.pipeline()
     if "pid_decode" not in inspect.signature(model.generate_image).parameters:
         pytest.skip("mflux 0.24 has no PiD for it")
     for asked in ({"pid_decode": True}, {"pid_degrade_sigma": 0.5}):
         with pytest.raises(NotBuiltError, match="leave pid_decode"):
-            model.generate_image(1, TINY[name].prompt, **asked)
+            model.generate_image(1, tiny.case.prompt, **asked)
     assert model.loaded() == {}

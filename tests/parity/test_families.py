@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import cache
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -223,27 +224,25 @@ def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """Tiny models by pipeline and name, each written once."""
-    written: dict[tuple[str, str], Path] = {}
+def written_folder(tmp_path_factory):
+    """Tiny models by pipeline and name, each written when it is first asked for."""
 
-    def model(pipeline: str, folder: str) -> Path:
-        if (pipeline, folder) not in written:
-            path = tmp_path_factory.mktemp("models") / folder
-            written[pipeline, folder] = PIPELINES[pipeline].folders[folder](path)
-        return written[pipeline, folder]
+    @cache
+    def write(pipeline: str, folder: str) -> Path:
+        return PIPELINES[pipeline].folders[folder](tmp_path_factory.mktemp("models") / folder)
 
-    return model
+    return write
 
 
 @pytest.mark.parametrize(
     "name, picture", [(name, picture) for name, case in PIPELINES.items() for picture in case.pictures]
 )
-def test_picture(models, name, picture):
+def test_picture(written_folder, name, picture):
     pipeline = PIPELINES[name]
     folder, settings = pipeline.pictures[picture]
-    latents, pixels = pipeline.ours(models(name, folder), settings)
-    expected_latents, expected = pipeline.theirs(models(name, folder), settings)
+    path = written_folder(name, folder)
+    latents, pixels = pipeline.ours(path, settings)
+    expected_latents, expected = pipeline.theirs(path, settings)
     assert relative_error(latents, expected_latents) <= LOOP
     assert pixels.shape == expected.shape
     assert ((expected > 0) & (expected < 255)).mean() > 0.5, "a picture that is mostly clipped shows little"

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.reference import CORPUS, write_t5_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from support.tokenizers import CORPUS, trained, write_qwen_tokenizer, write_t5_tokenizer
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from mflux.backend import mx
@@ -32,11 +31,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-# As published: the first are special, the others are not, and none is in vocab.json.
-ADDED = {
-    "<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<|vision_start|>": True, "<|image_pad|>": True,
-    "<tool_call>": False, "<think>": False, "</think>": False,
-}  # fmt: skip
+# None of these is in vocab.json, and the last are not special.
+ADDED = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<tool_call>", "<think>",
+    "</think>",
+)  # fmt: skip
 
 PROMPTS = [
     *CORPUS,
@@ -73,46 +72,26 @@ PROMPTS = [
 
 
 @cache
-def trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def pairs():
     # Among these are words that begin with a space, and marks that follow letters they compose with.
-    texts = [*CORPUS, "the naïve cat's café 猫の写真 the 猫 the été\n\n"] * 3
-    trainer = trainers.BpeTrainer(vocab_size=600, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+    return trained([*CORPUS, "the naïve cat's café 猫の写真 the 猫 the été\n\n"] * 3, 600)
 
 
 def write(folder: Path, **changes) -> Path:
     """`vocab.json`, `merges.txt` and their configuration, as Qwen-Image's repository has them."""
-    vocabulary, merges = trained()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     settings = {
         "add_bos_token": False,
         "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(len(vocabulary) + number): {"content": token, "special": special, **flags}
-            for number, (token, special) in enumerate(ADDED.items())
-        },
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>"],
         "bos_token": None,
         "chat_template": TEMPLATE,
         "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
         "errors": "replace",
         "model_max_length": 131072,
-        "pad_token": "<|endoftext|>",
         "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | changes))
+    write_qwen_tokenizer(folder, pairs=pairs(), added=ADDED, **settings | changes)
     return folder
 
 

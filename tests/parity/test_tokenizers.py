@@ -8,7 +8,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.reference import CORPUS, T5_FORMS, write_clip_tokenizer, write_t5_tokenizer
+from support.tokenizers import CORPUS, T5_FORMS, write_trained_clip_tokenizer, write_trained_t5_tokenizer
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from mflux.errors import UsageError
@@ -92,14 +92,15 @@ def same_ids(ours, theirs, prompt: str, length: int) -> None:
 @pytest.fixture(scope="module", params=list(CLIP_FILES))
 def clip_pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    assert write_clip_tokenizer(folder, config=CLIP_FILES[request.param]) == 734, "the ids above are out of date"
+    ids = write_trained_clip_tokenizer(folder, config=CLIP_FILES[request.param])
+    assert ids["<|endoftext|>"] == 734, "the ids above are out of date"
     return clip_tokenizer(folder), CLIPTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=T5_FORMS)
 def t5_pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
-    write_t5_tokenizer(folder, form=request.param)
+    write_trained_t5_tokenizer(folder, form=request.param)
     return t5_tokenizer(folder), T5TokenizerFast.from_pretrained(folder)
 
 
@@ -147,7 +148,7 @@ def test_a_prompt_is_called_cut_when_transformers_cuts_it(clip_pair, t5_pair, pr
 def test_special_tokens_from_the_older_file(tmp_path):
     """Before the list with flags there was a file of its own, which outdoes tokenizer_config.json."""
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=True)
-    write_clip_tokenizer(tmp_path, config={"pad_token": "a</w>"})
+    write_trained_clip_tokenizer(tmp_path, config={"pad_token": "a</w>"})
     table = {"eos_token": flags | {"content": "<|endoftext|>"}, "pad_token": "!", "unk_token": "<|startoftext|>"}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(table))
     ours, theirs = clip_tokenizer(tmp_path), CLIPTokenizer.from_pretrained(tmp_path)
@@ -157,14 +158,16 @@ def test_special_tokens_from_the_older_file(tmp_path):
 
 
 def test_t5_without_a_configuration_of_its_own(tmp_path):
-    write_t5_tokenizer(tmp_path)
+    write_trained_t5_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     ours, theirs = t5_tokenizer(tmp_path), T5TokenizerFast.from_pretrained(tmp_path)
     for prompt in PROMPTS:
         same_ids(ours, theirs, prompt, 30)
 
 
-@pytest.mark.parametrize("read, write", [(clip_tokenizer, write_clip_tokenizer), (t5_tokenizer, write_t5_tokenizer)])
+@pytest.mark.parametrize(
+    "read, write", [(clip_tokenizer, write_trained_clip_tokenizer), (t5_tokenizer, write_trained_t5_tokenizer)]
+)
 def test_a_prompt_in_another_encoding_is_refused(tmp_path, read, write):
     write(tmp_path)
     with pytest.raises(UsageError, match="not UTF-8"):
@@ -176,11 +179,11 @@ def test_tokenizers_saved_by_transformers(tmp_path, kind):
     """transformers 5 writes tokenizer.json alone, for CLIP too, and rewrites the configuration."""
     published, saved = tmp_path / "published", tmp_path / "saved"
     if kind in CLIP_FILES:
-        write_clip_tokenizer(published, config=CLIP_FILES[kind])
+        write_trained_clip_tokenizer(published, config=CLIP_FILES[kind])
         CLIPTokenizer.from_pretrained(published).save_pretrained(saved)
         ours, theirs = clip_tokenizer(saved), CLIPTokenizer.from_pretrained(saved)
     else:
-        write_t5_tokenizer(published, form=kind)
+        write_trained_t5_tokenizer(published, form=kind)
         T5TokenizerFast.from_pretrained(published).save_pretrained(saved)
         ours, theirs = t5_tokenizer(saved), T5TokenizerFast.from_pretrained(saved)
     assert (saved / "tokenizer.json").is_file() and not (saved / "vocab.json").exists()

@@ -103,6 +103,9 @@ class Tiny:
         prompt: one that the model takes.
         pictures: writes what `words` and `generate` name into a folder, which is the working directory.
         right_half: whether the command writes the right half of what the class draws.
+        refused: (component, change, message): a change to the component's configuration with which the class is not
+            made, and a pattern that the message of the `CheckpointError` matches.
+        refused_later: the same, of what shows when the component is loaded.
         patches: what stands at a path while the tests run, so that they take seconds: "module.name" → value.
     """
 
@@ -115,6 +118,8 @@ class Tiny:
     prompt: str = "a red circle"
     pictures: Callable[[Path], None] | None = None
     right_half: bool = False
+    refused: Sequence[tuple[str, Settings, str]] = ()
+    refused_later: Sequence[tuple[str, Settings, str]] = ()
     patches: Mapping[str, Any] = field(default_factory=dict)
 
     def pipeline_class(self) -> type:

@@ -7,11 +7,8 @@ layer and a relative error means something at every depth.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mflux.backend import mx
+from support.tokenizers import write_trained_clip_tokenizer, write_trained_t5_tokenizer
 
 # What one component may differ by (relative L2).
 COMPONENT = 1e-5
@@ -182,138 +180,6 @@ def save(model, folder: Path, **options) -> Path:
     return folder
 
 
-# ---- tokenizers
-
-CORPUS = (
-    "a photo of a cat sitting on the mat, highly detailed, 4k",
-    "the quick brown fox jumps over the lazy dog's back and they'll say it's fine",
-    "an oil painting of a naïve café in Zürich, été, piñata, façade",
-    "a red circle on a white background, blue square, green triangle",
-    "猫の写真 красная площадь 한국어 שלום 1234567890 !?.,;:'\"()[]{}<>|@#$%^&*-_=+~`/\\",
-)
-
-
-def write_clip_tokenizer(folder: Path, *, length: int = 77, config: dict | None = None) -> int:
-    """`vocab.json`, `merges.txt` and their configuration; returns the id of the end token, the highest there is."""
-    vocabulary, merges = _clip_vocabulary()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "do_lower_case": True,
-        "model_max_length": length,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | (config or {})))
-    return vocabulary["<|endoftext|>"]
-
-
-@cache
-def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.normalizer = normalizers.Lowercase()
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    trained.train_from_iterator(CORPUS, trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    return {token: number for number, token in enumerate(tokens)}, merges
-
-
-# Two forms of tokenizer.json are about, from two generations of the converter from sentencepiece.
-T5_FORMS = ("whitespace", "strip")
-
-
-def write_t5_tokenizer(folder: Path, *, form: str = "whitespace", config: dict | None = None) -> int:
-    """`tokenizer.json` with sentencepiece's own character map and its configuration; returns the number of ids."""
-    pieces, characters = _sentencepiece()
-    metaspace = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
-    normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(characters).decode()}
-    if form == "whitespace":
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]}
-    else:
-        pre_tokenizer = metaspace | {"prepend_scheme": "first"}
-        strip = {"type": "Strip", "strip_left": False, "strip_right": True}
-        squeeze = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
-        normalizer = {"type": "Sequence", "normalizers": [normalizer, strip, squeeze]}
-    extra = [f"<extra_id_{number}>" for number in range(99, -1, -1)]
-    vocabulary = [*pieces, *((token, 0.0) for token in extra)]
-    names = [token for token, _ in vocabulary]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    special = ["<pad>", "</s>", "<unk>", *extra]
-    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": names.index(token), "content": token, **flags} for token in special],
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, end, {"Sequence": {"id": "B", "type_id": 0}}, end],
-            "special_tokens": {"</s>": {"id": "</s>", "ids": [names.index("</s>")], "tokens": ["</s>"]}},
-        },
-        "decoder": metaspace,
-        "model": {"type": "Unigram", "unk_id": names.index("<unk>"), "vocab": vocabulary, "byte_fallback": False},
-    }
-    settings = {
-        "tokenizer_class": "T5Tokenizer",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "extra_ids": 100,
-        "additional_special_tokens": [f"<extra_id_{number}>" for number in range(100)],
-        "added_tokens_decoder": {str(names.index(token)): {"content": token, **flags} for token in special},
-        "model_max_length": 512,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | (config or {})))
-    return len(vocabulary)
-
-
-@cache
-def _sentencepiece() -> tuple[list[tuple[str, float]], bytes]:
-    """Pieces with their scores, and the compiled character map (NFKC, with T5's treatment of spaces)."""
-    from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
-
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 10),
-        model_writer=model,
-        model_type="unigram",
-        normalization_rule_name="nmt_nfkc",
-        vocab_size=300,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    parsed = sentencepiece_model_pb2.ModelProto()
-    parsed.ParseFromString(model.getvalue())
-    pieces = [(piece.piece, 0.0 if number < 3 else piece.score) for number, piece in enumerate(parsed.pieces)]
-    return pieces, parsed.normalizer_spec.precompiled_charsmap
-
-
 # ---- whole pipelines
 
 SCHEDULERS = {
@@ -366,8 +232,8 @@ def write_flux(
         channels: of the transformer's input; what is beyond a picture's own 64 comes from the autoencoder.
         sharp: whether the autoencoder's posterior is so sharp that a draw from it is its mean; true with such channels.
     """
-    end = write_clip_tokenizer(folder / "tokenizer", length=40)
-    pieces = write_t5_tokenizer(folder / "tokenizer_2", form=t5_form)
+    end = write_trained_clip_tokenizer(folder / "tokenizer", length=40)["<|endoftext|>"]
+    pieces = len(write_trained_t5_tokenizer(folder / "tokenizer_2", form=t5_form))
     clip = clip_model(
         seed + 1,
         vocab_size=end + 1,

@@ -17,17 +17,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from mflux.backend import mx
 from mflux.checkpoints.loading import fill
 from mflux.models.common.networks.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from mflux.models.fibo.vlm.processor import FiboVLMProcessor
+from support.tokenizers import QWEN_VL_SPECIAL, write_whole_tokenizer
 
-SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>",
-)  # fmt: skip
 WIDTH = 256
 
 
@@ -47,24 +44,13 @@ def picture(*colour: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     return image
 
 
-def write_tokenizer(folder: Path, corpus: Sequence[str], *, chat_template: str | None = None) -> Tokenizer:
+def write_tokenizer(folder: Path, corpus: Sequence[str], **config: Any) -> Tokenizer:
     """A byte-level tokenizer in the layout of Qwen's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
         "add_prefix_space": False, "clean_up_tokenization_spaces": False, "bos_token": None, "unk_token": None,
     }  # fmt: skip
-    if chat_template is not None:
-        settings["chat_template"] = chat_template
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tokenizer
+    return write_whole_tokenizer(folder, corpus, size=400, special=QWEN_VL_SPECIAL, **settings | config)
 
 
 def configuration(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -107,13 +93,11 @@ def random_tensors(network: Qwen3VLForConditionalGeneration, seed: int) -> dict[
     return tensors
 
 
-def write_model(
-    folder: Path, conversations: Sequence[Conversation], *, seed: int = 1, chat_template: str | None = None
-) -> Path:
-    """A complete folder in the published layout."""
+def write_model(folder: Path, conversations: Sequence[Conversation], *, seed: int = 1, **config: Any) -> Path:
+    """A complete folder in the published layout; `config` goes into the tokenizer's."""
     folder.mkdir(parents=True)
     texts = [conversation.answer for conversation in conversations] + ["<inspire> <refine> <generate> Input: Editing"]
-    tokenizer = write_tokenizer(folder, texts, chat_template=chat_template)
+    tokenizer = write_tokenizer(folder, texts, **config)
     values = configuration(tokenizer)
     (folder / "config.json").write_text(json.dumps(values))
     ends = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]

@@ -10,8 +10,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from support.cases import Tiny, every
 from support.tiny import published, write_json
+from support.tiny_models import EVERY_TINY
 
 from mflux.backend import mx
 from mflux.cli.capabilities import describe
@@ -20,31 +20,11 @@ from mflux.models.common.controls.depth_pro.network import DepthProConfig, Depth
 from mflux.models.common.family import families
 from mflux.models.common.networks.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-TINY: dict[str, Tiny] = every("TINY")
-
-
-@pytest.fixture(autouse=True)
-def patches(monkeypatch):
-    for tiny in TINY.values():
-        for path, value in tiny.patches.items():
-            monkeypatch.setattr(path, value)
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """Each family's tiny model, written once; not to be written to."""
-    written: dict[str, Path] = {}
-
-    def whole(name: str) -> Path:
-        if name not in written:
-            written[name] = TINY[name].write(tmp_path_factory.mktemp("tiny") / "narrow", wide=False)
-        return written[name]
-
-    return whole
-
 
 @pytest.fixture(autouse=True)
 def nothing_is_sent(monkeypatch):
+    """A model is checked without asking the network for anything."""
+
     def refuse(*_):
         raise AssertionError("the network was asked")
 
@@ -63,30 +43,27 @@ def lines(result, label: str) -> list[str]:
 # ---- every family
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_whole_model_passes_and_nothing_of_it_is_read(cli, whole, name, monkeypatch):
-    whole(name)
+@EVERY_TINY
+def test_a_whole_model_passes_and_nothing_of_it_is_read(cli, tiny, monkeypatch):
+    root = tiny.folder()
     monkeypatch.setattr("mflux.backend.mx.eval", lambda *_: pytest.fail("numbers were read"))
-    result = cli("check", "model", whole(name), "--base-model", TINY[name].base_model)
+    result = cli("check", "model", root, "--base-model", tiny.case.base_model)
     assert (result.status, result.err) == (0, "")
     assert lines(result, "check") == ["pass"]
     assert lines(result, "problem") == lines(result, "broken") == []
     assert lines(result, "format") == ["safetensors"]
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_what_mflux_saved_passes_and_tells_its_model_itself(cli, whole, name, in_folder):
-    tiny = TINY[name]
-    call = ("save", "--model", whole(name), "--base-model", tiny.base_model, "--path", "x", "-q", 8)
-    assert cli(*call).status == 0
-    result = cli("check", "model", "x")
+@EVERY_TINY
+def test_what_mflux_saved_passes_and_tells_its_model_itself(cli, tiny):
+    result = cli("check", "model", tiny.save("-q", 8))
     assert (result.status, lines(result, "check"), lines(result, "format")) == (0, ["pass"], ["mflux"]), result.out
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_each_component_is_compared_with_its_tensors(cli, whole, name, in_folder):
+@EVERY_TINY
+def test_each_component_is_compared_with_its_tensors(cli, tiny, in_folder):
     """One tensor missing in each component, one too many, one of another shape: all are told at once."""
-    tiny, root = TINY[name], copy(whole(name), in_folder / "x")
+    root = copy(tiny.folder(), in_folder / "x")
     expected = []
     for file in sorted(root.glob("*/*.safetensors")):
         tensors = mx.load(str(file))
@@ -95,7 +72,7 @@ def test_each_component_is_compared_with_its_tensors(cli, whole, name, in_folder
         tensors["one.too.many"] = mx.zeros(3)
         mx.save_safetensors(str(file), tensors)
         expected.append(file.parent.name)
-    result = cli("check", "model", root, "--base-model", tiny.base_model)
+    result = cli("check", "model", root, "--base-model", tiny.case.base_model)
     assert (result.status, lines(result, "check")) == (1, ["fail"])
     problems = lines(result, "problem")
     for part in expected:
@@ -103,44 +80,40 @@ def test_each_component_is_compared_with_its_tensors(cli, whole, name, in_folder
         assert "1 tensor missing" in told and "1 tensor left over (one.too.many)" in told
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_what_check_says_is_what_loading_says(cli, whole, name, in_folder):
-    tiny, root = TINY[name], copy(whole(name), in_folder / "x")
-    if tiny.pictures is not None:
-        tiny.pictures(in_folder)
+@EVERY_TINY
+def test_what_check_says_is_what_loading_says(cli, tiny, in_folder):
+    root = copy(tiny.folder(), in_folder / "x")
     file = next((root / "transformer").glob("*.safetensors"))
     tensors = mx.load(str(file))
     key = next(key for key, value in sorted(tensors.items()) if value.ndim == 2)
     tensors[key] = tensors[key][:, :-1]
     mx.save_safetensors(str(file), tensors)
-    problems = lines(cli("check", "model", root, "--base-model", tiny.base_model), "problem")
-    call = [tiny.command, "--model", root, "--base-model", tiny.base_model, *tiny.words, "--prompt", tiny.prompt]
-    drawn = cli(*call, "--steps", 1, "--width", 32, "--height", 32)
+    problems = lines(cli("check", "model", root, "--base-model", tiny.case.base_model), "problem")
+    drawn = tiny.run("--prompt", tiny.case.prompt, "--steps", 1, "--width", 32, "--height", 32, model=root)
     assert drawn.status == 1
     assert drawn.errors == [f"error: {problem}" for problem in problems]
     assert f"{key} has the shape" in problems[0]
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_missing_and_damaged_files(cli, whole, name, in_folder):
-    tiny = TINY[name]
-    parts = [path.parent.name for path in sorted(whole(name).glob("*/config.json"))]
+@EVERY_TINY
+def test_missing_and_damaged_files(cli, tiny, in_folder):
+    parts = [path.parent.name for path in sorted(tiny.folder().glob("*/config.json"))]
     for number, part in enumerate(parts):
-        root = copy(whole(name), in_folder / f"a{number}")
+        root = copy(tiny.folder(), in_folder / f"a{number}")
         (root / part / "config.json").unlink()
-        result = cli("check", "model", root, "--base-model", tiny.base_model)
-        if (tiny.base_model.startswith("z-image"), part) == (True, "transformer"):
+        result = cli("check", "model", root, "--base-model", tiny.case.base_model)
+        if (tiny.case.base_model.startswith("z-image"), part) == (True, "transformer"):
             assert result.status == 0, "its shapes tell what a configuration would say"
             continue
         assert result.status == 1
         assert any(str(root / part) in problem for problem in lines(result, "problem"))
-        root = copy(whole(name), in_folder / f"b{number}")
+        root = copy(tiny.folder(), in_folder / f"b{number}")
         file = next((root / part).glob("*.safetensors"))
         file.write_bytes(file.read_bytes()[:-1])
-        result = cli("check", "model", root, "--base-model", tiny.base_model)
+        result = cli("check", "model", root, "--base-model", tiny.case.base_model)
         assert [problem for problem in lines(result, "problem") if f"{file} is truncated" in problem]
         file.unlink()
-        result = cli("check", "model", root, "--base-model", tiny.base_model)
+        result = cli("check", "model", root, "--base-model", tiny.case.base_model)
         assert any(f"{root / part} holds no weights" in problem for problem in lines(result, "problem"))
 
 

@@ -740,6 +740,7 @@ def test_a_bug_keeps_its_traceback(cli, in_folder, tiny_schnell, monkeypatch):
         cli("generate", "--model", tiny_schnell, *BASIC)
 
 
+@pytest.mark.filterwarnings("default::PIL.Image.DecompressionBombWarning")
 def test_what_a_library_warns_of_is_one_line(cli, in_folder, monkeypatch):
     from mflux.utils.image_util import ImageUtil
 
@@ -756,12 +757,9 @@ def test_a_reader_that_goes_away(tmp_path):
     from mflux.utils.image_util import ImageUtil
 
     ImageUtil.save_image(Image.new("RGB", (8, 8)), tmp_path / "image.png", {"prompt": "x" * 30_000})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mflux.cli.main", "info", str(tmp_path / "image.png")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.close()
-    errors = process.stderr.read().decode()
-    assert process.wait(30) == 1
+    call = [sys.executable, "-m", "mflux.cli.main", "info", str(tmp_path / "image.png")]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+        assert process.wait(30) == 1
     assert errors == ""

@@ -57,10 +57,10 @@ def skeleton(module_class: type, folder: Path) -> nn.Module:
 def match(skeletons):
     """Match one file with the tiny model."""
 
-    def match(path: Path, scale: float = 1.0) -> Loras:
+    def read(path: Path, scale: float = 1.0) -> Loras:
         return Loras([path], [scale], spellings=LORA.spellings, layouts=LORA.layouts, modules=skeletons)
 
-    return match
+    return read
 
 
 def weights(loras: Loras, folder: Path, part: str = "transformer", **options) -> dict[str, np.ndarray]:
@@ -703,10 +703,10 @@ BASIC = ("--prompt", "a red circle", "--seed", 1, "--steps", 1, "--width", 32, "
 
 @pytest.fixture
 def draw(cli, in_folder, tiny_schnell):
-    def draw(*words: object, basic=BASIC):
+    def run(*words: object, basic=BASIC):
         return cli("generate", "--model", tiny_schnell, "--base-model", "schnell", *basic, *words)
 
-    return draw
+    return run
 
 
 def pixels(path: str) -> np.ndarray:

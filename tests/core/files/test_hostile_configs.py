@@ -262,7 +262,7 @@ def parts():
                 yield module_class, name
 
 
-@pytest.mark.parametrize(("module_class", "name"), parts())
+@pytest.mark.parametrize(("module_class", "name"), list(parts()))
 @pytest.mark.parametrize("value", [5, 1.5, "x", [1], True])
 def test_a_part_that_is_no_table(module_class, name, value):
     with pytest.raises(CheckpointError):

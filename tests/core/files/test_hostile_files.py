@@ -8,7 +8,7 @@ import random
 import struct
 
 import pytest
-from support.tiny import write_clip_tokenizer, write_t5_tokenizer
+from support.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 from support.torch_archives import archive, tensor
 
 from mflux.backend import mx, nn

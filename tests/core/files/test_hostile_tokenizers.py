@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from support.tiny import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
+from support.tokenizers import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
 
 from mflux.errors import CheckpointError, MfluxError, UsageError
 from mflux.models.common.tokenizers.checks import LONGEST_PROMPT, check_character_map, library_call

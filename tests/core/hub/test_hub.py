@@ -33,11 +33,11 @@ def hub() -> Iterator[FakeHub]:
 def start(hub: FakeHub) -> Iterator[Any]:
     programs: list[Program] = []
 
-    def start(home: Path, **settings: str) -> Program:
+    def begin(home: Path, **settings: str) -> Program:
         programs.append(Program(hub, home, **settings))
         return programs[-1]
 
-    yield start
+    yield begin
     for program in programs:
         program.end()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
+from support.images import generated, mask, noise, photo, pipeline_reference
+from support.tokenizers import write_json, write_whole_tokenizer
 
 from families.flux.cases import normal, token_ids
 from families.qwen.cases import run_vae, run_vae_reference, same_sum_in_a_resnet
@@ -245,24 +246,12 @@ PROMPT = json.dumps({"short_description": "a Café in Zürich, at night", "objec
 EDIT_PROMPT = json.dumps({"short_description": "a red wall", "edit_instruction": "Paint the wall red."})
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """A byte-level tokenizer that begins every text with a token of its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([PROMPT, EDIT_PROMPT], trainer)
-    tokenizer.add_special_tokens(["<|begin|>", "<|pad|>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "pad_token": "<|pad|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+def write_tokenizer(folder: Path) -> None:
+    kinds = {"bos_token": "<|begin|>", "pad_token": "<|pad|>"}
+    write_whole_tokenizer(
+        folder, [PROMPT, EDIT_PROMPT], size=300, special=list(kinds.values()), start="<|begin|>",
+        tokenizer_class="PreTrainedTokenizerFast", **kinds,
+    )  # fmt: skip
 
 
 def write_fibo(folder: Path, *, layers: int, blocks: tuple[int, int], edit: bool = False, **scheduler) -> Path:
@@ -294,40 +283,6 @@ def write_fibo(folder: Path, *, layers: int, blocks: tuple[int, int], edit: bool
     return folder
 
 
-def photo(width: int, height: int):
-    """A smooth picture."""
-    import PIL.Image
-
-    pixels = np.random.default_rng(width).integers(0, 256, (3, 3, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
-
-
-def mask(width: int, height: int):
-    import PIL.Image
-
-    pixels = np.zeros((height, width), np.uint8)
-    pixels[: height // 2, width // 3 :] = 255
-    return PIL.Image.fromarray(pixels)
-
-
-class Last:
-    """What the denoising loop ended with."""
-
-    def call_after_loop(self, latents, **_) -> None:
-        self.latents = latents
-
-
-def drawn(pipeline, **settings):
-    for name in settings.keys() & {"image_path", "mask_path"}:
-        path = pipeline.root / f"{name}.png"
-        settings[name].save(path)
-        settings[name] = path
-    last = Last()
-    pipeline.callbacks.register(last)
-    image = pipeline.generate_image(**settings).image
-    return np.array(last.latents), np.asarray(image)
-
-
 def draw_fibo(folder: Path, settings):
     from mflux.models.fibo.variants.txt2img.fibo import FIBO
 
@@ -336,7 +291,7 @@ def draw_fibo(folder: Path, settings):
     pipeline = FIBO(
         model_path=str(folder), model_config=ModelConfig.fibo(), lora_paths=loras, lora_scales=loras and [0.7]
     )
-    return drawn(pipeline, **settings)
+    return generated(pipeline, **settings)
 
 
 def write_lora(folder: Path) -> Path:
@@ -363,28 +318,11 @@ def write_lora(folder: Path) -> Path:
 def draw_edit(folder: Path, settings):
     from mflux.models.fibo.variants.edit import FIBOEdit
 
-    return drawn(FIBOEdit(model_path=str(folder), model_config=ModelConfig.fibo_edit()), **settings)
-
-
-@cache
-def fibo_reference(folder: Path, name: str):
-    import diffusers
-
-    pipeline = getattr(diffusers, name).from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def noise(settings):
-    import torch
-
-    return torch.tensor(
-        np.array(FiboLatentCreator.create_noise(settings["seed"], settings["height"], settings["width"]))
-    )
+    return generated(FIBOEdit(model_path=str(folder), model_config=ModelConfig.fibo_edit()), **settings)
 
 
 def draw_fibo_reference(folder: Path, settings):
-    pipeline = fibo_reference(folder, "BriaFiboPipeline")
+    pipeline = pipeline_reference(folder, "BriaFiboPipeline")
     if settings.get("lora"):
         pipeline.load_lora_weights(str(write_lora(folder)), adapter_name="style")
         pipeline.set_adapters("style", 0.7)
@@ -398,7 +336,7 @@ def draw_fibo_reference(folder: Path, settings):
 def draw_with_reference(pipeline, settings):
     import torch
 
-    latents = noise(settings)
+    latents = noise(FiboLatentCreator, settings)
     steps, height, width = settings["num_inference_steps"], settings["height"], settings["width"]
     if "image_path" in settings:
         return from_picture_reference(pipeline, settings, latents)
@@ -451,7 +389,7 @@ def from_picture_reference(pipeline, settings, latents):
 
 
 def draw_edit_reference(folder: Path, settings):
-    pipeline = fibo_reference(folder, "BriaFiboEditPipeline")
+    pipeline = pipeline_reference(folder, "BriaFiboEditPipeline")
     common = dict(
         prompt=settings["prompt"],
         negative_prompt=settings.get("negative_prompt"),
@@ -460,7 +398,7 @@ def draw_edit_reference(folder: Path, settings):
         width=settings["width"],
         num_inference_steps=settings["num_inference_steps"],
         guidance_scale=settings["guidance"],
-        latents=noise(settings),
+        latents=noise(FiboLatentCreator, settings),
     )
     # A mask is pasted into the list of pictures that is given.
     result = pipeline(**common, image=settings["image_path"].copy(), output_type="latent").images
@@ -528,7 +466,7 @@ PIPELINES = (
 def write_tiny(folder: Path, *, wide: bool = False, vocabulary: tuple[int, int] = (320, 300)) -> Path:
     """A whole model of random weights, in the published layout; `vocabulary` is how many tokens there are and which one
     stands for an empty prompt."""
-    from support.tiny import published, write_json
+    from support.tiny import write_components
 
     width = 64 if wide else 32
     write_tokenizer(folder / "tokenizer")
@@ -538,29 +476,24 @@ def write_tiny(folder: Path, *, wide: bool = False, vocabulary: tuple[int, int] 
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
     )
     parts = {
-        "text_encoder": (SmolLM3TextEncoder, "model", {
+        "text_encoder": (SmolLM3TextEncoder, {
             "model_type": "smollm3", "vocab_size": vocabulary[0], "hidden_size": width, "intermediate_size": 2 * width,
             "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": vocabulary[1],
             # As published: no shape of a folder that mflux 0.24 saved tells it.
             "head_dim": 128,
         }),
-        "transformer": (FiboTransformer, "diffusion_pytorch_model", {
+        "transformer": (FiboTransformer, {
             "_class_name": "BriaFiboTransformer2DModel", "num_layers": 1, "num_single_layers": 2,
             "attention_head_dim": width, "num_attention_heads": 2,
             "axes_dims_rope": [width // 8, width * 7 // 16, width * 7 // 16],
             "text_encoder_dim": width, "joint_attention_dim": 2 * width,
         }),
-        "vae": (FiboAutoencoder, "diffusion_pytorch_model", {
+        "vae": (FiboAutoencoder, {
             "_class_name": "AutoencoderKLWan", "base_dim": 4, "decoder_base_dim": 8, "dim_mult": [1, 2, 2, 2],
             "num_res_blocks": 1,
         }),
     }  # fmt: skip
-    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
-        write_json(folder / name / "config.json", config)
-        module = module_class(module_class.config_class.from_dict(config))
-        tensors = published(module, seed=number)
-        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
-    return folder
+    return write_components(folder, parts)
 
 
 TINY = (
@@ -572,5 +505,13 @@ TINY = (
         # What the command takes where nothing is said.
         generate={"guidance": 5.0},
         prompt=PROMPT,
+        refused=(
+            ("transformer", {"in_channels": 16}, "16"),
+            ("text_encoder", {"hidden_size": 64}, "different models"),
+            ("vae", {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]}, "8 pixels"),
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "mflux-generate draws"),
+            ("transformer", {"guidance_embeds": True}, "guidance_embeds"),
+            ("text_encoder", {"bos_token_id": 320}, "none of 320 tokens"),
+        ),
     ),
 )

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from support.images import mask, photo
+from support.saved_024 import write_as_024
 
-from families.fibo.cases import EDIT_PROMPT, PROMPT, mask, photo, write_tiny
+from families.fibo.cases import EDIT_PROMPT, PROMPT, write_tiny
 from mflux.backend import mx
-from mflux.checkpoints.loading import FolderTensors, load_component
+from mflux.checkpoints.loading import load_component
 from mflux.checkpoints.published import PublishedFolder
 from mflux.cli import save
-from mflux.errors import CheckpointError, MissingExtraError, UsageError
+from mflux.errors import MissingExtraError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.config import Config
 from mflux.models.common.memory import LazyComponent, is_loaded
@@ -341,25 +341,6 @@ def test_an_edit_needs_a_picture(here, model, capsys):
 # ---- folders
 
 
-@pytest.mark.parametrize(
-    "part, change, sentence",
-    [
-        ("transformer", {"in_channels": 16}, "16"),
-        ("text_encoder", {"hidden_size": 64}, "different models"),
-        ("vae", {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]}, "8 pixels"),
-        ("transformer", {"_class_name": "FluxTransformer2DModel"}, "mflux-generate draws"),
-        ("transformer", {"guidance_embeds": True}, "guidance_embeds"),
-        ("text_encoder", {"bos_token_id": 320}, "none of 320 tokens"),
-    ],
-)
-def test_a_folder_of_another_kind_is_refused(tmp_path, model, part, change, sentence):
-    folder = shutil.copytree(model, tmp_path / "model")
-    path = folder / part / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError, match=sentence):
-        FIBO(model_path=str(folder))
-
-
 @pytest.mark.parametrize("bits", [None, 8])
 def test_saved_and_drawn_with_again(here, tmp_path, bits):
     source = write_tiny(tmp_path / "wide", wide=True)
@@ -373,52 +354,32 @@ def test_saved_and_drawn_with_again(here, tmp_path, bits):
     assert (pixels("a.png") == pixels("c.png")).all() == (bits is None)
 
 
-def write_as_024(source: Path, target: Path) -> Path:
-    """What mflux 0.24 writes: names and layout of its own, kernels over time whole, and no configuration."""
-    names = {
-        "text_encoder": ((r"^model\.", ""),),
-        "transformer": (),
-        "vae": (
-            (r"(?<=\.)(conv_in|conv_out|conv1|conv2|conv_shortcut|time_conv)\.", r"\1.conv3d."),
-            (r"^(post_)?quant_conv\.", r"\1quant_conv.conv3d."),
-            (r"\.resample\.1\.", ".resample_conv."),
-            (r"\.gamma$", ".weight"),
-        ),
-    }
-    random = np.random.default_rng(0)
-    for part, renames in names.items():
-        tensors = {}
-        for name, value in FolderTensors(source / part).items():
-            value = np.array(value)
-            for pattern, replacement in renames:
-                name = re.sub(pattern, replacement, name)
-            if ".conv3d.weight" in name:
-                # Only the last slice of a kernel over time matters for a picture.
-                depth = value.shape[-1]
-                before = random.standard_normal((*value.shape[:2], depth - 1, *value.shape[2:])).astype(np.float32)
-                value = np.concatenate([before, value[:, :, None]], axis=2)
-            if name.endswith("weight") and value.ndim >= 4 and "norm" not in name:
-                value = np.moveaxis(value, 1, -1)
-            tensors[name] = mx.array(np.ascontiguousarray(value))
-        if part == "vae":
-            config = json.loads((source / part / "config.json").read_text())
-            width = config["base_dim"] * 2
-            for level in (1, 2):
-                tensors[f"encoder.down_blocks.{level}.downsampler.time_conv.conv3d.weight"] = mx.zeros(
-                    (width, 3, 1, 1, width)
-                )
-                tensors[f"encoder.down_blocks.{level}.downsampler.time_conv.conv3d.bias"] = mx.zeros(width)
-        (target / part).mkdir(parents=True)
-        mx.save_safetensors(str(target / part / "0.safetensors"), tensors)
-        index = {"metadata": {"mflux_version": "0.24.0"}, "weight_map": dict.fromkeys(tensors, "0.safetensors")}
-        (target / part / "model.safetensors.index.json").write_text(json.dumps(index))
-    shutil.copytree(source / "tokenizer", target / "tokenizer")
-    return target
+# Ours → theirs.
+NAMES_024 = {
+    "text_encoder": ((r"^model\.", ""),),
+    "transformer": (),
+    "vae": (
+        (r"(?<=\.)(conv_in|conv_out|conv1|conv2|conv_shortcut|time_conv)\.", r"\1.conv3d."),
+        (r"^(post_)?quant_conv\.", r"\1quant_conv.conv3d."),
+        (r"\.resample\.1\.", ".resample_conv."),
+        (r"\.gamma$", ".weight"),
+    ),
+}
+
+
+def saved_by_024(source: Path, target: Path) -> Path:
+    """With the encoder's convolutions over time, which no image needs."""
+    width = json.loads((source / "vae" / "config.json").read_text())["base_dim"] * 2
+    more = {}
+    for level in (1, 2):
+        stem = f"encoder.down_blocks.{level}.downsampler.time_conv.conv3d"
+        more |= {f"{stem}.weight": mx.zeros((width, 3, 1, 1, width)), f"{stem}.bias": mx.zeros(width)}
+    return write_as_024(source, target, NAMES_024, more={"vae": more})
 
 
 def test_a_folder_that_024_saved(here, tmp_path):
     model = write_tiny(tmp_path / "new", vocabulary=(128_256, 128_000))
-    old = write_as_024(model, tmp_path / "old")
+    old = saved_by_024(model, tmp_path / "old")
     folder = weights_024.open_folder(old)
     assert weights_024.open_folder(model) is None
     assert folder.config("vae")["temperal_downsample"] == [False, True, True]

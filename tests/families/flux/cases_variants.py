@@ -10,8 +10,8 @@ from unittest import mock
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
+from support.images import generated, mask, noise, photo
 
-from families.fibo.cases import Last, mask, photo
 from families.flux.cases import key_biases, normal, same_sum_in_the_condition, transformer_inputs
 from mflux.backend import mx
 from mflux.models.common.config import ModelConfig
@@ -43,48 +43,21 @@ def ours(module: str, key: str, length: int = 64):
         # The tiny tokenizers' limit, not the model's, decides what a prompt becomes; 512 tokens would only take time.
         config.max_sequence_length = length
         settings = {name: value for name, value in settings.items() if name != "edges"}
-        return drawn(pipeline(model_path=str(folder), model_config=config), **settings)
+        return generated(pipeline(model_path=str(folder), model_config=config), **settings)
 
     return draw
-
-
-def drawn(pipeline, **settings):
-    """Latents after the loop, and the picture; pictures among the settings go through files."""
-    import PIL.Image
-
-    def path(name: str, value):
-        if isinstance(value, list):
-            return [path(f"{name}-{number}", one) for number, one in enumerate(value)]
-        if not isinstance(value, PIL.Image.Image):
-            return value
-        value.save(pipeline.root / f"{name}.png")
-        return pipeline.root / f"{name}.png"
-
-    last = Last()
-    pipeline.callbacks.register(last)
-    image = pipeline.generate_image(**{name: path(name, value) for name, value in settings.items()}).image
-    return np.array(last.latents), np.asarray(image)
 
 
 @cache
 def reference(folder: Path, name: str):
     """A pipeline of the reference, made of a FLUX.1 folder's components."""
     import diffusers
-    import torch
 
-    parts = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32).components
+    parts = diffusers.FluxPipeline.from_pretrained(folder).components
     parts = {key: part for key, part in parts.items() if part is not None}
     pipeline = getattr(diffusers, name)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def noise(settings):
-    import torch
-
-    return torch.tensor(
-        np.array(FluxLatentCreator.create_noise(settings["seed"], settings["height"], settings["width"]))
-    )
 
 
 def both(pipeline, settings, **inputs):
@@ -100,7 +73,7 @@ def both(pipeline, settings, **inputs):
         guidance_scale=settings["guidance"],
         max_sequence_length=64,
         output_type="latent",
-        **{"latents": noise(settings)} | inputs,
+        **{"latents": noise(FluxLatentCreator, settings)} | inputs,
     ).images
     config = pipeline.vae.config
     unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
@@ -565,7 +538,7 @@ def concept_in_picture_reference(folder: Path, settings):
     with beside(pipeline, settings) as seen, torch.no_grad():
         for sigma in pipeline.scheduler.sigmas[left_out:-1]:
             pipeline.transformer(
-                hidden_states=(1 - sigma) * clean + sigma * noise(settings),
+                hidden_states=(1 - sigma) * clean + sigma * noise(FluxLatentCreator, settings),
                 timestep=sigma[None],
                 guidance=torch.tensor([settings["guidance"]]),
                 encoder_hidden_states=embeds,

@@ -64,7 +64,7 @@ class Tiny:
         self.config = copy.copy(MODEL[kind]())
         # Of prompts of full length test_flux_pipeline.py draws pictures; most of their tokens are padding.
         self.config.max_sequence_length = 24
-        self.pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        self.pipeline = FluxPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
 
     def ours(self, *loras: tuple[Path, float], bake: bool = True) -> Drawn:

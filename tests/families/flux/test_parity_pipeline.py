@@ -46,7 +46,7 @@ def ours(folder: Path, kind: str, seed: int, prompt: str, **settings) -> tuple[n
 
 @cache
 def reference_pipeline(folder: Path) -> FluxPipeline:
-    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(folder).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     # Were the reference to miss its tensors, it would go on with random ones.
     tensors = load_file(next((folder / "text_encoder").glob("*.safetensors")))

@@ -14,8 +14,8 @@ import numpy as np
 import PIL.Image
 import pytest
 from support.cases import Tiny
+from support.images import photo
 
-from families.fibo.cases import photo
 from families.flux.cases_variants import TINY, write_pictures
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.quantization import Quantization
@@ -32,15 +32,9 @@ BY_NAME = {case.command: case for case in TINY}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    written: dict[str, Path] = {}
-
-    def model(case: Tiny) -> Path:
-        if case.command not in written:
-            written[case.command] = case.write(tmp_path_factory.mktemp("models") / "tiny")
-        return written[case.command]
-
-    return model
+def models(written_models):
+    """The tiny model of a variant; not to be written to."""
+    return lambda case: written_models(f"flux {case.command}", False)
 
 
 @pytest.fixture

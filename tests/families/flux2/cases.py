@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from support.cases import Component, Pipeline, Settings, Tiny
+from support.images import generated, photo, pipeline_reference
+from support.tokenizers import write_json, write_qwen_tokenizer
 
 from families.flux.cases import key_biases, normal, same_sum_in_a_resnet, token_ids
 from mflux.backend import mx
@@ -449,9 +450,8 @@ def write_klein(folder: Path, *, pipeline: str = "Flux2KleinPipeline", heads: in
     """A tiny model as it is published, by the reference classes."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from support.reference import draw
-    from support.tiny import write_qwen_tokenizer
 
-    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    vocabulary = len(write_qwen_tokenizer(folder / "tokenizer"))
     text = qwen3_reference(vocab_size=vocabulary, hidden_size=16)
     draw(text, 1).save_pretrained(folder / "text_encoder")
     transformer = transformer_reference(
@@ -474,54 +474,15 @@ def write_klein(folder: Path, *, pipeline: str = "Flux2KleinPipeline", heads: in
     return folder
 
 
-def photo(width: int, height: int):
-    """A picture with large and small shapes."""
-    import PIL.Image
-
-    pixels = np.random.default_rng(width).integers(0, 256, (5, 4, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
-
-
-class Last:
-    """What the denoising loop ended with."""
-
-    def call_after_loop(self, latents, **_) -> None:
-        self.latents = latents
-
-
 def draw_ours(folder: Path, settings):
     from mflux.models.flux2.variants.edit.flux2_klein_edit import Flux2KleinEdit
     from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 
-    settings = dict(settings)
-    # Sources are given by size.
-    if sizes := settings.pop("image_paths", None):
-        settings["image_paths"] = [folder / f"{width}x{height}.png" for width, height in sizes]
-        for path, size in zip(settings["image_paths"], sizes, strict=True):
-            photo(*size).save(path)
-    if size := settings.pop("image_path", None):
-        settings["image_path"] = folder / "source.png"
-        photo(*size).save(settings["image_path"])
-    edits = sizes is not None or "use_kv_cache" in settings
+    edits = "image_paths" in settings or "use_kv_cache" in settings
     pipeline = (Flux2KleinEdit if edits else Flux2Klein)(
         model_path=str(folder), model_config=ModelConfig.flux2_klein_4b()
     )
-    last = Last()
-    pipeline.callbacks.register(last)
-    image = pipeline.generate_image(**settings).image
-    return np.array(last.latents), np.asarray(image)
-
-
-@cache
-def klein_reference(folder: Path, *, keeps: bool):
-    import diffusers
-    import torch
-
-    diffusers.utils.logging.disable_progress_bar()
-    kind = diffusers.Flux2KleinKVPipeline if keeps else diffusers.Flux2KleinPipeline
-    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return generated(pipeline, **settings)
 
 
 def draw_theirs(folder: Path, settings):
@@ -531,15 +492,15 @@ def draw_theirs(folder: Path, settings):
     from mflux.models.flux2.latent_creator.flux2_latent_creator import Flux2LatentCreator
 
     keeps = settings.get("use_kv_cache", KV in (folder / "model_index.json").read_text())
-    pipeline = klein_reference(folder, keeps=keeps)
+    pipeline = pipeline_reference(folder, KV if keeps else "Flux2KleinPipeline")
     height, width = settings["height"], settings["width"]
     noise = Flux2LatentCreator.create_noise(settings["seed"], height, width)
     latents = torch.tensor(np.array(Flux2LatentCreator.unpack_latents(noise, height, width)))
     steps = settings["num_inference_steps"]
     sigmas = np.linspace(1.0, 1 / steps, steps)
-    if size := settings.get("image_path"):
+    if source := settings.get("image_path"):
         first = max(1, int(steps * settings["image_strength"]))
-        picture = photo(*size).resize((width, height), PIL.Image.Resampling.LANCZOS)
+        picture = source.resize((width, height), PIL.Image.Resampling.LANCZOS)
         with torch.no_grad():
             clean = pipeline._encode_vae_image(pipeline.image_processor.preprocess(picture), None)
         sigma = shifted(sigmas, height * width // 256, steps)[first]
@@ -551,9 +512,8 @@ def draw_theirs(folder: Path, settings):
         return values
 
     guidance = {} if keeps else {"guidance_scale": settings.get("guidance", 1.0)}
-    pictures = [photo(*size) for size in settings.get("image_paths", ())]
     image = pipeline(
-        image=pictures or None,
+        image=settings.get("image_paths"),
         prompt=settings["prompt"],
         height=height,
         width=width,
@@ -595,22 +555,22 @@ PIPELINES = (
             "a long prompt, cut": ("base", _picture(prompt="a blue square " * 100, num_inference_steps=2)),
             "from a picture": (
                 "distilled",
-                _picture(image_path=(100, 70), image_strength=0.4, num_inference_steps=5),
+                _picture(image_path=photo(100, 70), image_strength=0.4, num_inference_steps=5),
             ),
             "from a picture, guided": (
                 "base",
-                _picture(image_path=(64, 64), image_strength=0.75, num_inference_steps=6, guidance=2.0, height=64),
+                _picture(image_path=photo(64, 64), image_strength=0.75, num_inference_steps=6, guidance=2.0, height=64),
             ),
-            "one reference": ("distilled", _picture(image_paths=[(70, 90)])),
+            "one reference": ("distilled", _picture(image_paths=[photo(70, 90)])),
             "two references, guided": (
                 "base",
-                _picture(image_paths=[(80, 64), (133, 71)], guidance=2.5, height=64, width=48),
+                _picture(image_paths=[photo(80, 64), photo(133, 71)], guidance=2.5, height=64, width=48),
             ),
             "a reference that is too large": (
                 "distilled",
-                _picture(image_paths=[(3000, 401)], num_inference_steps=1, height=32, width=32),
+                _picture(image_paths=[photo(3000, 401)], num_inference_steps=1, height=32, width=32),
             ),
-            "kept references": ("keeps its references", _picture(image_paths=[(64, 96), (70, 80)], seed=4)),
+            "kept references": ("keeps its references", _picture(image_paths=[photo(64, 96), photo(70, 80)], seed=4)),
             "kept where none are": ("keeps its references", _picture(use_kv_cache=True)),
         },
         ours=draw_ours,
@@ -624,40 +584,39 @@ PIPELINES = (
 
 def write_tiny(folder: Path, *, wide: bool = False, changes: Mapping[str, Settings] | None = None) -> Path:
     """A whole model of random weights, in the published layout; `changes` are to configurations, by folder."""
-    from support.tiny import published, write_json, write_qwen_tokenizer
+    from support.tiny import published, write_components
 
     width = 64 if wide else 32
-    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    vocabulary = len(write_qwen_tokenizer(folder / "tokenizer"))
     write_json(folder / "model_index.json", {"_class_name": "Flux2KleinPipeline", "is_distilled": True})
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | SCHEDULER
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     parts = {
-        "text_encoder": (KleinTextEncoder, "model", {
+        "text_encoder": (KleinTextEncoder.saved_class, {
             "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocabulary,
             "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 28, "num_attention_heads": 2,
             "num_key_value_heads": 1, "head_dim": width,
         }),
-        "transformer": (Flux2Transformer, "diffusion_pytorch_model", {
+        "transformer": (Flux2Transformer, {
             "_class_name": "Flux2Transformer2DModel", "num_layers": 1, "num_single_layers": 2,
             "attention_head_dim": width // 2, "num_attention_heads": 2, "axes_dims_rope": [width // 8] * 4,
             "joint_attention_dim": 3 * width,
         }),
-        "vae": (AutoencoderKLFlux2, "diffusion_pytorch_model", {
+        "vae": (AutoencoderKLFlux2, {
             "_class_name": "AutoencoderKLFlux2", "block_out_channels": [8, 8, 16, width], "norm_num_groups": 4,
             "layers_per_block": 1, "down_block_types": ["DownEncoderBlock2D"] * 4,
             "up_block_types": ["UpDecoderBlock2D"] * 4,
         }),
     }  # fmt: skip
-    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
-        config |= (changes or {}).get(name, {})
-        write_json(folder / name / "config.json", config)
-        whole = getattr(module_class, "whole", module_class)
-        tensors = published(whole(module_class.config_class.from_dict(config)), seed=number)
-        if name == "vae":
+
+    def weights(module, *, seed: int) -> dict[str, mx.array]:
+        tensors = published(module, seed=seed)
+        if isinstance(module, AutoencoderKLFlux2):
             tensors["bn.running_var"] = mx.abs(tensors["bn.running_var"]) + 0.5
             tensors["bn.num_batches_tracked"] = mx.array(7)
-        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
-    return folder
+        return tensors
+
+    return write_components(folder, parts, changes=changes, draw=weights)
 
 
 _SOURCE = Path(__file__).parents[3] / "docs" / "demo.png"
@@ -668,6 +627,19 @@ TINY = (
         command="generate-flux2",
         base_model="flux2-klein-4b",
         pipeline="mflux.models.flux2.variants.txt2img.flux2_klein:Flux2Klein",
+        refused=(
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a FLUX.2 transformer"),
+            ("transformer", {"in_channels": 64}, "takes 64 channels"),
+            ("vae", {"latent_channels": 16}, "64 channels for every 16 pixels"),
+            ("vae", {"patch_size": [2, 1]}, "patch_size"),
+            ("vae", {"decoder_block_out_channels": [8, 8]}, "encoder and decoder differ"),
+        ),
+        refused_later=(
+            ("transformer", {"guidance_embeds": True}, "FLUX.2-dev"),
+            ("transformer", {"axes_dims_rope": [8, 8]}, "axes_dims_rope"),
+            ("text_encoder", {"num_hidden_layers": 26}, "hidden states 9, 18, 27"),
+            ("text_encoder", {"model_type": "llama"}, "qwen3"),
+        ),
     ),
     Tiny(
         write=write_tiny,

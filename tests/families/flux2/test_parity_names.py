@@ -8,9 +8,10 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from safetensors.torch import save_file
+from support.images import pipeline_reference
 from support.reference import as_numpy, relative_error
 
-from families.flux2.cases import SCHEDULER, TRANSFORMER, klein_reference, write_klein
+from families.flux2.cases import SCHEDULER, TRANSFORMER, write_klein
 from mflux.backend import tree_flatten
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
@@ -71,7 +72,7 @@ def klein(path, **options) -> Flux2Klein:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_single_file(folder, tmp_path, monkeypatch, prefix):
-    model = klein_reference(folder, keeps=False).transformer
+    model = pipeline_reference(folder, "Flux2KleinPipeline").transformer
     tensors = black_forest_labs(model, seed=5)
     file = tmp_path / "flux-2-klein-4b.safetensors"
     save_file({prefix + name: value for name, value in tensors.items()}, file)
@@ -144,12 +145,12 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lora_as_diffusers_reads_it(folder, tmp_path, layout):
-    model = klein_reference(folder, keeps=False).transformer
+    model = pipeline_reference(folder, "Flux2KleinPipeline").transformer
     files = [tmp_path / f"{whose}.safetensors" for whose in ("ours", "theirs")]
     for file, make in zip(files, LAYOUTS[layout], strict=True):
         save_file({name: value.contiguous() for name, value in make(model).items()}, file)
 
-    reference = Flux2KleinPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    reference = Flux2KleinPipeline.from_pretrained(folder)
     reference.load_lora_weights(str(files[1]))
     reference.fuse_lora(lora_scale=0.7)
     expected = {

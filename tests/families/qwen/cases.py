@@ -10,6 +10,8 @@ from unittest.mock import patch
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
+from support.images import generated, noise, photo, pipeline_reference
+from support.tokenizers import QWEN_VL_SPECIAL, spelled, write_json, write_qwen_tokenizer
 
 from mflux.backend import mx
 from mflux.models.common.config.model_config import ModelConfig
@@ -362,26 +364,12 @@ COMPONENTS = (
 # ---- whole pictures
 
 PROMPT = "a Café in Zürich, 4k, 猫 🐱"
-_SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>",
-)  # fmt: skip
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:
-    """Bytes, two merges and the special tokens; returns the ids of these."""
-    from tokenizers import pre_tokenizers
-
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
-    ids = {token: len(tokens) + number for number, token in enumerate(_SPECIAL)}
-    listed = {str(number): {"content": token, "special": True} for token, number in ids.items()}
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    settings |= {"unk_token": "<|endoftext|>", "added_tokens_decoder": listed, "model_max_length": 4096}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return ids
+    """Bytes, two pairs and the special tokens; returns all ids."""
+    options = dict(pairs=spelled(["the"]), added=QWEN_VL_SPECIAL)
+    return write_qwen_tokenizer(folder, **options, unk_token="<|endoftext|>", model_max_length=4096)
 
 
 def small_encoder(ids: dict[str, int], **text):
@@ -422,62 +410,14 @@ def write_qwen(folder: Path, *, kind: str = "QwenImagePipeline", scheduler: dict
     return folder
 
 
-def photo(width: int, height: int):
-    """A smooth picture."""
-    import PIL.Image
-
-    pixels = np.random.default_rng(width).integers(0, 256, (3, 3, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
-
-
-class Last:
-    """What the denoising loop ended with."""
-
-    def call_after_loop(self, latents, **_) -> None:
-        self.latents = latents
-
-
-def drawn(pipeline, **settings):
-    def file(picture) -> Path:
-        path = pipeline.root / f"{picture.width}x{picture.height}.png"
-        picture.save(path)
-        return path
-
-    if "image_path" in settings:
-        settings["image_path"] = file(settings["image_path"])
-    if "image_paths" in settings:
-        settings["image_paths"] = [file(picture) for picture in settings["image_paths"]]
-    last = Last()
-    pipeline.callbacks.register(last)
-    image = pipeline.generate_image(**settings).image
-    return np.array(last.latents), np.asarray(image)
-
-
 def draw_qwen(folder: Path, settings):
     from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
 
-    return drawn(QwenImage(model_path=str(folder), model_config=ModelConfig.qwen_image()), **settings)
-
-
-@cache
-def qwen_reference(folder: Path, name: str):
-    import diffusers
-
-    pipeline = getattr(diffusers, name).from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def noise(settings):
-    import torch
-
-    return torch.tensor(
-        np.array(QwenLatentCreator.create_noise(settings["seed"], settings["height"], settings["width"]))
-    )
+    return generated(QwenImage(model_path=str(folder), model_config=ModelConfig.qwen_image()), **settings)
 
 
 def draw_qwen_reference(folder: Path, settings):
-    pipeline = qwen_reference(folder, "QwenImagePipeline")
+    pipeline = pipeline_reference(folder, "QwenImagePipeline")
     if "image_path" in settings:
         return from_picture_reference(pipeline, settings)
     guidance = settings["guidance"]
@@ -488,7 +428,7 @@ def draw_qwen_reference(folder: Path, settings):
         height=settings["height"],
         width=settings["width"],
         num_inference_steps=settings["num_inference_steps"],
-        latents=noise(settings),
+        latents=noise(QwenLatentCreator, settings),
         # It would leave out what comes after 512, and encodes twice as many.
         max_sequence_length=1024,
     )
@@ -512,7 +452,7 @@ def from_picture_reference(pipeline, settings):
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
         begin = max(1, int(steps * settings["image_strength"]))
         sigmas = scheduler.sigmas
-        latents = (1 - sigmas[begin]) * picture + sigmas[begin] * noise(settings)
+        latents = (1 - sigmas[begin]) * picture + sigmas[begin] * noise(QwenLatentCreator, settings)
         embeds, _ = pipeline.encode_prompt(settings["prompt"])
         for step in range(begin, steps):
             velocity = pipeline.transformer(
@@ -536,7 +476,7 @@ def draw_edit(folder: Path, settings):
 
     with patch.object(qwen_image_edit, "_AREA", _AREA):
         pipeline = qwen_image_edit.QwenImageEdit(model_path=str(folder), model_config=ModelConfig.qwen_image_edit())
-        return drawn(pipeline, **settings)
+        return generated(pipeline, **settings)
 
 
 class ReferenceProcessor:
@@ -603,7 +543,7 @@ def draw_edit_reference(folder: Path, settings):
             height=settings.get("height"),
             width=settings.get("width"),
             num_inference_steps=settings["num_inference_steps"],
-            latents=noise(settings),
+            latents=noise(QwenLatentCreator, settings),
             callback_on_step_end=keep,
         ).images[0]
     return last["latents"], np.asarray(picture)
@@ -670,7 +610,7 @@ PIPELINES = (
 
 def write_tiny(folder: Path, *, wide: bool = False, text: dict | None = None, vision: dict | None = None) -> Path:
     """A whole model of random weights, in the published layout; `text` and `vision` change the text encoder."""
-    from support.tiny import published, write_json
+    from support.tiny import write_components
 
     width = 64 if wide else 32
     ids = write_tokenizer(folder / "tokenizer")
@@ -683,7 +623,7 @@ def write_tiny(folder: Path, *, wide: bool = False, text: dict | None = None, vi
         },
     )  # fmt: skip
     parts = {
-        "text_encoder": (Qwen25VLEncoder, "model", {
+        "text_encoder": (Qwen25VLEncoder, {
             "model_type": "qwen2_5_vl", "image_token_id": ids["<|image_pad|>"],
             "text_config": {
                 "model_type": "qwen2_5_vl_text", "vocab_size": 300, "hidden_size": width,
@@ -696,21 +636,16 @@ def write_tiny(folder: Path, *, wide: bool = False, text: dict | None = None, vi
                 "out_hidden_size": width, "fullatt_block_indexes": [1],
             } | (vision or {}),
         }),
-        "transformer": (QwenTransformer, "diffusion_pytorch_model", {
+        "transformer": (QwenTransformer, {
             "_class_name": "QwenImageTransformer2DModel", "num_layers": 2, "attention_head_dim": width,
             "num_attention_heads": 2, "axes_dims_rope": [width // 8, width * 7 // 16, width * 7 // 16],
             "joint_attention_dim": (text or {}).get("hidden_size", width),
         }),
-        "vae": (AutoencoderWan, "diffusion_pytorch_model", {
+        "vae": (AutoencoderWan, {
             "_class_name": "AutoencoderKLQwenImage", "base_dim": 4, "dim_mult": [1, 2, 2, 2],
         }),
     }  # fmt: skip
-    for number, (name, (module_class, stem, config)) in enumerate(parts.items()):
-        write_json(folder / name / "config.json", config)
-        module = module_class(module_class.config_class.from_dict(config))
-        tensors = published(module, seed=number)
-        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), tensors, metadata={"format": "pt"})
-    return folder
+    return write_components(folder, parts)
 
 
 _SOURCE = Path(__file__).parents[3] / "docs" / "demo.png"
@@ -724,6 +659,13 @@ TINY = (
         pipeline=f"{_QWEN}.txt2img.qwen_image:QwenImage",
         # What the command takes where nothing is said.
         generate={"guidance": 3.5},
+        refused=(
+            ("vae", {"z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "an autoencoder of 4"),
+            ("vae", {"dim_mult": 3}, "dim_mult"),
+            ("vae", {"dim_mult": None}, "dim_mult"),
+            ("vae", {"z_dim": "16"}, "z_dim"),
+            ("vae", {"z_dim": [16]}, "z_dim"),
+        ),
     ),
     Tiny(
         write=write_tiny,

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from support.saved_024 import write_as_024
 
 from families.qwen.cases import write_tiny
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FolderTensors
-from mflux.errors import CheckpointError, UsageError
+from mflux.errors import UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.qwen import layouts as weights_024
 from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
@@ -66,7 +67,8 @@ def flat_to_nested(match: re.Match) -> str:
     return f"encoder.down_blocks.{level}.{part}."
 
 
-NAMES = {
+# Ours → theirs.
+NAMES_024 = {
     "transformer": (
         (r"\.to_out\.", ".attn_to_out."),
         (r"\.(img|txt)_mod\.1\.", r".\1_mod_linear."),
@@ -91,33 +93,8 @@ NAMES = {
 }
 
 
-def write_as_024(source: Path, target: Path, *, lost: tuple[str, ...] = ()) -> Path:
-    """As 0.24 saves it: without configurations, kernels as MLX has them, norms flat, other names."""
-    random = np.random.default_rng(0)
-    for part, renames in NAMES.items():
-        tensors = {}
-        for name, value in FolderTensors(source / part).items():
-            if name in lost:
-                continue
-            value = np.array(value)
-            for pattern, replacement in renames:
-                name = re.sub(pattern, replacement, name)
-            if ".conv3d.weight" in name:
-                # Only the last slice of a kernel over time matters for a picture.
-                depth = value.shape[-1]
-                before = random.standard_normal((*value.shape[:2], depth - 1, *value.shape[2:])).astype(np.float32)
-                value = np.concatenate([before, value[:, :, None]], axis=2)
-            if "norm" in name and part == "vae":
-                value = value.reshape(-1)
-            elif value.ndim >= 4:
-                value = np.moveaxis(value, 1, -1)
-            tensors[name] = mx.array(np.ascontiguousarray(value))
-        (target / part).mkdir(parents=True)
-        mx.save_safetensors(str(target / part / "0.safetensors"), tensors)
-        index = {"metadata": {"mflux_version": "0.24.0"}, "weight_map": dict.fromkeys(tensors, "0.safetensors")}
-        (target / part / "model.safetensors.index.json").write_text(json.dumps(index))
-    shutil.copytree(source / "tokenizer", target / "tokenizer")
-    return target
+def saved_by_024(source: Path, target: Path, *, lost: tuple[str, ...] = ()) -> Path:
+    return write_as_024(source, target, NAMES_024, lost=lost, flat_norms=True)
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +111,14 @@ def as_published(tmp_path_factory) -> Path:
 
 
 def test_a_folder_that_024_saved(as_published, pictures, tmp_path):
-    old = write_as_024(as_published, tmp_path / "old")
+    old = saved_by_024(as_published, tmp_path / "old")
     assert weights_024.open_folder(as_published) is None
     assert np.array_equal(draw(old), draw(as_published))
     assert np.array_equal(edit(old, *pictures), edit(as_published, *pictures))
 
 
 def test_a_folder_that_024_saved_says_by_its_model_what_no_shape_tells(as_published, pictures, tmp_path):
-    old = write_as_024(as_published, tmp_path / "old")
+    old = saved_by_024(as_published, tmp_path / "old")
     new = tmp_path / "new"
     shutil.copytree(as_published, new)
     path = new / "transformer" / "config.json"
@@ -153,7 +130,7 @@ def test_a_folder_that_024_saved_says_by_its_model_what_no_shape_tells(as_publis
 
 def test_a_folder_without_the_bias_that_older_versions_lost(as_published, tmp_path):
     name = "norm_out.linear.bias"
-    old = write_as_024(as_published, tmp_path / "old", lost=(name,))
+    old = saved_by_024(as_published, tmp_path / "old", lost=(name,))
     zero = tmp_path / "zero"
     shutil.copytree(as_published, zero)
     (path,) = (zero / "transformer").glob("*.safetensors")
@@ -334,22 +311,3 @@ def test_edits_that_are_refused(model, pictures, cli):
 def test_one_step_draws(model):
     pipeline = QwenImage(model_path=str(model))
     assert pipeline.generate_image(1, "x", **SIZE | {"num_inference_steps": 1}).image.size == (48, 32)
-
-
-def test_a_folder_put_together_from_others(model, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(model, broken)
-    path = broken / "vae" / "config.json"
-    other = {"z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
-    path.write_text(json.dumps(json.loads(path.read_text()) | other))
-    with pytest.raises(CheckpointError, match="an autoencoder of 4"):
-        QwenImage(model_path=str(broken))
-
-
-@pytest.mark.parametrize(("name", "value"), [("dim_mult", 3), ("dim_mult", None), ("z_dim", "16"), ("z_dim", [16])])
-def test_an_autoencoder_s_configuration_of_the_wrong_kind(tmp_path, name, value):
-    root = write_tiny(tmp_path / "x")
-    path = root / "vae" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(CheckpointError, match=name):
-        QwenImage(model_path=str(root), model_config=ModelConfig.from_name(str(root), "qwen-image"))

@@ -30,14 +30,14 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """A folder with a tiny SeedVR2 of random weights; not to be written to."""
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny", wide=True)
 
 
 @pytest.fixture(scope="session")
-def model(tiny) -> SeedVR2:
-    return SeedVR2(model_path=str(tiny))
+def model(folder) -> SeedVR2:
+    return SeedVR2(model_path=str(folder))
 
 
 def photo(width: int = 40, height: int = 24, mode: str = "RGB") -> PIL.Image.Image:
@@ -412,9 +412,9 @@ def test_seeds_that_are_none(tmp_path, model, seed):
         model.generate_image(seed, saved(photo(), tmp_path / "a.png"), 48)
 
 
-def test_pictures_are_encoded_and_decoded_in_tiles(tmp_path, tiny):
+def test_pictures_are_encoded_and_decoded_in_tiles(tmp_path, folder):
     """With an autoencoder that sees each latent alone, so that tiles must not show at all."""
-    model = SeedVR2(model_path=str(tiny))
+    model = SeedVR2(model_path=str(folder))
     assert model.tiling_config == TilingConfig(), "also where nothing is said"
     sizes = []
 
@@ -449,8 +449,8 @@ def test_pictures_are_encoded_and_decoded_in_tiles(tmp_path, tiny):
     assert mx.abs(whole - in_tiles).max().item() < 1e-5
 
 
-def test_before_the_last_picture_is_decoded_the_transformer_goes(tmp_path, tiny):
-    model = SeedVR2(model_path=str(tiny))
+def test_before_the_last_picture_is_decoded_the_transformer_goes(tmp_path, folder):
+    model = SeedVR2(model_path=str(folder))
     held = []
     decode = model.decode
     model.decode = lambda *args: held.append(sorted(model.loaded())) or decode(*args)
@@ -491,14 +491,14 @@ def test_the_sharp_kind_is_refused(tmp_path, cli, in_folder):
 
 
 @pytest.fixture
-def upscale(cli, in_folder, tiny):
-    def upscale(*words: object, model: Path = tiny):
+def upscale(cli, in_folder, folder):
+    def run(*words: object, model: Path = folder):
         return cli("upscale-seedvr2", "--model", model, "--base-model", "seedvr2-3b", "-r", 16, *words)
 
-    return upscale
+    return run
 
 
-def test_one_picture(upscale, cli, in_folder, tiny):
+def test_one_picture(upscale, cli, in_folder, folder):
     path = saved(photo(), in_folder / "photo.png")
     result = upscale("-i", path, "--metadata", "-r", "1.4x", "--softness", 0.5)
     assert (result.status, result.errors, result.out) == (0, [], "image.png\n")
@@ -509,7 +509,7 @@ def test_one_picture(upscale, cli, in_folder, tiny):
     assert settings == json.loads(Path("image.metadata.json").read_text())
     expected = {
         "seed": 42, "width": 52, "height": 32, "resolution": "1.4x", "softness": 0.5, "image_path": "photo.png",
-        "model_path": tiny.name, "steps": 1,
+        "model_path": folder.name, "steps": 1,
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
     told = cli("info", "image.png").out
@@ -517,7 +517,7 @@ def test_one_picture(upscale, cli, in_folder, tiny):
     # What command and class make is the same, and nothing is replaced.
     again = upscale("-i", path, "-r", "1.4x", "--softness", 0.5, "--low-ram")
     assert (again.status, again.out) == (0, "image_1.png\n")
-    of_class = SeedVR2(model_path=str(tiny)).generate_image(42, path, ScaleFactor(1.4), 0.5)
+    of_class = SeedVR2(model_path=str(folder)).generate_image(42, path, ScaleFactor(1.4), 0.5)
     for other in (array(Path("image_1.png")), array(of_class.image)):
         assert np.array_equal(array(Path("image.png")), other)
 
@@ -620,11 +620,11 @@ def test_transparency_is_kept_or_refused(upscale, in_folder):
     assert "clear.jpg cannot hold transparency" in result.warnings[0]
 
 
-def test_what_is_wrong_for_all_is_told_once(upscale, in_folder, tiny):
+def test_what_is_wrong_for_all_is_told_once(upscale, in_folder, folder):
     for name in ("a.png", "b.png"):
         saved(photo(), in_folder / name)
     broken = in_folder / "broken"
-    shutil.copytree(tiny, broken)
+    shutil.copytree(folder, broken)
     next((broken / "transformer").glob("*.safetensors")).write_bytes(b"nothing")
     result = upscale("-i", "a.png", "b.png", model=broken)
     assert (result.status, len(result.errors), result.warnings) == (1, 1, [])

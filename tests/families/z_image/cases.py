@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
+from support.images import generated, noise, photo
+from support.tokenizers import write_json, write_qwen_tokenizer
 
 from families.flux.cases import normal, token_ids
 from mflux.backend import mx
@@ -307,9 +309,8 @@ def write_z_image(folder: Path, *, seed: int = 0, shift: float = 3.0, controlnet
     """A complete tiny folder, with a ControlNet if its settings are given."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from support.reference import draw, vae_model
-    from support.tiny import write_qwen_tokenizer
 
-    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    vocabulary = len(write_qwen_tokenizer(folder / "tokenizer"))
     text_encoder = text_encoder_reference(vocab_size=vocabulary, hidden_size=20)
     # Of the published class the files hold `model.…`, and no head.
     draw(text_encoder, seed + 1).save_pretrained(folder / "text_encoder")
@@ -345,29 +346,6 @@ def pipeline_reference(folder: Path, name: str):
     return pipeline
 
 
-class Last:
-    """What the denoising loop ended with."""
-
-    def call_after_loop(self, latents, **_) -> None:
-        self.latents = latents
-
-
-def drawn(pipeline, **settings):
-    last = Last()
-    pipeline.callbacks.register(last)
-    image = pipeline.generate_image(**settings).image
-    return np.array(last.latents), np.asarray(image)
-
-
-def photo(width: int, height: int, path: Path) -> Path:
-    """A smooth picture, in a file."""
-    import PIL.Image
-
-    pixels = np.random.default_rng(width).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC).save(path)
-    return path
-
-
 def drawing(width: int, height: int, path: Path) -> Path:
     """A picture with edges, in a file."""
     import PIL.Image
@@ -385,26 +363,16 @@ def draw_z_image(folder: Path, settings):
     from mflux.models.common.config import ModelConfig
     from mflux.models.z_image import ZImage
 
-    settings = dict(settings)
-    if "image_size" in settings:
-        settings["image_path"] = photo(*settings.pop("image_size"), folder / "photo.png")
-    return drawn(ZImage(model_path=str(folder), model_config=ModelConfig.z_image()), **settings)
-
-
-def noise(settings):
-    import torch
-
-    shape = settings["seed"], settings["height"], settings["width"]
-    return torch.tensor(np.array(ZImageLatentCreator.create_noise(*shape)))
+    return generated(ZImage(model_path=str(folder), model_config=ModelConfig.z_image()), **settings)
 
 
 def draw_z_image_reference(folder: Path, settings):
-    latents = noise(settings)
+    latents = noise(ZImageLatentCreator, settings)
     common = {name: settings[name] for name in ("height", "width", "num_inference_steps", "prompt")}
     # All that the pipeline has no argument for is left out of it: its own defaults are what a picture is compared with.
     common |= {name: settings[name] for name in ("cfg_normalization", "cfg_truncation") if name in settings}
     common |= {"guidance_scale": settings["guidance"], "negative_prompt": settings.get("negative_prompt")}
-    if "image_size" in settings:
+    if "image_path" in settings:
         return from_picture_reference(folder, settings, common)
     pipeline = pipeline_reference(folder, "ZImagePipeline")
     found = pipeline(**common, latents=latents, output_type="latent").images
@@ -421,8 +389,7 @@ def from_picture_reference(folder: Path, settings, common):
     steps = settings["num_inference_steps"]
     begin = max(1, int(steps * settings["image_strength"]))
     size = settings["width"], settings["height"]
-    image = PIL.Image.open(photo(*settings["image_size"], folder / "photo.png"))
-    image = image.resize(size, PIL.Image.Resampling.LANCZOS)
+    image = settings["image_path"].resize(size, PIL.Image.Resampling.LANCZOS)
     arguments = common | {"image": image, "strength": (steps - begin) / steps}
     module = "diffusers.pipelines.z_image.pipeline_z_image_img2img"
 
@@ -430,7 +397,7 @@ def from_picture_reference(folder: Path, settings, common):
         return encoded.latent_dist.mode()
 
     with (
-        mock.patch(f"{module}.randn_tensor", lambda *_, **__: noise(settings)),
+        mock.patch(f"{module}.randn_tensor", lambda *_, **__: noise(ZImageLatentCreator, settings)),
         mock.patch(f"{module}.retrieve_latents", latents_of),
     ):
         found = pipeline(**arguments, output_type="latent").images
@@ -444,7 +411,7 @@ def draw_controlled(folder: Path, settings):
     settings = dict(settings)
     path = drawing(*settings.pop("control_size"), folder / "control.png")
     controls = [ControlSpec(ControlType.canny, path, settings.pop("strength"))]
-    return drawn(ZImageTurboControlnet(model_path=str(folder)), controls=controls, **settings)
+    return generated(ZImageTurboControlnet(model_path=str(folder)), controls=controls, **settings)
 
 
 def draw_controlled_reference(folder: Path, settings):
@@ -462,8 +429,8 @@ def draw_controlled_reference(folder: Path, settings):
         guidance_scale=0, control_image=PIL.Image.fromarray(edges).convert("RGB"),
         controlnet_conditioning_scale=settings["controlnet_strength"] * settings["strength"],
     )  # fmt: skip
-    found = pipeline(**common, latents=noise(settings), output_type="latent").images
-    return found, np.asarray(pipeline(**common, latents=noise(settings)).images[0])
+    found = pipeline(**common, latents=noise(ZImageLatentCreator, settings), output_type="latent").images
+    return found, np.asarray(pipeline(**common, latents=noise(ZImageLatentCreator, settings)).images[0])
 
 
 def _picture(**settings):
@@ -498,11 +465,11 @@ PIPELINES = (
             "no words, one step": ("turbo", _picture(prompt="", guidance=0.0, num_inference_steps=1)),
             "from a picture": (
                 "turbo",
-                _picture(guidance=0.0, image_size=(120, 77), image_strength=0.4, num_inference_steps=5),
+                _picture(guidance=0.0, image_path=photo(120, 77), image_strength=0.4, num_inference_steps=5),
             ),
             "from a picture, guided": (
                 "base",
-                _picture(image_size=(64, 64), image_strength=0.75, num_inference_steps=4),
+                _picture(image_path=photo(64, 64), image_strength=0.75, num_inference_steps=4),
             ),
         },
         ours=draw_z_image,
@@ -545,40 +512,35 @@ def write_tiny(
     dtype: mx.Dtype = mx.float32,
 ) -> Path:
     """`changes` to the configurations, by component; `dtype` is what the files hold."""
-    from support.tiny import published, write_json, write_qwen_tokenizer
+    from support.tiny import published, write_components
 
-    vocabulary = write_qwen_tokenizer(folder / "tokenizer")
+    vocabulary = len(write_qwen_tokenizer(folder / "tokenizer"))
     write_json(folder / "model_index.json", _INDEX)
     write_json(folder / "scheduler" / "scheduler_config.json", static_schedule(shift))
     # Three thirds of 64 make 192, whose feed-forward is 512 wide: all divide by 64.
     dim, text = (192, 64) if wide else (48, 24)
     common = dict(dim=dim, n_heads=3, n_kv_heads=3, n_refiner_layers=1)
     parts = {
-        "text_encoder": (ZImageTextEncoder.whole, "model", {
+        "text_encoder": (ZImageTextEncoder.saved_class, {
             "model_type": "qwen3", "vocab_size": vocabulary, "hidden_size": text, "intermediate_size": 2 * text,
             "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": text // 4,
         }),
-        "transformer": (ZImageTransformer, "diffusion_pytorch_model", {
+        "transformer": (ZImageTransformer, {
             "_class_name": "ZImageTransformer2DModel", "axes_dims": [dim // 12, dim // 8, dim // 8], "n_layers": 2,
             "cap_feat_dim": text, **common,
         }),
-        "vae": (AutoencoderKL, "diffusion_pytorch_model", {
+        "vae": (AutoencoderKL, {
             "_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4,
             "layers_per_block": 1, "latent_channels": 16, "down_block_types": ["DownEncoderBlock2D"] * 4,
             "up_block_types": ["UpDecoderBlock2D"] * 4,
         }),
     }  # fmt: skip
     if controlnet:
-        parts["controlnet"] = ZImageControlNet, "diffusion_pytorch_model", {
+        parts["controlnet"] = ZImageControlNet, {
             "_class_name": "ZImageControlNetModel", "control_layers_places": [0, 1],
             "control_refiner_layers_places": [0], "control_in_dim": 33, **common,
         }  # fmt: skip
-    for number, (name, (module_class, file, config)) in enumerate(parts.items()):
-        config |= (changes or {}).get(name, {})
-        write_json(folder / name / "config.json", config)
-        tensors = published(module_class(module_class.config_class.from_dict(config)), seed=number, dtype=dtype)
-        mx.save_safetensors(str(folder / name / f"{file}.safetensors"), tensors, metadata={"format": "pt"})
-    return folder
+    return write_components(folder, parts, changes=changes, draw=partial(published, dtype=dtype))
 
 
 TINY = (
@@ -587,6 +549,16 @@ TINY = (
         command="generate-z-image-turbo",
         base_model="z-image-turbo",
         pipeline="mflux.models.z_image.variants.z_image:ZImage",
+        refused=(
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a Z-Image transformer"),
+            ("transformer", {"in_channels": 4}, "takes 4"),
+            ("vae", {"latent_channels": 4}, "4 latent channels"),
+        ),
+        refused_later=(
+            ("transformer", {"siglip_feat_dim": 12}, "Omni"),
+            ("transformer", {"axes_dims": [8, 8]}, "axes_dims"),
+            ("text_encoder", {"model_type": "llama"}, "qwen3"),
+        ),
     ),
     Tiny(
         write=write_tiny,

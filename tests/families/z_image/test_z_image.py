@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from support.saved_024 import write_as_024
 from support.small_depth_pro import write_model as write_depth_pro
 from support.tiny import published, write_json
 
@@ -117,27 +117,7 @@ AS_PUBLISHED = {"vae": {"block_out_channels": [32, 32, 64, 64], "norm_num_groups
 
 
 def saved_by_024(source: Path, target: Path, bits: int | None = None) -> Path:
-    """As mflux 0.24 writes it: no configuration, kernels with their channels last, one numbered file."""
-    for part, renames in NAMES_024.items():
-        if not (source / part).is_dir():
-            continue
-        tensors = {}
-        for name, value in FolderTensors(source / part).items():
-            for pattern, replacement in renames:
-                name = re.sub(pattern, replacement, name)
-            value = mx.moveaxis(value, 1, -1) if value.ndim == 4 else value
-            if bits and value.ndim == 2 and value.shape[1] % 64 == 0 and "pad_token" not in name:
-                stem = name.removesuffix("weight")
-                packed = dict(zip(("weight", "scales", "biases"), mx.quantize(value, 64, bits), strict=True))
-                tensors |= {stem + leaf: array for leaf, array in packed.items()}
-            else:
-                tensors[name] = mx.contiguous(value)
-        (target / part).mkdir(parents=True)
-        mx.save_safetensors(str(target / part / "0.safetensors"), tensors)
-        index = {"metadata": {"mflux_version": "0.24.0"}, "weight_map": dict.fromkeys(tensors, "0.safetensors")}
-        write_json(target / part / "model.safetensors.index.json", index)
-    shutil.copytree(source / "tokenizer", target / "tokenizer")
-    return target
+    return write_as_024(source, target, NAMES_024, bits=bits)
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
@@ -827,26 +807,6 @@ def test_two_names_for_one_layer_are_both_told(model, tmp_path):
 
 
 # ---- what is no model of this kind
-
-
-@pytest.mark.parametrize(
-    ("part", "change", "told"),
-    [
-        ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a Z-Image transformer"),
-        ("transformer", {"in_channels": 4}, "takes 4"),
-        ("transformer", {"siglip_feat_dim": 12}, "Omni"),
-        ("transformer", {"axes_dims": [8, 8]}, "axes_dims"),
-        ("vae", {"latent_channels": 4}, "4 latent channels"),
-        ("text_encoder", {"model_type": "llama"}, "qwen3"),
-    ],
-)
-def test_another_model_is_told(model, tmp_path, part, change, told):
-    broken = tmp_path / "broken"
-    shutil.copytree(model, broken)
-    path = broken / part / "config.json"
-    write_json(path, json.loads(path.read_text()) | change)
-    with pytest.raises(CheckpointError, match=told):
-        drawn(z_image(broken))
 
 
 def test_the_folder_s_layout_is_seen(model, tmp_path):

@@ -28,6 +28,7 @@ from mflux.models.fibo.vlm.generation import AnswerText
 from mflux.models.fibo.vlm.json_text import AnswerError
 from mflux.models.fibo.vlm.processor import FiboVLMProcessor
 
+WITHOUT_TORCH = Path(__file__).parents[2] / "support" / "without_torch"
 RED, BLUE, GREY = picture(200, 20, 20), picture(20, 20, 200), picture(90, 90, 90, size=(48, 96))
 WALL = {"short_description": "a red wall", "objects": []}
 GREEN = {"short_description": "a green wall", "objects": []}
@@ -226,7 +227,7 @@ def test_without_torch_from_the_cache(model, here):
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(model, repository / "snapshots" / commit)
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2] / "support" / "without_torch"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")])),
         "HF_HUB_CACHE": str(here / "cache"),
         "HF_HUB_OFFLINE": "1",
     }

@@ -38,7 +38,7 @@ COMMANDS = {
 def environment(tmp_path) -> dict[str, str]:
     """transformers is refused, and the Hub may be asked: whoever asked it would be told of the address."""
     return os.environ | {
-        "PYTHONPATH": str(REFUSAL),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REFUSAL), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / "hub"),
         "HF_ENDPOINT": "http://127.0.0.1:9",
