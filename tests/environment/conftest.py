@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     wanted = os.environ.get("MFLUX_TEST_ENVIRONMENTS") == "1"
     for item in items:
         # Whatever installs something asks for the tools to do it with.
-        if Path(__file__).parent in item.path.parents and "tools" in getattr(item, "fixturenames", ()):
-            if not wanted:
-                item.add_marker(pytest.mark.skip(reason="takes minutes and an index: make test-environments"))
+        installs = Path(__file__).parent in item.path.parents and "tools" in getattr(item, "fixturenames", ())
+        if installs and not wanted:
+            item.add_marker(pytest.mark.skip(reason="takes minutes and an index: make test-environments"))
 
 
 @pytest.fixture(scope="session")

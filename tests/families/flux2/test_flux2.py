@@ -193,7 +193,7 @@ def small_encoder(tmp_path, monkeypatch, model) -> dict[str, str]:
     }  # fmt: skip
     folder = tmp_path / "qwen3"
     write_json(folder / "config.json", config)
-    encoder = SmallQwen3.whole(SmallQwen3.config_class.from_dict(config))
+    encoder = SmallQwen3.saved_class(SmallQwen3.config_class.from_dict(config))
     mx.save_safetensors(str(folder / "model.safetensors"), published(encoder, seed=3))
     sizes = AdapterConfig(**ADAPTER | {"out_features": 96, "max_length": 40})
     metadata = {

@@ -149,7 +149,7 @@ def test_what_no_shape_of_it_tells_is_as_published(tmp_path):
         name: config[name] for name in config.keys() & found.keys()
     }
     config = CONFIGS["Z-Image/text_encoder"]
-    whole = ZImageTextEncoder.whole
+    whole = ZImageTextEncoder.saved_class
     settings = whole.config_class.from_dict(config)
     assert whole.config_class.from_dict(_text_encoder(Skeleton(whole(settings)))) == settings
 

@@ -16,7 +16,7 @@ class BatterySaver:
     def __init__(self, battery_percentage_stop_limit: int = 10):
         self.limit = battery_percentage_stop_limit
 
-    def call_before_loop(self, **_: Any) -> None:
+    def call_before_loop(self, **kwargs: Any) -> None:
         """
         Raises:
             StopImageGenerationException: the battery is at the limit or below.

@@ -8,6 +8,10 @@ from mflux.backend import mx
 from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 
 if TYPE_CHECKING:
+    import PIL.Image
+    from tqdm import tqdm
+
+    from mflux.models.common.config.config import Config
     from mflux.models.common.pipeline import Pipeline
 
 
@@ -43,14 +47,23 @@ class MemorySaver:
             if own < cache_limit_bytes:
                 limit_cache(own)
 
-    def call_before_loop(self, **_: Any) -> None:
+    def call_before_loop(
+        self,
+        seed: int,
+        prompt: str,
+        latents: mx.array,
+        config: Config,
+        canny_image: PIL.Image.Image | None = None,
+        depth_image: PIL.Image.Image | None = None,
+        control_images: list[PIL.Image.Image] | None = None,
+    ) -> None:
         if not self.keep_text_encoder:
             self.model.release_stages("encode")
 
-    def call_in_loop(self, **_: Any) -> None:
+    def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm) -> None:
         mx.clear_cache()
 
-    def call_after_loop(self, latents: mx.array, **_: Any) -> None:
+    def call_after_loop(self, seed: int, prompt: str, latents: mx.array, config: Config) -> None:
         mx.eval(latents)
         if not self.keep_transformer:
             self.model.release_stages("denoise")

@@ -10,6 +10,9 @@ from mflux.utils.image_util import ImageUtil
 from mflux.utils.paths import user_path
 
 if TYPE_CHECKING:
+    import PIL.Image
+    from tqdm import tqdm
+
     from mflux.backend import mx
     from mflux.models.common.config.config import Config
     from mflux.models.common.pipeline import Pipeline
@@ -33,17 +36,28 @@ class StepwiseHandler:
         self._composite: Path | None = None
         self._start = time.perf_counter()
 
-    def call_before_loop(self, seed: int, prompt: str, latents: mx.array, config: Config, **_: Any) -> None:
+    def call_before_loop(
+        self,
+        seed: int,
+        prompt: str,
+        latents: mx.array,
+        config: Config,
+        canny_image: PIL.Image.Image | None = None,
+        depth_image: PIL.Image.Image | None = None,
+        control_images: list[PIL.Image.Image] | None = None,
+    ) -> None:
         # Each picture has its own strip.
         self.step_wise_images = []
         self._composite = None
         self._start = time.perf_counter()
         self._save(config.init_time_step, seed, prompt, latents, config)
 
-    def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, **_: Any) -> None:
+    def call_in_loop(self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm) -> None:
         self._save(t + 1, seed, prompt, latents, config)
 
-    def call_interrupt(self, seed: int, **_: Any) -> None:
+    def call_interrupt(
+        self, t: int, seed: int, prompt: str, latents: mx.array, config: Config, time_steps: tqdm
+    ) -> None:
         self._save_composite(seed)
 
     def _save(self, step: int, seed: int, prompt: str, latents: mx.array, config: Config) -> None:

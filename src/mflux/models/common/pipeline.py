@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 from mflux.backend import mx
@@ -66,12 +67,12 @@ class Pipeline(Model):
     vae: LazyComponent[Any]
     latent_creator: ClassVar[Any]
     schedule: ClassVar[str] = "linear"
+    tiling_config: tiling.TilingConfig | None = None
     shows_progress = False
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.tiling_config: tiling.TilingConfig | None = None
-        self.callbacks = CallbackRegistry()
-        super().__init__(*args, **kwargs)
+    @cached_property
+    def callbacks(self) -> CallbackRegistry:
+        return CallbackRegistry()
 
     def settings(
         self, *, seed: int, prompt: str, scheduler: str | None = None, side_by_side: int = 1, **settings: Any
