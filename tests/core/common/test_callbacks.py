@@ -65,7 +65,7 @@ def test_each_is_called_in_order_with_what_it_is_promised():
     context.interruption(1, latents)
     context.after_loop(latents)
     context.before_loop(latents, depth_image="depth")
-    steps = {"time_steps": config.time_steps}
+    steps = {"time_steps": context.time_steps}
     expected = [
         ("call_before_loop", settings | none),
         ("call_in_loop", settings | steps | {"t": 0}),
