@@ -11,10 +11,12 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from support.cases import Tiny
 from support.tiny_models import EVERY_TINY, SIZE, TINY, pixels
@@ -149,6 +151,89 @@ def test_a_stage_holds_only_what_it_needs(tiny):
     assert not set(before_decode) & {part for parts in by_stage.values() for part in parts}
 
 
+# What stands for a second prompt with each family's guidance, where its class takes one.
+GUIDED = {"guidance": 3.0, "negative_prompt": "a green square"}
+
+
+@EVERY_TINY
+def test_an_encoder_is_loaded_once_for_an_image(tiny, caplog):
+    """Also with guidance, whose other prompt is encoded in the same visit; and not again for the same prompts."""
+    model = tiny.pipeline()
+    if hasattr(model, "is_distilled"):
+        model.is_distilled = False
+    known = inspect.signature(model.generate_image).parameters
+    guided = {name: value for name, value in GUIDED.items() if name in known and name not in tiny.case.generate}
+    encoders = {component.name for component in model.components if component.stage == "encode"}
+    caplog.set_level("INFO", logger="mflux")
+    tiny.generate(model, **guided)
+    assert sorted(name for name in loads(caplog.messages) if name in encoders) == sorted(encoders)
+    caplog.clear()
+    tiny.generate(model, **guided | {"seed": 2})
+    assert not encoders & set(loads(caplog.messages))
+
+
+def loads(messages: Sequence[str]) -> list[str]:
+    """The components that the log says were loaded: "load text_encoder: 0.1 s, 0.00 GB"."""
+    return [line.removeprefix("load ").partition(":")[0] for line in messages if line.startswith("load ")]
+
+
+@EVERY_TINY
+def test_both_halves_of_generation_have_one_name(tiny):
+    """`encode_prompts` gives a condition for each prompt, `predictor` the velocity of latents from conditions."""
+    model = tiny.pipeline()
+    about = {"images": [PIL.Image.new("RGB", (64, 64))]} if "images" in parameters(model.encode_prompts) else {}
+    first, second, again = model.encode_prompts(tiny.case.prompt, "", tiny.case.prompt, **about)
+    assert first is again
+    assert flat(first) and len(flat(first)) == len(flat(second))
+    assert all(array.dtype == mx.float32 for array in flat(first))
+    assert next(iter(parameters(model.predictor))) == "config"
+    assert model.loaded() == {}, "the text encoders are released"
+
+
+def parameters(function) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def flat(condition: Any) -> list[mx.array]:
+    """The arrays of what a prompt was encoded to."""
+    if is_dataclass(condition):
+        condition = [getattr(condition, field.name) for field in fields(condition)]
+    if isinstance(condition, (list, tuple)):
+        return [array for part in condition for array in flat(part)]
+    return [condition] if isinstance(condition, mx.array) else []
+
+
+def strong_lora(tiny) -> str:
+    """A LoRA in PEFT's layout, which every family knows, on one layer of the transformer; in the working directory."""
+    weights = tree_flatten(tiny.pipeline().transformer.parameters())
+    layer, weight = next((path, value) for path, value in weights if path.endswith(".to_q.weight"))
+    shapes = {"lora_A": (2, weight.shape[1]), "lora_B": (weight.shape[0], 2)}
+    tensors = {
+        f"transformer.{layer.removesuffix('weight')}{part}.weight": mx.random.normal(shape, key=mx.random.key(number))
+        for number, (part, shape) in enumerate(shapes.items())
+    }
+    mx.save_safetensors("strong.safetensors", tensors)
+    return "strong.safetensors"
+
+
+@EVERY_TINY
+def test_other_loras_for_a_loaded_model(tiny):
+    """What `set_loras` leaves is what a new model with the same LoRAs is."""
+    model, lora = tiny.pipeline(), strong_lora(tiny)
+    plain = tiny.picture(model)
+    model.set_loras([lora], [0.5])
+    assert (model.lora_paths, model.lora_scales) == ([lora], [0.5])
+    changed = tiny.picture(model)
+    assert np.abs(changed - plain).max() > 1
+    assert np.array_equal(changed, tiny.picture(tiny.pipeline(lora_paths=[lora], lora_scales=[0.5])))
+    model.set_loras(None)
+    assert np.array_equal(tiny.picture(model), plain)
+    with pytest.raises(MfluxError):
+        model.set_loras(["nowhere.safetensors"])
+    assert model.lora_paths is None
+    assert np.array_equal(tiny.picture(model), plain), "a LoRA that is not there changes nothing"
+
+
 @EVERY_TINY
 def test_low_ram_draws_the_same(tiny):
     plain, low = tiny.draw("--seed", 1), tiny.draw("--seed", 1, "--low-ram", "--output", "low.png")
@@ -191,15 +276,7 @@ def test_a_saved_model_knows_what_it_is(cli, tiny):
 
 @EVERY_TINY
 def test_a_lora_changes_what_is_drawn(tiny):
-    """In PEFT's layout, which every family knows, on one layer of the transformer."""
-    weights = tree_flatten(tiny.pipeline().transformer.parameters())
-    layer, weight = next((path, value) for path, value in weights if path.endswith(".to_q.weight"))
-    shapes = {"lora_A": (2, weight.shape[1]), "lora_B": (weight.shape[0], 2)}
-    tensors = {
-        f"transformer.{layer.removesuffix('weight')}{part}.weight": mx.random.normal(shape, key=mx.random.key(number))
-        for number, (part, shape) in enumerate(shapes.items())
-    }
-    mx.save_safetensors("strong.safetensors", tensors)
+    strong_lora(tiny)
     plain, none, all_of_it, beside = (
         tiny.draw("--seed", 1, *words, "--output", f"{number}.png")
         for number, words in enumerate(
