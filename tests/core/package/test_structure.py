@@ -24,7 +24,7 @@ LEVELS = (
     ("callbacks",),
     ("models.common",),
     ("callbacks.instances", "models"),
-    ("commands", "not_built"),
+    ("commands", "import_paths"),
 )
 
 
