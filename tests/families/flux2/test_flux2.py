@@ -379,7 +379,7 @@ def test_another_model_is_told(model, tmp_path, part, change, told):
 def test_a_file_that_is_no_whole_transformer(model, tmp_path, monkeypatch, content):
     file = tmp_path / "klein-4b.safetensors"
     mx.save_safetensors(str(file), content)
-    monkeypatch.setattr("mflux.models.flux2.pipeline.resolve", lambda *_: model)
+    monkeypatch.setattr("mflux.models.common.pipeline.resolve", lambda *_: model)
     with pytest.raises(CheckpointError, match=file.name):
         klein(file)
 

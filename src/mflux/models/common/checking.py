@@ -183,8 +183,7 @@ def _component_problems(
     folder = None
     if pipeline is None:
         try:
-            folder = open_folder(root, pipeline_class.family)
-            folder.overrides["transformer"] = config.transformer_overrides
+            folder = open_folder(root, pipeline_class.family, overrides={"transformer": config.transformer_overrides})
         except MfluxError as error:
             yield str(error)
             return

@@ -91,8 +91,8 @@ class Family:
         pipelines: the class that loads a model for `mflux-save`, by its key in `registry.MODELS`; "*" for all others.
         beside: what a model's folder holds besides its components, and a saved one takes along.
         lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.reading.LoraNames`.
-        open_folder: reads folders in other layouts than the published one, "package.module:function": takes the folder,
-            gives a `checkpoints.published.PublishedFolder`, or None where the folder is not in that layout.
+        layout: how its files look in other layouts than the published one, "package.module:LAYOUT", a
+            `checkpoints.published.Layout`.
         single: models that are one network without components: the title of each, and "package.module:function" that
             says whether a folder or file is that model, by its headers alone; it raises `CheckpointError` where it is
             and something is wrong with it.
@@ -104,7 +104,7 @@ class Family:
     pipelines: tuple[tuple[str, str], ...] = ()
     beside: tuple[str, ...] = ("model_index.json", "scheduler", "tokenizer")
     lora: str | None = None
-    open_folder: str | None = None
+    layout: str | None = None
     single: tuple[tuple[str, str], ...] = ()
 
     def component(self, name: str) -> Component:

@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 
 from mflux.backend import has_gpu, mx, nn, tree_flatten
 from mflux.callbacks.callback_registry import CallbackRegistry
+from mflux.checkpoints import saved_by_024
 from mflux.checkpoints.loading import build, load_component
-from mflux.checkpoints.published import Alone, PublishedFolder
+from mflux.checkpoints.published import Alone, Layout, PublishedFolder
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
 from mflux.errors import CheckpointError, MfluxError, NotBuiltError, UsageError
@@ -52,7 +53,9 @@ class Pipeline:
 
     Args:
         quantize: 3, 4, 5, 6 or 8 bits for the weights of linear layers and embeddings, quantized while they load.
-        model_path: a folder or Hugging Face repository to take the weights from instead of the model's own.
+        model_path: a folder or Hugging Face repository to take the weights from instead of the model's own; or one
+            component in one safetensors file, with names that the family's `Layout` knows: all else then comes from the
+            model's own repository.
         lora_paths: LoRAs to apply one after the other: files, names from LORA_LIBRARY_PATH, or files on Hugging Face,
             see `find_lora`.
         lora_scales: how much of each: 0 is nothing, 1 (where none is given) as it was trained.
@@ -65,6 +68,7 @@ class Pipeline:
         components: the family's, and what a subclass adds to them.
         latent_creator: has `create_noise`, `pack_latents` and `unpack_latents`, see `FluxLatentCreator`.
         default_model: a key of the registry.
+        repository: where the weights come from that no `model_path` names, if not from the model's own repository.
         default_scheduler: what `generate_image` takes where nothing is said.
 
     Raises:
@@ -77,6 +81,7 @@ class Pipeline:
     components: ClassVar[tuple[Component, ...]] = ()
     latent_creator: ClassVar[type]
     default_model: ClassVar[str]
+    repository: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -104,9 +109,11 @@ class Pipeline:
         self._folders: dict[str, PublishedFolder] = {}
         # What does not come from the model's folder, and where it comes from.
         self._sources: dict[str, str] = {}
+        # Components that are one file elsewhere.
+        self._files: dict[str, Path] = {}
         self.root = self.resolve_folder(model_path, model_config)
-        self.folder = self.open_folder()
-        self.folder.overrides["transformer"] = model_config.transformer_overrides
+        overrides = {"transformer": model_config.transformer_overrides}
+        self.folder = open_folder(self.root, self.family, overrides=overrides, files=self._files)
         self.check_folder()
         self.model_path = model_path
         self.model_config = model_config.with_scheduler(self.folder.scheduler())
@@ -154,12 +161,24 @@ class Pipeline:
             from mflux.demo import checkpoint_folder
 
             return checkpoint_folder()
-        own = [component for component in self.components if component.repository is None and not component.optional]
-        return resolve(model_path or model_config.model_name, own, self.family.beside)
+        name = self.source(model_path, model_config)
+        parts = [component for component in self.own_components() if component.folder not in self._files]
+        return resolve(name, parts, self.family.beside)
 
-    def open_folder(self) -> PublishedFolder:
-        """The model's folder, of whichever layout it is."""
-        return open_folder(self.root, self.family)
+    def source(self, model_path: str | None, model_config: ModelConfig) -> str:
+        """The folder or repository to look in. Where `model_path` is one component in a file, that is noted, and it is
+        the model's own for all else."""
+        if model_path is None:
+            return self.repository or model_config.model_name
+        single = layout_of(self.family).component_in(model_path)
+        if single is None:
+            return model_path
+        self._files.update([single])
+        return self.repository or model_config.base_model or model_config.model_name
+
+    def own_components(self) -> list[Component]:
+        """Those that the model's folder has to have."""
+        return [component for component in self.components if component.repository is None and not component.optional]
 
     def check_folder(self) -> None:
         """
@@ -537,10 +556,14 @@ def refuse_pid(decode: bool, degrade_sigma: float) -> None:
         raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
 
 
-def open_folder(root: Path, family: Family) -> PublishedFolder:
-    """A model's folder, of whichever layout it is."""
-    other = found(family.open_folder)(root) if family.open_folder else None
-    return PublishedFolder(root) if other is None else other
+def layout_of(family: Family) -> Layout:
+    """How a family's files look where they do not look as published."""
+    return found(family.layout) if family.layout else Layout(family.title)
+
+
+def open_folder(root: Path, family: Family, **options: Any) -> PublishedFolder:
+    """A model's folder, of whichever layout it is; `options` as `PublishedFolder` has them."""
+    return saved_by_024.open_folder(root, layout_of(family), **options)
 
 
 def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> Path:

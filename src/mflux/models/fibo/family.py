@@ -46,6 +46,6 @@ FAMILY = Family(
         ("*", "mflux.models.fibo.variants.txt2img.fibo:FIBO"),
     ),
     lora="mflux.models.fibo.lora_names:LORA",
-    open_folder="mflux.models.fibo.layouts:open_folder",
+    layout="mflux.models.fibo.layouts:LAYOUT",
     single=(("FIBO-VLM", "mflux.models.fibo.vlm.weights:check"),),
 )

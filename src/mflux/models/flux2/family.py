@@ -43,5 +43,5 @@ FAMILY = Family(
     ),
     pipelines=(("*", _KLEIN),),
     lora="mflux.models.flux2.lora_names:LORA",
-    open_folder="mflux.models.flux2.layouts:open_folder",
+    layout="mflux.models.flux2.layouts:LAYOUT",
 )

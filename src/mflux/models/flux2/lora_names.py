@@ -1,7 +1,7 @@
 """Which names in LoRA files mean which layers of FLUX.2: tables, no code.
 
 The layers' own names are diffusers'. Black Forest Labs' names are those of the single-file checkpoints, which
-`single_file.py` reads by the same table.
+`layouts.py` reads by the same table.
 """
 
 from __future__ import annotations

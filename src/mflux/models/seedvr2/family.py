@@ -24,5 +24,5 @@ FAMILY = Family(
     ),
     pipelines=(("*", "mflux.models.seedvr2.variants.upscale.seedvr2:SeedVR2"),),
     beside=(),
-    open_folder="mflux.models.seedvr2.layouts:open_folder",
+    layout="mflux.models.seedvr2.layouts:LAYOUT",
 )

@@ -59,5 +59,5 @@ FAMILY = Family(
         ("*", "mflux.models.z_image.variants.z_image:ZImage"),
     ),
     lora="mflux.models.z_image.lora_names:LORA",
-    open_folder="mflux.models.z_image.layouts:open_folder",
+    layout="mflux.models.z_image.layouts:LAYOUT",
 )

@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx
-from mflux.checkpoints.published import PublishedFolder
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.family import Component
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
-from mflux.models.common.pipeline import Pipeline, refuse_pid, resolve
+from mflux.models.common.pipeline import Pipeline, refuse_pid
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
 from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
-from mflux.models.z_image.layouts import BASE_SHIFT, TURBO_SHIFT, ZImageFolder, ZImageFolderOf024
+from mflux.models.z_image.layouts import BASE_SHIFT, TURBO_SHIFT
 from mflux.utils.generated_image import GeneratedImage
-from mflux.utils.paths import is_file, user_path
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +29,6 @@ class ZImage(Pipeline):
     """Z-Image, Z-Image-Turbo, and anything of that architecture; see `Pipeline`.
 
     Args:
-        model_path: also a single file of the transformer, in ComfyUI's layout or the published one: the rest is then
-            taken from the model's own repository.
         model_config: `ModelConfig.z_image_turbo()` by default.
         float32: keep what passes between the transformer's layers in float32, as mflux up to 0.20 did.
         compute_precision: `mx.float16` computes attention and feed-forwards in it; such a model cannot be saved.
@@ -59,26 +55,14 @@ class ZImage(Pipeline):
         self.compute_precision = compute_precision
         # With the shift of mflux 0.24; that of the checkpoint comes into `model_config`.
         self.registered = model_config or ModelConfig.from_name(self.default_model)
-        self._file: Path | None = None
         super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, self.registered)
         self.tokenizer = qwen_tokenizer(self.root / "tokenizer")
 
     # ---- the folder
 
-    def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
-        if model_path is None or not is_file(user_path(model_path)):
-            return super().resolve_folder(model_path, model_config)
-        self._file = user_path(model_path)
-        others = [part for part in self.components if part.name != "transformer" and part.repository is None]
-        return resolve(model_config.base_model or model_config.model_name, others, self.family.beside)
-
-    def open_folder(self) -> PublishedFolder:
-        folder = super().open_folder()
-        return folder if self._file is None else ZImageFolder(self.root, {"transformer": self._file})
-
     def check_folder(self) -> None:
-        if isinstance(self.folder, ZImageFolderOf024):
-            self.folder.shift = BASE_SHIFT if self.registered.supports_guidance else TURBO_SHIFT
+        # Where no scheduler_config.json says it.
+        self.folder.overrides["scheduler"] = {"shift": BASE_SHIFT if self.registered.supports_guidance else TURBO_SHIFT}
         super().check_folder()
         settings = self.folder.config("vae")
         vae = AutoencoderKL.config_class.from_dict(settings, source=self.root / "vae" / "config.json")

@@ -28,10 +28,8 @@ class Flux1Redux(Flux1):
     """
 
     default_model = "dev-redux"
+    repository = _BASE
     components = (*FAMILY.components, IMAGE_ENCODER, IMAGE_EMBEDDER)
-
-    def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
-        return super().resolve_folder(model_path or _BASE, model_config)
 
     def __init__(
         self,
