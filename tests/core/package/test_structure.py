@@ -20,7 +20,7 @@ MODULES = {
 LEVELS = (
     ("errors", "text"),
     ("backend", "cpu", "optional", "utils", "compat"),
-    ("checkpoints", "hub", "hub_cache", "demo"),
+    ("checkpoints", "hub", "demo"),
     ("callbacks",),
     ("models.common",),
     ("callbacks.instances", "models"),
