@@ -13,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -171,7 +172,7 @@ def _not_built(module: str, name: str, title: str) -> type:
     return _NotBuilt(name, (), {"__module__": module, "_what": f"{name}: {title}"})
 
 
-class _Loader:
+class _Loader(Loader):
     """Loads a module of the table as its own loader does, if there is one, and gives it what it offers."""
 
     def __init__(self, real: Any):
@@ -186,7 +187,9 @@ class _Loader:
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         if self._real:
-            module.__loader__ = module.__spec__.loader = self._real
+            module.__loader__ = self._real
+            if module.__spec__ is not None:
+                module.__spec__.loader = self._real
             self._real.exec_module(module)
         if name in OFFERED:
             vars(module)["__getattr__"] = partial(_offered, name)

@@ -26,6 +26,7 @@ class Layout:
         configs: what `config.json` would say, from the tensors. A shape that is missing or makes no sense may raise
             KeyError, IndexError or ZeroDivisionError.
         files: components that may be one file without a configuration, and how its names become the published ones.
+        config_optional: those of them that may lie in the model's folder without a configuration as well.
         published: the files in a model's own folder that are such components, from the folder and the component's
             settings in the registry.
         wanted: what such a file is called, for the message that it is missing.
@@ -42,6 +43,7 @@ class Layout:
     title: str
     configs: Mapping[str, Callable[[Renamed], dict[str, Any]]] = field(default_factory=dict)
     files: Mapping[str, Names] = field(default_factory=dict)
+    config_optional: tuple[str, ...] = ()
     published: Callable[[Path, Mapping[str, Any]], dict[str, Path]] | None = None
     wanted: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, Names] = field(default_factory=dict)
@@ -153,7 +155,8 @@ class PublishedFolder:
         return Quantization.stored(self.config(part), self.root / part / "config.json")
 
     def _by_shape(self, part: str) -> bool:
-        return part in self.files or (part in self.layout.files and not is_file(self.root / part / "config.json"))
+        optional = part in self.layout.config_optional and not is_file(self.root / part / "config.json")
+        return part in self.files or optional
 
 
 class Alone(PublishedFolder):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import cast
 
 from mflux.backend import mx
 from mflux.checkpoints.readers.plain import HEAD, Unchanged, naming_the_copy, open_file, what_else
@@ -139,7 +140,7 @@ class SafetensorsFile(Mapping[str, mx.array]):
             return _read_one(self.path, self.infos[name])
         if name not in self._lazy:
             try:
-                self._lazy = mx.load(str(self.path), format="safetensors")
+                self._lazy = cast(dict[str, mx.array], mx.load(str(self.path), format="safetensors"))
             except (RuntimeError, ValueError) as error:
                 # Its reading of JSON is stricter in small things: half of a surrogate pair.
                 raise CheckpointError(f"{self.path} is damaged: {shown(error, 300)}; fetch it again") from None

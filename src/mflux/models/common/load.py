@@ -50,8 +50,8 @@ def load(
         model_path = name
     family = family_of(key)
     assert family is not None, "built_key answers for families that are there"
-    pipeline = family.pipeline_class(key)
-    said = {"quantize": quantize, "lora_paths": lora_paths, "lora_scales": lora_scales}
+    pipeline: type[Pipeline] = family.pipeline_class(key)
+    said: dict[str, Any] = {"quantize": quantize, "lora_paths": lora_paths, "lora_scales": lora_scales}
     said["model_path"] = None if model_path is None else os.fspath(model_path)
     arguments = {argument: value for argument, value in said.items() if value is not None} | settings
     known = inspect.signature(pipeline).parameters.keys() - {"model_config"}

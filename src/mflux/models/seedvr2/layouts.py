@@ -144,6 +144,7 @@ LAYOUT = Layout(
     title="SeedVR2",
     configs=_CONFIGS,
     files={"transformer": as_published, "vae": as_published},
+    config_optional=("transformer", "vae"),
     published=_files,
     wanted={"transformer": " or ".join(TRANSFORMER_FILES.values()), "vae": VAE_FILE},
     names={"transformer": _once},

@@ -113,7 +113,7 @@ def controlnet_config(tensors: Renamed) -> dict[str, Any]:
             f"a ControlNet of Z-Image has 15, 6 or (the lite one) 3 layers, and this one has {blocks}: put a "
             "config.json with its control_layers_places beside it"
         )
-    refiner = "control_noise_refiner"
+    refiner: str | None = "control_noise_refiner"
     if blocks == 6:
         refiner = None
     elif blocks == 15:
@@ -149,6 +149,7 @@ LAYOUT = Layout(
         "transformer": Table(ORIGINAL | NORMS | FUSED, left_out=("norm_final.weight",)),
         "controlnet": as_published,
     },
+    config_optional=("transformer", "controlnet"),
     names=_NAMES,
     configs={
         "transformer": _transformer,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.folders import read_json
@@ -210,12 +210,14 @@ def spelled(spellings: Sequence[Spelling], layers: Mapping[str, Mapping[str, tup
                 concrete = [target.replace("{i}", str(number)) for target in targets]
                 if not all(target in own for target in concrete):
                     continue
-                parts, start = [], 0
-                for target in concrete:
-                    stop = start + own[target][0]
+                parts: list[tuple[str, Rows | None]] = []
+                start = 0
+                for layer in concrete:
+                    stop = start + own[layer][0]
                     middle = (start + stop) // 2
-                    rows = ((middle, stop), (start, middle)) if target in spelling.swapped else ((start, stop),)
-                    parts.append((target, rows))
+                    parts.append(
+                        (layer, ((middle, stop), (start, middle)) if layer in spelling.swapped else ((start, stop),))
+                    )
                     start = stop
                 if len(parts) == 1 and concrete[0] not in spelling.swapped:
                     parts = [(concrete[0], None)]
@@ -249,7 +251,7 @@ def read_lora(
         if _PEFT_MAGNITUDE.search(name):
             raise _dora(path)
         stem, part = _parse(name)
-        if stem in names and part is not None:
+        if stem is not None and part is not None and stem in names:
             if part in groups.setdefault(stem, {}):
                 raise CheckpointError(f"{path} holds {stem} twice: as {shown(groups[stem][part])} and as {shown(name)}")
             groups[stem][part] = name
@@ -299,7 +301,15 @@ def _parse(name: str) -> tuple[str | None, str | None]:
 class _Entry:
     """The tensors of one name in a file, checked against what the name stands for."""
 
-    def __init__(self, path, file: Checkpoint, stem: str, parts: dict[str, str], target: Target, settings):
+    def __init__(
+        self,
+        path: Path,
+        file: Checkpoint,
+        stem: str,
+        parts: dict[str, str],
+        target: Target,
+        settings: Mapping[str, Mapping[str, Any]],
+    ):
         self.path = path
         self.file = file
         self.parts = parts
@@ -322,6 +332,7 @@ class _Entry:
         def read() -> tuple[LowRank | Kronecker | Difference, mx.array | None]:
             if "diff" in self.parts:
                 return Difference(self._tensor("diff").reshape(self.target.shape), rows), None
+            product: Kronecker | LowRank
             if self.kronecker:
                 product = Kronecker(self._factor("w1"), self._factor("w2"), rows)
             else:
@@ -334,11 +345,13 @@ class _Entry:
             return product, magnitude
 
         def read_bias() -> mx.array:
-            bias = sum(
+            strengths = {"bias": self.strength, "diff_b": 1.0}
+            parts = [
                 strength * self._tensor(part).astype(mx.float32)
-                for part, strength in (("bias", self.strength), ("diff_b", 1.0))
+                for part, strength in strengths.items()
                 if part in self.parts
-            )
+            ]
+            bias = sum(parts[1:], start=parts[0])
             return bias if rows is None else mx.concatenate([bias[start:stop] for start, stop in rows])
 
         has_bias = "bias" in self.parts or "diff_b" in self.parts
@@ -387,10 +400,10 @@ class _Entry:
                 raise CheckpointError(f"{self.path} is incomplete: it has {have} without its {part} part")
         if "magnitude" in self.parts and any(_PEFT_FACTOR.search(name) for name in self.parts.values()):
             raise _dora(self.path)
-        (rank, width), (height, other) = self._flat("down"), self._flat("up")
-        if rank != other:
+        (rank, width), (height, inner) = self._flat("down"), self._flat("up")
+        if rank != inner:
             raise CheckpointError(
-                f"{self.path} is damaged: {self.parts['down']} has the rank {rank} and {self.parts['up']} {other}"
+                f"{self.path} is damaged: {self.parts['down']} has the rank {rank} and {self.parts['up']} {inner}"
             )
         self._check_shape((height, width))
         return rank
@@ -404,17 +417,17 @@ class _Entry:
                 continue
             if f"{side}_a" not in self.parts or f"{side}_b" not in self.parts:
                 raise CheckpointError(f"{self.path} is incomplete: {self.stem} has no lokr_{side}, nor its two factors")
-            (a, inner), (rank, b) = self._flat(f"{side}_a"), self._flat(f"{side}_b")
+            (height, inner), (rank, width) = self._flat(f"{side}_a"), self._flat(f"{side}_b")
             if side == "w2" and "t2" in self.parts:
                 # Here the first factor lies on its side.
                 shape = self.shapes["t2"]
-                inner, a = a, inner
+                inner, height = height, inner
                 if len(shape) < 2 or shape[:2] != (inner, rank):
                     raise CheckpointError(f"{self.path} is damaged: {self.parts['t2']} does not fit its factors")
-                b *= math.prod(shape[2:])
+                width *= math.prod(shape[2:])
             elif inner != rank:
                 raise CheckpointError(f"{self.path} is damaged: the factors of {self.stem}'s {side} do not fit")
-            sides.append((a, b))
+            sides.append((height, width))
         self._check_shape((sides[0][0] * sides[1][0], sides[0][1] * sides[1][1]))
         return rank
 
@@ -462,7 +475,7 @@ class _Entry:
         else:
             if math.prod(self.shapes["alpha"]) != 1:
                 raise CheckpointError(f"{self.path}: {self.parts['alpha']} is not one number")
-            strength = self.file[self.parts["alpha"]].astype(mx.float32).item() / rank
+            strength = cast(float, self.file[self.parts["alpha"]].astype(mx.float32).item()) / rank
         if not math.isfinite(strength):
             raise CheckpointError(f"{self.path}: the strength of {self.stem} is not a finite number")
         return strength
@@ -561,11 +574,10 @@ def _peft_strength(entry: _Entry, rank: int | None, settings: Mapping[str, Mappi
         return next((value for pattern, value in found[patterns].items() if pattern.matches(layer)), found[default])
 
     alpha = of_layer(name, "alpha_pattern")
-    if entry.kronecker:
-        rank = of_layer("r", "rank_pattern")
-    if rank is None or not rank > 0:
+    divisor = of_layer("r", "rank_pattern") if entry.kronecker else rank
+    if divisor is None or not divisor > 0:
         return math.inf
-    return alpha / (math.sqrt(rank) if found.get("use_rslora") else rank)
+    return alpha / (math.sqrt(divisor) if found.get("use_rslora") else divisor)
 
 
 def _dora(path: Path) -> CheckpointError:
