@@ -156,7 +156,7 @@ class Table:
 
     Attributes:
         layers: name in the file → the layers whose rows it holds, one below the other; `{i}` stands for a block's
-            number. As `lora.reading.Spelling` has it.
+            number. As `lora.names.Spelling` has it.
         prefix: a pattern of what may stand before all names.
         shares: how the rows are shared out, where that is not equally.
         swapped: layers whose two halves of rows are the other way round in the file.

@@ -90,7 +90,7 @@ class Family:
         commands: those that draw with it, or do something else with it.
         pipelines: the class that loads a model for `mflux-save`, by its key in `registry.MODELS`; "*" for all others.
         beside: what a model's folder holds besides its components, and a saved one takes along.
-        lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.reading.LoraNames`.
+        lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.names.LoraNames`.
         layout: how its files look in other layouts than the published one, "package.module:LAYOUT", a
             `checkpoints.published.Layout`.
         single: models that are one network without components: the title of each, and "package.module:function" that

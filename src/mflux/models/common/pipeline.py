@@ -30,7 +30,8 @@ from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfi
 from mflux.models.common.family import STAGES, Component, Family, families, found
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.common.lora.library import find_lora, settle_scales
-from mflux.models.common.lora.reading import LoraNames, Loras
+from mflux.models.common.lora.names import LoraNames
+from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Part, give_back_memory, is_loaded, keeping_memory, release, timed
 from mflux.models.common.networks.autoencoders import tiling
 from mflux.models.common.noise import check_seed

@@ -6,7 +6,7 @@ train on these; there one matrix holds what are several layers here, one below t
 
 from __future__ import annotations
 
-from mflux.models.common.lora.reading import LoraNames, Spelling
+from mflux.models.common.lora.names import LoraNames, Spelling
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _EMBED = "time_text_embed"

@@ -6,7 +6,7 @@ The layers' own names are diffusers'. Black Forest Labs' names are those of the 
 
 from __future__ import annotations
 
-from mflux.models.common.lora.reading import LoraNames, Spelling
+from mflux.models.common.lora.names import LoraNames, Spelling
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _TIME = "time_guidance_embed.timestep_embedder"

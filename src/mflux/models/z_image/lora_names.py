@@ -6,7 +6,7 @@ single files, where queries, keys and values are one matrix.
 
 from __future__ import annotations
 
-from mflux.models.common.lora.reading import LoraNames, Spelling
+from mflux.models.common.lora.names import LoraNames, Spelling
 
 _BLOCKS = ("layers", "noise_refiner", "context_refiner")
 _FINAL = "all_final_layer.2-1"
