@@ -1,7 +1,8 @@
 """Generative image models on Apple's MLX, without torch.
 
-Importing this package imports nothing heavy; the classes live at the paths that mflux 0.24 gave them, for example
-`mflux.models.flux.variants.txt2img.flux.Flux1`. Other distributions add to it: `mflux.web`, `mflux.extras`.
+`mflux.load("z-image-turbo", quantize=4)` opens a model. Importing this package imports nothing heavy; the classes live
+at the paths that mflux 0.24 gave them, for example `mflux.models.flux.variants.txt2img.flux.Flux1`. Other distributions
+add to it: `mflux.web`, `mflux.extras`.
 """
 
 import os
@@ -20,20 +21,25 @@ if any(os.path.basename(word).startswith("mflux") for word in sys.orig_argv[1:3]
 
 from pathlib import Path
 from pkgutil import extend_path
+from typing import Any
 
-from mflux import not_built
+from mflux import import_paths
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "load"]
 
 # Folders called mflux elsewhere on the path belong to it, as in mflux 0.24; another copy of mflux itself does not.
 __path__ = __path__[:1] + [path for path in extend_path(__path__, __name__)[1:] if not Path(path, "models").is_dir()]
 
-not_built.install()
+import_paths.install()
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from mflux.utils.version_util import VersionUtil
 
         return VersionUtil.get_mflux_version()
+    if name == "load":
+        from mflux.models.common.load import load
+
+        return load
     raise AttributeError(f"module 'mflux' has no attribute {name!r}")

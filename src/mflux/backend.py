@@ -138,4 +138,5 @@ if _TOO_LATE and (_advice := blas_advice()) is not None:
 
 def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
     """The arrays of nested dictionaries and lists, such as a module's parameters, by dotted paths."""
-    return list(tree_flatten(tree))
+    arrays: Any = tree_flatten(tree)
+    return list(arrays)

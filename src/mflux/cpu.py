@@ -5,7 +5,8 @@ five to thirty times as long as numpy's (benchmarks/README.md). Products stay ML
 works on MLX's own memory, in blocks that stay in a core's cache, so nothing is copied and little is allocated.
 
 What is computed here is computed at once and not put off as MLX would. Gradients pass through (`_with_gradient`), and
-inside `mx.compile` or `mx.vmap`, where nothing can be computed at once, MLX's own operation is used.
+inside `mx.compile` or `mx.vmap`, where nothing can be computed at once, MLX's own operation is used; within `lazily`,
+always.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import cache
+from typing import cast
 
 import numpy as np
 
@@ -30,11 +33,27 @@ _BLOCK = 1 << 17
 ROOM = 16 << 20
 
 Kernel = Callable[..., None]
+_LAZY: ContextVar[bool] = ContextVar("lazy", default=False)
+
+
+@contextlib.contextmanager
+def lazily() -> Iterator[None]:
+    """Leave everything to MLX within the block, so that its graph is kept whole: a checkpointed block of a model can
+    then forget what it computed, and compute it again for its gradient."""
+    token = _LAZY.set(True)
+    try:
+        yield
+    finally:
+        _LAZY.reset(token)
 
 
 def serves(*arrays: mx.array) -> bool:
     """Whether numpy is to compute with these: on the CPU, in float32, and there is enough of the first."""
-    return not has_gpu() and arrays[0].size >= LEAST and all(array.dtype == mx.float32 for array in arrays)
+    return _is_here(*arrays) and arrays[0].size >= LEAST
+
+
+def _is_here(*arrays: mx.array) -> bool:
+    return not (has_gpu() or _LAZY.get()) and all(array.dtype == mx.float32 for array in arrays)
 
 
 # ---- threads
@@ -86,13 +105,18 @@ def share_rows(work: Callable[[tuple[int, ...], int, int], None], shape: tuple[i
     share(part, whole, max(1, min(_BLOCK // shape[-1], -(-whole // threads()))))
 
 
-_spare = threading.local()
+class _Spare(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[int, np.ndarray] = {}
+
+
+_spare = _Spare()
 
 
 def spare(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
     """Memory of this thread's own that a kernel may write to, always the same: new pages cost more than the work."""
     size = math.prod(shape)
-    buffers = _spare.__dict__
+    buffers = _spare.buffers
     if number not in buffers or buffers[number].size < size:
         buffers[number] = np.empty(max(size, _BLOCK), np.float32)
     return buffers[number][:size].reshape(shape)
@@ -124,7 +148,7 @@ def _with_gradient(function: Callable[..., mx.array], plain: Callable[..., mx.ar
         return found[0] if len(found) == 1 else tuple(found)
 
     def call(*arrays: mx.array) -> mx.array:
-        result = traced(*arrays)
+        result = cast(mx.array, traced(*arrays))
         with contextlib.suppress(ValueError):
             mx.eval(result)  # else it keeps what it was made of, in case of a gradient
         return result
@@ -142,7 +166,8 @@ def _elementwise(kernel: Kernel, plain: Callable[..., mx.array]) -> Callable[...
         out, into = room(arrays[0].shape)
         sources = [np.asarray(array) for array in arrays]
         if all(source.flags.c_contiguous for source in sources):
-            flat, step = (-1,), _BLOCK
+            flat: tuple[int, ...] = (-1,)
+            step = _BLOCK
         else:  # such as a half of a wider array, which is not copied
             flat = (-1, into.shape[-1])
             step = max(1, _BLOCK // into.shape[-1])
@@ -275,7 +300,7 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.ar
 def residual(x: mx.array, gate: mx.array | int, y: mx.array) -> mx.array:
     """x + gate · y of (B, L, C)."""
 
-    def plain(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+    def plain(x: mx.array, gate: mx.array | int, y: mx.array) -> mx.array:
         return x + gate * y
 
     def compute(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
@@ -387,7 +412,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
 def attention_serves(q: mx.array, k: mx.array, v: mx.array) -> bool:
     """Whether `attention` is to compute it; the number of scores counts."""
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    return not has_gpu() and scores >= LEAST and all(array.dtype == mx.float32 for array in (q, k, v))
+    return _is_here(q, k, v) and scores >= LEAST
 
 
 def _real(mask: mx.array) -> mx.array:
@@ -468,9 +493,8 @@ def quantized_serves(x: mx.array, weight: mx.array, bits: int, mode: str) -> boo
     """Whether `quantized_product` is to multiply x (…, in) with a quantized weight."""
     rows = x.size // max(x.shape[-1], 1)
     return (
-        not has_gpu()
+        _is_here(x)
         and mode == "affine"
-        and x.dtype == mx.float32
         and (bits == 8 or bits in _PIECES)
         and rows > 1
         and x.size * len(weight) >= _LEAST_PRODUCTS

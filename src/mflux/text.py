@@ -37,10 +37,11 @@ def without_password(text: str) -> str:
     return _USER_INFORMATION.sub(r"\1…@", text)
 
 
-def some(items: Iterable[object], most: int = 5, each: int = 120) -> str:
-    """The first of several things: "a, b, c, …"."""
+def some(items: Iterable[object], most: int = 5, each: int = 120, *, counted: bool = False) -> str:
+    """The first of several things: "a, b, c, …", or "a, b, c and 4 more"."""
     items = list(items)
-    return ", ".join(shown(item, each) for item in items[:most]) + (", …" if len(items) > most else "")
+    rest = f" and {len(items) - most} more" if counted else ", …"
+    return ", ".join(shown(item, each) for item in items[:most]) + (rest if len(items) > most else "")
 
 
 def count(items: Sized | int, noun: str) -> str:

@@ -10,7 +10,7 @@ from mflux.checkpoints.readers.plain import read_json
 from mflux.errors import CheckpointError
 from mflux.text import shown
 
-__all__ = ["SUFFIXES", "read_json", "weight_files"]
+__all__ = ["SUFFIXES", "read_json", "shards_of", "weight_files"]
 
 # In a folder that holds both, safetensors are the ones to take.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -47,11 +47,20 @@ def weight_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     raise CheckpointError(f"{path} holds no weights, no {kinds} file: fetch them, or name a folder that has them")
 
 
-def _shards(index: Path) -> list[Path]:
+def shards_of(index: Path) -> dict[str, str]:
+    """What an index says: tensor → the name of the file that holds it.
+
+    Raises:
+        CheckpointError: it is damaged, or no index.
+    """
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise CheckpointError(f"{index} is damaged: it has no table of shards; fetch it again")
-    names = sorted(set(table.values()))
+    return table
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(shards_of(index).values()))
     # pathlib's own test raises for a name that is too long.
     missing = [name for name in names if Path(name).name != name or not os.path.isfile(index.parent / name)]  # noqa: PTH113
     if missing:

@@ -3,7 +3,7 @@
 A module's attributes carry the published names, so no mapping stands between file and module. Two things follow from
 a module's type instead, here and nowhere else: convolution kernels are stored with their channels first and MLX wants
 them last (a convolution that takes less than its kernel in the file says so itself, with `from_published`), and a
-class may declare exceptions as data (`Exceptions`).
+class may declare differences as data (`FileDifferences`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from mflux.backend import compute_dtype, has_gpu, mx, nn, settle_compiling, tree_flatten
 from mflux.checkpoints.folders import read_json, weight_files
@@ -28,10 +28,12 @@ log = logging.getLogger(__name__)
 # and beside the result no more than two batches are in memory.
 TOGETHER = 32_000_000
 Adjust = Callable[[str, mx.array], mx.array]
+Turn = Callable[[mx.array], mx.array]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Exceptions:
+class FileDifferences:
     """Where a class's published files differ from its attributes, as data.
 
     Attributes:
@@ -69,7 +71,7 @@ class FolderTensors(Mapping[str, mx.array]):
 
 
 def load_component(
-    module_class: type[nn.Module],
+    module_class: type[Module],
     folder: str | Path,
     *,
     dtype: mx.Dtype | None = None,
@@ -79,11 +81,11 @@ def load_component(
     config: Mapping[str, Any] | None = None,
     tensors: Mapping[str, mx.array] | None = None,
     read: bool = True,
-) -> nn.Module:
+) -> Module:
     """Build a component from its own `config.json` and fill it, tensor by tensor.
 
     Args:
-        module_class: an `nn.Module` whose constructor takes a `config_class` instance; it may have `exceptions`.
+        module_class: an `nn.Module` whose constructor takes a `config_class` instance; it may have `differences`.
         folder: holds `config.json` and safetensors, sharded or not, quantized (by mflux) or not.
         dtype: compute in this dtype; by default as `backend.compute_dtype` says.
         quantize: bits to quantize linear layers and embeddings to, one by one while they are read. A folder that is
@@ -121,8 +123,8 @@ def load_component(
 
 
 def build(
-    module_class: type[nn.Module], values: Mapping[str, Any] | object, names: Iterable[str], *, source: object
-) -> nn.Module:
+    module_class: type[Module], values: Mapping[str, Any] | object, names: Iterable[str], *, source: object
+) -> Module:
     """A component with arrays of its own, none of them computed, for weights that are still to be read.
 
     Args:
@@ -134,14 +136,16 @@ def build(
     Raises:
         CheckpointError: the configuration makes no sense, or asks for more than there are tensors for.
     """
-    config = module_class.config_class.from_dict(values, source=source) if isinstance(values, Mapping) else values
+    # MLX's modules know nothing of configurations.
+    made: Any = module_class
+    config: Any = made.config_class.from_dict(values, source=source) if isinstance(values, Mapping) else values
     if problem := config.beyond(names):
         raise CheckpointError(
             f"{source} does not fit the weights beside it: {problem}; "
             "fetch it again, or take the config.json that belongs to these weights"
         )
     try:
-        return module_class(config)
+        return made(config)
     except (ArithmeticError, ValueError, TypeError, LookupError, RuntimeError, MemoryError) as error:
         raise CheckpointError(
             f"{source} makes no sense for {module_class.__name__}: no layer can be built of its sizes "
@@ -271,7 +275,7 @@ def _fitting(
     key: str,
     value: mx.array,
     expected: mx.array,
-    turn: Callable[[mx.array], mx.array] | None,
+    turn: Turn | None,
 ) -> mx.array:
     """A tensor in MLX's layout.
 
@@ -314,11 +318,15 @@ class _Read:
             import numpy as np
 
             # On this thread, while MLX reads the next batch on its own.
-            flat = np.frombuffer(memoryview(self.value).cast("B"), np.float32) if self.value.size else np.zeros(1)
+            flat = (
+                np.frombuffer(memoryview(cast(Any, self.value)).cast("B"), np.float32)
+                if self.value.size
+                else np.zeros(1)
+            )
             with np.errstate(all="ignore"):
                 found = np.isfinite(np.dot(flat, flat))
         # Large numbers overflow together.
-        return bool(found) or mx.all(mx.isfinite(self.value)).item()
+        return bool(found) or bool(mx.all(mx.isfinite(self.value)).item())
 
 
 def _begin(batch: list[_Read], source: object) -> None:
@@ -375,7 +383,7 @@ def _packed_layers(
     module: nn.Module, tensors: Mapping[str, mx.array], source: object, said: Quantization | None
 ) -> dict[str, Quantization]:
     """The layers that the tensors hold quantized, by path, and to what, as their shapes tell."""
-    prefix = getattr(module, "exceptions", Exceptions()).optional_prefix
+    prefix = getattr(module, "differences", FileDifferences()).optional_prefix
     found = {}
     for path, layer in layers(module).items():
         name = next((name for name in (path, path.removeprefix(prefix)) if f"{name}.scales" in tensors), None)
@@ -407,20 +415,20 @@ def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *,
     Raises:
         CheckpointError: lists the parameters that nothing fills and the names that nothing takes.
     """
-    exceptions: Exceptions = getattr(module, "exceptions", Exceptions())
+    differences: FileDifferences = getattr(module, "differences", FileDifferences())
     names, parameters = list(names), list(parameters)
     keys = set(names)
-    prefix = exceptions.optional_prefix
+    prefix = differences.optional_prefix
     if prefix and not any(name.startswith(prefix) for name in names):
         plan = {parameter: parameter.removeprefix(prefix) for parameter in parameters}
     else:
         plan = {parameter: parameter for parameter in parameters}
-    for parameter, other in exceptions.tied.items():
+    for parameter, other in differences.tied.items():
         if parameter in plan and plan[parameter] not in keys:
             plan[parameter] = plan.get(other, other)
     missing = [parameter for parameter, name in plan.items() if name not in keys]
     taken = set(plan.values())
-    ignored = [re.compile(pattern) for pattern in exceptions.ignored]
+    ignored = [re.compile(pattern) for pattern in differences.ignored]
     left = [name for name in names if name not in taken and not any(p.search(_whole(name)) for p in ignored)]
     if missing or left:
         problems = []
@@ -445,12 +453,12 @@ def _misfit(module: nn.Module, source: object, what: str) -> CheckpointError:
     )
 
 
-def layout_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]:
+def layout_turns(module: nn.Module) -> dict[str, Turn]:
     """For each convolution kernel of `module`, how the published layout becomes MLX's channels-last one."""
-    turns = {}
+    turns: dict[str, Turn] = {}
     for path, child in module.named_modules():
         if isinstance(child, nn.ConvTranspose2d):
-            turn = _io_to_o_i
+            turn: Turn = _io_to_o_i
         elif isinstance(child, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             turn = getattr(child, "from_published", _channels_last)
         else:
@@ -459,9 +467,9 @@ def layout_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]
     return turns
 
 
-def published_turns(module: nn.Module) -> dict[str, Callable[[mx.array], mx.array]]:
+def published_turns(module: nn.Module) -> dict[str, Turn]:
     """For each convolution kernel of `module`, the way back from MLX's layout to the published one."""
-    back = {_channels_last: _channels_second, _io_to_o_i: _o_i_to_io}
+    back: dict[Turn, Turn] = {_channels_last: _channels_second, _io_to_o_i: _o_i_to_io}
     return {name: back.get(turn, _channels_second) for name, turn in layout_turns(module).items()}
 
 

@@ -1,8 +1,9 @@
-"""A model's folder: the published layout, and how folders in another one look like it."""
+"""A model's folder: the published layout, and how files in another one look like it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,131 @@ from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.quantization import Quantization
+from mflux.checkpoints.readers.safetensors import read_header
+from mflux.checkpoints.renamed import Names, Renamed, renamed
+from mflux.errors import CheckpointError
+from mflux.utils.paths import is_file, user_path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a family's files look where they do not look as published, as data. Components are named by their folders.
+
+    Attributes:
+        title: the family, for messages.
+        configs: what `config.json` would say, from the tensors. A shape that is missing or makes no sense may raise
+            KeyError, IndexError or ZeroDivisionError.
+        files: components that may be one file without a configuration, and how its names become the published ones.
+        config_optional: those of them that may lie in the model's folder without a configuration as well.
+        published: the files in a model's own folder that are such components, from the folder and the component's
+            settings in the registry.
+        wanted: what such a file is called, for the message that it is missing.
+        names: how the names that mflux 0.24 saves become the published ones; a component that is not here has them.
+        scheduler: what `scheduler_config.json` would say of a folder that mflux 0.24 saved; None if there is none.
+        model_index: what `model_index.json` would say.
+        square: see `Renamed`.
+        zeros: vectors that some versions lost → the matrix that has as many rows; they are zero.
+        reshape: changes a tensor by its published name, once its kernel's axes are in place.
+        takes_overrides: whether what the registry says of a transformer are settings of its `config.json`, also where
+            no shape tells them.
+    """
+
+    title: str
+    configs: Mapping[str, Callable[[Renamed], dict[str, Any]]] = field(default_factory=dict)
+    files: Mapping[str, Names] = field(default_factory=dict)
+    config_optional: tuple[str, ...] = ()
+    published: Callable[[Path, Mapping[str, Any]], dict[str, Path]] | None = None
+    wanted: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, Names] = field(default_factory=dict)
+    scheduler: Callable[[PublishedFolder], Mapping[str, Any]] | None = None
+    model_index: Mapping[str, Any] = field(default_factory=dict)
+    square: Sequence[tuple[str, str]] = ()
+    zeros: Mapping[str, str] = field(default_factory=dict)
+    reshape: Callable[[str, mx.array], mx.array] | None = None
+    takes_overrides: bool = True
+
+    def component_in(self, path: str | Path) -> tuple[str, Path] | None:
+        """The component that a path's file is, with the file; None if it is no file of safetensors, or none may be.
+
+        A file of names that are not known counts as the first that may be one, which then says what is missing.
+        """
+        file = user_path(path)
+        if not self.files or not is_file(file):
+            return None
+        try:
+            tensors, _ = read_header(file)
+        except CheckpointError:
+            # A damaged one is read again, and says so.
+            return (next(iter(self.files)), file) if file.suffix == ".safetensors" else None
+        for part, names in self.files.items():
+            if names(tensors) is not None:
+                return part, file
+        for part in self.files:
+            try:
+                self.configs[part](Renamed(FolderTensors(file.parent, [file])))
+                return part, file
+            except (KeyError, IndexError, ZeroDivisionError, CheckpointError):
+                continue
+        return next(iter(self.files)), file
 
 
 class PublishedFolder:
     """A model in the diffusers layout: a configuration beside each component's weights.
 
-    Components are named by their folders: "text_encoder_2". A folder in another layout is a subclass.
+    Components are named by their folders: "text_encoder_2".
 
-    Attributes:
+    Args:
+        root: the model's folder.
+        layout: which components may be single files, and how these look; none by default.
+        files: component → the one file that holds it, where that lies elsewhere.
         overrides: settings of a component that only its model's name tells, where the folder has no configuration.
     """
 
-    def __init__(self, root: Path):
+    def __init__(
+        self,
+        root: Path,
+        layout: Layout | None = None,
+        *,
+        files: Mapping[str, Path] | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
         self.root = root
-        self.overrides: dict[str, Mapping[str, Any]] = {}
+        self.layout = layout or Layout("")
+        self.overrides = dict(overrides or {})
+        self.files = dict(files or {})
+        if self.layout.published is not None:
+            there = self.layout.published(root, self.overrides.get("transformer", {}))
+            self.files = {part: file for part, file in there.items() if not (root / part).is_dir()} | self.files
 
     def has(self, part: str) -> bool:
         """Whether the component is there."""
-        return (self.root / part).is_dir()
+        return part in self.files or (self.root / part).is_dir()
 
     def config(self, part: str) -> dict[str, Any]:
-        """What the `config.json` of a component says."""
-        return read_json(self.root / part / "config.json")
+        """What the `config.json` of a component says, or the shapes of its tensors where it may have none."""
+        path = self.root / part / "config.json"
+        if not self._by_shape(part):
+            return read_json(path)
+        try:
+            return self.layout.configs[part](self.tensors(part))
+        except (KeyError, IndexError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"{self.files.get(part, path.parent)} holds no {part} of {self.layout.title} ({error} is missing or "
+                "makes no sense), and there is no config.json beside it: take another file"
+            ) from None
 
-    def tensors(self, part: str) -> Mapping[str, mx.array]:
+    def tensors(self, part: str) -> Renamed:
         """A component's tensors, by their published names and in the published layout."""
-        return FolderTensors(self.root / part)
+        file = self.files.get(part)
+        if file is None and part in self.layout.wanted and not (self.root / part).is_dir():
+            raise CheckpointError(
+                f"{self.root} holds no {part} of {self.layout.title}: put {self.layout.wanted[part]} there, or a "
+                f"folder {part} with its config.json"
+            )
+        found = FolderTensors(self.root / part, [file] if file else None)
+        if part not in self.layout.files:
+            return Renamed(found)
+        return renamed(found, self.layout.files[part], source=file or self.root / part, square=self.layout.square)
 
     def lacking(self) -> dict[str, dict[str, Any]]:
         """The settings that a published model has and this folder does not, by their paths."""
@@ -43,11 +143,20 @@ class PublishedFolder:
 
     def scheduler(self) -> dict[str, Any]:
         """What `scheduler_config.json` says."""
+        if self.layout.published is not None:
+            # A model that is files has no such settings.
+            return {}
         return read_json(self.root / "scheduler" / "scheduler_config.json")
 
     def stored(self, part: str) -> Quantization | None:
         """What a component is quantized to, if at all."""
+        if self._by_shape(part):
+            return self.tensors(part).quantization
         return Quantization.stored(self.config(part), self.root / part / "config.json")
+
+    def _by_shape(self, part: str) -> bool:
+        optional = part in self.layout.config_optional and not is_file(self.root / part / "config.json")
+        return part in self.files or optional
 
 
 class Alone(PublishedFolder):
@@ -59,5 +168,5 @@ class Alone(PublishedFolder):
     def config(self, part: str) -> dict[str, Any]:
         return super().config("")
 
-    def tensors(self, part: str) -> Mapping[str, mx.array]:
+    def tensors(self, part: str) -> Renamed:
         return super().tensors("")

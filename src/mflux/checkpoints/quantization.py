@@ -71,7 +71,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     """MLX's, with its product by `mflux.cpu` on a CPU, where MLX's own takes a hundred times as long as a dense one."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
+        if self.biases is None or not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
             return super().__call__(x)
         y = cpu.quantized_product(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
         return y + self.bias if "bias" in self else y
@@ -81,7 +81,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     """MLX's, which unpacks the rows that are asked for; as a linear layer it is a `QuantizedLinear`."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        if not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
+        if self.biases is None or not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
             return super().as_linear(x)
         return cpu.quantized_product(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, cast
 
 from mflux.backend import mx
 from mflux.errors import MfluxError, OutputError
@@ -73,7 +73,7 @@ class SafetensorsWriter:
             self._refuse_existing()
             self._temporary = Temporary(self.path.parent)
             self._require_room()
-            self._write_at(0, self._header)
+            self._write_at(self._temporary, 0, self._header)
             os.truncate(self._temporary.descriptor, self.size)
         except OSError as error:
             self._discard()
@@ -90,6 +90,8 @@ class SafetensorsWriter:
             OutputError: the disk is full or gone.
             ValueError: the array is not what was announced.
         """
+        if self._temporary is None:
+            raise ValueError("a tensor can be written only within the block")
         dtype, shape = self.specs[name]
         if array.dtype != dtype or tuple(array.shape) != tuple(shape):
             raise ValueError(f"{name} was announced as {dtype} {list(shape)}, not {array.dtype} {list(array.shape)}")
@@ -101,23 +103,25 @@ class SafetensorsWriter:
         data = mx.contiguous(array.reshape(1) if array.ndim == 0 else array).view(_BY_WIDTH[dtype.size])
         mx.eval(data)
         try:
-            self._write_at(self._places[name], memoryview(data).cast("B"))
+            # MLX's stubs do not say that its arrays are buffers.
+            self._write_at(self._temporary, self._places[name], memoryview(cast(Any, data)).cast("B"))
         except OSError as error:
             raise self._cannot_write(error) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        temporary = self._temporary
+        if kind is not None or temporary is None:
             self._discard()
             return
         try:
             if self._left:
                 raise ValueError(f"{len(self._left)} tensors were announced and not written, such as {min(self._left)}")
-            os.fsync(self._temporary.descriptor)
+            os.fsync(temporary.descriptor)
             self._refuse_existing()
-            self._temporary.path.replace(self.path)
-            self._temporary.close()
+            temporary.path.replace(self.path)
+            temporary.close()
         except OSError as problem:
             self._discard()
             raise self._cannot_write(problem) from None
@@ -125,11 +129,12 @@ class SafetensorsWriter:
             self._discard()
             raise
 
-    def _write_at(self, place: int, data: bytes | memoryview) -> None:
+    @staticmethod
+    def _write_at(temporary: Temporary, place: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
             # The system takes at most 2 GB at once.
-            written = os.pwrite(self._temporary.descriptor, view[: 1 << 30], place)
+            written = os.pwrite(temporary.descriptor, view[: 1 << 30], place)
             place += written
             view = view[written:]
 

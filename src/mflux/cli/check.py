@@ -48,7 +48,7 @@ def check(argv: Sequence[str] | None) -> int:
     """
     args = build_parser().parse_args(argv)
 
-    from mflux.hub_cache import repair
+    from mflux.hub.cache import repair
     from mflux.models.common.checking import check_model
 
     report = check_model(args.model_reference, args.base_model)

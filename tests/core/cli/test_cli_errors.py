@@ -540,7 +540,7 @@ def test_repositories_that_settings_name_are_told_before_one_is_asked(cli, in_fo
     log = logging.Handler()
     log.records = []
     log.emit = log.records.append
-    monkeypatch.setattr(mflux.hub, "_fetch", ask)
+    monkeypatch.setattr("mflux.hub.resolve._fetch", ask)
     monkeypatch.setattr("mflux.cli.replay.log.handlers", [log])
     (in_folder / "old.json").write_text(json.dumps(settings | {"prompt": "x"}))
     result = cli("generate", "-C", "old.json")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mflux import backend, cpu
-from mflux.backend import mx, nn
+from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.quantization import Quantization, QuantizedEmbedding, QuantizedLinear, make_room, pack, planned
 from mflux.models.common import pipeline
 from mflux.models.common.config import ModelConfig
@@ -474,3 +474,57 @@ def test_models_take_activations_norms_and_attention_from_the_layers():
             if isinstance(node, (ast.Attribute, ast.Call)) and slow.match(ast.unparse(node)):
                 found.add(f"{path.relative_to(SOURCE)}:{node.lineno} {ast.unparse(node)}")
     assert not found
+
+
+# ---- training
+
+
+class Block(nn.Module):
+    """Everything that numpy would compute in a transformer's block."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = layers.RMSNorm(96, 1e-6)
+        self.qkv = nn.Linear(96, 3 * 96)
+        self.out = nn.Linear(96, 96)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q, k, v = (part[:, None] for part in mx.split(self.qkv(self.norm(x)), 3, axis=-1))
+        seen = layers.attention(q, k, v)[:, 0]
+        return layers.residual(x, mx.ones((1, 1, 96)), layers.ACTIVATIONS["gelu"](self.out(seen)))
+
+
+def test_lazily_a_checkpointed_block_has_its_gradient(counted):
+    block, x = Block(), mx.random.normal((1, 800, 96))
+    mx.eval(block.parameters(), x)
+
+    def gradient(run) -> dict[str, mx.array]:
+        def loss(parameters):
+            block.update(parameters)
+            return mx.square(run(run(x))).mean()
+
+        found = mx.grad(loss)(block.trainable_parameters())
+        mx.eval(found)
+        return dict(tree_flatten(found))
+
+    expected = gradient(block)
+    assert counted
+    counted.clear()
+    with cpu.lazily():
+        found = gradient(nn.utils.checkpoint(block))
+        assert not counted
+        # Nothing is computed, and so nothing kept, before it is asked for.
+        before = mx.get_active_memory()
+        result = block(x)
+        assert mx.get_active_memory() - before < x.nbytes
+    assert found.keys() == expected.keys()
+    assert all(error(value, expected[name]) < 1e-4 for name, value in found.items())
+    assert error(result, block(x)) < 1e-5
+
+
+def test_lazily_ends_with_its_block_and_is_a_thread_s_own(counted):
+    x = mx.random.normal((300, 301))
+    with pytest.raises(RuntimeError, match="stop"), cpu.lazily():
+        assert not cpu.serves(x) and not cpu.quantized_serves(x, mx.zeros((301, 999), mx.uint32), 4, "affine")
+        raise RuntimeError("stop")
+    assert cpu.serves(x) and cpu.quantized_serves(x, mx.zeros((301, 999), mx.uint32), 4, "affine")

@@ -15,7 +15,8 @@ from mflux.checkpoints.loading import load_component
 from mflux.errors import CheckpointError, DownloadError, UsageError
 from mflux.models.common.lora.adapters import Adapter, Kronecker, LoraLinear, LowRank, dense, linear_layers, merged
 from mflux.models.common.lora.library import find_lora, library, settle_scales
-from mflux.models.common.lora.reading import Loras, Spelling, spelled
+from mflux.models.common.lora.names import Spelling, spelled
+from mflux.models.common.lora.reading import Loras
 from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
 from mflux.models.flux.lora_names import LORA
 from mflux.models.flux.model.transformer import FluxTransformer

@@ -10,8 +10,9 @@ import pytest
 
 from mflux.backend import mx
 from mflux.errors import CheckpointError
+from mflux.models.common.lora.names import Target
 from mflux.models.common.lora.peft_patterns import Pattern
-from mflux.models.common.lora.reading import Target, read_lora
+from mflux.models.common.lora.reading import read_lora
 
 LAYERS = (
     "transformer_blocks.0.attn.to_q",

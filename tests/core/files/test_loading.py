@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mflux.backend import compute_dtype, mx, nn, tree_flatten
 from mflux.checkpoints.folders import read_json
-from mflux.checkpoints.loading import Exceptions, FolderTensors, load_component
+from mflux.checkpoints.loading import FileDifferences, FolderTensors, load_component
 from mflux.checkpoints.readers.safetensors import SafetensorsFile, float8_values, read_header
 from mflux.errors import CheckpointError
 from mflux.models.common.component_config import ComponentConfig
@@ -281,7 +281,7 @@ def test_a_class_without_exceptions_has_none(folder):
     change(folder, position_ids=np.ones(2))
     with pytest.raises(CheckpointError, match=r"left over \(position_ids\)"):
         load_component(Small, folder)
-    Lenient = type("Lenient", (Small,), {"exceptions": Exceptions(ignored=("^position_ids$",))})
+    Lenient = type("Lenient", (Small,), {"differences": FileDifferences(ignored=("^position_ids$",))})
     load_component(Lenient, folder)
 
 

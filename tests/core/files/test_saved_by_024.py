@@ -19,10 +19,11 @@ from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.loading import FolderTensors, load_component
 from mflux.errors import CheckpointError
 from mflux.models.common.config import ModelConfig
+from mflux.models.common.model import open_folder
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.networks.text_encoders.t5 import T5Encoder
-from mflux.models.flux.layouts import open_folder
+from mflux.models.flux.family import FAMILY
 from mflux.models.flux.model.transformer import FluxTransformer
 from mflux.models.flux.variants.txt2img.flux import Flux1
 
@@ -58,7 +59,7 @@ def bits_of(name: str) -> int | None:
 
 
 def load_old(root: Path, part: str, **options):
-    folder = open_folder(root)
+    folder = open_folder(root, FAMILY)
     return load_component(PARTS[part], root / part, config=folder.config(part), tensors=folder.tensors(part), **options)
 
 
@@ -89,14 +90,14 @@ def test_every_array_is_that_of_the_unsaved_model(source, saved, part, name):
 def test_the_configuration_follows_from_the_shapes(source, saved, part, name):
     config_class = PARTS[part].config_class
     published = json.loads((source / part / "config.json").read_text())
-    folder = open_folder(saved / name)
+    folder = open_folder(saved / name, FAMILY)
     assert config_class.from_dict(folder.config(part)) == config_class.from_dict(published)
     stored = folder.stored(part)
     assert (stored.bits if stored else None) == bits_of(name)
 
 
 def test_the_settings_beside_the_components(source, saved):
-    folder = open_folder(saved / "q4")
+    folder = open_folder(saved / "q4", FAMILY)
     told, published = folder.scheduler(), json.loads((source / "scheduler" / "scheduler_config.json").read_text())
     assert told == published
 

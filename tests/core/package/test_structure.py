@@ -23,11 +23,11 @@ MODULES = {
 LEVELS = (
     ("errors", "text"),
     ("backend", "cpu", "optional", "utils", "compat"),
-    ("checkpoints", "hub", "hub_cache", "demo"),
+    ("checkpoints", "hub", "demo"),
     ("callbacks",),
     ("models.common",),
     ("callbacks.instances", "models"),
-    ("commands", "not_built"),
+    ("commands", "import_paths"),
 )
 
 

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -19,13 +20,17 @@ from pathlib import Path
 
 import pytest
 
-from mflux import not_built
+from mflux import import_paths
 from mflux.cli.commands import COMMANDS, NOT_BUILT
 from mflux.errors import NotBuiltError
 
-SURFACE = Path(__file__).parents[2] / "data" / "surface"
+ROOT = Path(__file__).parents[3]
+SURFACE = ROOT / "tests" / "data" / "surface"
 CLASSES = json.loads((SURFACE / "python.json").read_text())
 OPTIONS = json.loads((SURFACE / "cli.json").read_text())
+# Where 0.24 had classes, and what each draws with.
+TITLES = json.loads((SURFACE / "paths.json").read_text())
+PATHS = sorted(CLASSES.keys() | TITLES.keys())
 
 # Pipelines are no MLX modules here, so they do not have a module's own methods.
 OF_A_MODULE = {"freeze", "state", "training"}
@@ -40,7 +45,7 @@ def found(path: str) -> object | None:
     except ModuleNotFoundError:
         return None
     thing = getattr(importlib.import_module(module), name, None)
-    return None if not_built.is_missing(thing) else thing
+    return None if import_paths.is_missing(thing) else thing
 
 
 BUILT_CLASSES = sorted(path for path in CLASSES if found(path) is not None)
@@ -90,9 +95,6 @@ def test_a_class_takes_what_it_took(path):
     assert checked or not CLASSES[path]
 
 
-PATHS = sorted(set(CLASSES) | {f"mflux.models.{path}" for paths in not_built.CLASSES.values() for path in paths})
-
-
 def imported(path: str) -> object:
     """As a program writes it."""
     module, _, name = path.rpartition(".")
@@ -106,9 +108,9 @@ def test_every_path_can_be_imported(path):
     """One that is missing must not cost a program the others; it says so when it is used."""
     thing, name = imported(path), path.rpartition(".")[2]
     assert isinstance(thing, type)
-    if not not_built.is_missing(thing):
+    if not import_paths.is_missing(thing):
         return
-    title = next(title for title, paths in not_built.CLASSES.items() if path.removeprefix("mflux.models.") in paths)
+    title = TITLES[path]
 
     class Derived(thing):
         def __init__(self, *args):
@@ -119,6 +121,34 @@ def test_every_path_can_be_imported(path):
         with pytest.raises(NotBuiltError, match=f"^{name}: {title} is not built yet"):
             use()
     assert not hasattr(thing, "create_noise")
+
+
+def test_every_path_can_be_asked_for():
+    """`hasattr` says yes before anything was imported from there, and `getattr` gives what `import` does."""
+    code = """
+import importlib, sys
+
+for path in sys.argv[1:]:
+    owner, _, name = path.rpartition(".")
+    module = importlib.import_module(owner)
+    assert hasattr(module, name) and not hasattr(module, name + "X"), path
+    there = getattr(module, name)
+    namespace = {}
+    exec(f"from {owner} import {name}", namespace)
+    assert namespace[name] is there, path
+"""
+    subprocess.run([sys.executable, "-c", code, *reversed(PATHS)], check=True)
+
+
+def test_type_checkers_are_told_the_same():
+    """`python tools/stubs.py` writes them."""
+    source = Path(import_paths.__file__).parents[1]
+    there = {str(path.relative_to(source)): path.read_text() for path in (source / "mflux").rglob("*.pyi")}
+    assert there == runpy.run_path(str(ROOT / "tools" / "stubs.py"))["stubs"]()
+    for path in there:
+        # What a stub stands for says nothing of its own.
+        module = source / path.removesuffix("i")
+        assert path == "mflux/__init__.pyi" or not module.is_file() or module.read_text() == ""
 
 
 def test_a_class_is_one_thing_at_all_its_paths():
@@ -157,7 +187,7 @@ from mflux.models.iris.variants import Iris as Second
 from mflux.models.iris.variants.txt2img.iris import Iris as Third
 assert Iris is Second is Third and Iris.real
 from mflux.models.iris.latent_creator.iris_latent_creator import IrisLatentCreator
-from mflux.not_built import is_missing
+from mflux.import_paths import is_missing
 assert is_missing(IrisLatentCreator)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.loading import layout_turns
+from mflux.checkpoints.renamed import renamed
 from mflux.cli import convert
 from mflux.errors import CheckpointError
 from mflux.models.common.controls.depth_pro import weights
@@ -392,7 +393,7 @@ def test_full_size_apple_layout():
     assert sum(value.size for value in theirs.values()) == PARAMETERS
     assert theirs["encoder.patch_encoder.blocks.23.attn.qkv.weight"].shape == (3072, 1024)
     assert theirs["fov.head.4.weight"].shape == (1, 32, 6, 6)
-    assert laid_out_as_mlx(dict(weights.AppleTensors(theirs, "depth_pro.pt"))) == our_shapes()
+    assert laid_out_as_mlx(dict(renamed(theirs, weights.places, source="depth_pro.pt"))) == our_shapes()
     # Each of our names comes from the tensor that the structure says.
     for name, _, parts in apple_layout(PUBLISHED):
         assert weights.translate(name) == parts

@@ -20,13 +20,14 @@ from mflux.errors import MissingExtraError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.config import Config
 from mflux.models.common.memory import LazyComponent, is_loaded
+from mflux.models.common.model import open_folder
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.schedulers import LinearScheduler
 from mflux.models.common.tokenizers.prompt_tokenizers import whole_tokenizer
-from mflux.models.fibo import layouts as weights_024
 from mflux.models.fibo import prompts
 from mflux.models.fibo.cli import fibo_edit, fibo_generate
 from mflux.models.fibo.cli import options as words
+from mflux.models.fibo.family import FAMILY
 from mflux.models.fibo.model.autoencoder import FiboAutoencoder
 from mflux.models.fibo.model.transformer import FiboTransformer
 from mflux.models.fibo.sources import cut_out, own_size, source_picture
@@ -379,9 +380,9 @@ def saved_by_024(source: Path, target: Path) -> Path:
 
 def test_a_folder_that_024_saved(here, tmp_path):
     model = write_tiny(tmp_path / "new", vocabulary=(128_256, 128_000))
-    old = saved_by_024(model, tmp_path / "old")
-    folder = weights_024.open_folder(old)
-    assert weights_024.open_folder(model) is None
+    old = write_as_024(model, tmp_path / "old")
+    folder = open_folder(old, FAMILY)
+    assert type(open_folder(model, FAMILY)) is PublishedFolder
     assert folder.config("vae")["temperal_downsample"] == [False, True, True]
     published = PublishedFolder(model)
     for part, kind in (("transformer", FiboTransformer), ("vae", FiboAutoencoder)):

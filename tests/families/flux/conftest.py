@@ -11,8 +11,15 @@ import pytest
 @pytest.fixture(scope="session")
 def published() -> dict:
     """Configurations and parameter counts of published models, by model and component."""
-    path = Path(__file__).parents[2] / "data" / "published_configs.json"
-    return json.loads(path.read_text())
+    entries = json.loads((Path(__file__).parents[2] / "data" / "surface" / "configs.json").read_text())
+
+    def entry(model: str, part: str) -> dict:
+        config = entries.get(f"{model}/{part}") or entries[f"FLUX.1/{part}"]
+        found = {"config": {name: value for name, value in config.items() if name != "_parameters"}}
+        return found | ({"parameters": config["_parameters"]} if "_parameters" in config else {})
+
+    parts = ("text_encoder", "text_encoder_2", "transformer", "vae", "scheduler")
+    return {model: {part: entry(model, part) for part in parts} for model in ("FLUX.1-schnell", "FLUX.1-dev")}
 
 
 @pytest.fixture(scope="session")

@@ -548,7 +548,7 @@ def as_saved_by_024(folder: Path, part: str, target: Path) -> None:
 def test_components_that_024_saved(models, tmp_path, command, part):
     """No configuration lies beside them: it follows from the tensors, as the published one would say."""
     from mflux.checkpoints.loading import load_component
-    from mflux.models.flux import layouts as weights_024
+    from mflux.models.common.model import open_folder
     from mflux.models.flux.family import CONTROLNET, FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
 
     source = models(BY_NAME[command])
@@ -556,7 +556,7 @@ def test_components_that_024_saved(models, tmp_path, command, part):
     as_saved_by_024(source, part, tmp_path)
     if part != "transformer":
         as_saved_by_024(source, "transformer", tmp_path)
-    folder = weights_024.open_folder(tmp_path)
+    folder = open_folder(tmp_path, FAMILY)
     kind = parts[part].module_class()
     expected = load_component(kind, source / part)
     # Heads narrower than the published ones, which no shape tells.

@@ -15,9 +15,11 @@ from support.saved_024 import write_as_024
 from families.qwen.cases import write_tiny
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FolderTensors
+from mflux.checkpoints.published import PublishedFolder
 from mflux.errors import UsageError
 from mflux.models.common.config import ModelConfig
-from mflux.models.qwen import layouts as weights_024
+from mflux.models.common.model import open_folder
+from mflux.models.qwen.family import FAMILY
 from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
 from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
 
@@ -111,8 +113,8 @@ def as_published(tmp_path_factory) -> Path:
 
 
 def test_a_folder_that_024_saved(as_published, pictures, tmp_path):
-    old = saved_by_024(as_published, tmp_path / "old")
-    assert weights_024.open_folder(as_published) is None
+    old = write_as_024(as_published, tmp_path / "old")
+    assert type(open_folder(as_published, FAMILY)) is PublishedFolder
     assert np.array_equal(draw(old), draw(as_published))
     assert np.array_equal(edit(old, *pictures), edit(as_published, *pictures))
 

@@ -25,18 +25,21 @@ from families.seedvr2.cases import (
 )
 from mflux.backend import has_gpu, mx, tree_flatten
 from mflux.checkpoints.loading import layout_turns, load_component, match
+from mflux.checkpoints.published import PublishedFolder
 from mflux.checkpoints.readers.safetensors import SafetensorsFile
+from mflux.checkpoints.renamed import Renamed
+from mflux.checkpoints.saved_by_024 import FolderOf024
 from mflux.checkpoints.saving import save_component
 from mflux.errors import CheckpointError
+from mflux.models.common.config import ModelConfig
 from mflux.models.common.family import families
+from mflux.models.common.model import open_folder as open_family_s
+from mflux.models.seedvr2 import SeedVR2
+from mflux.models.seedvr2.family import FAMILY
 from mflux.models.seedvr2.layouts import (
     TRANSFORMER_FILES,
     VAE_FILE,
-    SeedVR2Folder,
-    SeedVR2FolderOf024,
-    Shapes,
     key_of,
-    open_folder,
     transformer_config,
     vae_config,
 )
@@ -355,26 +358,15 @@ def test_what_is_not_built_is_refused(part, change, complaint):
 # ---- where the weights lie
 
 
-class Names(Shapes):
+def names(shapes: dict[str, tuple[int, ...]]) -> Renamed:
     """Shapes without values."""
-
-    def __init__(self, shapes):
-        self.shapes = shapes
-
-    def __getitem__(self, name):
-        return mx.zeros(self.shapes[name])
-
-    def __iter__(self):
-        return iter(self.shapes)
-
-    def __len__(self):
-        return len(self.shapes)
+    return Renamed({name: mx.zeros(shape) for name, shape in shapes.items()})
 
 
 @pytest.mark.parametrize("entry", FULL_SIZE)
 def test_the_configuration_of_a_published_file_follows_from_its_shapes(entry):
     found = {"transformer": transformer_config, "vae": vae_config}[entry.rpartition("/")[2]](
-        Names(published_tensors(entry))
+        names(published_tensors(entry))
     )
     expected = {name: value for name, value in CONFIGS[entry].items() if not name.startswith("_")}
     assert {name: found[name] for name in expected if name in found} == {
@@ -403,6 +395,10 @@ def write_published_files(folder: Path, *keys: str) -> Path:
     return folder
 
 
+def open_folder(root: Path, **options) -> PublishedFolder:
+    return open_family_s(root, FAMILY, **options)
+
+
 @pytest.mark.parametrize("key, name", [("seedvr2-3b", "transformer_3b"), ("seedvr2-7b", "transformer_7b")])
 def test_published_files_need_no_configuration(tmp_path, key, name):
     folder = open_folder(write_published_files(tmp_path, key))
@@ -427,13 +423,13 @@ def load(folder, part: str, **options):
 def test_of_both_transformers_the_models_name_tells(tmp_path):
     folder = open_folder(write_published_files(tmp_path, "seedvr2-3b", "seedvr2-7b"))
     assert key_of(folder) == "seedvr2-3b"
-    folder.overrides["transformer"] = {"num_layers": 36}
+    folder = open_folder(tmp_path, overrides={"transformer": {"num_layers": 36}})
     assert key_of(folder) == "seedvr2-7b"
 
 
 def test_a_folder_that_holds_something_else_is_refused_in_a_sentence(tmp_path):
     folder = open_folder(tmp_path)
-    assert isinstance(folder, SeedVR2Folder)
+    assert type(folder) is PublishedFolder
     assert not folder.has("transformer")
     with pytest.raises(CheckpointError, match=r"holds no transformer of SeedVR2: put seedvr2_ema_3b"):
         folder.config("transformer")
@@ -441,7 +437,26 @@ def test_a_folder_that_holds_something_else_is_refused_in_a_sentence(tmp_path):
         folder.tensors("vae")
     mx.save_safetensors(str(tmp_path / TRANSFORMER_FILES["seedvr2-7b"]), {"a": mx.zeros(1)})
     with pytest.raises(CheckpointError, match=r"fp16\.safetensors holds no transformer of SeedVR2"):
-        folder.config("transformer")
+        open_folder(tmp_path).config("transformer")
+
+
+@pytest.mark.parametrize("part", CLASSES)
+def test_one_component_in_a_file(tmp_path, monkeypatch, part):
+    """All else comes from the model's own repository, and what the file holds is not fetched."""
+    folder = write_published_files(tmp_path, "seedvr2-3b")
+    names = {"transformer": TRANSFORMER_FILES["seedvr2-3b"], "vae": VAE_FILE}
+    mine = (folder / names[part]).rename(tmp_path / "mine.safetensors")
+    asked = []
+
+    def resolve_model(name, patterns, *, required, alternatives):
+        asked.append((name, required))
+        return folder
+
+    monkeypatch.setattr("mflux.models.seedvr2.layouts.resolve_model", resolve_model)
+    model = SeedVR2(model_path=str(mine), model_config=ModelConfig.from_name("seedvr2-3b"))
+    assert asked == [("numz/SeedVR2_comfyUI", [name for other, name in names.items() if other != part])]
+    assert model.folder.files == {one: mine if one == part else folder / names[one] for one in names}
+    assert isinstance(getattr(model, part), CLASSES[part])
 
 
 @pytest.mark.parametrize("kind", ["3b", "7b"])
@@ -534,7 +549,7 @@ def test_folders_of_024(tmp_path, kind, bits):
             {name: value[:, :, None] if value.ndim == 4 else value for name, value in tensors.items()},
         )
     folder = open_folder(write_024(tmp_path / "old", parts, bits=bits))
-    assert isinstance(folder, SeedVR2FolderOf024)
+    assert isinstance(folder, FolderOf024)
     assert key_of(folder) == f"seedvr2-{kind}"
     assert (folder.stored("transformer").bits if bits else folder.stored("transformer")) == bits
     # What the registry says in 0.24's words is not saved again.

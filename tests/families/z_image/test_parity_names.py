@@ -22,9 +22,10 @@ from support.reference import as_numpy, draw, relative_error
 
 from families.z_image.cases import controlnet_reference, pipeline_reference, write_z_image
 from mflux.backend import tree_flatten
+from mflux.checkpoints.published import PublishedFolder
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.z_image import ZImage
-from mflux.models.z_image.layouts import ZImageFolder, controlnet_config
+from mflux.models.z_image.layouts import LAYOUT, controlnet_config
 
 # What PEFT says when a file has the last layer but not what else ends in its name.
 pytestmark = pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters, an inconsistency")
@@ -79,7 +80,7 @@ def test_single_file(folder, tmp_path, monkeypatch, prefix):
     theirs |= {f"{prefix}norm_final.weight": torch.ones(48)}
     file = tmp_path / "z-image-turbo.safetensors"
     save_file(theirs, file)
-    monkeypatch.setattr("mflux.models.z_image.variants.z_image.resolve", lambda *_: folder)
+    monkeypatch.setattr("mflux.models.common.pipeline.resolve", lambda *_: folder)
     ours = flat(z_image(file).transformer)
     expected = convert_z_image_transformer_checkpoint_to_diffusers(dict(theirs))
     assert set(ours) == set(expected) == set(published)
@@ -96,7 +97,7 @@ def test_controlnet_file_is_read_as_diffusers_reads_it(tmp_path, trained):
         tensors["control_noise_refiner.0.before_proj.weight"].zero_()
     file = tmp_path / "Union.safetensors"
     save_file(tensors, file)
-    opened = ZImageFolder(tmp_path, {"controlnet": file})
+    opened = PublishedFolder(tmp_path, LAYOUT, files={"controlnet": file})
     config = controlnet_config(opened.tensors("controlnet"))
     refiner = "control_noise_refiner" if trained else "control_layers"
     assert config["add_control_noise_refiner"] == refiner

@@ -16,16 +16,18 @@ from support.tiny import published, write_json
 from families.z_image.cases import drawing, write_tiny
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.loading import FolderTensors, load_component
-from mflux.checkpoints.saved_by_024 import Shapes
+from mflux.checkpoints.published import PublishedFolder
+from mflux.checkpoints.renamed import Renamed, renamed
 from mflux.errors import CheckpointError, NotBuiltError, UsageError
 from mflux.models.common.config import ModelConfig
+from mflux.models.common.model import open_folder
 from mflux.models.z_image import ZImage, ZImageTurbo, ZImageTurboControlnet
+from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.layouts import (
     BASE_SHIFT,
+    LAYOUT,
     TURBO_SHIFT,
-    OriginalTensors,
-    ZImageFolder,
     controlnet_config,
     static_schedule,
 )
@@ -144,14 +146,14 @@ def test_what_no_shape_of_it_tells_is_as_published(tmp_path):
     from mflux.models.z_image.model.text_encoder import ZImageTextEncoder
 
     config = CONFIGS["Z-Image/transformer"]
-    found = _transformer(Skeleton(ZImageTransformer(ZImageTransformerConfig.from_dict(config))))
+    found = _transformer(Renamed(flat(ZImageTransformer(ZImageTransformerConfig.from_dict(config)))))
     assert {name: found[name] for name in config.keys() & found.keys()} == {
         name: config[name] for name in config.keys() & found.keys()
     }
     config = CONFIGS["Z-Image/text_encoder"]
     whole = ZImageTextEncoder.saved_class
     settings = whole.config_class.from_dict(config)
-    assert whole.config_class.from_dict(_text_encoder(Skeleton(whole(settings)))) == settings
+    assert whole.config_class.from_dict(_text_encoder(Renamed(flat(whole(settings))))) == settings
 
 
 @pytest.mark.parametrize(("name", "shift"), [("z-image", BASE_SHIFT), ("z-image-turbo", TURBO_SHIFT)])
@@ -175,22 +177,6 @@ def test_a_controlnet_that_024_saved(tmp_path, picture):
 # ---- single files
 
 
-class Skeleton(Shapes):
-    """A module's parameters by their published names, none of them computed."""
-
-    def __init__(self, module):
-        self.parameters = flat(module)
-
-    def __getitem__(self, name: str) -> mx.array:
-        return self.parameters[name]
-
-    def __iter__(self):
-        return iter(self.parameters)
-
-    def __len__(self) -> int:
-        return len(self.parameters)
-
-
 def original(tensors: dict[str, mx.array], prefix: str = "") -> dict[str, mx.array]:
     """With the authors' names: queries, keys and values in one matrix."""
     found = {}
@@ -212,9 +198,9 @@ def test_453_tensors_make_521():
     parameters = flat(module)
     theirs = original(parameters)
     assert (len(theirs), len(parameters)) == (453, 521)
-    tensors = OriginalTensors(theirs | {"norm_final.weight": mx.zeros(3840)})
-    assert OriginalTensors.fits(theirs)
-    assert not OriginalTensors.fits(parameters)
+    names = LAYOUT.files["transformer"]
+    tensors = renamed(theirs | {"norm_final.weight": mx.zeros(3840)}, names)
+    assert names(parameters) is None
     assert {name: tensors[name].shape for name in tensors} == {name: value.shape for name, value in parameters.items()}
 
 
@@ -227,7 +213,7 @@ def elsewhere(model, monkeypatch):
         asked.append((name, sorted(component.name for component in components)))
         return model
 
-    monkeypatch.setattr("mflux.models.z_image.variants.z_image.resolve", resolve)
+    monkeypatch.setattr("mflux.models.common.pipeline.resolve", resolve)
     return asked
 
 
@@ -237,7 +223,7 @@ def test_a_single_file(model, elsewhere, tmp_path, prefix):
     file = tmp_path / "z_image_turbo.safetensors"
     mx.save_safetensors(str(file), tensors | {f"{prefix}norm_final.weight": mx.ones(48)})
     pipeline, expected = z_image(file), z_image(model)
-    assert elsewhere == [("Tongyi-MAI/Z-Image-Turbo", ["text_encoder", "vae"])]
+    assert elsewhere[0] == ("Tongyi-MAI/Z-Image-Turbo", ["text_encoder", "vae"])
     ours, theirs = flat(pipeline.transformer), flat(expected.transformer)
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(value, theirs[name]) for name, value in ours.items())
@@ -286,11 +272,6 @@ def full_size(**settings) -> dict[str, mx.array]:
     return flat(ZImageControlNet(ZImageControlNetConfig.from_dict(values)))
 
 
-class Given(Skeleton):
-    def __init__(self, tensors: dict[str, mx.array]):
-        self.parameters = tensors
-
-
 BEFORE = "control_noise_refiner.0.before_proj.weight"
 _1_0 = {
     "control_layers_places": [0, 5, 10, 15, 20, 25], "control_in_dim": 16, "add_control_noise_refiner": None,
@@ -302,32 +283,32 @@ def test_union_2_1_is_told_at_full_size():
     assert sum(value.size for value in tensors.values()) == 3_356_225_792
     tensors[BEFORE] = mx.zeros((4, 4)).at[3, 3].add(1e-6)
     expected = CONFIGS["Z-Image-Turbo-Fun-Controlnet-Union-2.1"]
-    assert {"_parameters": expected["_parameters"]} | controlnet_config(Given(tensors)) == expected
+    assert {"_parameters": expected["_parameters"]} | controlnet_config(Renamed(tensors)) == expected
 
 
 def test_union_2_0_has_a_projection_that_nobody_trained_or_none():
     tensors = full_size()
     tensors[BEFORE] = mx.zeros((4, 4))
-    untrained = controlnet_config(Given(tensors))
+    untrained = controlnet_config(Renamed(tensors))
     del tensors[BEFORE]
-    without = controlnet_config(Given(tensors))
+    without = controlnet_config(Renamed(tensors))
     assert untrained == without
     assert untrained["add_control_noise_refiner"] == "control_layers"
     assert untrained["control_layers_places"] == list(range(0, 30, 2))
 
 
 def test_union_1_0_and_the_lite_one_are_told_by_how_many_layers_they_have():
-    found = controlnet_config(Given(full_size(**_1_0)))
+    found = controlnet_config(Renamed(full_size(**_1_0)))
     assert {name: found[name] for name in _1_0} == _1_0
     tensors = full_size(control_layers_places=[0, 14, 28])
     tensors[BEFORE] = mx.ones((4, 4))
-    lite = controlnet_config(Given(tensors))
+    lite = controlnet_config(Renamed(tensors))
     assert (lite["control_layers_places"], lite["add_control_noise_refiner"]) == ([0, 14, 28], "control_noise_refiner")
 
 
 def test_a_controlnet_of_another_number_of_layers():
     with pytest.raises(CheckpointError, match="this one has 4"):
-        controlnet_config(Given(full_size(control_layers_places=[0, 1, 2, 3])))
+        controlnet_config(Renamed(full_size(control_layers_places=[0, 1, 2, 3])))
 
 
 SMALL = {"dim": 48, "n_heads": 3, "n_kv_heads": 3, "n_refiner_layers": 2}
@@ -810,7 +791,5 @@ def test_two_names_for_one_layer_are_both_told(model, tmp_path):
 
 
 def test_the_folder_s_layout_is_seen(model, tmp_path):
-    from mflux.models.z_image.layouts import open_folder
-
-    assert type(open_folder(model)) is ZImageFolder
-    assert open_folder(model).scheduler() == static_schedule(TURBO_SHIFT)
+    assert type(open_folder(model, FAMILY)) is PublishedFolder
+    assert open_folder(model, FAMILY).scheduler() == static_schedule(TURBO_SHIFT)

@@ -14,6 +14,7 @@ from mflux.checkpoints.folders import weight_files
 from mflux.checkpoints.readers.plain import naming_the_copy, open_file
 from mflux.checkpoints.readers.pytorch import DTYPES, DeclinedInfo, PytorchFile
 from mflux.checkpoints.readers.safetensors import SafetensorsFile
+from mflux.checkpoints.readers.safetensors import TensorInfo as SafetensorsInfo
 from mflux.errors import CheckpointError
 from mflux.text import shown, some
 
@@ -96,7 +97,7 @@ class Checkpoint(Mapping[str, mx.array]):
         info = self.files[number].infos[inner]
         if isinstance(info, DeclinedInfo):
             return Description(info.kind, None, None, (number, -1), (number, inner))
-        if isinstance(self.files[number], SafetensorsFile):
+        if isinstance(info, SafetensorsInfo):
             stored = _SAFETENSORS_DTYPES[info.dtype]
             same = number, info.start, inner
             return Description(stored, DTYPES[stored].result, info.shape, (number, info.start), same)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mflux.backend import mx
 from mflux.checkpoints.readers.plain import HEAD, Unchanged, open_file, what_else
@@ -363,7 +363,7 @@ class PytorchFile(Mapping[str, mx.array]):
     def _give_back_pages(self, count: int) -> None:
         self._touched += count
         if self._touched > _MAPPED_AT_MOST and hasattr(mmap, "MADV_DONTNEED"):
-            self._data.obj.madvise(mmap.MADV_DONTNEED)
+            cast(mmap.mmap, self._data.obj).madvise(mmap.MADV_DONTNEED)
             self._touched = 0
 
     def _ask_torch(self, name: str, info: DeclinedInfo) -> mx.array:
@@ -650,9 +650,9 @@ def _names() -> dict[tuple[str, str], Name]:
     for module in ("builtins", "__builtin__"):
         for kind in ("set", "frozenset", "bytes", "bytearray", "complex"):
             names[module, kind] = Name(_opaque(kind))
-    for storage, dtype in _STORAGES.items():
+    for storage, stored in _STORAGES.items():
         for module in ("torch", "torch.cuda"):
-            names[module, storage] = Name(value=_StorageType(DTYPES[dtype]))
+            names[module, storage] = Name(value=_StorageType(DTYPES[stored]))
     for dtype in DTYPES.values():
         names["torch", dtype.name] = Name(value=dtype)
     for scheme in ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric",

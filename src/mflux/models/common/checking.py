@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mflux import hub
-from mflux.checkpoints.folders import read_json, weight_files
+from mflux.checkpoints.folders import read_json, shards_of, weight_files
 from mflux.checkpoints.loading import load_component
 from mflux.checkpoints.published import PublishedFolder
 from mflux.checkpoints.readers.plain import naming_the_copy
 from mflux.checkpoints.readers.safetensors import read_header
 from mflux.errors import CheckpointError, DownloadError, MfluxError, ModelConfigError
-from mflux.hub_cache import Broken, broken_entries, cache_folder, repository_in_cache
+from mflux.hub.cache import Broken, broken_entries, cache_folder, repository_in_cache
 from mflux.models.common.config.model_config import ModelConfig, built_key, is_builtin, key_of
-from mflux.models.common.family import Component, families, family_of, load_object
+from mflux.models.common.family import Component, families, load_object
 from mflux.models.common.model import open_folder
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.registry import MODELS
@@ -84,7 +84,7 @@ def check_model(reference: str, base_model: str | None = None) -> Report:
                 raise DownloadError(f"{repository} is not in the cache, and {_SENDS_NOTHING}")
             report.problems.append(f"{repository} is not in the cache, or nothing says which of its snapshots to take")
             return report
-        problems = [*_loading_problems(report, reference, base_model), *_file_problems(report)]
+        problems = [*_loading_problems(report, root, reference, base_model), *_file_problems(report, root)]
         # What is broken in the cache says it already.
         told = [str(entry) for entry in report.broken]
         report.problems = [
@@ -126,8 +126,7 @@ def _holder(repository: str) -> Path | None:
 # ---- what loading would complain of
 
 
-def _loading_problems(report: Report, reference: str, base_model: str | None) -> Iterator[str]:
-    root = report.root
+def _loading_problems(report: Report, root: Path, reference: str, base_model: str | None) -> Iterator[str]:
     for family in families().values():
         for title, is_one in family.single:
             try:
@@ -143,7 +142,8 @@ def _loading_problems(report: Report, reference: str, base_model: str | None) ->
         return
     report.model = model
     model_path = None if is_builtin(reference) else reference
-    pipeline_class: type[Pipeline] = family_of(key).pipeline_class(key)
+    family = families()[MODELS[key]["family"]]
+    pipeline_class: type[Pipeline] = family.pipeline_class(key)
     config = ModelConfig.from_name(reference if model_path is None else str(root), key)
     pipeline, failure = None, None
     try:
@@ -173,7 +173,8 @@ def _told(root: Path, reference: str, base_model: str | None) -> tuple[str | Non
         return None, None
     for family in families().values():
         if any(component.published_class == kind for component in family.components):
-            return load_object(family.pipelines[0]).default_model, family.title
+            general: type[Pipeline] = load_object(family.pipelines[0])
+            return general.default_model, family.title
     return None, None
 
 
@@ -181,14 +182,12 @@ def _component_problems(
     pipeline: Pipeline | None, pipeline_class: type[Pipeline], root: Path, config: ModelConfig
 ) -> Iterator[str]:
     """What is wrong with each component, also where the pipeline itself cannot be made."""
-    folder = None
-    if pipeline is None:
-        try:
-            folder = open_folder(root, pipeline_class.family)
-            folder.overrides["transformer"] = config.transformer_overrides
-        except MfluxError as error:
-            yield str(error)
-            return
+    try:
+        overrides = {"transformer": config.transformer_overrides}
+        folder = pipeline.folder if pipeline else open_folder(root, pipeline_class.family, overrides=overrides)
+    except MfluxError as error:
+        yield str(error)
+        return
     for component in pipeline_class.components:
         if pipeline is None and component.repository is not None and not folder.has(component.folder):
             continue
@@ -213,10 +212,9 @@ def _check_component(component: Component, folder: PublishedFolder) -> None:
 # ---- files, whoever reads them
 
 
-def _file_problems(report: Report) -> Iterator[str]:
-    root = report.root
+def _file_problems(report: Report, root: Path) -> Iterator[str]:
     if root.is_file():
-        yield from _alone(report)
+        yield from _alone(report, root)
         return
     sizes, marked = {}, (root / FILE_NAME).is_file()
     for path in _below(root, "*.safetensors"):
@@ -243,14 +241,14 @@ def _file_problems(report: Report) -> Iterator[str]:
         yield f"{root} holds no weights, no .safetensors file: fetch them, or name a folder that has them"
 
 
-def _alone(report: Report) -> Iterator[str]:
+def _alone(report: Report, path: Path) -> Iterator[str]:
     """A single file: of safetensors, or of PyTorch, which is read as far as its table of tensors."""
     from mflux.checkpoints.readers.opening import open_checkpoint
     from mflux.checkpoints.readers.safetensors import SafetensorsFile
 
     try:
-        report.size = report.root.stat().st_size
-        checkpoint = open_checkpoint(report.root)
+        report.size = path.stat().st_size
+        checkpoint = open_checkpoint(path)
         report.layout = "safetensors" if isinstance(checkpoint.files[0], SafetensorsFile) else "torch"
     except CheckpointError as error:
         yield str(error)
@@ -263,8 +261,8 @@ def _index_problems(index: Path, *, is_needed: bool) -> Iterator[str]:
     nobody fetched.
     """
     try:
-        table = read_json(index).get("weight_map")
-        shards = {name for name in table.values() if isinstance(name, str)} if isinstance(table, dict) else set()
+        table = shards_of(index)
+        shards = set(table.values())
         # pathlib's own test raises for a name that is too long.
         there = any(os.path.exists(index.parent / name) for name in shards)  # noqa: PTH110
         if not is_needed and shards and not there:

@@ -100,9 +100,9 @@ class Family:
         commands: those that draw with it, or do something else with it.
         beside: what a model's folder holds besides its components, and a saved one takes along.
         settings: those of its images that no other family's have; `after` says where they stand among all.
-        lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.reading.LoraNames`.
-        open_folder: reads folders in other layouts than the published one, "package.module:function": takes the folder,
-            gives a `checkpoints.published.PublishedFolder`, or None where the folder is not in that layout.
+        lora: the names that LoRAs have for its layers, "package.module:LORA", a `lora.names.LoraNames`.
+        layout: how its files look in other layouts than the published one, "package.module:LAYOUT", a
+            `checkpoints.published.Layout`.
         single: models that are one network without components: the title of each, and "package.module:function" that
             says whether a folder or file is that model, by its headers alone; it raises `CheckpointError` where it is
             and something is wrong with it.
@@ -114,7 +114,7 @@ class Family:
     beside: tuple[str, ...] = ("model_index.json", "scheduler", "tokenizer")
     settings: tuple[Setting, ...] = ()
     lora: str | None = None
-    open_folder: str | None = None
+    layout: str | None = None
     single: tuple[tuple[str, str], ...] = ()
 
     def component(self, name: str) -> Component:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from mflux.backend import has_gpu, mx, named_arrays, nn
+from mflux.checkpoints import saved_by_024
 from mflux.checkpoints.loading import build, load_component
-from mflux.checkpoints.published import Alone, PublishedFolder
+from mflux.checkpoints.published import Alone, Layout, PublishedFolder
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
 from mflux.errors import CheckpointError, UsageError
@@ -23,7 +24,8 @@ from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig, check_is_somewhere
 from mflux.models.common.family import STAGES, Component, Family, families, load_object
 from mflux.models.common.lora.library import find_lora, settle_scales
-from mflux.models.common.lora.reading import LoraNames, Loras
+from mflux.models.common.lora.names import LoraNames
+from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
 from mflux.models.common.saved_model import FILE_NAME, record
 from mflux.utils.paths import user_path
@@ -34,7 +36,9 @@ class Model:
 
     Args:
         quantize: 3, 4, 5, 6 or 8 bits for the weights of linear layers and embeddings, quantized while they load.
-        model_path: a folder or Hugging Face repository to take the weights from instead of the model's own.
+        model_path: a folder or Hugging Face repository to take the weights from instead of the model's own; or one
+            component in one safetensors file, with names that the family's `Layout` knows: all else then comes from the
+            model's own repository.
         lora_paths: LoRAs to apply one after the other: files, names from LORA_LIBRARY_PATH, or files on Hugging Face,
             see `find_lora`.
         lora_scales: how much of each: 0 is nothing, 1 (where none is given) as it was trained.
@@ -47,6 +51,7 @@ class Model:
         components: the family's, and what a subclass adds to them. Each has a `LazyComponent` of its name, which a
             subclass declares with the component's type.
         default_model: a key of the registry.
+        repository: where the weights come from that no `model_path` names, if not from the model's own repository.
         latents: channels of the latents, pixels along a side of each, and channels of a token that the transformer
             takes (None: the class checks them itself), which a folder's parts must agree on.
         keep: which components stay in memory past their stage.
@@ -64,6 +69,7 @@ class Model:
     family: ClassVar[Family]
     components: ClassVar[tuple[Component, ...]] = ()
     default_model: ClassVar[str]
+    repository: ClassVar[str | None] = None
     latents: ClassVar[tuple[int, int, int | None] | None] = None
     compute_precision: mx.Dtype | None = None
 
@@ -94,9 +100,11 @@ class Model:
         self._folders: dict[str, PublishedFolder] = {}
         # What does not come from the model's folder, and where it comes from.
         self._sources: dict[str, str] = {}
+        # Components that are one file elsewhere.
+        self._files: dict[str, Path] = {}
         self.root = self.resolve_folder(model_path, self.registered)
-        self.folder = self.open_folder()
-        self.folder.overrides["transformer"] = self.registered.transformer_overrides
+        overrides = {"transformer": self.registered.transformer_overrides}
+        self.folder = open_folder(self.root, self.family, overrides=overrides, files=self._files)
         self.check_folder()
         self.model_path = model_path
         self.model_config = self.registered.with_scheduler(self.folder.scheduler())
@@ -135,12 +143,24 @@ class Model:
             from mflux.demo import checkpoint_folder
 
             return checkpoint_folder()
-        own = [component for component in self.components if component.repository is None]
-        return resolve(model_path or model_config.model_name, own, self.family.beside)
+        name = self.source(model_path, model_config)
+        parts = [component for component in self.own_components() if component.folder not in self._files]
+        return resolve(name, parts, self.family.beside)
 
-    def open_folder(self) -> PublishedFolder:
-        """The model's folder, of whichever layout it is."""
-        return open_folder(self.root, self.family)
+    def source(self, model_path: str | None, model_config: ModelConfig) -> str:
+        """The folder or repository to look in. Where `model_path` is one component in a file, that is noted, and it is
+        the model's own for all else."""
+        if model_path is None:
+            return self.repository or model_config.model_name
+        single = layout_of(self.family).component_in(model_path)
+        if single is None:
+            return model_path
+        self._files.update([single])
+        return self.repository or model_config.base_model or model_config.model_name
+
+    def own_components(self) -> list[Component]:
+        """Those that the model's folder has to have."""
+        return [component for component in self.components if component.repository is None]
 
     def check_folder(self) -> None:
         """
@@ -404,10 +424,15 @@ def key_in_registry(model_config: ModelConfig) -> str:
     return next(key for key, model in AVAILABLE_MODELS.items() if model.aliases == model_config.aliases)
 
 
-def open_folder(root: Path, family: Family) -> PublishedFolder:
-    """A model's folder, of whichever layout it is."""
-    other = load_object(family.open_folder)(root) if family.open_folder else None
-    return PublishedFolder(root) if other is None else other
+def layout_of(family: Family) -> Layout:
+    """How a family's files look where they do not look as published."""
+    layout: Layout = load_object(family.layout) if family.layout else Layout(family.title)
+    return layout
+
+
+def open_folder(root: Path, family: Family, **options: Any) -> PublishedFolder:
+    """A model's folder, of whichever layout it is; `options` as `PublishedFolder` has them."""
+    return saved_by_024.open_folder(root, layout_of(family), **options)
 
 
 def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> Path:

@@ -45,6 +45,6 @@ FAMILY = Family(
         Command("refine-fibo", "mflux.models.fibo.cli.fibo_refine", "change a prompt for FIBO as you say"),
     ),
     lora="mflux.models.fibo.lora_names:LORA",
-    open_folder="mflux.models.fibo.layouts:open_folder",
+    layout="mflux.models.fibo.layouts:LAYOUT",
     single=(("FIBO-VLM", "mflux.models.fibo.vlm.weights:check"),),
 )

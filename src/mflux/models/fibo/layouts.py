@@ -5,14 +5,14 @@ The configurations follow from the shapes, and where no shape tells, they are th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from mflux.checkpoints.saved_by_024 import Layout024, Renames, Tensors024
+from mflux.checkpoints.published import Layout, PublishedFolder
+from mflux.checkpoints.renamed import Names, Renamed, by_patterns
 
-_NAMES: dict[str, Renames] = {
-    "text_encoder": ((r"^(?!model\.)", "model."),),
-    "vae": (
+_NAMES: dict[str, Names] = {
+    "text_encoder": by_patterns((r"^(?!model\.)", "model.")),
+    "vae": by_patterns(
         (r"\.conv3d\.", "."),
         (r"\.resample_conv\.", ".resample.1."),
         (r"\.(norm|norm1|norm2|norm_out)\.weight$", r".\1.gamma"),
@@ -33,7 +33,7 @@ _MODEL_INDEX = {
 _HEAD = 128
 
 
-def _scheduler(_: Mapping[str, Any]) -> dict[str, Any]:
+def _scheduler(_: PublishedFolder) -> dict[str, Any]:
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0,
         "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
@@ -41,7 +41,7 @@ def _scheduler(_: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _transformer(tensors: Tensors024) -> dict[str, Any]:
+def _transformer(tensors: Renamed) -> dict[str, Any]:
     head = tensors.rows("single_transformer_blocks.0.attn.norm_q.weight")
     return {
         "_class_name": "BriaFiboTransformer2DModel",
@@ -57,7 +57,7 @@ def _transformer(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _text_encoder(tensors: Tensors024) -> dict[str, Any]:
+def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     layer = "model.layers.0"
     rows = tensors.rows(f"{layer}.self_attn.q_proj.weight")
     heads = max(rows // _HEAD, 1)
@@ -75,7 +75,7 @@ def _text_encoder(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _vae(tensors: Tensors024) -> dict[str, Any]:
+def _vae(tensors: Renamed) -> dict[str, Any]:
     levels = tensors.count(r"encoder\.down_blocks\.(\d+)\.")
     base = tensors.rows("encoder.conv_in.bias")
     widths = [tensors.rows(f"encoder.down_blocks.{level}.resnets.0.conv1.bias") // base for level in range(levels)]
@@ -96,7 +96,7 @@ def _vae(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-LAYOUT = Layout024(
+LAYOUT = Layout(
     title="FIBO",
     names=_NAMES,
     configs={"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae},
@@ -104,4 +104,3 @@ LAYOUT = Layout024(
     model_index=_MODEL_INDEX,
     square=_SQUARE,
 )
-open_folder = LAYOUT.open

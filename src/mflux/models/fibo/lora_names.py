@@ -5,7 +5,7 @@ diffusers loads and saves them under its transformer's own names; tools that joi
 
 from __future__ import annotations
 
-from mflux.models.common.lora.reading import LoraNames, Spelling
+from mflux.models.common.lora.names import LoraNames, Spelling
 
 LORA = LoraNames(
     (

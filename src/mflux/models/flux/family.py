@@ -150,5 +150,5 @@ FAMILY = Family(
     ),
     beside=("model_index.json", "scheduler", "tokenizer", "tokenizer_2"),
     lora="mflux.models.flux.lora_names:LORA",
-    open_folder="mflux.models.flux.layouts:open_folder",
+    layout="mflux.models.flux.layouts:LAYOUT",
 )

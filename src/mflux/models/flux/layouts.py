@@ -1,29 +1,30 @@
-"""What folders look like that mflux 0.24 or earlier saved FLUX.1 to.
+"""FLUX.1 in other layouts than the published one: folders that mflux 0.24 saved, and single files.
 
 The configurations follow from the shapes, and where no shape tells, they are the published ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from mflux.checkpoints.saved_by_024 import Layout024, Renames, Tensors024
+from mflux.checkpoints.published import Layout, PublishedFolder
+from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns
 from mflux.models.common.networks.autoencoders import kl_024
+from mflux.models.flux.lora_names import BLACK_FOREST_LABS, SWAPPED
 
-_NAMES: dict[str, Renames] = {
-    "transformer": ((r"\.linear1\.", ".net.0.proj."), (r"\.linear2\.", ".net.2.")),
-    "transformer_controlnet": ((r"\.linear1\.", ".net.0.proj."), (r"\.linear2\.", ".net.2.")),
-    "text_encoder": (),
-    "text_encoder_2": (
+_FEED_FORWARD = ((r"\.linear1\.", ".net.0.proj."), (r"\.linear2\.", ".net.2."))
+_NAMES: dict[str, Names] = {
+    "transformer": by_patterns(*_FEED_FORWARD),
+    "transformer_controlnet": by_patterns(*_FEED_FORWARD),
+    "text_encoder_2": by_patterns(
         (r"^final_layer_norm\.", "encoder.final_layer_norm."),
         (r"^t5_blocks\.(\d+)\.attention\.", r"encoder.block.\1.layer.0."),
         (r"^t5_blocks\.(\d+)\.ff\.", r"encoder.block.\1.layer.1."),
+        # The first block's bias on distances was saved with every block.
+        left_out=r"t5_blocks\.(?!0\.)\d+\.attention\.SelfAttention\.relative_attention_bias\.",
     ),
-    "vae": kl_024.NAMES,
+    "vae": by_patterns(*kl_024.NAMES),
 }
-# The first block's bias on distances was saved with every block.
-_REPEATED = r"^t5_blocks\.(?!0\.)\d+\.attention\.SelfAttention\.relative_attention_bias\."
 _SQUARE = (
     ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.bias"),
     ("text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj.bias"),
@@ -49,13 +50,13 @@ _MODEL_INDEX = {
 }
 
 
-def _scheduler(transformer: Mapping[str, Any]) -> dict[str, Any]:
+def _scheduler(folder: PublishedFolder) -> dict[str, Any]:
     """As published with FLUX.1-dev, which takes guidance, and with schnell."""
-    guidance = transformer["guidance_embeds"]
+    guidance = folder.config("transformer")["guidance_embeds"]
     return _SCHEDULER | {"shift": 3.0 if guidance else 1.0, "use_dynamic_shifting": guidance}
 
 
-def _transformer(tensors: Tensors024) -> dict[str, Any]:
+def _transformer(tensors: Renamed) -> dict[str, Any]:
     channels = tensors.width("x_embedder")
     out = tensors.rows("proj_out.bias")
     return {
@@ -64,11 +65,11 @@ def _transformer(tensors: Tensors024) -> dict[str, Any]:
     } | _trunk(tensors)
 
 
-def _controlnet(tensors: Tensors024) -> dict[str, Any]:
+def _controlnet(tensors: Renamed) -> dict[str, Any]:
     return {"_class_name": "FluxControlNetModel"} | _trunk(tensors)
 
 
-def _trunk(tensors: Tensors024) -> dict[str, Any]:
+def _trunk(tensors: Renamed) -> dict[str, Any]:
     head = tensors.rows("transformer_blocks.0.attn.norm_q.weight")
     return {
         "patch_size": 1,
@@ -85,7 +86,7 @@ def _trunk(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _clip(tensors: Tensors024) -> dict[str, Any]:
+def _clip(tensors: Renamed) -> dict[str, Any]:
     width = tensors.rows("text_model.final_layer_norm.weight")
     return {
         "architectures": ["CLIPTextModel"],
@@ -103,7 +104,7 @@ def _clip(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _t5(tensors: Tensors024) -> dict[str, Any]:
+def _t5(tensors: Renamed) -> dict[str, Any]:
     attention = "encoder.block.0.layer.0.SelfAttention"
     heads = tensors.width(f"{attention}.relative_attention_bias")
     return {
@@ -122,7 +123,7 @@ def _t5(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _siglip(tensors: Tensors024) -> dict[str, Any]:
+def _siglip(tensors: Renamed) -> dict[str, Any]:
     width = tensors.rows("post_layernorm.weight")
     patch = tensors["embeddings.patch_embedding.weight"].shape[-1]
     return {
@@ -138,7 +139,7 @@ def _siglip(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _redux(tensors: Tensors024) -> dict[str, Any]:
+def _redux(tensors: Renamed) -> dict[str, Any]:
     return {
         "_class_name": "ReduxImageEncoder",
         "redux_dim": tensors.width("redux_up"),
@@ -149,13 +150,30 @@ def _redux(tensors: Tensors024) -> dict[str, Any]:
 _CONFIGS = {"transformer_controlnet": _controlnet, "image_encoder": _siglip, "image_embedder": _redux}
 _CONFIGS |= {"transformer": _transformer, "text_encoder": _clip, "text_encoder_2": _t5, "vae": kl_024.config}
 
-LAYOUT = Layout024(
+_DOUBLE, _SINGLE = "transformer_blocks.{i}.attn", "single_transformer_blocks.{i}.attn"
+# As Black Forest Labs publish the transformer in one file, and ComfyUI.
+_SINGLE_FILE = Table(
+    BLACK_FOREST_LABS
+    | {
+        "double_blocks.{i}.img_attn.norm.query_norm": (f"{_DOUBLE}.norm_q",),
+        "double_blocks.{i}.img_attn.norm.key_norm": (f"{_DOUBLE}.norm_k",),
+        "double_blocks.{i}.txt_attn.norm.query_norm": (f"{_DOUBLE}.norm_added_q",),
+        "double_blocks.{i}.txt_attn.norm.key_norm": (f"{_DOUBLE}.norm_added_k",),
+        "single_blocks.{i}.norm.query_norm": (f"{_SINGLE}.norm_q",),
+        "single_blocks.{i}.norm.key_norm": (f"{_SINGLE}.norm_k",),
+    },
+    # The feed-forward is four times as wide as what stands before it.
+    shares={"single_blocks.{i}.linear1": (1, 1, 1, 4)},
+    swapped=SWAPPED,
+    leaves={"scale": "weight"},
+)
+
+LAYOUT = Layout(
     title="FLUX.1",
+    files={"transformer": _SINGLE_FILE},
     names=_NAMES,
     configs=_CONFIGS,
     scheduler=_scheduler,
     model_index=_MODEL_INDEX,
     square=_SQUARE,
-    left_out=_REPEATED,
 )
-open_folder = LAYOUT.open

@@ -6,7 +6,7 @@ train on these; there one matrix holds what are several layers here, one below t
 
 from __future__ import annotations
 
-from mflux.models.common.lora.reading import LoraNames, Spelling
+from mflux.models.common.lora.names import LoraNames, Spelling
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _EMBED = "time_text_embed"
@@ -45,6 +45,8 @@ BLACK_FOREST_LABS = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     "final_layer.linear": ("proj_out",),
 }
+# Theirs has the shift first, diffusers' the scale.
+SWAPPED = ("norm_out.linear",)
 
 XLABS = {
     "double_blocks.{i}.processor.qkv_lora1": BLACK_FOREST_LABS["double_blocks.{i}.img_attn.qkv"],
@@ -73,14 +75,14 @@ _SPELLINGS = (
         "transformer",
         ("diffusion_model.", "", "base_model.model.", "transformer."),
         BLACK_FOREST_LABS,
-        swapped=("norm_out.linear",),
+        swapped=SWAPPED,
     ),
     Spelling(
         "transformer",
         ("lora_unet_", "lycoris_", "lycoris__"),
         BLACK_FOREST_LABS,
         joint="_",
-        swapped=("norm_out.linear",),
+        swapped=SWAPPED,
     ),
     Spelling("transformer", ("", "diffusion_model."), XLABS),
     Spelling("text_encoder", ("text_encoder.", "text_encoders.clip_l.transformer.")),

@@ -59,5 +59,5 @@ FAMILY = Family(
         Setting("small_decoder", "Small decoder", kind=Switch(), option="--small-decoder", after="small_text_encoder"),
     ),
     lora="mflux.models.flux2.lora_names:LORA",
-    open_folder="mflux.models.flux2.layouts:open_folder",
+    layout="mflux.models.flux2.layouts:LAYOUT",
 )

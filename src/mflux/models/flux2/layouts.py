@@ -1,23 +1,24 @@
-"""What folders look like that mflux 0.24 or earlier saved FLUX.2 klein to.
+"""FLUX.2 klein in other layouts than the published one: folders that mflux 0.24 saved, and single files.
 
 The configurations follow from the shapes, and where no shape tells, they are the published ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from mflux.checkpoints.saved_by_024 import Layout024, Renames, Tensors024
+from mflux.checkpoints.published import Layout, PublishedFolder
+from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns
 from mflux.models.common.networks.autoencoders import kl_024
+from mflux.models.flux2.lora_names import BLACK_FOREST_LABS, SWAPPED
 
-_NAMES: dict[str, Renames] = {
-    "transformer": (
+_NAMES: dict[str, Names] = {
+    "transformer": by_patterns(
         (r"^time_guidance_embed\.linear_", "time_guidance_embed.timestep_embedder.linear_"),
         (r"^(transformer_blocks\.\d+\.attn\.to_out)\.", r"\1.0."),
     ),
-    "text_encoder": ((r"^", "model."),),
-    "vae": ((r"(\.attentions\.\d+\.to_out)\.", r"\1.0."),),
+    "text_encoder": by_patterns((r"^", "model.")),
+    "vae": by_patterns((r"(\.attentions\.\d+\.to_out)\.", r"\1.0.")),
 }
 _SQUARE = (
     # Its own rows are as many as its columns.
@@ -41,8 +42,7 @@ _MODEL_INDEX = {
 }
 
 
-def transformer_config(tensors: Tensors024) -> dict[str, Any]:
-    """What `config.json` would say of a transformer with these tensors, published names and all."""
+def _transformer(tensors: Renamed) -> dict[str, Any]:
     head = tensors.rows("single_transformer_blocks.0.attn.norm_q.weight")
     channels, width = tensors.width("x_embedder"), tensors.rows("x_embedder.weight")
     out = tensors.rows("proj_out.weight")
@@ -67,7 +67,7 @@ def transformer_config(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _text_encoder(tensors: Tensors024) -> dict[str, Any]:
+def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     head = tensors.rows("model.layers.0.self_attn.q_norm.weight")
     return {
         "architectures": ["Qwen3ForCausalLM"],
@@ -88,7 +88,7 @@ def _text_encoder(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _vae(tensors: Tensors024) -> dict[str, Any]:
+def _vae(tensors: Renamed) -> dict[str, Any]:
     return kl_024.shape(tensors) | {
         "_class_name": "AutoencoderKLFlux2",
         "batch_norm_eps": 1e-4,
@@ -96,19 +96,35 @@ def _vae(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-_CONFIGS = {"transformer": transformer_config, "text_encoder": _text_encoder, "vae": _vae}
+_CONFIGS = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae}
 
 
-def _scheduler(transformer: Mapping[str, Any]) -> dict[str, Any]:
+def _scheduler(_: PublishedFolder) -> dict[str, Any]:
     return _SCHEDULER
 
 
-LAYOUT = Layout024(
+_DOUBLE, _SINGLE = "transformer_blocks.{i}.attn", "single_transformer_blocks.{i}.attn"
+# As Black Forest Labs' repositories hold the transformer beside the folders, and ComfyUI.
+_SINGLE_FILE = Table(
+    BLACK_FOREST_LABS
+    | {
+        "double_blocks.{i}.img_attn.norm.query_norm": (f"{_DOUBLE}.norm_q",),
+        "double_blocks.{i}.img_attn.norm.key_norm": (f"{_DOUBLE}.norm_k",),
+        "double_blocks.{i}.txt_attn.norm.query_norm": (f"{_DOUBLE}.norm_added_q",),
+        "double_blocks.{i}.txt_attn.norm.key_norm": (f"{_DOUBLE}.norm_added_k",),
+        "single_blocks.{i}.norm.query_norm": (f"{_SINGLE}.norm_q",),
+        "single_blocks.{i}.norm.key_norm": (f"{_SINGLE}.norm_k",),
+    },
+    swapped=SWAPPED,
+    leaves={"scale": "weight"},
+)
+
+LAYOUT = Layout(
     title="FLUX.2",
+    files={"transformer": _SINGLE_FILE},
     names=_NAMES,
     configs=_CONFIGS,
     scheduler=_scheduler,
     model_index=_MODEL_INDEX,
     square=_SQUARE,
 )
-open_folder = LAYOUT.open

@@ -1,12 +1,12 @@
 """Which names in LoRA files mean which layers of FLUX.2: tables, no code.
 
 The layers' own names are diffusers'. Black Forest Labs' names are those of the single-file checkpoints, which
-`single_file.py` reads by the same table.
+`layouts.py` reads by the same table.
 """
 
 from __future__ import annotations
 
-from mflux.models.common.lora.reading import LoraNames, Spelling
+from mflux.models.common.lora.names import LoraNames, Spelling
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _TIME = "time_guidance_embed.timestep_embedder"

@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import load_component
-from mflux.checkpoints.published import PublishedFolder
 from mflux.errors import UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig, key_of
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
-from mflux.models.common.model import resolve
 from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
@@ -25,7 +22,6 @@ from mflux.models.flux2.family import FAMILY
 from mflux.models.flux2.latent_creator.flux2_latent_creator import CHANNELS, SIDE, Flux2LatentCreator
 from mflux.models.flux2.model.text_encoder import KleinTextEncoder, SmallTextEncoder
 from mflux.models.flux2.model.transformer import Flux2Transformer, KeysValues, grid_ids, text_ids
-from mflux.models.flux2.single_file import WithTransformer, transformer_file
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +51,6 @@ class KleinPipeline(Pipeline):
         compute_precision: `mx.float16` has attention and feed-forwards compute in it; None leaves them as they are.
         small_text_encoder: Qwen3-0.6B with an adapter in the place of Qwen3-4B; for the 4B models.
         small_decoder: Black Forest Labs' smaller decoder in the place of the autoencoder's own.
-        model_path: may also be a transformer in one safetensors file; all else comes from the repository of
-            `model_config`.
 
     Raises:
         UsageError: another precision, or a small text encoder for a 9B model.
@@ -86,7 +80,6 @@ class KleinPipeline(Pipeline):
         if compute_precision is not None and compute_precision != mx.float16:
             raise UsageError(f"compute_precision {compute_precision} is not built: leave it out, or take mx.float16")
         self.compute_precision = compute_precision
-        self._file: Path | None = None
         self.small_text_encoder = small_text_encoder
         self.small_decoder = small_decoder
         super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
@@ -101,19 +94,9 @@ class KleinPipeline(Pipeline):
             self._small_decoder = small_parts.decoder_folder()
         self.tokenizer = qwen_tokenizer(self.root / "tokenizer")
 
-    def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
-        name, left_out = model_path or model_config.model_name, set()
-        if self.small_text_encoder:
-            left_out.add("text_encoder")
-        if model_path is not None and (file := transformer_file(model_path)) is not None:
-            self._file, name = file, model_config.base_model or model_config.model_name
-            left_out.add("transformer")
-        own = [component for component in self.components if component.name not in left_out]
-        return resolve(name, own, self.family.beside)
-
-    def open_folder(self) -> PublishedFolder:
-        folder = super().open_folder()
-        return folder if self._file is None else WithTransformer(folder, self._file)
+    def own_components(self) -> list[Component]:
+        own = super().own_components()
+        return [part for part in own if not (self.small_text_encoder and part.name == "text_encoder")]
 
     def check_folder(self) -> None:
         super().check_folder()
@@ -128,8 +111,8 @@ class KleinPipeline(Pipeline):
         if component.name == "text_encoder" and self.small_text_encoder:
             return small_parts.load_text_encoder(*self._small_encoder, quantize=self._quantize)
         if component.name == "vae" and self.small_decoder:
-            config, tensors = self.folder.config("vae"), self.folder.tensors("vae")
-            config, tensors = small_parts.with_small_decoder(self._small_decoder, config, tensors)
+            own = self.folder.config("vae"), self.folder.tensors("vae")
+            config, tensors = small_parts.with_small_decoder(self._small_decoder, *own)
             dtype = mx.float32 if self.vae_full_precision else None
             return load_component(
                 AutoencoderKLFlux2, self.root / "vae", dtype=dtype, quantize=self._quantize, config=config,

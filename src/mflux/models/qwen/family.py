@@ -54,5 +54,5 @@ FAMILY = Family(
     # Repositories of the Edit releases keep the picture processor's settings in a folder of their own.
     beside=("model_index.json", "scheduler", "tokenizer", "processor"),
     lora="mflux.models.qwen.lora_names:LORA",
-    open_folder="mflux.models.qwen.layouts:open_folder",
+    layout="mflux.models.qwen.layouts:LAYOUT",
 )

@@ -5,28 +5,28 @@ The configurations follow from the shapes, and where no shape tells, they are th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from mflux.backend import mx
-from mflux.checkpoints.saved_by_024 import Layout024, Renames, Tensors024
+from mflux.checkpoints.published import Layout, PublishedFolder
+from mflux.checkpoints.renamed import Names, Renamed, by_patterns
 
 # A level of the autoencoder's encoder has so many residual blocks, in all releases; the published names count through.
 _BLOCKS = 2
-_NAMES: dict[str, Renames] = {
-    "transformer": (
+_NAMES: dict[str, Names] = {
+    "transformer": by_patterns(
         (r"\.attn_to_out\.", ".to_out."),
         (r"\.(img|txt)_mod_linear\.", r".\1_mod.1."),
         (r"\.(img|txt)_ff\.mlp_in\.", r".\1_mlp.net.0.proj."),
         (r"\.(img|txt)_ff\.mlp_out\.", r".\1_mlp.net.2."),
     ),
-    "text_encoder": (
+    "text_encoder": by_patterns(
         (r"^encoder\.visual\.", "visual."),
         (r"^encoder\.", "model."),
         (r"\.mlp_0\.", ".mlp.0."),
         (r"\.mlp_1\.", ".mlp.2."),
     ),
-    "vae": (
+    "vae": by_patterns(
         (r"\.conv3d\.", "."),
         (r"\.resample_conv\.", ".resample.1."),
         (r"\.skip_conv\.", ".conv_shortcut."),
@@ -54,7 +54,7 @@ _MODEL_INDEX = {
 _HEAD = 128
 
 
-def _scheduler(_: Mapping[str, Any]) -> dict[str, Any]:
+def _scheduler(_: PublishedFolder) -> dict[str, Any]:
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0,
         "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256,
@@ -62,7 +62,7 @@ def _scheduler(_: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _transformer(tensors: Tensors024) -> dict[str, Any]:
+def _transformer(tensors: Renamed) -> dict[str, Any]:
     head = tensors.rows("transformer_blocks.0.attn.norm_q.weight")
     return {
         "_class_name": "QwenImageTransformer2DModel",
@@ -79,7 +79,7 @@ def _transformer(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _text_encoder(tensors: Tensors024) -> dict[str, Any]:
+def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     layer = "model.layers.0"
     width = tensors.rows("model.norm.weight")
     text = {
@@ -112,7 +112,7 @@ def _text_encoder(tensors: Tensors024) -> dict[str, Any]:
     }
 
 
-def _vae(tensors: Tensors024) -> dict[str, Any]:
+def _vae(tensors: Renamed) -> dict[str, Any]:
     base = tensors.rows("encoder.conv_in.bias")
     levels = tensors.count(r"decoder\.up_blocks\.(\d+)\.")
     widths = [
@@ -140,7 +140,7 @@ def _with_axes(name: str, value: mx.array) -> mx.array:
     return value
 
 
-LAYOUT = Layout024(
+LAYOUT = Layout(
     title="Qwen-Image",
     names=_NAMES,
     configs={"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae},
@@ -151,4 +151,3 @@ LAYOUT = Layout024(
     zeros={"norm_out.linear.bias": "norm_out.linear.weight"},
     reshape=_with_axes,
 )
-open_folder = LAYOUT.open

@@ -5,7 +5,7 @@ All tools use its own names, which are diffusers'; they differ in what stands be
 
 from __future__ import annotations
 
-from mflux.models.common.lora.reading import LoraNames, Spelling
+from mflux.models.common.lora.names import LoraNames, Spelling
 
 LORA = LoraNames(
     (

@@ -29,5 +29,5 @@ FAMILY = Family(
         Setting("resolution", "Resolution", after="redux_image_strengths"),
         Setting("softness", "Softness", after="resolution"),
     ),
-    open_folder="mflux.models.seedvr2.layouts:open_folder",
+    layout="mflux.models.seedvr2.layouts:LAYOUT",
 )

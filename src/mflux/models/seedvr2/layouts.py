@@ -8,17 +8,12 @@ follows from the shapes, and where no shape tells, it is the published one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mflux.backend import mx
-from mflux.checkpoints.loading import FolderTensors
-from mflux.checkpoints.published import PublishedFolder
-from mflux.checkpoints.quantization import Quantization
-from mflux.checkpoints.saved_by_024 import FolderOf024, Layout024, PlainTensors, Shapes
-from mflux.errors import CheckpointError
+from mflux.checkpoints.published import Layout, PublishedFolder
+from mflux.checkpoints.renamed import Place, Renamed, as_published, by_patterns
 from mflux.hub import resolve_model
 from mflux.models.seedvr2.model.transformer import SeedVR2TransformerConfig
 
@@ -34,7 +29,7 @@ _BLOCKS_OF_7B = 36
 # ---- configurations from shapes
 
 
-def transformer_config(tensors: Shapes) -> dict[str, Any]:
+def transformer_config(tensors: Renamed) -> dict[str, Any]:
     """What `config.json` would say.
 
     Raises:
@@ -74,7 +69,7 @@ def transformer_config(tensors: Shapes) -> dict[str, Any]:
     }
 
 
-def vae_config(tensors: Shapes) -> dict[str, Any]:
+def vae_config(tensors: Renamed) -> dict[str, Any]:
     """What `config.json` would say.
 
     Raises:
@@ -111,142 +106,77 @@ def vae_config(tensors: Shapes) -> dict[str, Any]:
 _CONFIGS = {"transformer": transformer_config, "vae": vae_config}
 
 
-# ---- as published
-
-
-class SeedVR2Folder(PublishedFolder):
-    """A folder with the published files, or with a folder for each component."""
-
-    def has(self, part: str) -> bool:
-        return super().has(part) or self._file(part) is not None
-
-    def config(self, part: str) -> dict[str, Any]:
-        if (self.root / part / "config.json").is_file():
-            return super().config(part)
-        try:
-            return _CONFIGS[part](self.tensors(part))
-        except (KeyError, IndexError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{self._file(part) or self.root / part} holds no {part} of SeedVR2 ({error} is missing or makes no "
-                "sense), and there is no config.json beside it: take another file"
-            ) from None
-
-    def tensors(self, part: str) -> PlainTensors:
-        if super().has(part):
-            return PlainTensors(FolderTensors(self.root / part))
-        file = self._file(part)
-        if file is None:
-            wanted = " or ".join(TRANSFORMER_FILES.values()) if part == "transformer" else VAE_FILE
-            raise CheckpointError(
-                f"{self.root} holds no {part} of SeedVR2: put {wanted} there, or a folder {part} with its config.json"
-            )
-        return PlainTensors(FolderTensors(self.root, [file]))
-
-    def scheduler(self) -> dict[str, Any]:
-        # One step from noise to the picture has no schedule.
-        return {}
-
-    def _file(self, part: str) -> Path | None:
-        if part == "vae":
-            file = self.root / VAE_FILE
-            return file if file.is_file() else None
-        # A cache may hold both; the model's name tells then.
-        blocks = self.overrides.get("transformer", {}).get("num_layers")
-        files = [file for name in TRANSFORMER_FILES.values() if (file := self.root / name).is_file()]
-        return (files[-1] if blocks == _BLOCKS_OF_7B else files[0]) if files else None
+def _files(root: Path, settings: Mapping[str, Any]) -> dict[str, Path]:
+    """The published files in a folder. A cache may hold both transformers; the model's settings tell then."""
+    there = {name: root / name for name in (*TRANSFORMER_FILES.values(), VAE_FILE) if (root / name).is_file()}
+    files = {"vae": there.pop(VAE_FILE)} if VAE_FILE in there else {}
+    if there:
+        files["transformer"] = list(there.values())[-1 if settings.get("num_layers") == _BLOCKS_OF_7B else 0]
+    return files
 
 
 # ---- saved by mflux 0.24
 
-LAYOUT = Layout024(
+_SPELLED = by_patterns(
+    (r"(\.attn\.\w+)_(vid|txt)\.", r"\1.\2."),
+    (r"\.ada\.params_(vid|txt|all)\.", r".ada.\1."),
+    (r"^out_(shift|scale)$", r"vid_out_ada.out_\1"),
+    left_out=r"blocks\.\d+\.attn\.rope\.freqs$",
+)
+
+
+def _once(names: Iterable[str]) -> dict[str, Place]:
+    """Without what 0.24 wrote twice: where picture and text share weights, the attention's stand under both their
+    names, the rest under one."""
+    places = _SPELLED(names) or {}
+    shared = {block[1] for name in places if (block := re.match(r"blocks\.(\d+)\.ada\.all\.", name))}
+    found = {}
+    for name, place in places.items():
+        twice = re.match(r"blocks\.(\d+)\.attn\.\w+\.(vid|txt)\.", name)
+        if not twice or twice[1] not in shared:
+            found[name] = place
+        elif twice[2] == "vid":
+            found[name.replace(".vid.", ".all.")] = place
+    return found
+
+
+LAYOUT = Layout(
     title="SeedVR2",
-    names={
-        "transformer": (
-            (r"(\.attn\.\w+)_(vid|txt)\.", r"\1.\2."),
-            (r"\.ada\.params_(vid|txt|all)\.", r".ada.\1."),
-            (r"^out_(shift|scale)$", r"vid_out_ada.out_\1"),
-        ),
-        "vae": (),
-    },
     configs=_CONFIGS,
-    scheduler=lambda _: {},
-    model_index={},
+    files={"transformer": as_published, "vae": as_published},
+    config_optional=("transformer", "vae"),
+    published=_files,
+    wanted={"transformer": " or ".join(TRANSFORMER_FILES.values()), "vae": VAE_FILE},
+    names={"transformer": _once},
     square=(
         ("emb_in.proj_hid", "emb_in.proj_hid.bias"),
         ("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),
     ),
-    left_out=r"^blocks\.\d+\.attn\.rope\.freqs$",
+    # It says them in mflux 0.24's words.
+    takes_overrides=False,
 )
-
-
-class OnceTensors(Shapes):
-    """A transformer without what 0.24 wrote twice: where picture and text share weights, the attention's stand under
-    both their names, the rest under one."""
-
-    def __init__(self, tensors: Shapes):
-        self._tensors = tensors
-        shared = {block[1] for name in tensors if (block := re.match(r"blocks\.(\d+)\.ada\.all\.", name))}
-        self._theirs = {}
-        for name in tensors:
-            if (twice := re.match(r"blocks\.(\d+)\.attn\.\w+\.(vid|txt)\.", name)) and twice[1] in shared:
-                if twice[2] == "vid":
-                    self._theirs[name.replace(".vid.", ".all.")] = name
-            else:
-                self._theirs[name] = name
-
-    @property
-    def quantization(self) -> Quantization | None:
-        return self._tensors.quantization
-
-    def __getitem__(self, name: str) -> mx.array:
-        return self._tensors[self._theirs[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._theirs)
-
-    def __len__(self) -> int:
-        return len(self._theirs)
-
-
-class SeedVR2FolderOf024(FolderOf024):
-    def config(self, part: str) -> dict[str, Any]:
-        # What the registry says under mflux 0.24's names is no part of a configuration.
-        return {name: value for name, value in super().config(part).items() if name not in self._only_024}
-
-    @property
-    def _only_024(self) -> set[str]:
-        return set(self.overrides.get("transformer", ())) - {field.name for field in fields(SeedVR2TransformerConfig)}
-
-    def tensors(self, part: str) -> Shapes:
-        found = super().tensors(part)
-        return OnceTensors(found) if part == "transformer" else found
-
-    def lacking(self) -> dict[str, dict[str, Any]]:
-        return {}
 
 
 # ---- from a name to a folder
 
 
-def open_folder(root: Path) -> PublishedFolder:
-    """A model's folder, of whichever layout it is."""
-    return SeedVR2Folder(root) if LAYOUT.open(root) is None else SeedVR2FolderOf024(root, LAYOUT)
-
-
-def resolve_folder(name: str, key: str) -> Path:
+def resolve_folder(name: str, key: str, elsewhere: Container[str] = ()) -> Path:
     """The folder that holds a model, downloaded if need be.
 
     Args:
         name: a folder or a repository on Hugging Face, in any of the layouts.
         key: "seedvr2-3b" or "seedvr2-7b": which of the published transformers is fetched, where there are both.
+        elsewhere: components that are not needed.
 
     Raises:
         DownloadError: it cannot be had.
     """
-    published = [TRANSFORMER_FILES[key], VAE_FILE]
-    folders = [f"{part}/*{ending}" for part in _CONFIGS for ending in (".json", ".safetensors")]
+    files = {"transformer": TRANSFORMER_FILES[key], "vae": VAE_FILE}
+    files = {part: file for part, file in files.items() if part not in elsewhere}
+    published = [*files.values()]
+    folders = [f"{part}/*{ending}" for part in files for ending in (".json", ".safetensors")]
     settings = ("config.json", "model.safetensors.index.json")
-    alternatives = [[f"{part}/{file}" for part in _CONFIGS for file in (one, "*.safetensors")] for one in settings]
+    alternatives = [[f"{part}/{file}" for part in files for file in (one, "*.safetensors")] for one in settings]
     return resolve_model(name, [*published, *folders], required=published, alternatives=alternatives)
 
 

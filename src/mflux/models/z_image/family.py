@@ -64,5 +64,5 @@ FAMILY = Family(
     ),
     settings=(Setting("float32", "float32 throughout", kind=Switch(), option="--float32", after="compute_precision"),),
     lora="mflux.models.z_image.lora_names:LORA",
-    open_folder="mflux.models.z_image.layouts:open_folder",
+    layout="mflux.models.z_image.layouts:LAYOUT",
 )

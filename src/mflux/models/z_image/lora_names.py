@@ -6,17 +6,18 @@ single files, where queries, keys and values are one matrix.
 
 from __future__ import annotations
 
-from mflux.models.common.lora.reading import LoraNames, Spelling
+from mflux.models.common.lora.names import LoraNames, Spelling
 
 _BLOCKS = ("layers", "noise_refiner", "context_refiner")
 _FINAL = "all_final_layer.2-1"
 
-ORIGINAL = {
+ORIGINAL: dict[str, tuple[str, ...]] = {
     "x_embedder": ("all_x_embedder.2-1",),
     "final_layer.linear": (f"{_FINAL}.linear",),
     "final_layer.adaLN_modulation.1": (f"{_FINAL}.adaLN_modulation.1",),
 }
-NORMS, FUSED = {}, {}
+NORMS: dict[str, tuple[str, ...]] = {}
+FUSED: dict[str, tuple[str, ...]] = {}
 for _block in (f"{name}.{{i}}.attention" for name in _BLOCKS):
     NORMS |= {f"{_block}.q_norm": (f"{_block}.norm_q",), f"{_block}.k_norm": (f"{_block}.norm_k",)}
     FUSED |= {

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from mflux.backend import mx
-from mflux.checkpoints.published import PublishedFolder
 from mflux.errors import UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.memory import LazyComponent
-from mflux.models.common.model import resolve
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
 from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
-from mflux.models.z_image.layouts import BASE_SHIFT, TURBO_SHIFT, ZImageFolder, ZImageFolderOf024
+from mflux.models.z_image.layouts import BASE_SHIFT, TURBO_SHIFT
 from mflux.models.z_image.model.text_encoder import ZImageTextEncoder
 from mflux.models.z_image.model.transformer import ZImageTransformer
-from mflux.utils.paths import is_file, user_path
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +30,6 @@ class ZImagePipeline(Pipeline):
     """Base of Z-Image's classes; see `Model` for the arguments that all models have.
 
     Args:
-        model_path: also a single file of the transformer, in ComfyUI's layout or the published one: the rest is then
-            taken from the model's own repository.
         model_config: `ModelConfig.z_image_turbo()` by default.
         float32: keep what passes between the transformer's layers in float32, as mflux up to 0.20 did.
         compute_precision: `mx.float16` computes attention and feed-forwards in it; such a model cannot be saved.
@@ -64,7 +58,6 @@ class ZImagePipeline(Pipeline):
             raise UsageError(f"compute_precision is {compute_precision}: it is mx.float16 or None")
         self.float32 = float32
         self.compute_precision = compute_precision
-        self._file: Path | None = None
         super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
 
     def opened(self) -> None:
@@ -72,20 +65,9 @@ class ZImagePipeline(Pipeline):
 
     # ---- the folder
 
-    def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
-        if model_path is None or not is_file(user_path(model_path)):
-            return super().resolve_folder(model_path, model_config)
-        self._file = user_path(model_path)
-        others = [part for part in self.components if part.name != "transformer" and part.repository is None]
-        return resolve(model_config.base_model or model_config.model_name, others, self.family.beside)
-
-    def open_folder(self) -> PublishedFolder:
-        folder = super().open_folder()
-        return folder if self._file is None else ZImageFolder(self.root, {"transformer": self._file})
-
     def check_folder(self) -> None:
-        if isinstance(self.folder, ZImageFolderOf024):
-            self.folder.shift = BASE_SHIFT if self.registered.supports_guidance else TURBO_SHIFT
+        # Where no scheduler_config.json says it.
+        self.folder.overrides["scheduler"] = {"shift": BASE_SHIFT if self.registered.supports_guidance else TURBO_SHIFT}
         super().check_folder()
 
     def save_model(self, base_path: str) -> None:

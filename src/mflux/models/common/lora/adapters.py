@@ -196,12 +196,12 @@ def dense(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
     return weight.astype(mx.float32)
 
 
-def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
+def linear_layers(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The linear layers of a module that is not quantized: path → (out, in)."""
     return {path: layer.weight.shape for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
 
 
-def norm_layers(module: nn.Module) -> dict[str, tuple[int]]:
+def norm_layers(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The norms of a module that have weights: path → (n,)."""
     kinds = nn.RMSNorm, nn.LayerNorm, nn.GroupNorm
     norms = {path: layer for path, layer in module.named_modules() if isinstance(layer, kinds) and "weight" in layer}

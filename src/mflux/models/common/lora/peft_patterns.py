@@ -84,9 +84,10 @@ def _anything(character: str) -> bool:
 
 def _fits(steps: tuple[_Step, ...], layer: str, starts: list[int]) -> bool:
     """Whether the steps take all of the name from one of these places on: all ways at once, one bit for each step."""
-    if all(test.__class__ is str and not often for test, often in steps):
+    written = [test for test, often in steps if isinstance(test, str) and not often]
+    if len(written) == len(steps):
         # Names written out: the usual case, and one comparison.
-        text = "".join(test for test, _ in steps)
+        text = "".join(written)
         return layer.endswith(text) and len(layer) - len(text) in starts
     open_at = set(starts)
     states = 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.errors import CheckpointError
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
@@ -194,7 +194,7 @@ class DecoderTextEncoder(nn.Module):
         self.wanted = resolved(self.hidden_states_of(config), config.num_hidden_layers)
         depth, has_norm = max(self.wanted), config.num_hidden_layers in self.wanted
         self.model = DecoderStack(config, depth, norm=has_norm)
-        self.exceptions = Exceptions(
+        self.differences = FileDifferences(
             ignored=unused_patterns("model.", depth, config.num_hidden_layers, norm=has_norm), optional_prefix="model."
         )
 
@@ -238,7 +238,7 @@ def resolved(hidden_states: Sequence[int], layers: int) -> tuple[int, ...]:
 
 
 def unused_patterns(prefix: str, depth: int, layers: int, *, norm: bool) -> tuple[str, ...]:
-    """Names that files hold beside the `depth` lowest of so many layers, as patterns: what `Exceptions` ignores.
+    """Names that files hold beside the `depth` lowest of so many layers, as patterns: what `FileDifferences` ignores.
 
     Args:
         prefix: of the decoder's names, which re-saved files may lack.

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.checkpoints.quantization import UNQUANTIZED
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.decoder import DecoderConfig, DecoderStack, unused_patterns
@@ -251,7 +251,7 @@ class Qwen25VLTextEncoder(nn.Module):
         text = config.text_config
         self.model = DecoderStack(text, text.num_hidden_layers, norm=True)
         unused = unused_patterns("model.", text.num_hidden_layers, text.num_hidden_layers, norm=True)
-        self.exceptions = Exceptions(ignored=(*unused, r"^visual\."))
+        self.differences = FileDifferences(ignored=(*unused, r"^visual\."))
 
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """Hidden states of one prompt's tokens, (1, L, hidden_size)."""
@@ -279,7 +279,7 @@ class Qwen25VLEncoder(Qwen25VLTextEncoder):
     def __init__(self, config: Qwen25VLConfig):
         super().__init__(config)
         self.visual = Qwen25VLVisionModel(config.vision_config)
-        self.exceptions = Exceptions(ignored=self.exceptions.ignored[:-1])
+        self.differences = FileDifferences(ignored=self.differences.ignored[:-1])
 
     def __call__(
         self,

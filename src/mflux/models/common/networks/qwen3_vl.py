@@ -15,7 +15,7 @@ from math import isqrt
 from typing import Any
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.decoder import DecoderConfig, DecoderLayer
 from mflux.models.common.networks.layers import (
@@ -368,7 +368,7 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         self.model = Qwen3VLModel(config)
         if config.tie_word_embeddings:
             # Some files hold the embedding a second time under the head's name; see `weights.check_head`.
-            self.exceptions = Exceptions(ignored=(r"^lm_head\.weight$",))
+            self.differences = FileDifferences(ignored=(r"^lm_head\.weight$",))
         else:
             self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mflux.backend import mx
 
@@ -83,7 +83,7 @@ def choose(logits: mx.array, sampling: Sampling, key: mx.array) -> mx.array:
 
 def generate_tokens(
     model: Qwen3VLForConditionalGeneration, prompt: Prompt, sampling: Sampling, *, prefill: int = PREFILL
-) -> Iterator[int]:
+) -> Generator[int]:
     """Tokens that continue a prompt, without end: the caller stops asking.
 
     The token after the one that is handed out is already being computed meanwhile.
@@ -92,7 +92,7 @@ def generate_tokens(
     log.debug("seed %d", seed)
     key = mx.random.key(seed)
     decoder, cache = model.model.language_model, model.new_cache()
-    hidden = None
+    hidden: mx.array | None = None
     for embeddings, positions, deepstack in prompt.parts(prefill):
         hidden = decoder(embeddings, positions, cache, deepstack)
         mx.eval([layer.arrays for layer in cache])
@@ -106,11 +106,12 @@ def generate_tokens(
         mx.async_eval(token)
         return token
 
+    assert hidden is not None, "a prompt has parts"
     token = following(hidden)
     while True:
         embedding = decoder.embed_tokens(token[None])[None]
         after = following(decoder(embedding, mx.full((3, 1), position), cache))
-        yield int(token.item())
+        yield int(cast(int, token.item()))
         token, position = after, position + 1
 
 
@@ -122,7 +123,7 @@ def generate(
     sampling: Sampling,
     max_tokens: int,
     stop: Sequence[str] = (),
-    end_ids: Sequence[int] = (),
+    end_ids: Container[int] = (),
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
     """Let a model answer.
@@ -191,7 +192,8 @@ class AnswerText:
         return self._said(0, len(self._text))
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        # Of one list of tokens it is one text.
+        return cast(str, self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _flush(self) -> None:
         if self._pending:

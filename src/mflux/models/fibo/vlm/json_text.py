@@ -33,7 +33,7 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 _WORD = re.compile(r"[^\s,:{}\[\]\"]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _CONSTANTS = {"true": True, "false": False, "null": None}
-_KINDS = {str: "text", list: "a list", dict: "an object"}
+_KINDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
 _ABSENT = object()
 
 CUT_OFF = "its end was missing"
@@ -167,8 +167,13 @@ class _Reader:
 
     def _next(self) -> str:
         """The next character that is not blank, "" at the end of the text."""
-        self.at = _BLANK.match(self.text, self.at).end()
+        self.at = self._end_of(_BLANK, self.at)
         return self.text[self.at : self.at + 1]
+
+    def _end_of(self, pattern: re.Pattern[str], start: int) -> int:
+        """Where what the pattern takes from there ends; it may be nothing."""
+        found = pattern.match(self.text, start)
+        return found.end() if found else start
 
     def _closes(self, bracket: str) -> bool:
         following = self._next()
@@ -189,7 +194,7 @@ class _Reader:
             raise self._broken(f"a comma or {bracket} belongs here")
 
     def _string(self) -> str:
-        start, self.at = self.at + 1, _STRING.match(self.text, self.at + 1).end()
+        start, self.at = self.at + 1, self._end_of(_STRING, self.at + 1)
         content = self.text[start : self.at]
         if self.text[self.at : self.at + 1] == '"':
             self.at += 1
@@ -209,7 +214,7 @@ class _Reader:
         return whole
 
     def _word(self) -> Any:
-        word = _WORD.match(self.text, self.at)[0]
+        word = self.text[self.at : self._end_of(_WORD, self.at)]
         if self.at + len(word) == len(self.text):
             # Perhaps there would have been more digits.
             self.note(CUT_OFF)

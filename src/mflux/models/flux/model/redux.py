@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import ACTIVATIONS, LayerNorm, silu
 from mflux.models.common.networks.text_encoders.clip import CLIPEncoder
@@ -67,7 +67,7 @@ class SiglipVision(nn.Module):
 
     config_class = SiglipConfig
     # The head would pool all patches into one; Redux reads each.
-    exceptions = Exceptions(ignored=(r"(^|\.)head\.", r"(^|\.)position_ids$"), optional_prefix="vision_model.")
+    differences = FileDifferences(ignored=(r"(^|\.)head\.", r"(^|\.)position_ids$"), optional_prefix="vision_model.")
 
     def __init__(self, config: SiglipConfig):
         super().__init__()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
@@ -400,7 +400,7 @@ class SeedVR2Transformer(nn.Module):
 
     config_class = SeedVR2TransformerConfig
     # Tables of frequencies, which follow from the configuration.
-    exceptions = Exceptions(ignored=(r"^blocks\.\d+\.attn\.rope\.rope\.freqs$",))
+    differences = FileDifferences(ignored=(r"^blocks\.\d+\.attn\.rope\.rope\.freqs$",))
 
     def __init__(self, config: SeedVR2TransformerConfig):
         super().__init__()

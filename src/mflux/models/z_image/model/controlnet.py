@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.networks.layers import Rotary
 from mflux.models.z_image.model.transformer import (
     BlockConfig,
@@ -88,7 +88,7 @@ class ZImageControlNet(ComputesInside):
             self.control_noise_refiner = [TransformerBlock(config) for _ in range(config.n_refiner_layers)]
         else:
             # Files of 2.0 hold a refiner as well, which was never trained and which nothing goes through.
-            self.exceptions = Exceptions(ignored=(r"^control_noise_refiner\.",))
+            self.differences = FileDifferences(ignored=(r"^control_noise_refiner\.",))
 
     def __call__(
         self,

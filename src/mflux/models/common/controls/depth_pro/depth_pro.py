@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -79,12 +80,12 @@ class DepthPro:
         """The same of an RGB picture that is open already."""
         depth, degrees = self._network(self._pixels(photo))
         depth = depth[:, None].astype(mx.float32)
-        low, high = depth.min().item(), depth.max().item()
+        low, high = cast(float, depth.min().item()), cast(float, depth.max().item())
 
         metric = focal_length = None
         if degrees is not None:
             # The photo's width by its focal length; 1/f alone would be undefined for a field of view of zero.
-            width_by_focal = 2 * math.tan(math.radians(degrees.item()) / 2)
+            width_by_focal = 2 * math.tan(math.radians(cast(float, degrees.item())) / 2)
             focal_length = photo.width / width_by_focal if width_by_focal else math.inf
             inverse = resize_bilinear(depth[0, 0][None, :, :, None] * width_by_focal, (photo.height, photo.width))
             metric = 1 / mx.clip(inverse[0, :, :, 0], *_INVERSE_RANGE)

@@ -242,12 +242,13 @@ def _total(content_range: str | None) -> int | None:
 
 
 def _number(text: str | None) -> int | None:
-    return int(text) if re.fullmatch("[0-9]{1,18}", text or "") else None
+    return int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _check(file: BinaryIO, length: int | None, url: str) -> None:
     """The length that the server gave, and the CRC of each record. What is wrong is thrown away."""
     size = file.seek(0, os.SEEK_END)
+    problem: str | None
     if length is not None and size != length:
         problem = f"it has {size:,} bytes instead of {length:,}"
     else:

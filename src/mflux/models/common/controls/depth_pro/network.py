@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from mflux.backend import has_gpu, mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.controls.depth_pro.dinov2 import Dinov2Config, Dinov2Model
 
@@ -228,7 +228,7 @@ class UpsampleBlock(nn.Module):
     def __init__(self, dims: tuple[int, int, int], doublings: int, *, project: bool = True, bias: bool = False):
         super().__init__()
         before, between, after = dims
-        self.layers = [nn.Conv2d(before, between, kernel_size=1, bias=bias)] if project else []
+        self.layers: list[nn.Module] = [nn.Conv2d(before, between, kernel_size=1, bias=bias)] if project else []
         self.layers += [Upsample(between if i == 0 else after, after, bias=bias) for i in range(doublings)]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -255,7 +255,7 @@ class FeatureProjection(nn.Module):
         super().__init__()
         out = config.fusion_hidden_size
         dims = config.scaled_images_feature_dims + config.intermediate_feature_dims
-        self.projections = [Conv3x3(dim, out, bias=False) for dim in dims]
+        self.projections: list[nn.Module] = [Conv3x3(dim, out, bias=False) for dim in dims]
         if dims[-1] == out:
             self.projections[-1] = nn.Identity()
 
@@ -402,7 +402,7 @@ class DepthProForDepthEstimation(nn.Module):
     """The whole network. `config.use_fov_model` says whether it estimates the field of view too."""
 
     config_class = DepthProConfig
-    exceptions = Exceptions(ignored=(r"\.embeddings\.mask_token$",))
+    differences = FileDifferences(ignored=(r"\.embeddings\.mask_token$",))
 
     def __init__(self, config: DepthProConfig):
         super().__init__()
@@ -414,7 +414,7 @@ class DepthProForDepthEstimation(nn.Module):
             self.fov_model = FovModel(config)
         else:
             # A network without that head takes what it needs of a file that has it.
-            self.exceptions = Exceptions(ignored=(*self.exceptions.ignored, r"^fov_model\."))
+            self.differences = FileDifferences(ignored=(*self.differences.ignored, r"^fov_model\."))
 
     def __call__(self, pixels: mx.array) -> tuple[mx.array, mx.array | None]:
         """Estimate depth.

@@ -8,7 +8,7 @@ config.json of Depth Pro lies beside the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mflux.checkpoints.folders import SUFFIXES, read_json
 from mflux.checkpoints.loading import build, fill, fit
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.readers.opening import open_checkpoint
+from mflux.checkpoints.renamed import Place, parts, renamed
 from mflux.errors import CheckpointError
 from mflux.hub import resolve_model
 from mflux.models.common.component_config import ComponentConfig
@@ -87,31 +88,9 @@ def translate(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-class AppleTensors(Mapping[str, mx.array]):
-    """Tensors with Apple's names as a mapping from ours, read when they are asked for."""
-
-    def __init__(self, tensors: Mapping[str, mx.array], source: object):
-        self._tensors = tensors
-        self._source = source
-        self._where: dict[str, tuple[str, int, int]] = {}
-        for theirs in tensors:
-            names = translate(theirs)
-            self._where.update((ours, (theirs, part, len(names))) for part, ours in enumerate(names))
-
-    def __getitem__(self, name: str) -> mx.array:
-        theirs, part, parts = self._where[name]
-        value = self._tensors[theirs]
-        if parts == 1:
-            return value
-        if value.ndim == 0 or value.shape[0] % parts:
-            raise CheckpointError(f"{self._source}: {theirs} of shape {list(value.shape)} does not divide into {parts}")
-        return mx.split(value, parts)[part]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
+def places(names: Iterable[str]) -> dict[str, Place]:
+    """Where our tensors stand in a file with Apple's names."""
+    return {ours: place for name in names for ours, place in parts(name, translate(name)).items()}
 
 
 @dataclass(frozen=True)
@@ -207,7 +186,7 @@ def _opened(path: Path) -> tuple[DepthProForDepthEstimation, Mapping[str, mx.arr
     config, preprocessing = _settings(path if path.is_dir() else path.parent)
     tensors: Mapping[str, mx.array] = open_checkpoint(path)
     if any(name.startswith("encoder.patch_encoder.") for name in tensors):
-        tensors = AppleTensors(tensors, path)
+        tensors = renamed(tensors, places, source=path)
     elif not any(name.startswith("depth_pro.encoder.") for name in tensors):
         raise CheckpointError(
             f"{path} does not hold Depth Pro: give Apple's depth_pro.pt or a copy of apple/DepthPro-hf, or leave it out"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig
 
 
@@ -57,7 +57,7 @@ class AutoencoderKLFlux2(AutoencoderKL):
     """Pictures in [-1, 1] ↔ latents of zero mean and unit variance, one for 16 × 16 pixels."""
 
     config_class = AutoencoderKLFlux2Config
-    exceptions = Exceptions(ignored=(r"^bn\.num_batches_tracked$",))
+    differences = FileDifferences(ignored=(r"^bn\.num_batches_tracked$",))
 
     config: AutoencoderKLFlux2Config
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from mflux.checkpoints.saved_by_024 import Renames, Tensors024
+from mflux.checkpoints.renamed import Patterns, Renamed
 
-NAMES: Renames = ((r"\.(conv_in|conv_out)\.conv2d\.", r".\1."), (r"\.conv_norm_out\.norm\.", ".conv_norm_out."))
+NAMES: Patterns = ((r"\.(conv_in|conv_out)\.conv2d\.", r".\1."), (r"\.conv_norm_out\.norm\.", ".conv_norm_out."))
 SQUARE = (("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),)
 
 
-def config(tensors: Tensors024) -> dict[str, Any]:
+def config(tensors: Renamed) -> dict[str, Any]:
     """As FLUX.1 has it, whose scale no shape tells."""
     return shape(tensors) | {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
-def shape(tensors: Tensors024) -> dict[str, Any]:
+def shape(tensors: Renamed) -> dict[str, Any]:
     """What the shapes tell of an autoencoder of KL's kind."""
     levels = tensors.count(r"encoder\.down_blocks\.(\d+)\.")
     return {

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, Self
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.autoencoders.kernels import attention
 from mflux.models.common.networks.autoencoders.strips import Map
@@ -324,7 +324,7 @@ class AutoencoderWan(nn.Module):
     """Pictures in [-1, 1] ↔ the diffusion model's latents, each channel shifted and scaled to about unit variance."""
 
     config_class = AutoencoderWanConfig
-    exceptions = Exceptions(ignored=(r"\.time_conv\.(weight|bias)$",))
+    differences = FileDifferences(ignored=(r"\.time_conv\.(weight|bias)$",))
 
     def __init__(self, config: AutoencoderWanConfig):
         super().__init__()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import ACTIVATIONS, LayerNorm, attention, embedded, merge_heads, split_heads
 
@@ -137,7 +137,7 @@ class CLIPTextEncoder(nn.Module):
     """Token ids → hidden states and the pooled embedding that guides a whole picture."""
 
     config_class = CLIPTextConfig
-    exceptions = Exceptions(ignored=(r"(^|\.)position_ids$",), optional_prefix="text_model.")
+    differences = FileDifferences(ignored=(r"(^|\.)position_ids$",), optional_prefix="text_model.")
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mflux.backend import mx, nn
-from mflux.checkpoints.loading import Exceptions
+from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import ACTIVATIONS, RMSNorm, attention, embedded, merge_heads, split_heads
 
@@ -161,7 +161,7 @@ class T5Encoder(nn.Module):
 
     config_class = T5Config
     # Files hold the embedding as shared.weight, as encoder.embed_tokens.weight, or as both.
-    exceptions = Exceptions(
+    differences = FileDifferences(
         ignored=(r"^encoder\.embed_tokens\.weight$",), tied={"shared.weight": "encoder.embed_tokens.weight"}
     )
 

@@ -1,3 +1,0 @@
-from mflux.models.fibo.variants.edit.fibo_edit import FIBOEdit
-
-__all__ = ["FIBOEdit"]

@@ -9,7 +9,6 @@ from typing import Any
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
-from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.memory import LazyComponent, digest_of
 from mflux.models.flux.family import FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
@@ -31,12 +30,10 @@ class Flux1Redux(FluxPipeline):
     """
 
     default_model = "dev-redux"
+    repository = _BASE
     components = (*FAMILY.components, IMAGE_ENCODER, IMAGE_EMBEDDER)
     image_encoder: LazyComponent[SiglipVision]
     image_embedder: LazyComponent[ReduxEmbedder]
-
-    def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
-        return super().resolve_folder(model_path or _BASE, model_config)
 
     def opened(self) -> None:
         super().opened()

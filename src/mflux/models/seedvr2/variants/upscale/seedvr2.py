@@ -60,7 +60,7 @@ class SeedVR2(Pipeline):
             DownloadError: the weights cannot be had.
         """
         _refuse_sharp(model_path)
-        return resolve_folder(model_path or model_config.model_name, key_in_registry(model_config))
+        return resolve_folder(self.source(model_path, model_config), key_in_registry(model_config), self._files)
 
     def generate_image(
         self,

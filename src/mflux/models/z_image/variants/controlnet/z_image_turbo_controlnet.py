@@ -17,7 +17,7 @@ from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent, give_back_memory
 from mflux.models.z_image.family import COMPONENTS, CONTROLNET
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
-from mflux.models.z_image.layouts import ZImageFolder
+from mflux.models.z_image.layouts import LAYOUT
 from mflux.models.z_image.model.controlnet import ZImageControlNet
 from mflux.models.z_image.pipeline import ZImagePipeline
 from mflux.models.z_image.variants.controlnet.control_types import ControlSpec, ControlType
@@ -66,7 +66,7 @@ class ZImageTurboControlnet(ZImagePipeline):
             name, _, revision = source.partition("@")
             # The repository holds several ControlNets; this one is called like it.
             file = fetch_file(name, f"{name.rpartition('/')[2]}.safetensors", revision or None)
-            self._folders[component.name] = ZImageFolder(file.parent, {"controlnet": file})
+            self._folders[component.name] = PublishedFolder(file.parent, LAYOUT, files={"controlnet": file})
         return self._folders[component.name]
 
     def generate_image(

@@ -1,0 +1,79 @@
+"""huggingface_hub, loaded when it is needed: its log without secrets, and no connection that hardly moves."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from mflux.errors import DownloadError
+from mflux.hub.secrets import without_secrets
+from mflux.text import one_line, size
+
+# A connection that brings less than so many bytes in so many seconds is given up.
+PATIENCE_S = 60
+_LEAST_BYTES = 64_000
+
+
+def huggingface() -> ModuleType:
+    # Half a second to import: only those pay who get here.
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+        import huggingface_hub.utils.logging
+    except ValueError as error:
+        # It reads its numbers and addresses while it is imported.
+        raise DownloadError(
+            f"huggingface_hub cannot use one of the HF_ environment variables ({one_line(error)}): correct or unset it"
+        ) from None
+    # Its own handler is there from the first time that a logger is asked for.
+    for handler in huggingface_hub.utils.logging.get_logger("huggingface_hub").handlers:
+        if not any(isinstance(one, _Cleaned) for one in handler.filters):
+            handler.addFilter(_Cleaned(huggingface_hub))
+    return huggingface_hub
+
+
+class _Cleaned(logging.Filter):
+    """What huggingface_hub logs by itself, such as a server's warnings, is one line without secrets as well."""
+
+    def __init__(self, hub: ModuleType):
+        super().__init__()
+        self._hub = hub
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = one_line(without_secrets(self._hub, record.getMessage())), ()
+        return True
+
+
+def watch_speed(hub: ModuleType) -> None:
+    """Let huggingface_hub's connections end that bring next to nothing: its own limit is on silence alone."""
+    session = getattr(hub, "get_session", None) or getattr(hub.utils, "get_session", None)
+    client: Any = session() if session is not None else None
+    hooks = getattr(client, "event_hooks", None)
+    if not hooks or any(hook is _watched for hook in hooks.get("response", ())):
+        return
+    client.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _watched]}
+
+
+def _watched(response: Any) -> None:
+    stream = response.stream
+    base = next((base for base in type(stream).__mro__ if base.__name__ == "SyncByteStream"), None)
+    if base is None:
+        return
+
+    def chunks(_: Any) -> Iterator[bytes]:
+        began, came = time.monotonic(), 0
+        for chunk in stream:
+            yield chunk
+            came += len(chunk)
+            if came >= _LEAST_BYTES:
+                began, came = time.monotonic(), 0
+            elif time.monotonic() - began > PATIENCE_S:
+                raise ConnectionError(f"less than {size(_LEAST_BYTES)} came in {PATIENCE_S} seconds")
+
+    # Its base is httpx's, whichever of its versions huggingface_hub has.
+    watched = type("Watched", (base,), {"__iter__": chunks, "close": lambda _: stream.close()})
+    response.stream = watched()

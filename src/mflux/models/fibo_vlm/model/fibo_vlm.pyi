@@ -1,0 +1,3 @@
+"""Written by tools/stubs.py."""
+
+from mflux.models.fibo.vlm.fibo_vlm import FiboVLM as FiboVLM

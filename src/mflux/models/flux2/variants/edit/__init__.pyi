@@ -1,0 +1,3 @@
+"""Written by tools/stubs.py."""
+
+from mflux.models.flux2.variants.edit.flux2_klein_edit import Flux2KleinEdit as Flux2KleinEdit
