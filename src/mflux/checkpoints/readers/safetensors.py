@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from mflux.backend import mx
 from mflux.checkpoints.readers.plain import HEAD, Unchanged, naming_the_copy, open_file, what_else
 from mflux.errors import CheckpointError
 from mflux.text import shown
 from mflux.utils.strict_json import NotJSON, parse
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Bits per element, by the format's own dtype names.
 _WIDTHS = {
@@ -173,7 +176,7 @@ def _read_one(path: Path, info: TensorInfo) -> mx.array:
     return mx.array(np.frombuffer(data, code)).reshape(info.shape)
 
 
-def float8_values(dtype: str):
+def float8_values(dtype: str) -> np.ndarray:
     """The 256 values of a float8 dtype as float32: 1 sign bit, 4 or 5 of exponent, 3 or 2 of mantissa.
 
     Source: Micikevicius et al. 2022, "FP8 formats for deep learning". E4M3 has no infinity (torch's float8_e4m3fn).
