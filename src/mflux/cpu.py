@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def _with_gradient(function: Callable[..., mx.array], plain: Callable[..., mx.ar
     traced = mx.custom_function(run)
 
     @traced.vjp
-    def gradient(primals, cotangent, _):
+    def gradient(primals: Any, cotangent: mx.array, _: Any) -> Any:
         primals = list(primals) if isinstance(primals, (list, tuple)) else [primals]
         found = mx.vjp(plain, primals, [cotangent])[1]
         return found[0] if len(found) == 1 else tuple(found)

@@ -37,7 +37,7 @@ class DepthProConfig(ComponentConfig):
     image_model_config: Dinov2Config = field(default_factory=Dinov2Config)
     fov_model_config: Dinov2Config = field(default_factory=Dinov2Config)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("patch_model_config", "image_model_config", "fov_model_config"):
             values = getattr(self, name)
             if isinstance(values, dict):
