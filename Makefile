@@ -90,6 +90,7 @@ test-environments: $(CLEAN)/.ready
 lint: $(LINT)/.ready
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/mypy
 
 format: $(LINT)/.ready
 	$(LINT)/bin/ruff check --fix .
@@ -129,7 +130,8 @@ $(CLEAN)/.ready: $(VERSIONS) $(SOURCES) | $(LINT)/.ready
 	$(call install,$(CLEAN)) dist/*.whl $$($(PYTHON) tools/group.py test-core)
 	touch $@
 
+# With the core itself, whose types come from what it imports.
 $(LINT)/.ready: $(VERSIONS)
 	$(call make_env,$(LINT))
-	$(call install,$(LINT)) $$($(PYTHON) tools/group.py lint)
+	$(call install,$(LINT)) -e . $$($(PYTHON) tools/group.py lint)
 	touch $@
