@@ -584,9 +584,10 @@ def _parameter(data: Any, requires_grad: Any = None, hooks: Any = None, state: A
 
 def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """A tensor with attributes. Its class is one of the table's, which means torch's own."""
-    if not isinstance(function, Name) or function.call in (None, _typed) or not isinstance(arguments, tuple):
+    rebuild = function.call if isinstance(function, Name) else None
+    if rebuild is None or rebuild is _typed or not isinstance(arguments, tuple):
         raise ValueError
-    return _parameter(function.call(*arguments))
+    return _parameter(rebuild(*arguments))
 
 
 def _quantized(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> DeclinedInfo:
