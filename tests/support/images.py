@@ -63,3 +63,10 @@ def pipeline_reference(folder: Path, name: str):
     pipeline = getattr(diffusers, name).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def opened(path: str | Path) -> PIL.Image.Image:
+    """An image whose file is read and closed."""
+    with PIL.Image.open(path) as image:
+        image.load()
+        return image

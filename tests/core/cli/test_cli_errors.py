@@ -254,7 +254,7 @@ def test_another_model_s_autoencoder(refused, broken):
         model=broken,
         status=1,
         message=f"{broken} holds an autoencoder with 4 latent channels for every 8 pixels of a side; "
-        "FLUX.1's has 16 for every 8: put FLUX.1's vae folder there",
+        "FLUX.1's has 16 for every 8: put the folders of one model there",
     )
 
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
+from support.images import opened
 
 from mflux.backend import mx, nn
 from mflux.demo import checkpoint_folder
@@ -110,7 +110,7 @@ def test_the_command_draws_offline_from_a_cold_start(tools, tmp_path):
         check=True,
     )
     assert done.stdout.splitlines() == [str(tmp_path / "out.png")]
-    picture = PIL.Image.open(tmp_path / "out.png")
+    picture = opened(tmp_path / "out.png")
     verdict = tools["demo_scenes"].judge(np.asarray(picture))
     assert picture.size == (128, 128)
     assert (verdict.colour, verdict.background, verdict.size, verdict.place) == ("blue", "white", "small", "left")

@@ -283,11 +283,11 @@ def test_settings_that_make_no_sense(vlm):
 
 def test_the_network_comes_and_goes(model):
     vlm = FiboVLM(model_path=str(model))
-    assert "_part_decoder" not in vlm.__dict__
+    assert "_component_decoder" not in vlm.__dict__
     assert json.loads(vlm.inspire(RED)) == WALL
-    assert "_part_decoder" in vlm.__dict__
+    assert "_component_decoder" in vlm.__dict__
     vlm.decoder = None
-    assert "_part_decoder" not in vlm.__dict__
+    assert "_component_decoder" not in vlm.__dict__
     assert json.loads(vlm.inspire(RED)) == WALL
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from support.images import opened
 from support.small_vlm import Conversation, picture, write_model
 
 from families.fibo.cases import write_tiny
@@ -75,8 +76,8 @@ def test_a_sentence_becomes_a_picture(here, models, monkeypatch):
     # The same as from the JSON that lies beside it now.
     assert run(fibo_generate, models, "fibo", "--prompt-file", "said.json", *size, "--output", "read.png") == 0
     assert len(asked) == 1
-    assert (np.asarray(PIL.Image.open("said.png")) == np.asarray(PIL.Image.open("read.png"))).all()
-    assert np.asarray(PIL.Image.open("said.png")).std() > 10
+    assert (np.asarray(opened("said.png")) == np.asarray(opened("read.png"))).all()
+    assert np.asarray(opened("said.png")).std() > 10
 
 
 def test_a_picture_and_a_sentence_become_a_picture(here, models):

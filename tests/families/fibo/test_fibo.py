@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from support.images import mask, photo
+from support.images import mask, opened, photo
 from support.saved_024 import write_as_024
 
 from families.fibo.cases import EDIT_PROMPT, PROMPT, write_tiny
@@ -62,7 +62,7 @@ def edit(model: Path, *more: str, base: str = "fibo-edit", prompt: str | None = 
 
 
 def pixels(path: str | Path) -> np.ndarray:
-    return np.asarray(PIL.Image.open(path)).astype(int)
+    return np.asarray(opened(path)).astype(int)
 
 
 # ---- prompts
@@ -294,13 +294,13 @@ def test_a_mask_of_another_size_is_refused(here, model, capsys):
 def test_grey_where_the_mask_is_white(here):
     masked = source_picture("photo.png", "mask.png")
     assert masked.getpixel((60, 2)) == (128, 128, 128)
-    assert masked.getpixel((2, 40)) == PIL.Image.open("photo.png").getpixel((2, 40))
+    assert masked.getpixel((2, 40)) == opened("photo.png").getpixel((2, 40))
 
 
 @pytest.mark.parametrize("more, size", [((), (64, 48)), (("--width", "32", "--height", "80"), (32, 80))])
 def test_the_size_of_an_edit(here, model, more, size):
     assert edit(model, *more) == 0
-    assert PIL.Image.open("image.png").size == size
+    assert opened("image.png").size == size
     settings = Config(ModelConfig.fibo_edit(), height=size[1], width=size[0])
     assert (settings.width, settings.height) == size
 
@@ -308,9 +308,9 @@ def test_the_size_of_an_edit(here, model, more, size):
 def test_a_cut_out(here, model):
     photo(70, 50).save("photo.png")
     assert edit(model, "--matte-output", "matte_{seed}.png", base="fibo-edit-rmbg", prompt=None) == 0
-    cut, matte = PIL.Image.open("image.png"), PIL.Image.open("matte_1.png")
+    cut, matte = opened("image.png"), opened("matte_1.png")
     assert (cut.mode, cut.size, matte.mode, matte.size) == ("RGBA", (70, 50), "RGB", (64, 48))
-    assert (np.asarray(cut)[..., :3] == np.asarray(PIL.Image.open("photo.png"))).all()
+    assert (np.asarray(cut)[..., :3] == np.asarray(opened("photo.png"))).all()
     expected = matte.convert("L").resize((70, 50), PIL.Image.Resampling.LANCZOS)
     assert (np.asarray(cut)[..., 3] == np.asarray(expected)).all()
     assert list(here.glob("*.json")) == []

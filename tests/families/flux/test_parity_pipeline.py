@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, Flux
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
+from support.images import opened
 from support.reference import LOOP, as_numpy, relative_error
 
 from mflux.errors import CheckpointError
@@ -147,7 +148,7 @@ def image_to_image(
     """diffusers' image to image, told the start step and the latents: its own strength counts steps differently, and
     it draws from the autoencoder's posterior where mflux takes the mean."""
     config = pipeline.vae.config
-    image = pipeline.image_processor.preprocess(PIL.Image.open(source), height=height, width=width)
+    image = pipeline.image_processor.preprocess(opened(source), height=height, width=width)
     with torch.no_grad():
         mean = pipeline.vae.encode(image).latent_dist.mode()
     mean = (mean - config.shift_factor) * config.scaling_factor
@@ -163,7 +164,7 @@ def image_to_image(
     resumed.set_progress_bar_config(disable=True)
     latents = resumed(
         prompt,
-        image=PIL.Image.open(source),
+        image=opened(source),
         latents=latents,
         height=height,
         width=width,
@@ -208,7 +209,7 @@ def test_without_strength_the_picture_gives_only_its_size(tiny_flux, source):
 
 def test_full_strength_is_the_picture_through_the_autoencoder(tiny_flux, source):
     pipeline = reference_pipeline(tiny_flux["guided"])
-    image = pipeline.image_processor.preprocess(PIL.Image.open(source), height=64, width=96)
+    image = pipeline.image_processor.preprocess(opened(source), height=64, width=96)
     with torch.no_grad():
         mean = pipeline.vae.encode(image).latent_dist.mode()
     mean = (mean - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor

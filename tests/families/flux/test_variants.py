@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from support.cases import Tiny
-from support.images import photo
+from support.images import opened, photo
 
 from families.flux.cases_variants import TINY, write_pictures
 from mflux.backend import mx, tree_flatten
@@ -59,7 +59,7 @@ def draw(cli, here, models):
 
 
 def pixels(path: str | Path) -> np.ndarray:
-    return np.asarray(PIL.Image.open(path)).astype(int)
+    return np.asarray(opened(path)).astype(int)
 
 
 # ---- Kontext
@@ -82,7 +82,7 @@ def test_kontext_refuses_a_strength(cli, here, models, words):
 def test_kontext_takes_the_size_of_its_picture(draw):
     case = BY_NAME["generate-kontext"]
     result = draw(case, small=("--steps", 1))
-    assert (PIL.Image.open("image.png").size, result.warnings) == ((64, 48), [])
+    assert (opened("image.png").size, result.warnings) == ((64, 48), [])
 
 
 def test_a_large_picture_is_drawn_at_a_megapixel(here, caplog):
@@ -104,7 +104,7 @@ def test_a_photo_from_a_phone_is_fitted(draw, here, monkeypatch, words):
     turned[0x0112] = 6
     photo(192, 128).save("photo.png", exif=turned)
     result = draw(BY_NAME["generate-kontext"], *words, small=("--steps", 1))
-    assert PIL.Image.open("image.png").size == (32, 64)
+    assert opened("image.png").size == (32, 64)
     (warning,) = result.warnings
     assert "128 x 192" in warning and "32 x 64" in warning
     assert draw(BY_NAME["generate-kontext"], small=SMALL).warnings == [], "a size of one's own is taken"
@@ -125,7 +125,7 @@ def test_what_is_black_in_the_mask_decides(draw):
     """The picture under white does not reach the model, and the picture under black does."""
     case = BY_NAME["generate-fill"]
     draw(case, "--output", "a.png")
-    white = np.asarray(PIL.Image.open("mask.png")) > 127
+    white = np.asarray(opened("mask.png")) > 127
     for part, same in ((white, True), (~white, False)):
         changed = np.asarray(photo(64, 48)).copy()
         changed[part] = (0, 255, 0)
@@ -168,13 +168,13 @@ def test_editing_wraps_the_instruction_and_adds_its_lora(cli, here, models, ic_e
     assert settings["prompt"].startswith("A diptych with two side-by-side images of the same scene.")
     assert settings["prompt"].endswith("on the left but it rains")
     assert (settings["lora_paths"], settings["lora_scales"]) == (["edit.safetensors"], [1.0])
-    assert PIL.Image.open("a.png").size == (48, 32)
+    assert opened("a.png").size == (48, 32)
     result = edit(cli, model, "-C", "a.png", "--output", "b.png")
     assert result.status == 0, result.err
     assert (pixels("a.png") == pixels("b.png")).all()
     result = edit(cli, model, "--prompt", "x", "--width", 64, "--save-full-image", "--output", "c.png")
     assert [path.name for path in result.paths] == ["c.png", "c_full.png"]
-    assert PIL.Image.open("c_full.png").size == (96, 32)
+    assert opened("c_full.png").size == (96, 32)
     assert len(result.warnings) == 1 and "--width is ignored" in result.err
 
 
@@ -226,7 +226,7 @@ class FlatWorld:
     def create_depth_map(self, image_path):
         from types import SimpleNamespace
 
-        return SimpleNamespace(depth_image=PIL.Image.open(image_path).convert("L"))
+        return SimpleNamespace(depth_image=opened(image_path).convert("L"))
 
 
 @pytest.fixture
@@ -366,7 +366,7 @@ def test_the_settings_of_a_control_picture_are_kept(cli, draw, here):
 
 def test_upscaling_by_a_factor(draw):
     draw(BY_NAME["upscale-controlnet"], small=("--steps", 1, "--width", "2x", "--height", "2x"))
-    assert PIL.Image.open("image.png").size == (128, 96)
+    assert opened("image.png").size == (128, 96)
 
 
 # ---- Redux
@@ -778,7 +778,7 @@ def test_concepts_without_a_model_s_name(cli, here):
 def test_the_embedded_model_looks_for_concepts_at_its_own_size(cli, here):
     result = cli("concept", "--model", "demo", "--prompt", "a red circle", "--concept", "circle", "--steps", 1)
     assert result.status == 0, result.err
-    assert [PIL.Image.open(path).size for path in result.paths] == [(128, 128)] * 2
+    assert [opened(path).size for path in result.paths] == [(128, 128)] * 2
     told = MetadataReader.read_exif_metadata("image_heatmap.png")
     assert (told["layer_indices"], told["timesteps"]) == ([0], [0])
 

@@ -629,8 +629,8 @@ TINY = (
         pipeline="mflux.models.flux2.variants.txt2img.flux2_klein:Flux2Klein",
         refused=(
             ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a FLUX.2 transformer"),
-            ("transformer", {"in_channels": 64}, "takes 64 channels"),
-            ("vae", {"latent_channels": 16}, "64 channels for every 16 pixels"),
+            ("transformer", {"in_channels": 64}, "a transformer that takes 64;"),
+            ("vae", {"latent_channels": 16}, "64 latent channels for every 16 pixels"),
             ("vae", {"patch_size": [2, 1]}, "patch_size"),
             ("vae", {"decoder_block_out_channels": [8, 8]}, "encoder and decoder differ"),
         ),

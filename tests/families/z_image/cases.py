@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from support.cases import Component, Pipeline, Tiny
-from support.images import generated, noise, photo
+from support.images import generated, noise, opened, photo
 from support.tokenizers import write_json, write_qwen_tokenizer
 
 from families.flux.cases import normal, token_ids
@@ -421,7 +421,7 @@ def draw_controlled_reference(folder: Path, settings):
 
     pipeline = pipeline_reference(folder, "ZImageControlNetPipeline")
     size = settings["width"], settings["height"]
-    picture = PIL.Image.open(drawing(*settings["control_size"], folder / "control.png")).convert("RGB")
+    picture = opened(drawing(*settings["control_size"], folder / "control.png")).convert("RGB")
     edges = canny(np.asarray(picture.resize(size, PIL.Image.Resampling.LANCZOS).convert("L")))
     assert 0.02 < (edges > 0).mean() < 0.5
     common = dict(

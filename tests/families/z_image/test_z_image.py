@@ -33,9 +33,9 @@ from mflux.models.z_image.layouts import (
 )
 from mflux.models.z_image.model.controlnet import ZImageControlNet, ZImageControlNetConfig
 from mflux.models.z_image.model.transformer import ZImageTransformer, ZImageTransformerConfig
+from mflux.models.z_image.pipeline import limited
 from mflux.models.z_image.variants.controlnet import ControlSpec, ControlType
 from mflux.models.z_image.variants.controlnet import z_image_turbo_controlnet as controlled
-from mflux.models.z_image.variants.z_image import limited
 from mflux.utils.metadata_reader import MetadataReader
 
 CONFIGS = json.loads((Path(__file__).parents[2] / "data" / "surface" / "configs.json").read_text())

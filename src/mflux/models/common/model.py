@@ -178,8 +178,8 @@ class Model:
             self._check_latents(*self.latents)
 
     def _check_latents(self, channels: int, side: int, token: int | None) -> None:
-        vae = self.configuration("vae")
         taken = self.transformer_settings().get("in_channels", token)
+        vae = self.configuration("vae")
         if (*vae.latents, taken if token else None) == (channels, side, token):
             return
         has, pixels = vae.latents
