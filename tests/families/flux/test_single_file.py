@@ -88,7 +88,7 @@ def model(request, monkeypatch, tmp_path) -> Path:
         request.node.asked.append((name, sorted(component.folder for component in components)))
         return folder
 
-    monkeypatch.setattr("mflux.models.common.pipeline.resolve", resolve)
+    monkeypatch.setattr("mflux.models.common.model.resolve", resolve)
     return folder
 
 

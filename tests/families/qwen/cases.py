@@ -660,7 +660,7 @@ TINY = (
         # What the command takes where nothing is said.
         generate={"guidance": 3.5},
         refused=(
-            ("vae", {"z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "an autoencoder with 4 latent channels"),
+            ("vae", {"z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "with 4 latent channels"),
             ("vae", {"dim_mult": 3}, "dim_mult"),
             ("vae", {"dim_mult": None}, "dim_mult"),
             ("vae", {"z_dim": "16"}, "z_dim"),

@@ -213,7 +213,7 @@ def elsewhere(model, monkeypatch):
         asked.append((name, sorted(component.name for component in components)))
         return model
 
-    monkeypatch.setattr("mflux.models.common.pipeline.resolve", resolve)
+    monkeypatch.setattr("mflux.models.common.model.resolve", resolve)
     return asked
 
 
@@ -416,8 +416,9 @@ def test_several_controls_add_up(with_controlnet, picture, tmp_path, monkeypatch
     pipeline = ZImageTurboControlnet(model_path=str(with_controlnet))
     other = drawing(50, 90, tmp_path / "other.png")
     given: list = []
-    predict = pipeline.predict
-    monkeypatch.setattr(pipeline, "predict", lambda *a, hints: given.append(hints) or predict(*a, hints=hints))
+    predict = ZImageTransformer.__call__
+    spy = lambda self, *a, hints, **more: given.append(hints) or predict(self, *a, hints=hints, **more)  # noqa: E731
+    monkeypatch.setattr(ZImageTransformer, "__call__", spy)
 
     def hints(*controls: ControlSpec, strength: float = 1.0) -> dict[int, mx.array]:
         """What the transformer is given in the first step."""
@@ -765,7 +766,7 @@ def test_float32_weights_are_halved_while_they_are_read(tmp_path):
 
 def test_the_transformer_is_to_be_held_in_bfloat16(in_bfloat16, model, monkeypatch):
     """On a GPU, where nothing is computed in float32 unless a file holds it."""
-    monkeypatch.setattr("mflux.models.common.pipeline.has_gpu", lambda: True)
+    monkeypatch.setattr("mflux.models.common.model.has_gpu", lambda: True)
     pipeline = z_image(model)
     assert {value.dtype for value in flat(pipeline.transformer).values()} == {mx.bfloat16}
     assert {value.dtype for value in flat(pipeline.vae).values()} == {mx.float32}
