@@ -208,7 +208,8 @@ class Generate:
         """Generate the images of a plan, one after the other, with a model that fits its `key`.
 
         With a model that keeps its transformer for other prompts, as a program's does, other plans may follow; a
-        command's makes room before its last image is decoded. A prompt's file is read anew for each of them, and where its words have changed, the prompt is made anew.
+        command's makes room before its last image is decoded. A prompt's file is read anew for each image, and where
+        its words have changed, the prompt is made anew.
         """
         words, prompt = plan.words, plan.prompt
         for index, arguments in enumerate(plan.images):
