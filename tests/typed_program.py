@@ -38,8 +38,18 @@ assert_type(mflux.load("qwen-image-edit").vae, AutoencoderWan)
 assert_type(DepthPro().create_depth_map("a.png").depth_image, PIL.Image.Image)
 FiboVLM(quantize=4)
 
+
+def program(name: str) -> GeneratedImage:
+    """With a model that is known by its name alone."""
+    return mflux.load(name).generate_image(seed=1, prompt="x")
+
+
+assert_type(ModelConfig.schnell(), ModelConfig)
+Flux1(model_config=ModelConfig.krea_dev())
+
 flux.generate_image(seed="1", prompt="x")  # type: ignore[arg-type]
 flux.generate_image(seed=1, prompt="x", stepps=4)  # type: ignore[call-arg]
 flux.transformers  # type: ignore[attr-defined]  # noqa: B018
 mflux.load("schnell").text_encoder  # type: ignore[attr-defined]  # noqa: B018
+ModelConfig.shnell()  # type: ignore[attr-defined]
 mflux.lode("schnell")  # type: ignore[attr-defined]

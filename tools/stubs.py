@@ -1,5 +1,5 @@
 """Write the stubs that tell type checkers what Python finds out when it is asked: what packages offer by
-`mflux.import_paths`, and which class `mflux.load` returns for which name.
+`mflux.import_paths`, which class `mflux.load` returns for which name, and `ModelConfig`'s methods, one for each model.
 
     python tools/stubs.py          writes them into src/
 """
@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 
 from mflux.import_paths import OFFERED, is_missing
-from mflux.models.common.config.model_config import built_key
+from mflux.models.common.config.model_config import built_key, constructor_name
 from mflux.models.common.family import built, family_of
 from mflux.models.common.registry import MODELS
 
@@ -29,7 +29,7 @@ _ARGUMENTS = """\
 
 def stubs() -> dict[str, str]:
     """What each stub says, by its path below src/."""
-    found = {"mflux/__init__.pyi": _package()}
+    found = {"mflux/__init__.pyi": _package(), "mflux/models/common/config/by_name.pyi": _by_name()}
     for owner, names in OFFERED.items():
         moved = {name: module for name, (module, _) in names.items() if module != owner}
         moved = {name: module for name, module in moved.items() if not is_missing(_at(module, name))}
@@ -68,6 +68,12 @@ def _package() -> str:
         literals = "".join(f'        "{name}",\n' for name in known)
         text += f"@overload\ndef load(\n    name: Literal[\n{literals}    ],\n{_ARGUMENTS}) -> {cls.__name__}: ...\n"
     return f"{text}@overload\ndef load(\n    name: str | os.PathLike[str],\n{_ARGUMENTS}) -> Pipeline: ...\n"
+
+
+def _by_name() -> str:
+    """What `ModelConfig` gets for each model of the registry."""
+    methods = "".join(f"    @staticmethod\n    def {constructor_name(key)}() -> ModelConfig: ...\n" for key in MODELS)
+    return f"{_HEAD}\nfrom mflux.models.common.config.model_config import ModelConfig\n\nclass ByName:\n{methods}"
 
 
 def main() -> None:

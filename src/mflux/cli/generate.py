@@ -207,11 +207,14 @@ class Generate:
     def images(self, plan: Plan, pipeline: Any) -> Iterator[GeneratedImage]:
         """Generate the images of a plan, one after the other, with a model that fits its `key`.
 
-        A prompt's file is read anew for each of them, and where its words have changed, the prompt is made anew.
+        With a model that keeps its transformer for other prompts, as a program's does, other plans may follow; a
+        command's makes room before its last image is decoded. A prompt's file is read anew for each image, and where
+        its words have changed, the prompt is made anew.
         """
         words, prompt = plan.words, plan.prompt
         for index, arguments in enumerate(plan.images):
-            pipeline.keep = replace(pipeline.keep, for_next_image=index < len(plan.images) - 1)
+            is_last = index == len(plan.images) - 1
+            pipeline.keep = replace(pipeline.keep, for_next_image=pipeline.keep.transformer or not is_last)
             if index > 0 and getattr(plan.options, "prompt_file", None) is not None:
                 now = settle.read_prompt(plan.options, plan.said)
                 if now != words:

@@ -16,7 +16,7 @@ from mflux.errors import NotBuiltError, UsageError
 from mflux.models.common.family import all_settings
 from mflux.text import shown, some
 from mflux.utils.paths import is_repository, read_bounded, user_path
-from mflux.utils.values import Switch, Text, Wrong
+from mflux.utils.values import Side, Switch, Text, Wrong
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +89,9 @@ def as_options(parser: MfluxParser, settings: Mapping[str, Any]) -> tuple[argpar
     for name, value in wanted.items():
         if name not in options:
             raise UsageError(f"{parser.prog} has no setting {shown(repr(name), 60)}{nearest(name, options)}")
-        # A list of seeds is one only here.
-        kind = None if isinstance(value, list) else kinds.get(name)
+        # A list of seeds is one only here, and a scale factor is no size that an image has.
+        as_option = isinstance(value, list) or isinstance(options[name].type, Side)
+        kind = None if as_option else kinds.get(name)
         try:
             setattr(args, name, kind.of_setting(value) if kind else _as_typed(options[name], value))
         except argparse.ArgumentTypeError as error:
@@ -119,11 +120,24 @@ def _as_typed(action: argparse.Action, value: Any) -> Any:
     """
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         return Switch().of_setting(value)
-    if action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction):
-        if not isinstance(value, list):
-            raise Wrong(f"{shown(value, 40)} is not a list")
-        return [_word(action, item) for item in value]
-    return _word(action, value)
+    if isinstance(action, argparse._AppendAction):
+        return [_words(action, item) for item in _list(value)]
+    return _words(action, value)
+
+
+def _words(action: argparse.Action, value: Any) -> Any:
+    """What stands behind an option once."""
+    if action.nargs not in ("*", "+"):
+        return _word(action, value)
+    if not _list(value) and action.nargs == "+":
+        raise Wrong("the list is empty")
+    return [_word(action, item) for item in value]
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise Wrong(f"{shown(value, 40)} is not a list")
+    return value
 
 
 def _word(action: argparse.Action, value: Any) -> Any:

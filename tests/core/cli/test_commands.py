@@ -164,6 +164,51 @@ def test_a_program_that_plans_has_no_standard_input(in_folder):
     assert list(in_folder.iterdir()) == [], "nothing is written before it is generated"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({"lora": [["a.safetensors", "0.5"], ["b.safetensors"]]}, (["a.safetensors", "b.safetensors"], [0.5, 1.0])),
+        ({"lora": ["a.safetensors"]}, "lora: a.safetensors is not a list"),
+        ({"lora": [[]]}, "lora: the list is empty"),
+        ({"seed": []}, "seed: the list is empty"),
+    ],
+    ids=str,
+)
+def test_a_program_plans_with_options_that_take_lists(wanted, expected):
+    from mflux.models.flux.cli.flux_generate import COMMAND
+
+    settings = {"model": "demo", "prompt": "a red circle"} | wanted
+    if isinstance(expected, str):
+        with pytest.raises(UsageError) as caught:
+            COMMAND.plan(settings)
+        assert str(caught.value) == expected
+    else:
+        plan = COMMAND.plan(settings)
+        assert (plan.constructor["lora_paths"], plan.constructor["lora_scales"]) == expected
+
+
+def test_a_program_plans_with_a_source_image_s_size(tmp_path):
+    from mflux.models.flux.cli.flux_generate import COMMAND
+
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (48, 32)).save(photo)
+    settings = {"model": "demo", "prompt": "a red circle", "image_path": photo}
+    sizes = [COMMAND.plan(settings | size).images[0] for size in ({"width": "2x"}, {"height": "auto"}, {"width": 64})]
+    assert [(image["width"], image["height"]) for image in sizes] == [(96, 32), (48, 32), (64, 32)]
+
+
+def test_a_loaded_model_serves_one_plan_after_the_other():
+    """A server's model: its transformer is loaded once."""
+    from mflux.models.flux.cli.flux_generate import COMMAND
+
+    plan = COMMAND.plan({"model": "demo", "prompt": "a red circle", "steps": 1, "seed": 1})
+    pipeline = plan.load()
+    list(COMMAND.images(plan, pipeline))
+    transformer = pipeline.loaded()["transformer"]
+    list(COMMAND.images(plan, pipeline))
+    assert pipeline.loaded()["transformer"] is transformer
+
+
 # ---- parts
 
 

@@ -138,11 +138,21 @@ def test_through_the_commands(cli, in_folder, model):
 
 
 @pytest.mark.parametrize("content", [{"x": mx.zeros(3)}, {"img_in.weight": mx.zeros((3, 3))}], ids=["x", "part"])
-def test_a_file_that_is_no_whole_transformer(model, tmp_path, content):
+def test_a_file_that_is_no_whole_transformer(model, tmp_path, content, request):
     file = tmp_path / "flux1-dev.safetensors"
     mx.save_safetensors(str(file), content)
     with pytest.raises(CheckpointError, match=r"flux1-dev\.safetensors holds no transformer of FLUX\.1 \('.*' is miss"):
         Flux1(model_path=str(file), model_config=ModelConfig.dev())
+    assert request.node.asked == [], "nothing is downloaded beside a file that is of no use"
+
+
+def test_a_file_that_was_cut_short(model, tmp_path, request):
+    file = tmp_path / "flux1-dev.safetensors"
+    mx.save_safetensors(str(file), original(tensors_of(model)))
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(CheckpointError, match=r"flux1-dev\.safetensors"):
+        Flux1(model_path=str(file), model_config=ModelConfig.dev())
+    assert request.node.asked == []
 
 
 def test_rows_that_do_not_divide(model, tmp_path):

@@ -152,10 +152,14 @@ class Model:
         the model's own for all else."""
         if model_path is None:
             return self.repository or model_config.model_name
-        single = layout_of(self.family).component_in(model_path)
+        layout = layout_of(self.family)
+        single = layout.component_in(model_path)
         if single is None:
             return model_path
-        self._files.update([single])
+        part, file = single
+        # Says what is wrong with the file before all else is downloaded.
+        PublishedFolder(file.parent, replace(layout, published=None), files={part: file}).config(part)
+        self._files[part] = file
         return self.repository or model_config.base_model or model_config.model_name
 
     def own_components(self) -> list[Component]:

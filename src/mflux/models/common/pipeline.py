@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mflux.backend import mx
 from mflux.callbacks.callback_registry import CallbackRegistry
@@ -69,6 +69,10 @@ class Pipeline(Model):
     schedule: ClassVar[str] = "linear"
     tiling_config: tiling.TilingConfig | None = None
     shows_progress = False
+
+    if TYPE_CHECKING:
+        # Each class has its own, with other arguments; a program that knows a model by its name alone calls it.
+        def generate_image(self, *args: Any, **kwargs: Any) -> GeneratedImage: ...
 
     @cached_property
     def callbacks(self) -> CallbackRegistry:

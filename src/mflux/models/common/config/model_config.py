@@ -15,6 +15,9 @@ from mflux.utils.paths import is_there, user_path
 
 if TYPE_CHECKING:
     from mflux.backend import mx
+    from mflux.models.common.config.by_name import ByName
+else:
+    ByName = object
 
 DEFAULT_SIZE = 1024
 DEFAULT_STEPS = 25
@@ -42,7 +45,7 @@ class _Precision:
         return compute_dtype(mx.bfloat16)
 
 
-class ModelConfig:
+class ModelConfig(ByName):
     """One model: names, repository, and the settings that do not come with the weights.
 
     Built-in models come from `ModelConfig.from_name("schnell")` or `ModelConfig.schnell()`.
@@ -305,13 +308,15 @@ AVAILABLE_MODELS: dict[str, ModelConfig] = {
 }
 
 
-def _constructor_name(key: str) -> str:
+def constructor_name(key: str) -> str:
+    """What the method of `ModelConfig` is called that gives a model, by its key in the registry."""
     for written, said in (("krea-2", "krea2"), ("ideogram-4", "ideogram4"), ("qwen-image-2.1", "qwen-image-21")):
         if key.startswith(written):
             key = key.replace(written, said, 1)
     return re.sub(r"[-.]", "_", key)
 
 
-# ModelConfig.schnell(), ModelConfig.qwen_image_edit(), …: one for each model, as in mflux.
+# ModelConfig.schnell(), ModelConfig.qwen_image_edit(), …: one for each model, as in mflux. What type checkers see
+# of them is `by_name.pyi`.
 for _key in MODELS:
-    setattr(ModelConfig, _constructor_name(_key), staticmethod(lambda key=_key: copy.deepcopy(AVAILABLE_MODELS[key])))
+    setattr(ModelConfig, constructor_name(_key), staticmethod(lambda key=_key: copy.deepcopy(AVAILABLE_MODELS[key])))
