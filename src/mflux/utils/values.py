@@ -246,6 +246,13 @@ def path(value: Any, name: str, *, optional: bool = False) -> Any:
         raise UsageError(f"{name}: {error}") from None
 
 
+def name(value: Any, argument: str) -> str:
+    """What names a model: text as it is, for it may be a repository's, or a path."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return text(value, argument)
+
+
 def indices(value: Any, count: int, name: str, of: str) -> list[int]:
     """Numbers of some of so many things, each once and in order; [] where nothing is said."""
     if not isinstance(value, (list, tuple, range, type(None))):

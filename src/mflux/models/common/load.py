@@ -11,6 +11,7 @@ from mflux.models.common.config.model_config import ModelConfig, built_key, is_b
 from mflux.models.common.family import family_of
 from mflux.models.common.saved_model import recorded_base_model
 from mflux.text import shown
+from mflux.utils import values
 
 if TYPE_CHECKING:
     from mflux.models.common.pipeline import Pipeline
@@ -43,8 +44,8 @@ def load(
         DownloadError: the weights cannot be had.
         CheckpointError: the folder is not a model of this kind.
     """
-    name = os.fspath(name)
-    base_model = base_model or recorded_base_model(name)
+    name = values.name(name, "name")
+    base_model = values.text(base_model, "base_model", optional=True) or recorded_base_model(name)
     key = built_key(name, base_model)
     if model_path is None and not is_builtin(name):
         model_path = name
@@ -52,7 +53,7 @@ def load(
     assert family is not None, "built_key answers for families that are there"
     pipeline: type[Pipeline] = family.pipeline_class(key)
     said: dict[str, Any] = {"quantize": quantize, "lora_paths": lora_paths, "lora_scales": lora_scales}
-    said["model_path"] = None if model_path is None else os.fspath(model_path)
+    said["model_path"] = None if model_path is None else values.name(model_path, "model_path")
     arguments = {argument: value for argument, value in said.items() if value is not None} | settings
     known = inspect.signature(pipeline).parameters.keys() - {"model_config"}
     if beyond := [argument for argument in arguments if argument not in known]:

@@ -23,7 +23,7 @@ from mflux.hub import resolve_model
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig, check_is_somewhere
 from mflux.models.common.family import STAGES, Component, Family, families, load_object
-from mflux.models.common.lora.library import find_lora, settle_scales
+from mflux.models.common.lora.library import find_loras
 from mflux.models.common.lora.names import LoraNames
 from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
@@ -92,9 +92,8 @@ class Model:
         model_config: ModelConfig | None = None,
     ):
         asked = Quantization.asked(quantize)
-        scales = settle_scales(lora_scales, len(lora_paths or ()))
         # Found before the model is, which may be a long download.
-        lora_files = [find_lora(str(path)) for path in lora_paths or ()]
+        loras = find_loras(lora_paths, lora_scales)
         # With the settings of mflux 0.24; `model_config` has the checkpoint's schedule.
         self.registered = model_config or ModelConfig.from_name(self.default_model)
         self._folders: dict[str, PublishedFolder] = {}
@@ -115,7 +114,7 @@ class Model:
         self.prompt_cache = Encoded()
         self.keep = Keep()
         self.vae_full_precision = False
-        self._take_loras(lora_paths or [], lora_files, scales, bake_lora)
+        self._take_loras(*loras, bake_lora)
         self.opened()
 
     def opened(self) -> None:
@@ -283,17 +282,16 @@ class Model:
             CheckpointError: it is not for this model.
             UsageError: more scales than LoRAs.
         """
-        settled = settle_scales(scales, len(paths or ()))
-        self._take_loras(paths or [], [find_lora(str(path)) for path in paths or ()], settled, bake)
+        self._take_loras(*find_loras(paths, scales), bake)
         changed = [component for component in self.components if component.lora]
         release(self, *(component.name for component in changed if is_loaded(self, component.name)))
         if any(component.stage == "encode" for component in changed):
             self.prompt_cache.clear()
 
-    def _take_loras(self, paths: list[str], files: list[Path], scales: list[float], bake: bool) -> None:
+    def _take_loras(self, names: list[str], files: list[Path], scales: list[float], bake: bool) -> None:
         # As they were asked for: what an image says of them means the same on another machine.
         loras = self._match_loras(files, scales) if files else None
-        self.lora_paths = [str(path) for path in paths] or None
+        self.lora_paths = names or None
         self.lora_scales = scales or None
         self.bake_lora = bake
         self._lora_files = files

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from mflux.errors import DownloadError, UsageError
+from mflux.text import shown
+from mflux.utils import values
 from mflux.utils.paths import user_path
 
 log = logging.getLogger(__name__)
@@ -111,6 +113,24 @@ def _not_there(name: str) -> str:
     known = sorted(library(folders))
     hint = f"it has {', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else "it is empty"
     return f"there is no file {name} here, and no LoRA of that name in {VARIABLE}: {hint}"
+
+
+def find_loras(
+    names: Collection[str | os.PathLike[str]] | None, scales: Collection[float] | None
+) -> tuple[list[str], list[Path], list[float]]:
+    """What a program asks for: names, the files that they mean, see `find_lora`, and a scale for each.
+
+    Raises:
+        UsageError: one of both is no list, a scale is no number, or there are more scales than names.
+        DownloadError: a LoRA cannot be had.
+    """
+    for argument, value in (("lora_paths", names), ("lora_scales", scales)):
+        # Of a text each letter would be one.
+        if value is not None and (isinstance(value, (str, bytes)) or not isinstance(value, Collection)):
+            raise UsageError(f"{argument} is {shown(repr(value), 60)}, which is not a list: put it in brackets")
+    said = [str(name) for name in names or ()]
+    settled = settle_scales([values.real(scale, "a scale in lora_scales") for scale in scales or ()], len(said))
+    return said, [find_lora(name) for name in said], settled
 
 
 def settle_scales(scales: Sequence[float] | None, count: int) -> list[float]:
