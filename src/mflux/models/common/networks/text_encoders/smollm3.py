@@ -31,21 +31,21 @@ class SmolLM3Config(DecoderConfig):
     kind = "smollm3"
     qk_norm = False
 
-    @property
-    def turned(self) -> tuple[int, ...]:
-        """A 1 for every layer that turns queries and keys, in spite of the field's name."""
-        if self.no_rope_layers is not None:
-            return self.no_rope_layers
-        return tuple(int(layer % self.no_rope_layer_interval != 0) for layer in range(1, self.num_hidden_layers + 1))
+    def __post_init__(self) -> None:
+        if self.no_rope_layers is None and self.no_rope_layer_interval > 0:
+            # A 1 for every layer that turns queries and keys, in spite of the name.
+            turned = (int(layer % self.no_rope_layer_interval != 0) for layer in range(1, self.num_hidden_layers + 1))
+            object.__setattr__(self, "no_rope_layers", tuple(turned))
 
     def has_positions(self, layer: int) -> bool:
-        return bool(self.turned[layer])
+        return bool((self.no_rope_layers or ())[layer])
 
     def check(self) -> str | None:
         if self.no_rope_layer_interval < 1:
             return f"no_rope_layer_interval {self.no_rope_layer_interval} counts no layers"
-        if len(self.turned) < self.num_hidden_layers:
-            return f"no_rope_layers tells of {len(self.turned)} of {self.num_hidden_layers} layers"
+        told = len(self.no_rope_layers or ())
+        if told < self.num_hidden_layers:
+            return f"no_rope_layers tells of {told} of {self.num_hidden_layers} layers"
         if not 0 <= self.bos_token_id < self.vocab_size:
             return f"the bos_token_id {self.bos_token_id} is none of {self.vocab_size} tokens"
         if self.mlp_bias:
