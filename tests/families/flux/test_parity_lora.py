@@ -43,12 +43,11 @@ Drawn = tuple[np.ndarray, np.ndarray]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
     pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters, an inconsistency"),
+    # A layer's bias, which PEFT saves as `lora_B.bias`, it takes for a matrix that lost a side.
+    pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape"),
 ]
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()
-
-# PEFT takes a layer's bias, which it saves as `lora_B.bias`, for a matrix that lost a side.
-pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape")
 
 
 # ---- drawing
