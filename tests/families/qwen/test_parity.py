@@ -15,6 +15,7 @@ from diffusers.pipelines.qwenimage import (
 from transformers import Qwen2VLImageProcessorPil
 
 from mflux.errors import CheckpointError, ImageError
+from mflux.models.common.sizes import fitted
 from mflux.models.common.tokenizers.qwen import chat
 from mflux.models.qwen.model.picture_processor import PictureProcessor
 from mflux.models.qwen.variants.edit import qwen_image_edit
@@ -59,7 +60,7 @@ def test_sizes_of_edits(size):
     for area in (1024 * 1024, 384 * 384):
         for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
             expected = module.calculate_dimensions(area, size[0] / size[1])[:2]
-            assert qwen_image_edit.fitted(photo(*size), area) == tuple(map(int, expected))
+            assert fitted(size, area, qwen_image_edit.ROUNDING) == tuple(map(int, expected))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.memory import LazyComponent, digest_of
 from mflux.models.common.networks.qwen2_5_vl import Qwen25VLEncoder
+from mflux.models.common.sizes import MEGAPIXEL, fitted, nearest
 from mflux.models.common.tokenizers.qwen import chat
 from mflux.models.qwen.family import EDIT_COMPONENTS
 from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
@@ -32,9 +32,9 @@ SYSTEM = (
 _TEMPLATE_TOKENS = 64
 _PICTURE_TOKEN = "<|image_pad|>"
 _VISION = f"<|vision_start|>{_PICTURE_TOKEN}<|vision_end|>"
-# Pixels of a picture as it is encoded, and as the language model of the later releases is shown it.
-_AREA, _SHOWN_AREA = 1024 * 1024, 384 * 384
-_GRID = 32
+# Pixels of a picture as the language model of the later releases is shown it; it is encoded at a megapixel.
+_SHOWN_AREA = 384 * 384
+ROUNDING = nearest(32)
 _FIRST_RELEASE = "QwenImageEditPipeline"
 
 
@@ -87,7 +87,7 @@ class QwenImageEdit(QwenPipeline):
         """
         pictures = self._pictures(image_paths)
         shape = pictures[-1] if image_path is None else ImageUtil.load_image(image_path)
-        natural_width, natural_height = fitted(shape, _AREA)
+        natural_width, natural_height = fitted(shape.size, MEGAPIXEL, ROUNDING)
         config = self.settings(
             seed=seed,
             prompt=prompt,
@@ -104,7 +104,7 @@ class QwenImageEdit(QwenPipeline):
 
         # 2. Make the latents to start from, and those of the pictures
         latents = QwenLatentCreator.create_noise(seed, config.height, config.width)
-        sizes = [fitted(picture, _AREA) for picture in pictures]
+        sizes = [fitted(picture.size, MEGAPIXEL, ROUNDING) for picture in pictures]
         sources = [
             self.encode_image(picture, height, width) for picture, (width, height) in zip(pictures, sizes, strict=True)
         ]
@@ -156,7 +156,7 @@ class QwenImageEdit(QwenPipeline):
         return self.remembered([(prompt, about) for prompt in prompts], encode, "text_encoder")
 
     def _shown(self, picture: PIL.Image.Image) -> tuple[int, int]:
-        return fitted(picture, _AREA if self.takes_one else _SHOWN_AREA)
+        return fitted(picture.size, MEGAPIXEL if self.takes_one else _SHOWN_AREA, ROUNDING)
 
     def _ids(self, prompt: str, grids: Sequence[Any]) -> list[int]:
         """A prompt's tokens, with one for each token that a picture becomes.
@@ -176,12 +176,3 @@ class QwenImageEdit(QwenPipeline):
         for number in self.tokenizer.encode(chat(before + prompt, system=SYSTEM)):
             ids += [number] * (next(counts) if number == token else 1)
         return ids
-
-
-def fitted(picture: PIL.Image.Image, area: int) -> tuple[int, int]:
-    """Width and height of about so many pixels in a picture's shape, multiples of 32."""
-    ratio = picture.width / picture.height
-    width = math.sqrt(area * ratio)
-    # A picture that is very long and narrow still has a row of tokens.
-    across, down = (max(_GRID, round(side / _GRID) * _GRID) for side in (width, width / ratio))
-    return across, down
