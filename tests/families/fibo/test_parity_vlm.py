@@ -9,11 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
 from support.reference import COMPONENT, draw, normal, relative_error
+from transformers import Qwen2VLImageProcessorPil
 from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration as Reference
 from transformers.core_model_loading import revert_weight_conversion
@@ -23,6 +25,7 @@ from mflux.backend import mx
 from mflux.checkpoints.loading import FileDifferences, layout_turns, load_component
 from mflux.errors import CheckpointError
 from mflux.models.common.networks.decoder import unused_patterns
+from mflux.models.common.networks.image_processors import VLImageProcessor
 from mflux.models.common.networks.qwen3_vl import (
     KeyValueCache,
     Qwen3VLConfig,
@@ -35,6 +38,7 @@ from mflux.models.common.networks.qwen_vl import VLDecoder, VLModel
 from mflux.models.common.networks.vision import see
 from mflux.models.fibo.vlm import weights
 from mflux.models.fibo.vlm.generation import Sampling, choose, generate_tokens, likely_logits
+from mflux.models.fibo.vlm.processor import MAX_PIXELS, MEAN, MIN_PIXELS, STD
 
 VOCABULARY = 400
 IMAGE, VIDEO, START, END = range(396, 400)
@@ -129,6 +133,21 @@ def for_reference(ids: list[int], patches, grids) -> dict[str, torch.Tensor]:
 
 def values_of(model: Reference) -> dict:
     return TIED if model.config.tie_word_embeddings else UNTIED
+
+
+# ---- what it is shown
+
+
+@pytest.mark.parametrize("size", [(64, 48), (1000, 700), (17, 1000), (2000, 10), (1500, 1400)])
+def test_images_become_the_reference_s_patches(size):
+    values = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": MEAN, "image_std": STD}
+    ours = VLImageProcessor(**values, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    theirs = Qwen2VLImageProcessorPil(**values, size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS})
+    image = PIL.Image.fromarray(np.random.default_rng(5).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    expected = theirs(images=[image], return_tensors="np")
+    patches, grids = ours.batch([image])
+    assert [[1, *grid] for grid in grids] == expected["image_grid_thw"].tolist()
+    assert np.abs(np.array(patches) - expected["pixel_values"]).max() < 1e-6
 
 
 # ---- what it computes

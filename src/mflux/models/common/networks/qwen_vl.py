@@ -96,6 +96,17 @@ def prompt_positions(ids: Sequence[int], image_token: int | None, grids: Sequenc
     return axes, position
 
 
+def spread_image_tokens(ids: Sequence[int], image_token: int, grids: Sequence[Grid], merge: int) -> list[int]:
+    """A prompt with one image token for each token that an image becomes, instead of one for each image.
+
+    Args:
+        grids: rows and columns of patches of each image, as many as there are image tokens.
+        merge: the side of the square of patches that becomes a token.
+    """
+    counts = iter([rows * columns // merge**2 for rows, columns in grids])
+    return [token for token in ids for _ in range(next(counts) if token == image_token else 1)]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt, ready for the language model's layers.
