@@ -23,6 +23,7 @@ from mflux.models.common.memory import LazyComponent, is_loaded
 from mflux.models.common.model import open_folder
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.schedulers import LinearScheduler
+from mflux.models.common.sizes import MEGAPIXEL, nearest, shrunk
 from mflux.models.common.tokenizers.prompt_tokenizers import whole_tokenizer
 from mflux.models.fibo import prompts
 from mflux.models.fibo.cli import fibo_edit, fibo_generate
@@ -30,7 +31,7 @@ from mflux.models.fibo.cli import options as words
 from mflux.models.fibo.family import FAMILY
 from mflux.models.fibo.model.autoencoder import FiboAutoencoder
 from mflux.models.fibo.model.transformer import FiboTransformer
-from mflux.models.fibo.sources import cut_out, own_size, source_picture
+from mflux.models.fibo.sources import cut_out, source_picture
 from mflux.models.fibo.variants.edit import FIBOEdit
 from mflux.models.fibo.variants.txt2img.fibo import FIBO
 
@@ -282,7 +283,7 @@ def test_both_schedules_of_the_past_are_the_checkpoints(model, name):
 )
 def test_the_size_at_which_a_picture_is_seen(size, seen):
     """As the reference rounds: to the nearest multiple of 16, halves to even ones, down to a megapixel."""
-    assert own_size(PIL.Image.new("RGB", size)) == seen
+    assert shrunk(size, MEGAPIXEL, nearest(16)) == seen
 
 
 def test_a_mask_of_another_size_is_refused(here, model, capsys):

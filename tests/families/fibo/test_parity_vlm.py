@@ -9,28 +9,36 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
 from support.reference import COMPONENT, draw, normal, relative_error
+from transformers import Qwen2VLImageProcessorPil
 from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration as Reference
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from mflux.backend import mx
-from mflux.checkpoints.loading import layout_turns
+from mflux.checkpoints.loading import FileDifferences, layout_turns, load_component
 from mflux.errors import CheckpointError
+from mflux.models.common.networks.decoder import unused_patterns
+from mflux.models.common.networks.image_processors import VLImageProcessor
 from mflux.models.common.networks.qwen3_vl import (
     KeyValueCache,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
     Qwen3VLTextConfig,
     Qwen3VLVisionConfig,
 )
+from mflux.models.common.networks.qwen_vl import VLDecoder, VLModel
+from mflux.models.common.networks.vision import see
 from mflux.models.fibo.vlm import weights
 from mflux.models.fibo.vlm.generation import Sampling, choose, generate_tokens, likely_logits
+from mflux.models.fibo.vlm.processor import MAX_PIXELS, MEAN, MIN_PIXELS, STD
 
 VOCABULARY = 400
 IMAGE, VIDEO, START, END = range(396, 400)
@@ -127,6 +135,21 @@ def values_of(model: Reference) -> dict:
     return TIED if model.config.tie_word_embeddings else UNTIED
 
 
+# ---- what it is shown
+
+
+@pytest.mark.parametrize("size", [(64, 48), (1000, 700), (17, 1000), (2000, 10), (1500, 1400)])
+def test_images_become_the_reference_s_patches(size):
+    values = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": MEAN, "image_std": STD}
+    ours = VLImageProcessor(**values, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    theirs = Qwen2VLImageProcessorPil(**values, size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS})
+    image = PIL.Image.fromarray(np.random.default_rng(5).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    expected = theirs(images=[image], return_tensors="np")
+    patches, grids = ours.batch([image])
+    assert [[1, *grid] for grid in grids] == expected["image_grid_thw"].tolist()
+    assert np.abs(np.array(patches) - expected["pixel_values"]).max() < 1e-6
+
+
 # ---- what it computes
 
 
@@ -136,7 +159,7 @@ def test_vision_features(pair, grids):
     _, patches = prompt(values_of(model), grids)
     with torch.no_grad():
         expected = model.get_image_features(torch.tensor(patches), torch.tensor([[1, *grid] for grid in grids]))
-    tokens, deepstack = ours.see(mx.array(patches), grids)
+    tokens, *deepstack = see(ours.model.visual, mx.array(patches), grids)
     assert relative_error(tokens, torch.cat(expected.pooler_output)) <= COMPONENT
     assert len(deepstack) == len(expected.deepstack_features) > 0
     for feature, theirs in zip(deepstack, expected.deepstack_features, strict=True):
@@ -167,6 +190,44 @@ def test_pictures_matter(pair):
     in_line = ours.head(decoder(made.embeddings, straight, deepstack=made.deepstack))
     for changed in (blind, other, in_line):
         assert relative_error(changed[0, -1], seen[0, -1]) > 0.01
+
+
+# ---- as a text encoder
+
+
+class TextEncoder(VLModel):
+    """What an image model's text encoder of Qwen3-VL takes: hidden states of middle layers, and nothing above them."""
+
+    config_class = Qwen3VLConfig
+    wanted = (1, 2)
+
+    def __init__(self, config: Qwen3VLConfig):
+        super().__init__()
+        self.config, depth = config, max(self.wanted)
+        self.model = Qwen3VLModel(config)
+        self.model.language_model = VLDecoder(config.text_config, depth, norm=False)
+        layers = config.text_config.num_hidden_layers
+        self.differences = FileDifferences(unused_patterns("model.language_model.", depth, layers, norm=False))
+
+    @property
+    def parts(self):
+        return self.model.language_model, self.model.visual
+
+    def __call__(self, ids) -> list[mx.array]:
+        prompt, language = self.prompt(ids), self.model.language_model
+        return language.hidden_states(prompt.embeddings, language.rotary(prompt.positions), "causal", self.wanted)
+
+
+def test_as_a_text_encoder(pair, tmp_path):
+    model, _ = pair
+    model.save_pretrained(tmp_path)
+    ids, _ = prompt(values_of(model), TEXT)
+    model.model.rope_deltas = None
+    with torch.no_grad():
+        expected = model(**for_reference(ids, None, TEXT), output_hidden_states=True).hidden_states
+    states = load_component(TextEncoder, tmp_path)(ids)
+    for number, ours in zip(TextEncoder.wanted, states, strict=True):
+        assert relative_error(ours, expected[number]) <= COMPONENT
 
 
 # ---- what it says

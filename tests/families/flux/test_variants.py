@@ -99,7 +99,7 @@ def test_a_photo_from_a_phone_is_fitted(draw, here, monkeypatch, words):
     """Larger than the model was made for, and lying on its side with a note to turn it."""
     from mflux.models.flux import sources
 
-    monkeypatch.setattr(sources, "_MOST_PIXELS", 48 * 64)
+    monkeypatch.setattr(sources, "MEGAPIXEL", 48 * 64)
     turned = PIL.Image.Exif()
     turned[0x0112] = 6
     photo(192, 128).save("photo.png", exif=turned)

@@ -15,8 +15,9 @@ from diffusers.pipelines.qwenimage import (
 from transformers import Qwen2VLImageProcessorPil
 
 from mflux.errors import CheckpointError, ImageError
+from mflux.models.common.networks.image_processors import VLImageProcessor
+from mflux.models.common.sizes import fitted
 from mflux.models.common.tokenizers.qwen import chat
-from mflux.models.qwen.model.picture_processor import PictureProcessor
 from mflux.models.qwen.variants.edit import qwen_image_edit
 from mflux.models.qwen.variants.txt2img import qwen_image
 
@@ -28,7 +29,7 @@ def photo(width: int, height: int) -> PIL.Image.Image:
 @pytest.mark.parametrize("size", [(100, 60), (61, 333), (28, 28), (5, 9), (1500, 20), (640, 480)])
 @pytest.mark.parametrize("limits", [{}, {"min_pixels": 50_000, "max_pixels": 100_000}])
 def test_pictures_become_the_reference_s_patches(size, limits):
-    ours = PictureProcessor.from_dict(limits)
+    ours = VLImageProcessor.from_dict(limits)
     settings = {"min_pixels": ours.min_pixels, "max_pixels": ours.max_pixels}
     theirs = Qwen2VLImageProcessorPil(**settings)(images=[photo(*size)], return_tensors="np")
     patches, grid = ours(photo(*size))
@@ -38,20 +39,20 @@ def test_pictures_become_the_reference_s_patches(size, limits):
 
 
 def test_its_settings_in_both_forms():
-    old = PictureProcessor.from_dict({"min_pixels": 784, "max_pixels": 7840})
-    assert PictureProcessor.from_dict({"size": {"shortest_edge": 784, "longest_edge": 7840}}) == old
-    assert PictureProcessor.from_dict({}) == PictureProcessor()
+    old = VLImageProcessor.from_dict({"min_pixels": 784, "max_pixels": 7840})
+    assert VLImageProcessor.from_dict({"size": {"shortest_edge": 784, "longest_edge": 7840}}) == old
+    assert VLImageProcessor.from_dict({}) == VLImageProcessor()
 
 
 @pytest.mark.parametrize("values", [{"patch_size": 0}, {"resample": 2}, {"image_std": [1, 0, 1]}, {"max_pixels": 100}])
 def test_settings_that_make_no_sense(values):
     with pytest.raises(CheckpointError):
-        PictureProcessor.from_dict(values)
+        VLImageProcessor.from_dict(values)
 
 
 def test_a_picture_that_is_too_long():
     with pytest.raises(ImageError, match="2010x10 is too long and narrow"):
-        PictureProcessor()(photo(2010, 10))
+        VLImageProcessor()(photo(2010, 10))
 
 
 @pytest.mark.parametrize("size", [(100, 60), (61, 333), (1024, 1024), (4000, 3000), (7, 50)])
@@ -59,7 +60,7 @@ def test_sizes_of_edits(size):
     for area in (1024 * 1024, 384 * 384):
         for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
             expected = module.calculate_dimensions(area, size[0] / size[1])[:2]
-            assert qwen_image_edit.fitted(photo(*size), area) == tuple(map(int, expected))
+            assert fitted(size, area, qwen_image_edit.ROUNDING) == tuple(map(int, expected))
 
 
 @pytest.mark.parametrize(

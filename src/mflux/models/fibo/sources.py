@@ -10,9 +10,6 @@ from mflux.errors import UsageError
 from mflux.utils.image_util import ImageUtil, open_image
 
 _GREY = (128, 128, 128)
-# The model was made for pictures of about this many pixels.
-_MOST_PIXELS = 1024 * 1024
-_GRID = 16
 
 
 def source_picture(image: Path | str, mask: Path | str | None = None) -> PIL.Image.Image:
@@ -32,14 +29,6 @@ def source_picture(image: Path | str, mask: Path | str | None = None) -> PIL.Ima
             "--mask-path wants one of the picture's size"
         )
     return PIL.Image.composite(PIL.Image.new("RGB", picture.size, _GREY), picture, white)
-
-
-def own_size(picture: PIL.Image.Image) -> tuple[int, int]:
-    """Width and height at which the model sees a picture: its own to the nearest multiple of 16, shrunk to about a
-    megapixel if it is larger."""
-    shrunk = min(1.0, (_MOST_PIXELS / float(picture.width * picture.height)) ** 0.5)
-    width, height = (max(_GRID, round(side * shrunk / _GRID) * _GRID) for side in picture.size)
-    return width, height
 
 
 def cut_out(image: Path | str, matte: PIL.Image.Image) -> PIL.Image.Image:

@@ -10,6 +10,7 @@ import PIL.Image
 
 from mflux.backend import mx
 from mflux.errors import UsageError
+from mflux.models.common.sizes import MEGAPIXEL, down, shrunk
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.utils.image_util import ImageUtil, oriented_size
 from mflux.utils.scale_factor import GRID
@@ -17,9 +18,6 @@ from mflux.utils.scale_factor import GRID
 log = logging.getLogger(__name__)
 
 AnyPath = str | bytes | os.PathLike
-
-# The models were made for pictures of about this many pixels.
-_MOST_PIXELS = 1024 * 1024
 
 
 def refuse_strength(strength: float | None) -> None:
@@ -47,10 +45,9 @@ def needed(path: AnyPath | None, option: str) -> AnyPath:
 def fitted_size(path: AnyPath) -> tuple[int, int]:
     """Width and height to draw at: the picture's, shrunk to about a megapixel, with a warning, if it is larger."""
     width, height = oriented_size(path)
-    shrink = min(1.0, (_MOST_PIXELS / (width * height)) ** 0.5)
-    if shrink == 1:
+    if width * height <= MEGAPIXEL:
         return width, height
-    fitted = tuple(max(GRID, round(side * shrink) // GRID * GRID) for side in (width, height))
+    fitted = shrunk((width, height), MEGAPIXEL, down(GRID))
     log.warning(
         "%s has %d x %d pixels; the model was made for about a million, so %d x %d are drawn: say --width and --height "
         "for another size",

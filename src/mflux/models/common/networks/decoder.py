@@ -161,16 +161,31 @@ class DecoderStack(nn.Module):
         if norm:
             self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(
-        self, embeddings: mx.array, rotary: Rotary, mask: mx.array | str | None, wanted: Sequence[int]
+    def hidden_states(
+        self,
+        embeddings: mx.array,
+        rotary: Rotary,
+        mask: mx.array | str | None,
+        wanted: Sequence[int],
+        *,
+        cache: Sequence[Any] | None = None,
+        deepstack: Sequence[mx.array] = (),
     ) -> list[mx.array]:
-        """Hidden states (B, L, hidden_size) after the layers that `wanted` counts from 1, 0 being `embeddings`."""
+        """Hidden states (B, L, hidden_size) after the layers that `wanted` counts from 1, 0 being `embeddings`.
+
+        Args:
+            cache: one for each layer, see `DecoderLayer`.
+            deepstack: what to add after the first layers, each as the embeddings are.
+        """
         x = embeddings
         states = {0: x}
-        for number, layer in enumerate(self.layers, start=1):
-            x = layer(x, rotary if self.config.has_positions(number - 1) else None, mask)
-            if number in wanted:
-                states[number] = self.norm(x) if number == self.config.num_hidden_layers else x
+        for number, layer in enumerate(self.layers):
+            turned = rotary if self.config.has_positions(number) else None
+            x = layer(x, turned, mask, None if cache is None else cache[number])
+            if number < len(deepstack):
+                x = x + deepstack[number]
+            if number + 1 in wanted:
+                states[number + 1] = self.norm(x) if number + 1 == self.config.num_hidden_layers else x
         return [states[number] for number in wanted]
 
 
@@ -218,7 +233,8 @@ class DecoderTextEncoder(nn.Module):
         length = input_ids.shape[1]
         rotary = text_rotary(mx.arange(length), self.config)
         mask = causal_mask(attention_mask, length)
-        return self.model(embedded(self.model.embed_tokens, input_ids), rotary, mask, self.wanted)
+        embeddings = embedded(self.model.embed_tokens, input_ids)
+        return self.model.hidden_states(embeddings, rotary, mask, self.wanted)
 
 
 def resolved(hidden_states: Sequence[int], layers: int) -> tuple[int, ...]:

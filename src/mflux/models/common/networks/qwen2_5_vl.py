@@ -17,23 +17,15 @@ from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.checkpoints.quantization import UNQUANTIZED
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.networks.decoder import DecoderConfig, DecoderStack, unused_patterns
-from mflux.models.common.networks.layers import (
-    ACTIVATIONS,
-    Activation,
-    RMSNorm,
-    Rotary,
-    SwiGLU,
-    embedded,
-    inverse_frequencies,
-)
+from mflux.models.common.networks.decoder import unused_patterns
+from mflux.models.common.networks.layers import Activation, RMSNorm, Rotary, SwiGLU
+from mflux.models.common.networks.qwen_vl import VLConfig, VLDecoder, VLModel, VLTextConfig
 from mflux.models.common.networks.vision import (
     Grid,
     PatchEmbed,
     VisionAttention,
+    VisionConfig,
     patch_places,
-    prompt_positions,
-    see,
     vision_rotary,
 )
 
@@ -45,25 +37,17 @@ _VISION_ROPE_THETA = 10_000.0
 
 
 @dataclass(frozen=True)
-class Qwen25VLVisionConfig(ComponentConfig):
+class Qwen25VLVisionConfig(VisionConfig):
     """`vision_config` of a config.json; defaults are the published 7B model's."""
 
     depth: int = 32
     hidden_size: int = 1280
     hidden_act: str = "silu"
     intermediate_size: int = 3420
-    num_heads: int = 16
-    in_channels: int = 3
     patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112
     out_hidden_size: int = 3584
+    window_size: int = 112
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
     @property
     def window(self) -> int:
@@ -71,17 +55,15 @@ class Qwen25VLVisionConfig(ComponentConfig):
         return self.window_size // self.patch_size // self.spatial_merge_size * self.spatial_merge_size
 
     def check(self) -> str | None:
-        if self.hidden_act not in ACTIVATIONS:
-            return f"the vision tower's hidden_act {self.hidden_act!r} is not known"
-        if self.hidden_size % self.num_heads or self.head_dim % 4:
-            return f"{self.hidden_size} features do not divide into {self.num_heads} heads of a multiple of four"
+        if problem := super().check():
+            return problem
         if self.window < 1:
             return f"window_size {self.window_size} is smaller than a token of the vision tower"
         return None
 
 
 @dataclass(frozen=True)
-class Qwen25VLTextConfig(DecoderConfig):
+class Qwen25VLTextConfig(VLTextConfig):
     """The language model's part of a config.json; defaults are the published 7B model's."""
 
     model_type: str = "qwen2_5_vl_text"
@@ -99,12 +81,11 @@ class Qwen25VLTextConfig(DecoderConfig):
 
     qk_norm = False
     output_bias = False
-    rope_types = ("default", "mrope")
 
     @property
-    def mrope_section(self) -> tuple[int, ...]:
-        """How many frequencies belong to time, row and column."""
-        return tuple(self.rope.get("mrope_section", ()))
+    def axes(self) -> list[int]:
+        """The first frequencies turn with time, the next with the row, the last with the column."""
+        return [axis for axis, count in enumerate(self.mrope_section) for _ in range(count)]
 
     def check(self) -> str | None:
         if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_size // 2:
@@ -113,13 +94,15 @@ class Qwen25VLTextConfig(DecoderConfig):
 
 
 @dataclass(frozen=True)
-class Qwen25VLConfig(ComponentConfig):
+class Qwen25VLConfig(VLConfig):
     """`config.json` of a Qwen2.5-VL; the language model's values stand in it, or in a `text_config` of their own."""
 
     model_type: str = "qwen2_5_vl"
     text_config: Qwen25VLTextConfig = field(default_factory=Qwen25VLTextConfig)
     vision_config: Qwen25VLVisionConfig = field(default_factory=Qwen25VLVisionConfig)
-    image_token_id: int = 151655
+
+    kind = "qwen2_5_vl"
+    reader = "Qwen-Image's text encoder"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: object = "config.json") -> Self:
@@ -133,13 +116,6 @@ class Qwen25VLConfig(ComponentConfig):
             for name, (kind, other) in parts.items()
         }
         return super().from_dict(dict(values) | read, source=source)
-
-    def check(self) -> str | None:
-        if self.model_type != "qwen2_5_vl":
-            return f"this is a model of type {self.model_type!r}, and Qwen-Image's text encoder is of type 'qwen2_5_vl'"
-        if self.vision_config.out_hidden_size != self.text_config.hidden_size:
-            return "the vision tower's out_hidden_size is not the language model's hidden_size"
-        return None
 
 
 # ---- vision tower
@@ -214,7 +190,7 @@ class Qwen25VLVisionModel(nn.Module):
         self.blocks = [VisionBlock(config) for _ in range(config.depth)]
         self.merger = PatchMerger(config)
 
-    def __call__(self, patches: mx.array, grid: Grid) -> mx.array:
+    def __call__(self, patches: mx.array, grid: Grid) -> list[mx.array]:
         """See one picture.
 
         Args:
@@ -230,13 +206,13 @@ class Qwen25VLVisionModel(nn.Module):
         x = self.patch_embed(patches)[None]
         for number, block in enumerate(self.blocks):
             x = block(x, rotary, None if number in self.config.fullatt_block_indexes else windows)
-        return self.merger(x)
+        return [self.merger(x)]
 
 
 # ---- language model
 
 
-class Qwen25VLTextEncoder(nn.Module):
+class Qwen25VLTextEncoder(VLModel):
     """Token ids → what the language model makes of them, after its last norm."""
 
     config_class = Qwen25VLConfig
@@ -249,28 +225,25 @@ class Qwen25VLTextEncoder(nn.Module):
         super().__init__()
         self.config = config
         text = config.text_config
-        self.model = DecoderStack(text, text.num_hidden_layers, norm=True)
+        self.model = VLDecoder(text, text.num_hidden_layers, norm=True)
         unused = unused_patterns("model.", text.num_hidden_layers, text.num_hidden_layers, norm=True)
         self.differences = FileDifferences(ignored=(*unused, r"^visual\."))
 
-    def __call__(self, ids: Sequence[int]) -> mx.array:
-        """Hidden states of one prompt's tokens, (1, L, hidden_size)."""
-        places = list(range(len(ids)))
-        embeddings = embedded(self.model.embed_tokens, mx.array(list(ids)))
-        return self.read(embeddings[None], mx.array([places, places, places]))
+    @property
+    def parts(self) -> tuple[VLDecoder, Qwen25VLVisionModel | None]:
+        return self.model, None
 
-    def read(self, embeddings: mx.array, positions: mx.array) -> mx.array:
-        """Hidden states of (1, L, hidden_size) at the positions (3, L)."""
-        text = self.config.text_config
-        return self.model(embeddings, self._rotary(positions), "causal", (text.num_hidden_layers,))[0]
-
-    def _rotary(self, positions: mx.array) -> Rotary:
-        """The first of a head's frequencies turn with time, the next with the row, the last with the column."""
-        text = self.config.text_config
-        axes = mx.array(np.repeat(np.arange(3), text.mrope_section))
-        frequencies = inverse_frequencies(text.head_size, text.rope["rope_theta"])
-        angles = positions.T[:, axes].astype(mx.float32) * frequencies
-        return mx.cos(angles), mx.sin(angles)
+    def __call__(
+        self,
+        ids: Sequence[int],
+        patches: mx.array | None = None,
+        grids: Sequence[Grid] = (),
+        *,
+        image_token: int | None = None,
+    ) -> mx.array:
+        """Hidden states of one prompt's tokens, (1, L, hidden_size); arguments as for `prompt`."""
+        prompt = self.prompt(ids, patches, grids, image_token=image_token)
+        return self.model(prompt.embeddings, prompt.positions)
 
 
 class Qwen25VLEncoder(Qwen25VLTextEncoder):
@@ -281,34 +254,9 @@ class Qwen25VLEncoder(Qwen25VLTextEncoder):
         self.visual = Qwen25VLVisionModel(config.vision_config)
         self.differences = FileDifferences(ignored=self.differences.ignored[:-1])
 
-    def __call__(
-        self,
-        ids: Sequence[int],
-        patches: mx.array | None = None,
-        grids: Sequence[Grid] = (),
-        *,
-        image_token: int | None = None,
-    ) -> mx.array:
-        """Hidden states of one prompt's tokens, (1, L, hidden_size).
-
-        Args:
-            ids: with one image token for each token that a picture becomes.
-            patches: of all pictures, (N, channels · time · height · width); None without pictures.
-            grids: rows and columns of patches of each picture.
-            image_token: the token that stands for a picture, where the tokenizer has another than the configuration.
-
-        Raises:
-            ValueError: tokens and pictures do not match.
-        """
-        merge = self.config.vision_config.spatial_merge_size
-        token = self.config.image_token_id if image_token is None else image_token
-        positions, _ = prompt_positions(ids, token, [(rows // merge, columns // merge) for rows, columns in grids])
-        embeddings = embedded(self.model.embed_tokens, mx.array(list(ids)))
-        if grids and patches is not None:
-            tokens = mx.concatenate(see(self.visual, patches, grids))
-            places = mx.array([place for place, other in enumerate(ids) if other == token])
-            embeddings[places] = tokens.astype(embeddings.dtype)
-        return self.read(embeddings[None], mx.array(positions))
+    @property
+    def parts(self) -> tuple[VLDecoder, Qwen25VLVisionModel]:
+        return self.model, self.visual
 
 
 Qwen25VLTextEncoder.saved_class = Qwen25VLEncoder

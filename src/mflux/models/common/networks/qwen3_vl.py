@@ -3,37 +3,27 @@
 Source: Qwen team 2025, https://arxiv.org/abs/2511.21631; reference class: transformers'
 `Qwen3VLForConditionalGeneration`, whose published names the attributes carry. A picture is cut into patches; the
 vision tower turns each square of merged patches into one token of the language model, and hands on what its middle
-layers saw as well (deepstack, Meng et al. 2024, https://arxiv.org/abs/2406.04334). Positions have three axes, time,
-row and column, which text counts as one.
+layers saw as well (deepstack, Meng et al. 2024, https://arxiv.org/abs/2406.04334). A text encoder of it is a `VLModel`
+that asks its language model for hidden states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
-from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.networks.decoder import DecoderConfig, DecoderLayer
-from mflux.models.common.networks.layers import (
-    ACTIVATIONS,
-    LayerNorm,
-    RMSNorm,
-    Rotary,
-    embedded,
-    gelu,
-    inverse_frequencies,
-)
+from mflux.models.common.networks.layers import ACTIVATIONS, LayerNorm, Rotary, gelu
+from mflux.models.common.networks.qwen_vl import VLConfig, VLDecoder, VLModel, VLTextConfig
 from mflux.models.common.networks.vision import (
     Grid,
     PatchEmbed,
     VisionAttention,
+    VisionConfig,
     patch_places,
-    prompt_positions,
-    see,
     vision_rotary,
 )
 
@@ -44,26 +34,18 @@ _VISION_ROPE_THETA = 10_000.0
 
 
 @dataclass(frozen=True)
-class Qwen3VLVisionConfig(ComponentConfig):
+class Qwen3VLVisionConfig(VisionConfig):
     """`vision_config` of a config.json; defaults are the published 4B model's."""
 
     depth: int = 24
     hidden_size: int = 1024
     hidden_act: str = "gelu_pytorch_tanh"
     intermediate_size: int = 4096
-    num_heads: int = 16
-    in_channels: int = 3
     patch_size: int = 16
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
     out_hidden_size: int = 2560
     num_position_embeddings: int = 2304
     deepstack_visual_indexes: tuple[int, ...] = (5, 11, 17)
     rope_parameters: Mapping[str, Any] | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
     @property
     def rope_theta(self) -> float:
@@ -74,10 +56,8 @@ class Qwen3VLVisionConfig(ComponentConfig):
         return isqrt(self.num_position_embeddings)
 
     def check(self) -> str | None:
-        if self.hidden_act not in ACTIVATIONS:
-            return f"the vision tower's hidden_act {self.hidden_act!r} is not known"
-        if self.hidden_size % self.num_heads or self.head_dim % 4:
-            return f"{self.hidden_size} features do not divide into {self.num_heads} heads of a multiple of four"
+        if problem := super().check():
+            return problem
         if self.positions_per_side**2 != self.num_position_embeddings:
             return f"{self.num_position_embeddings} position embeddings do not fill a square"
         if any(not 0 <= index < self.depth for index in self.deepstack_visual_indexes):
@@ -91,19 +71,21 @@ class Qwen3VLVisionConfig(ComponentConfig):
 
 
 @dataclass(frozen=True)
-class Qwen3VLTextConfig(DecoderConfig):
+class Qwen3VLTextConfig(VLTextConfig):
     """`text_config` of a config.json; defaults are the published 4B model's."""
 
     model_type: str = "qwen3_vl_text"
     max_position_embeddings: int = 262144
     rope_theta: float = 5_000_000.0
 
-    rope_types = ("default", "mrope")
+    sections = (24, 20, 20)
 
     @property
-    def mrope_section(self) -> tuple[int, ...]:
-        """How many frequencies belong to time, row and column."""
-        return tuple(self.rope.get("mrope_section", (24, 20, 20)))
+    def axes(self) -> list[int]:
+        """Frequencies take turns: time, row, column, time, row, … When row or column have used up theirs, time takes
+        their turns as well."""
+        section = self.mrope_section
+        return [turn % 3 if turn < 3 * section[turn % 3] else 0 for turn in range(self.head_size // 2)]
 
     def check(self) -> str | None:
         if problem := super().check():
@@ -116,14 +98,16 @@ class Qwen3VLTextConfig(DecoderConfig):
 
 
 @dataclass(frozen=True)
-class Qwen3VLConfig(ComponentConfig):
+class Qwen3VLConfig(VLConfig):
     """`config.json` of a Qwen3-VL model; defaults are the published 4B model's."""
 
     model_type: str = "qwen3_vl"
     text_config: Qwen3VLTextConfig = field(default_factory=Qwen3VLTextConfig)
     vision_config: Qwen3VLVisionConfig = field(default_factory=Qwen3VLVisionConfig)
-    image_token_id: int = 151655
     tie_word_embeddings: bool = True
+
+    kind = "qwen3_vl"
+    reader = "FIBO-VLM"
 
     def __post_init__(self):
         for name, kind in (("text_config", Qwen3VLTextConfig), ("vision_config", Qwen3VLVisionConfig)):
@@ -134,10 +118,8 @@ class Qwen3VLConfig(ComponentConfig):
                 raise TypeError(f"{name} is not a table")
 
     def check(self) -> str | None:
-        if self.model_type != "qwen3_vl":
-            return f"this is a model of type {self.model_type!r}, and FIBO-VLM is of type 'qwen3_vl'"
-        if self.vision_config.out_hidden_size != self.text_config.hidden_size:
-            return "the vision tower's out_hidden_size is not the language model's hidden_size"
+        if problem := super().check():
+            return problem
         if len(self.vision_config.deepstack_visual_indexes) > self.text_config.num_hidden_layers:
             return "deepstack_visual_indexes has more layers than the language model"
         return None
@@ -202,7 +184,7 @@ class Qwen3VLVisionModel(nn.Module):
             PatchMerger(config, norm_after_merging=True) for _ in config.deepstack_visual_indexes
         ]
 
-    def __call__(self, patches: mx.array, grid: Grid) -> tuple[mx.array, list[mx.array]]:
+    def __call__(self, patches: mx.array, grid: Grid) -> list[mx.array]:
         """See one picture.
 
         Args:
@@ -221,7 +203,7 @@ class Qwen3VLVisionModel(nn.Module):
             x = block(x, rotary)
             if number in indexes:
                 deepstack.append(self.deepstack_merger_list[indexes.index(number)](x))
-        return self.merger(x), deepstack
+        return [self.merger(x), *deepstack]
 
     def positions(self, places: mx.array, grid: Grid) -> mx.array:
         """The learned square of position embeddings stretched over the grid, corners on corners: (N, hidden_size)."""
@@ -276,91 +258,22 @@ class KeyValueCache:
         return self.keys, self.values
 
 
-class Qwen3VLTextModel(nn.Module):
-    def __init__(self, config: Qwen3VLTextConfig):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def __call__(
-        self,
-        embeddings: mx.array,
-        positions: mx.array,
-        cache: Sequence[KeyValueCache] | None = None,
-        deepstack: Sequence[mx.array] = (),
-    ) -> mx.array:
-        """Hidden states after the last norm, (1, L, hidden_size).
-
-        Args:
-            embeddings: (1, L, hidden_size); with a cache, those that follow what it holds.
-            positions: (3, L).
-            cache: one for each layer.
-            deepstack: what to add after the first layers, each (1, L, hidden_size).
-        """
-        rotary = self.rotary(positions)
-        # A single token may look at everything before it.
-        mask = "causal" if embeddings.shape[1] > 1 else None
-        x = embeddings
-        for number, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, None if cache is None else cache[number])
-            if number < len(deepstack):
-                x = x + deepstack[number]
-        return self.norm(x)
-
-    def rotary(self, positions: mx.array) -> Rotary:
-        """Cosines and sines, (L, head_size / 2) each. Frequencies take turns: time, row, column, time, row, …
-
-        When row or column have used up theirs, time takes their turns as well.
-        """
-        frequencies = inverse_frequencies(self.config.head_size, self.config.rope["rope_theta"])
-        section = self.config.mrope_section
-        axes = [turn % 3 if turn < 3 * section[turn % 3] else 0 for turn in range(len(frequencies))]
-        angles = positions.T[:, mx.array(axes)].astype(mx.float32) * frequencies
-        return mx.cos(angles), mx.sin(angles)
-
-
 # ---- the whole
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, ready for the language model's layers.
-
-    Attributes:
-        embeddings: (1, L, hidden_size), pictures in their places.
-        positions: (3, L).
-        deepstack: what to add after the first layers, (1, L, hidden_size) each; nothing for text alone.
-        next_position: where the answer's first token stands, on all three axes.
-    """
-
-    embeddings: mx.array
-    positions: mx.array
-    deepstack: tuple[mx.array, ...]
-    next_position: int
-
-    def __len__(self) -> int:
-        return self.embeddings.shape[1]
-
-    def parts(self, length: int) -> Iterator[tuple[mx.array, mx.array, list[mx.array]]]:
-        """Embeddings, positions and deepstack features, so many tokens at a time."""
-        for start in range(0, len(self), length):
-            these = slice(start, start + length)
-            yield self.embeddings[:, these], self.positions[:, these], [add[:, these] for add in self.deepstack]
 
 
 class Qwen3VLModel(nn.Module):
     def __init__(self, config: Qwen3VLConfig):
         super().__init__()
         self.visual = Qwen3VLVisionModel(config.vision_config)
-        self.language_model = Qwen3VLTextModel(config.text_config)
+        text = config.text_config
+        self.language_model = VLDecoder(text, text.num_hidden_layers, norm=True)
 
 
-class Qwen3VLForConditionalGeneration(nn.Module):
+class Qwen3VLForConditionalGeneration(VLModel):
     """Token ids and pictures → what may come next."""
 
     config_class = Qwen3VLConfig
+    config: Qwen3VLConfig
 
     def __init__(self, config: Qwen3VLConfig):
         super().__init__()
@@ -372,49 +285,14 @@ class Qwen3VLForConditionalGeneration(nn.Module):
         else:
             self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
+    @property
+    def parts(self) -> tuple[VLDecoder, Qwen3VLVisionModel]:
+        return self.model.language_model, self.model.visual
+
     def __call__(self, ids: Sequence[int], patches: mx.array | None = None, grids: Sequence[Grid] = ()) -> mx.array:
         """Logits after each token of a prompt, (1, L, vocab_size); arguments as for `prompt`."""
         prompt = self.prompt(ids, patches, grids)
         return self.head(self.model.language_model(prompt.embeddings, prompt.positions, deepstack=prompt.deepstack))
-
-    def see(self, patches: mx.array, grids: Sequence[Grid]) -> tuple[mx.array, list[mx.array]]:
-        """The vision tower's tokens and deepstack features of several pictures, one picture after the other.
-
-        Args:
-            patches: of all pictures, (N, channels · time · height · width).
-            grids: rows and columns of patches of each picture.
-        """
-        pictures = see(self.model.visual, patches, grids)
-        seen = [(tokens, *deepstack) for tokens, deepstack in pictures]
-        tokens, *deepstack = (mx.concatenate(list(features)) for features in zip(*seen, strict=True))
-        return tokens, deepstack
-
-    def prompt(self, ids: Sequence[int], patches: mx.array | None = None, grids: Sequence[Grid] = ()) -> Prompt:
-        """Prepare a prompt.
-
-        Args:
-            ids: its tokens, with one image token for each token that a picture becomes.
-            patches: the patches of all pictures, (N, channels · time · height · width), or None.
-            grids: rows and columns of patches of each picture.
-
-        Raises:
-            ValueError: tokens and pictures do not match.
-        """
-        merge = self.config.vision_config.spatial_merge_size
-        image_token = self.config.image_token_id
-        token_grids = [(rows // merge, columns // merge) for rows, columns in grids]
-        positions, next_position = prompt_positions(ids, image_token, token_grids)
-        embeddings = embedded(self.model.language_model.embed_tokens, mx.array(list(ids)))
-        deepstack: list[mx.array] = []
-        if grids and patches is not None:
-            tokens, features = self.see(patches, grids)
-            places = mx.array([place for place, token in enumerate(ids) if token == image_token])
-            embeddings[places] = tokens.astype(embeddings.dtype)
-            for feature in features:
-                spread = mx.zeros_like(embeddings)
-                spread[places] = feature.astype(embeddings.dtype)
-                deepstack.append(spread[None])
-        return Prompt(embeddings[None], mx.array(positions), tuple(deepstack), next_position)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states (…, hidden_size) to logits (…, vocab_size)."""

@@ -1,17 +1,18 @@
-"""How language models of the Qwen-VL line see pictures: what their vision towers and their prompts have in common.
+"""How language models of the Qwen-VL line see images: what their vision towers have in common.
 
 Sources: Qwen team 2025, https://arxiv.org/abs/2502.13923 (Qwen2.5-VL) and https://arxiv.org/abs/2511.21631 (Qwen3-VL).
-A picture is cut into patches; squares of neighbouring patches become one token of the language model each. Positions
-have three axes, time, row and column, which text counts as one.
+An image is cut into patches; squares of neighbouring patches become one token of the language model each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from mflux.backend import mx, nn
+from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
+    ACTIVATIONS,
     Rotary,
     attention,
     inverse_frequencies,
@@ -22,6 +23,33 @@ from mflux.models.common.networks.layers import (
 
 # Rows and columns of a picture's patches, or of its tokens.
 Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class VisionConfig(ComponentConfig):
+    """What every `vision_config` of a config.json says."""
+
+    depth: int
+    hidden_size: int
+    hidden_act: str
+    intermediate_size: int
+    patch_size: int
+    out_hidden_size: int
+    num_heads: int = 16
+    in_channels: int = 3
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def check(self) -> str | None:
+        if self.hidden_act not in ACTIVATIONS:
+            return f"the vision tower's hidden_act {self.hidden_act!r} is not known"
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            return f"{self.hidden_size} features do not divide into {self.num_heads} heads of a multiple of four"
+        return None
 
 
 # ---- positions
@@ -43,45 +71,11 @@ def vision_rotary(places: mx.array, head_dim: int, theta: float) -> Rotary:
     return mx.cos(angles), mx.sin(angles)
 
 
-def prompt_positions(ids: Sequence[int], image_token: int, grids: Sequence[Grid]) -> tuple[list[list[int]], int]:
-    """Time, row and column of each token, and the position after the last.
-
-    Text advances all three together. The tokens of a picture share the time at which it begins, and spread over rows
-    and columns from there; what follows continues after the longer side.
-
-    Args:
-        ids: the prompt's tokens; a picture stands in it as one `image_token` for each of its own.
-        grids: rows and columns of each picture in tokens, in order.
-
-    Raises:
-        ValueError: tokens and pictures do not match.
-    """
-    axes: list[list[int]] = [[], [], []]
-    position, index, pictures = 0, 0, iter(grids)
-    while index < len(ids):
-        if ids[index] != image_token:
-            for axis in axes:
-                axis.append(position)
-            position, index = position + 1, index + 1
-            continue
-        rows, columns = next(pictures, (0, 0))
-        count = rows * columns
-        if not count or any(token != image_token for token in ids[index : index + count]) or index + count > len(ids):
-            raise ValueError("the prompt's picture tokens do not match its pictures")
-        axes[0] += [position] * count
-        axes[1] += [position + row for row in range(rows) for _ in range(columns)]
-        axes[2] += [position + column for _ in range(rows) for column in range(columns)]
-        position, index = position + max(rows, columns), index + count
-    if next(pictures, None) is not None:
-        raise ValueError("the prompt has fewer places than pictures")
-    return axes, position
-
-
 # ---- vision tower
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, config: Any, *, bias: bool):
+    def __init__(self, config: VisionConfig, *, bias: bool):
         super().__init__()
         size = (config.temporal_patch_size, config.patch_size, config.patch_size)
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=size, stride=size, bias=bias)
@@ -111,19 +105,21 @@ class VisionAttention(nn.Module):
         return self.proj(merge_heads(attention(q, k, v, mask=mask)))
 
 
-def see(tower: Callable[[mx.array, Grid], Any], patches: mx.array, grids: Sequence[Grid]) -> list[Any]:
-    """What a vision tower makes of each of several pictures.
+def see(
+    tower: Callable[[mx.array, Grid], Sequence[mx.array]], patches: mx.array, grids: Sequence[Grid]
+) -> list[mx.array]:
+    """Show a vision tower several images; each of its results has one image after the other.
 
     Args:
-        tower: takes one picture's patches and its grid.
-        patches: of all pictures, (N, channels · time · height · width).
-        grids: rows and columns of patches of each picture.
+        tower: takes one image's patches and its grid.
+        patches: of all images, (N, channels · time · height · width).
+        grids: rows and columns of patches of each image.
     """
     seen, start = [], 0
     for grid in grids:
         stop = start + grid[0] * grid[1]
         seen.append(tower(patches[start:stop], grid))
-        # Its activations are gone before the next picture's come.
+        # Its activations are gone before the next image's come.
         mx.eval(seen[-1])
         start = stop
-    return seen
+    return [mx.concatenate(list(results)) for results in zip(*seen, strict=True)]

@@ -15,7 +15,8 @@ from mflux.backend import mx
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mflux.models.common.networks.qwen3_vl import Prompt, Qwen3VLForConditionalGeneration
+    from mflux.models.common.networks.qwen3_vl import Qwen3VLForConditionalGeneration
+    from mflux.models.common.networks.qwen_vl import Prompt
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """A conversation with pictures as the model reads it: token ids and patches.
 
-Tokenizer, chat template and picture processor are those of transformers, without torch. They are composed here because
-its `AutoProcessor` asks for torchvision.
+Tokenizer and chat template are those of transformers, without torch. They are composed here because its
+`AutoProcessor` asks for torchvision.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import PIL.Image
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
-from mflux.errors import CheckpointError, ImageError, UsageError
+from mflux.errors import CheckpointError, UsageError
+from mflux.models.common.networks.image_processors import VLImageProcessor
 from mflux.models.common.networks.qwen3_vl import Qwen3VLConfig
+from mflux.models.common.networks.qwen_vl import spread_image_tokens
 from mflux.models.common.networks.vision import Grid
 from mflux.models.fibo.vlm.packages import import_transformers
 from mflux.utils.image_util import ImageUtil
@@ -24,8 +26,6 @@ from mflux.utils.image_util import ImageUtil
 # How FIBO-VLM is shown pictures: shrunk or enlarged to so many pixels, values from -1 to 1.
 MIN_PIXELS, MAX_PIXELS = 256 * 28 * 28, 1024 * 28 * 28
 MEAN = STD = (0.5, 0.5, 0.5)
-# The processor refuses pictures that are longer than this many times their width, and the reverse.
-LARGEST_ASPECT = 200
 
 # Qwen2-VL's conversations, for repositories without a chat template of their own: each turn between two marks, a
 # picture as one token between two others, and a system turn before everything where there is none.
@@ -69,10 +69,9 @@ class FiboVLMProcessor:
 
     Attributes:
         tokenizer: transformers' tokenizer, with a chat template.
-        image_processor: transformers' `Qwen2VLImageProcessorPil`.
     """
 
-    def __init__(self, tokenizer: Any, image_processor: Any, *, image_token: int):
+    def __init__(self, tokenizer: Any, image_processor: VLImageProcessor, *, image_token: int):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self._image_token = image_token
@@ -95,13 +94,14 @@ class FiboVLMProcessor:
         if not tokenizer.chat_template:
             tokenizer.chat_template = _separate_template(folder) or CHAT_TEMPLATE
         vision = config.vision_config
-        image_processor = transformers.Qwen2VLImageProcessorPil(
+        image_processor = VLImageProcessor(
             patch_size=vision.patch_size,
             temporal_patch_size=vision.temporal_patch_size,
             merge_size=vision.spatial_merge_size,
-            size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
-            image_mean=list(MEAN),
-            image_std=list(STD),
+            min_pixels=MIN_PIXELS,
+            max_pixels=MAX_PIXELS,
+            image_mean=MEAN,
+            image_std=STD,
         )
         return cls(tokenizer, image_processor, image_token=config.image_token_id)
 
@@ -125,27 +125,16 @@ class FiboVLMProcessor:
         if not pictures:
             return Inputs(ids)
         patches, grids = self.see(pictures)
-        merged = self.image_processor.merge_size**2
-        lengths = iter([rows * columns // merged for rows, columns in grids])
-        spread = [[token] * (next(lengths) if token == self._image_token else 1) for token in ids]
-        return Inputs([token for run in spread for token in run], patches, grids)
+        ids = spread_image_tokens(ids, self._image_token, grids, self.image_processor.merge_size)
+        return Inputs(ids, patches, tuple(grids))
 
-    def see(self, pictures: Sequence[PIL.Image.Image]) -> tuple[mx.array, tuple[Grid, ...]]:
+    def see(self, pictures: Sequence[PIL.Image.Image]) -> tuple[mx.array, list[Grid]]:
         """The patches of several pictures, and how many rows and columns of them each has.
 
         Raises:
             ImageError: a picture is too long and narrow.
         """
-        upright = [ImageUtil.load_image(picture) for picture in pictures]
-        for picture in upright:
-            if max(picture.size) > LARGEST_ASPECT * min(picture.size):
-                raise ImageError(
-                    f"a picture of {picture.width}x{picture.height} is too long and narrow: one side may be at most "
-                    f"{LARGEST_ASPECT} times the other"
-                )
-        seen = self.image_processor(images=upright, return_tensors="np")
-        grids = tuple((int(rows), int(columns)) for _, rows, columns in seen["image_grid_thw"])
-        return mx.array(seen["pixel_values"]), grids
+        return self.image_processor.batch([ImageUtil.load_image(picture) for picture in pictures])
 
 
 def _separate_template(folder: Path) -> str | None:

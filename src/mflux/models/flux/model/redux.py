@@ -15,6 +15,7 @@ import PIL.Image
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.image_processors import ImageProcessor
 from mflux.models.common.networks.layers import ACTIVATIONS, LayerNorm, silu
 from mflux.models.common.networks.text_encoders.clip import CLIPEncoder
 
@@ -84,7 +85,7 @@ class SiglipVision(nn.Module):
 
 
 @dataclass(frozen=True)
-class SiglipProcessor(ComponentConfig):
+class SiglipProcessor(ImageProcessor):
     """`preprocessor_config.json` of SigLIP's pictures; defaults are Redux's.
 
     Attributes:
@@ -95,13 +96,6 @@ class SiglipProcessor(ComponentConfig):
     size: Mapping[str, int] | None = None
     resample: int = field(default=3, metadata={"least": 0, "most": 5})
     rescale_factor: float = 1 / 255
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-
-    def check(self) -> str | None:
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
-            return "image_mean and image_std are not three numbers, or one divides by zero"
-        return None
 
     def fits(self, config: SiglipConfig) -> str | None:
         """Why the tower cannot take such pictures, as the rest of a sentence, or None."""
@@ -114,8 +108,8 @@ class SiglipProcessor(ComponentConfig):
         """A picture in RGB as the tower takes it, (1, 3, H, W); squeezed to a square, as it was trained."""
         side = config.image_size
         pixels = np.asarray(picture.resize((side, side), PIL.Image.Resampling(self.resample)), np.float32)
-        mean, deviation = (np.asarray(values, np.float32) for values in (self.image_mean, self.image_std))
-        pixels = (pixels * np.float32(self.rescale_factor) - mean) / deviation
+        # Qwen-VL's reference divides by 255, which rounds apart.
+        pixels = self.normalized(pixels * np.float32(self.rescale_factor))
         return mx.array(pixels.transpose(2, 0, 1)[None])
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.models.common.networks.mmdit import latent_image_ids
+from mflux.models.common.sizes import MEGAPIXEL, nearest, shrunk
 from mflux.models.fibo.latent_creator.fibo_latent_creator import FiboLatentCreator
 from mflux.models.fibo.pipeline import FiboPipeline
 from mflux.models.fibo.prompts import check_edit
-from mflux.models.fibo.sources import own_size, source_picture
+from mflux.models.fibo.sources import source_picture
 from mflux.utils.generated_image import GeneratedImage
+from mflux.utils.scale_factor import GRID
 
 
 class FIBOEdit(FiboPipeline):
@@ -41,7 +43,7 @@ class FIBOEdit(FiboPipeline):
         """
         check_edit(prompt)
         source = source_picture(image_path, mask_path)
-        seen_width, seen_height = own_size(source)
+        seen_width, seen_height = shrunk(source.size, MEGAPIXEL, nearest(GRID))
         config = self.settings(
             seed=seed,
             prompt=prompt,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mflux.backend import mx
 from mflux.errors import ImageError, UsageError
 from mflux.models.common.networks.autoencoders import tiling
+from mflux.models.common.sizes import MEGAPIXEL, shrunk
 from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
 from mflux.models.flux2.model.transformer import grid_ids
 from mflux.models.flux2.pipeline import KleinPipeline
@@ -18,8 +18,6 @@ from mflux.utils.image_util import ImageUtil
 if TYPE_CHECKING:
     import PIL.Image
 
-# Pixels of a reference; a larger one is made smaller.
-LARGEST_AREA = 1024 * 1024
 # References are so far apart in time, and from the picture, which is at 0.
 TIME = 10
 
@@ -116,11 +114,9 @@ def reference_picture(picture: PIL.Image.Image, source: object) -> PIL.Image.Ima
     """
     from PIL import Image
 
-    width, height = picture.size
-    if width * height > LARGEST_AREA:
-        scale = math.sqrt(LARGEST_AREA / (width * height))
-        picture = picture.resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
-        width, height = picture.size
+    size = width, height = shrunk(picture.size, MEGAPIXEL, int)
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
     kept_width, kept_height = width - width % SIDE, height - height % SIDE
     if not (kept_width and kept_height):
         raise ImageError(f"{source} is too small or too narrow: a picture to edit needs {SIDE} pixels on each side")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.memory import LazyComponent, digest_of
+from mflux.models.common.networks.image_processors import VLImageProcessor
 from mflux.models.common.networks.qwen2_5_vl import Qwen25VLEncoder
+from mflux.models.common.networks.qwen_vl import spread_image_tokens
+from mflux.models.common.sizes import MEGAPIXEL, fitted, nearest
 from mflux.models.common.tokenizers.qwen import chat
 from mflux.models.qwen.family import EDIT_COMPONENTS
 from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
-from mflux.models.qwen.model.picture_processor import PictureProcessor
 from mflux.models.qwen.pipeline import NOTHING, QwenPipeline
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -33,8 +33,8 @@ _TEMPLATE_TOKENS = 64
 _PICTURE_TOKEN = "<|image_pad|>"
 _VISION = f"<|vision_start|>{_PICTURE_TOKEN}<|vision_end|>"
 # Pixels of a picture as it is encoded, and as the language model of the later releases is shown it.
-_AREA, _SHOWN_AREA = 1024 * 1024, 384 * 384
-_GRID = 32
+_AREA, _SHOWN_AREA = MEGAPIXEL, 384 * 384
+ROUNDING = nearest(32)
 _FIRST_RELEASE = "QwenImageEditPipeline"
 
 
@@ -52,7 +52,7 @@ class QwenImageEdit(QwenPipeline):
         super().opened()
         index, processor = self.root / "model_index.json", self.root / "processor" / "preprocessor_config.json"
         self.takes_one = index.is_file() and read_json(index).get("_class_name") == _FIRST_RELEASE
-        self.processor = PictureProcessor.from_dict(
+        self.processor = VLImageProcessor.from_dict(
             read_json(processor) if processor.is_file() else {}, source=processor
         )
         token = self.tokenizer.encode(_PICTURE_TOKEN)
@@ -87,7 +87,7 @@ class QwenImageEdit(QwenPipeline):
         """
         pictures = self._pictures(image_paths)
         shape = pictures[-1] if image_path is None else ImageUtil.load_image(image_path)
-        natural_width, natural_height = fitted(shape, _AREA)
+        natural_width, natural_height = fitted(shape.size, _AREA, ROUNDING)
         config = self.settings(
             seed=seed,
             prompt=prompt,
@@ -104,7 +104,7 @@ class QwenImageEdit(QwenPipeline):
 
         # 2. Make the latents to start from, and those of the pictures
         latents = QwenLatentCreator.create_noise(seed, config.height, config.width)
-        sizes = [fitted(picture, _AREA) for picture in pictures]
+        sizes = [fitted(picture.size, _AREA, ROUNDING) for picture in pictures]
         sources = [
             self.encode_image(picture, height, width) for picture, (width, height) in zip(pictures, sizes, strict=True)
         ]
@@ -144,8 +144,8 @@ class QwenImageEdit(QwenPipeline):
         """Embeddings (1, L, D) of prompts about images."""
 
         def encode(missing: list[tuple[str, tuple[bytes, ...]]]) -> Iterator[mx.array]:
-            seen = [self.processor(ImageUtil.scale_to_dimensions(image, *self._shown(image))) for image in images]
-            patches, grids = mx.array(np.concatenate([cut for cut, _ in seen])), [grid for _, grid in seen]
+            shown = [ImageUtil.scale_to_dimensions(image, *self._shown(image)) for image in images]
+            patches, grids = self.processor.batch(shown)
             for prompt, _ in missing:
                 ids = self._ids(prompt, grids)
                 embeds = self.text_encoder(ids, patches, grids, image_token=self.image_token)[:, _TEMPLATE_TOKENS:]
@@ -156,7 +156,7 @@ class QwenImageEdit(QwenPipeline):
         return self.remembered([(prompt, about) for prompt in prompts], encode, "text_encoder")
 
     def _shown(self, picture: PIL.Image.Image) -> tuple[int, int]:
-        return fitted(picture, _AREA if self.takes_one else _SHOWN_AREA)
+        return fitted(picture.size, _AREA if self.takes_one else _SHOWN_AREA, ROUNDING)
 
     def _ids(self, prompt: str, grids: Sequence[Any]) -> list[int]:
         """A prompt's tokens, with one for each token that a picture becomes.
@@ -170,18 +170,5 @@ class QwenImageEdit(QwenPipeline):
             before = "".join(f"Picture {number}: {_VISION}" for number in range(1, len(grids) + 1))
         if _PICTURE_TOKEN in prompt:
             raise UsageError(f"the prompt contains {_PICTURE_TOKEN}, which stands for a picture: leave it out")
-        merged = self.processor.merge_size**2
-        counts = iter([rows * columns // merged for rows, columns in grids])
-        ids, token = [], self.image_token
-        for number in self.tokenizer.encode(chat(before + prompt, system=SYSTEM)):
-            ids += [number] * (next(counts) if number == token else 1)
-        return ids
-
-
-def fitted(picture: PIL.Image.Image, area: int) -> tuple[int, int]:
-    """Width and height of about so many pixels in a picture's shape, multiples of 32."""
-    ratio = picture.width / picture.height
-    width = math.sqrt(area * ratio)
-    # A picture that is very long and narrow still has a row of tokens.
-    across, down = (max(_GRID, round(side / _GRID) * _GRID) for side in (width, width / ratio))
-    return across, down
+        ids = self.tokenizer.encode(chat(before + prompt, system=SYSTEM))
+        return spread_image_tokens(ids, self.image_token, grids, self.processor.merge_size)

@@ -1,30 +1,49 @@
-"""Pictures as Qwen2.5-VL's vision tower takes them: shrunk or enlarged to whole tokens, and cut into patches.
+"""Images as vision towers take them: what each `preprocessor_config.json` says.
 
-Reference class: transformers' `Qwen2VLImageProcessorPil`, value for value.
+Reference classes: transformers' `Qwen2VLImageProcessorPil` and `SiglipImageProcessor`, value for value.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import PIL.Image
 
+from mflux.backend import mx
 from mflux.errors import ImageError
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.vision import Grid
 
-# The reference refuses longer pictures; each would be a single row of tokens.
+# The reference refuses longer images; each would be a single row of tokens.
 _LARGEST_ASPECT = 200
 _BICUBIC = 3
 
 
 @dataclass(frozen=True)
-class PictureProcessor(ComponentConfig):
-    """`preprocessor_config.json` of a Qwen2.5-VL; defaults are Qwen-Image-Edit's."""
+class ImageProcessor(ComponentConfig):
+    """Base: how far each channel is shifted, and by what it is divided."""
+
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def check(self) -> str | None:
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
+            return "image_mean and image_std are not three numbers, or one divides by zero"
+        return None
+
+    def normalized(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels from 0 to 1 as the tower takes them, (…, 3) float32."""
+        return (pixels - np.asarray(self.image_mean, np.float32)) / np.asarray(self.image_std, np.float32)
+
+
+@dataclass(frozen=True)
+class VLImageProcessor(ImageProcessor):
+    """Images of the Qwen-VL line, shrunk or enlarged to whole tokens and cut into patches; defaults are
+    Qwen-Image-Edit's."""
 
     min_pixels: int = 3136
     max_pixels: int = 12_845_056
@@ -51,9 +70,7 @@ class PictureProcessor(ComponentConfig):
             return f"max_pixels {self.max_pixels} is less than min_pixels, or than one token has"
         if self.resample != _BICUBIC:
             return f"resample {self.resample} is not built, only bicubic ({_BICUBIC})"
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
-            return "image_mean and image_std are not three numbers, or one divides by zero"
-        return None
+        return super().check()
 
     @property
     def token(self) -> int:
@@ -61,7 +78,7 @@ class PictureProcessor(ComponentConfig):
         return self.patch_size * self.merge_size
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """The width and height that a picture is shown in: whole tokens, of about its shape.
+        """The width and height that an image is shown in: whole tokens, of about its shape.
 
         Raises:
             ImageError: it is too long and narrow.
@@ -80,12 +97,12 @@ class PictureProcessor(ComponentConfig):
             sides = [math.ceil(side * grow / self.token) * self.token for side in (width, height)]
         return sides[0], sides[1]
 
-    def __call__(self, picture: PIL.Image.Image) -> tuple[np.ndarray, Grid]:
-        """The patches of a picture in RGB, (N, channels · time · height · width) float32, in the order of
+    def __call__(self, image: PIL.Image.Image) -> tuple[np.ndarray, Grid]:
+        """The patches of an image in RGB, (N, channels · time · height · width) float32, in the order of
         `vision.patch_places`, and how many rows and columns of them there are."""
-        width, height = self.size(*picture.size)
-        pixels = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BICUBIC), np.float32) / 255
-        pixels = (pixels - np.asarray(self.image_mean, np.float32)) / np.asarray(self.image_std, np.float32)
+        width, height = self.size(*image.size)
+        pixels = np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC), np.float32) / 255
+        pixels = self.normalized(pixels)
         rows, columns = height // self.patch_size, width // self.patch_size
         merge, side = self.merge_size, self.patch_size
         cut = pixels.reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
@@ -93,3 +110,8 @@ class PictureProcessor(ComponentConfig):
         patches = cut.transpose(0, 3, 1, 4, 6, 2, 5)[..., None, :, :]
         patches = np.repeat(patches, self.temporal_patch_size, axis=5)
         return patches.reshape(rows * columns, -1), (rows, columns)
+
+    def batch(self, images: Sequence[PIL.Image.Image]) -> tuple[mx.array, list[Grid]]:
+        """The patches of several images, one after the other, and the grid of each."""
+        seen = [self(image) for image in images]
+        return mx.array(np.concatenate([patches for patches, _ in seen])), [grid for _, grid in seen]
