@@ -33,6 +33,10 @@ __path__ = __path__[:1] + [path for path in extend_path(__path__, __name__)[1:] 
 import_paths.install()
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from mflux.utils.version_util import VersionUtil

@@ -198,6 +198,7 @@ class _Loader(Loader):
             self._real.exec_module(module)
         if name in OFFERED:
             vars(module)["__getattr__"] = partial(_offered, name)
+            vars(module)["__dir__"] = lambda: sorted(vars(module).keys() | OFFERED[name].keys())
         if name in OFFERED and hasattr(module, "__path__"):
             vars(module).setdefault("__all__", sorted(OFFERED[name]))
 

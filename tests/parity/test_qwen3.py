@@ -353,7 +353,7 @@ def test_published_defaults():
         assert "model.norm.weight" not in names
 
 
-# ---- tensors in the wrong place: see test_flux_mutation.py
+# ---- tensors in the wrong place: see test_families.py
 
 MARGIN = 50
 

@@ -131,6 +131,7 @@ import importlib, sys
 for path in sys.argv[1:]:
     owner, _, name = path.rpartition(".")
     module = importlib.import_module(owner)
+    assert name in dir(module), path
     assert hasattr(module, name) and not hasattr(module, name + "X"), path
     there = getattr(module, name)
     namespace = {}

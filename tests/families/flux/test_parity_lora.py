@@ -64,7 +64,7 @@ class Tiny:
     def __init__(self, kind: str, folder: Path):
         self.folder = folder
         self.config = copy.copy(MODEL[kind]())
-        # Of prompts of full length test_flux_pipeline.py draws pictures; most of their tokens are padding.
+        # Of prompts of full length test_parity_pipeline.py draws pictures; most of their tokens are padding.
         self.config.max_sequence_length = 24
         self.pipeline = FluxPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
