@@ -9,8 +9,9 @@ from typing import Any
 
 from mflux.checkpoints.published import Layout, PublishedFolder
 from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns
+from mflux.models.common.lora.black_forest_labs import NORMS, SWAPPED
 from mflux.models.common.networks.autoencoders import kl_024
-from mflux.models.flux.lora_names import BLACK_FOREST_LABS, SWAPPED
+from mflux.models.flux.lora_names import BLACK_FOREST_LABS
 
 _FEED_FORWARD = ((r"\.linear1\.", ".net.0.proj."), (r"\.linear2\.", ".net.2."))
 _NAMES: dict[str, Names] = {
@@ -150,18 +151,9 @@ def _redux(tensors: Renamed) -> dict[str, Any]:
 _CONFIGS = {"transformer_controlnet": _controlnet, "image_encoder": _siglip, "image_embedder": _redux}
 _CONFIGS |= {"transformer": _transformer, "text_encoder": _clip, "text_encoder_2": _t5, "vae": kl_024.config}
 
-_DOUBLE, _SINGLE = "transformer_blocks.{i}.attn", "single_transformer_blocks.{i}.attn"
 # As Black Forest Labs publish the transformer in one file, and ComfyUI.
 _SINGLE_FILE = Table(
-    BLACK_FOREST_LABS
-    | {
-        "double_blocks.{i}.img_attn.norm.query_norm": (f"{_DOUBLE}.norm_q",),
-        "double_blocks.{i}.img_attn.norm.key_norm": (f"{_DOUBLE}.norm_k",),
-        "double_blocks.{i}.txt_attn.norm.query_norm": (f"{_DOUBLE}.norm_added_q",),
-        "double_blocks.{i}.txt_attn.norm.key_norm": (f"{_DOUBLE}.norm_added_k",),
-        "single_blocks.{i}.norm.query_norm": (f"{_SINGLE}.norm_q",),
-        "single_blocks.{i}.norm.key_norm": (f"{_SINGLE}.norm_k",),
-    },
+    BLACK_FOREST_LABS | NORMS,
     # The feed-forward is four times as wide as what stands before it.
     shares={"single_blocks.{i}.linear1": (1, 1, 1, 4)},
     swapped=SWAPPED,

@@ -6,64 +6,50 @@ train on these; there one matrix holds what are several layers here, one below t
 
 from __future__ import annotations
 
+from mflux.models.common.lora.black_forest_labs import DOUBLE, LAYERS, SINGLE, SWAPPED
 from mflux.models.common.lora.names import LoraNames, Spelling
 
-_DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _EMBED = "time_text_embed"
 
-BLACK_FOREST_LABS = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
+BLACK_FOREST_LABS = LAYERS | {
     "time_in.in_layer": (f"{_EMBED}.timestep_embedder.linear_1",),
     "time_in.out_layer": (f"{_EMBED}.timestep_embedder.linear_2",),
     "vector_in.in_layer": (f"{_EMBED}.text_embedder.linear_1",),
     "vector_in.out_layer": (f"{_EMBED}.text_embedder.linear_2",),
     "guidance_in.in_layer": (f"{_EMBED}.guidance_embedder.linear_1",),
     "guidance_in.out_layer": (f"{_EMBED}.guidance_embedder.linear_2",),
-    "double_blocks.{i}.img_mod.lin": (f"{_DOUBLE}.norm1.linear",),
-    "double_blocks.{i}.txt_mod.lin": (f"{_DOUBLE}.norm1_context.linear",),
-    "double_blocks.{i}.img_attn.qkv": (f"{_DOUBLE}.attn.to_q", f"{_DOUBLE}.attn.to_k", f"{_DOUBLE}.attn.to_v"),
-    "double_blocks.{i}.txt_attn.qkv": (
-        f"{_DOUBLE}.attn.add_q_proj",
-        f"{_DOUBLE}.attn.add_k_proj",
-        f"{_DOUBLE}.attn.add_v_proj",
-    ),
-    "double_blocks.{i}.img_attn.proj": (f"{_DOUBLE}.attn.to_out.0",),
-    "double_blocks.{i}.txt_attn.proj": (f"{_DOUBLE}.attn.to_add_out",),
-    "double_blocks.{i}.img_mlp.0": (f"{_DOUBLE}.ff.net.0.proj",),
-    "double_blocks.{i}.img_mlp.2": (f"{_DOUBLE}.ff.net.2",),
-    "double_blocks.{i}.txt_mlp.0": (f"{_DOUBLE}.ff_context.net.0.proj",),
-    "double_blocks.{i}.txt_mlp.2": (f"{_DOUBLE}.ff_context.net.2",),
-    "single_blocks.{i}.modulation.lin": (f"{_SINGLE}.norm.linear",),
+    "double_blocks.{i}.img_mod.lin": (f"{DOUBLE}.norm1.linear",),
+    "double_blocks.{i}.txt_mod.lin": (f"{DOUBLE}.norm1_context.linear",),
+    "double_blocks.{i}.img_mlp.0": (f"{DOUBLE}.ff.net.0.proj",),
+    "double_blocks.{i}.img_mlp.2": (f"{DOUBLE}.ff.net.2",),
+    "double_blocks.{i}.txt_mlp.0": (f"{DOUBLE}.ff_context.net.0.proj",),
+    "double_blocks.{i}.txt_mlp.2": (f"{DOUBLE}.ff_context.net.2",),
+    "single_blocks.{i}.modulation.lin": (f"{SINGLE}.norm.linear",),
     "single_blocks.{i}.linear1": (
-        f"{_SINGLE}.attn.to_q",
-        f"{_SINGLE}.attn.to_k",
-        f"{_SINGLE}.attn.to_v",
-        f"{_SINGLE}.proj_mlp",
+        f"{SINGLE}.attn.to_q",
+        f"{SINGLE}.attn.to_k",
+        f"{SINGLE}.attn.to_v",
+        f"{SINGLE}.proj_mlp",
     ),
-    "single_blocks.{i}.linear2": (f"{_SINGLE}.proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "final_layer.linear": ("proj_out",),
+    "single_blocks.{i}.linear2": (f"{SINGLE}.proj_out",),
 }
-# Theirs has the shift first, diffusers' the scale.
-SWAPPED = ("norm_out.linear",)
 
 XLABS = {
     "double_blocks.{i}.processor.qkv_lora1": BLACK_FOREST_LABS["double_blocks.{i}.img_attn.qkv"],
     "double_blocks.{i}.processor.qkv_lora2": BLACK_FOREST_LABS["double_blocks.{i}.txt_attn.qkv"],
-    "double_blocks.{i}.processor.proj_lora1": (f"{_DOUBLE}.attn.to_out.0",),
-    "double_blocks.{i}.processor.proj_lora2": (f"{_DOUBLE}.attn.to_add_out",),
+    "double_blocks.{i}.processor.proj_lora1": (f"{DOUBLE}.attn.to_out.0",),
+    "double_blocks.{i}.processor.proj_lora2": (f"{DOUBLE}.attn.to_add_out",),
     # Of linear1 only what belongs to the attention.
     "single_blocks.{i}.processor.qkv_lora": BLACK_FOREST_LABS["single_blocks.{i}.linear1"][:3],
-    "single_blocks.{i}.processor.proj_lora": (f"{_SINGLE}.proj_out",),
+    "single_blocks.{i}.processor.proj_lora": (f"{SINGLE}.proj_out",),
 }
 
 # The feed-forward layers as mflux up to 0.24 names them in what it trains.
 MFLUX = {
-    f"{_DOUBLE}.ff.linear1": (f"{_DOUBLE}.ff.net.0.proj",),
-    f"{_DOUBLE}.ff.linear2": (f"{_DOUBLE}.ff.net.2",),
-    f"{_DOUBLE}.ff_context.linear1": (f"{_DOUBLE}.ff_context.net.0.proj",),
-    f"{_DOUBLE}.ff_context.linear2": (f"{_DOUBLE}.ff_context.net.2",),
+    f"{DOUBLE}.ff.linear1": (f"{DOUBLE}.ff.net.0.proj",),
+    f"{DOUBLE}.ff.linear2": (f"{DOUBLE}.ff.net.2",),
+    f"{DOUBLE}.ff_context.linear1": (f"{DOUBLE}.ff_context.net.0.proj",),
+    f"{DOUBLE}.ff_context.linear2": (f"{DOUBLE}.ff_context.net.2",),
 }
 
 # The text encoder that diffusers lets a LoRA change is CLIP; parts for T5 are reported and left out.

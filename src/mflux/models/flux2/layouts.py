@@ -9,8 +9,10 @@ from typing import Any
 
 from mflux.checkpoints.published import Layout, PublishedFolder
 from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns
+from mflux.models.common.lora.black_forest_labs import NORMS, SWAPPED
 from mflux.models.common.networks.autoencoders import kl_024
-from mflux.models.flux2.lora_names import BLACK_FOREST_LABS, SWAPPED
+from mflux.models.common.networks.text_encoders import qwen3_024
+from mflux.models.flux2.lora_names import BLACK_FOREST_LABS
 
 _NAMES: dict[str, Names] = {
     "transformer": by_patterns(
@@ -68,18 +70,7 @@ def _transformer(tensors: Renamed) -> dict[str, Any]:
 
 
 def _text_encoder(tensors: Renamed) -> dict[str, Any]:
-    head = tensors.rows("model.layers.0.self_attn.q_norm.weight")
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": tensors.rows("model.embed_tokens.weight"),
-        "hidden_size": tensors.rows("model.layers.0.input_layernorm.weight"),
-        "intermediate_size": tensors.rows("model.layers.0.mlp.gate_proj.weight"),
-        "num_hidden_layers": tensors.count(r"model\.layers\.(\d+)\."),
-        "num_attention_heads": tensors.rows("model.layers.0.self_attn.q_proj.weight") // head,
-        "num_key_value_heads": tensors.rows("model.layers.0.self_attn.k_proj.weight") // head,
-        "head_dim": head,
-        "hidden_act": "silu",
+    return qwen3_024.shape(tensors) | {
         "max_position_embeddings": 40960,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000,
@@ -103,18 +94,9 @@ def _scheduler(_: PublishedFolder) -> dict[str, Any]:
     return _SCHEDULER
 
 
-_DOUBLE, _SINGLE = "transformer_blocks.{i}.attn", "single_transformer_blocks.{i}.attn"
 # As Black Forest Labs' repositories hold the transformer beside the folders, and ComfyUI.
 _SINGLE_FILE = Table(
-    BLACK_FOREST_LABS
-    | {
-        "double_blocks.{i}.img_attn.norm.query_norm": (f"{_DOUBLE}.norm_q",),
-        "double_blocks.{i}.img_attn.norm.key_norm": (f"{_DOUBLE}.norm_k",),
-        "double_blocks.{i}.txt_attn.norm.query_norm": (f"{_DOUBLE}.norm_added_q",),
-        "double_blocks.{i}.txt_attn.norm.key_norm": (f"{_DOUBLE}.norm_added_k",),
-        "single_blocks.{i}.norm.query_norm": (f"{_SINGLE}.norm_q",),
-        "single_blocks.{i}.norm.key_norm": (f"{_SINGLE}.norm_k",),
-    },
+    BLACK_FOREST_LABS | NORMS,
     swapped=SWAPPED,
     leaves={"scale": "weight"},
 )

@@ -6,48 +6,34 @@ The layers' own names are diffusers'. Black Forest Labs' names are those of the 
 
 from __future__ import annotations
 
+from mflux.models.common.lora.black_forest_labs import DOUBLE, LAYERS, SINGLE, SWAPPED
 from mflux.models.common.lora.names import LoraNames, Spelling
 
-_DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _TIME = "time_guidance_embed.timestep_embedder"
 
-BLACK_FOREST_LABS = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
+BLACK_FOREST_LABS = LAYERS | {
     "time_in.in_layer": (f"{_TIME}.linear_1",),
     "time_in.out_layer": (f"{_TIME}.linear_2",),
     "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
     "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
     "single_stream_modulation.lin": ("single_stream_modulation.linear",),
-    "double_blocks.{i}.img_attn.qkv": (f"{_DOUBLE}.attn.to_q", f"{_DOUBLE}.attn.to_k", f"{_DOUBLE}.attn.to_v"),
-    "double_blocks.{i}.txt_attn.qkv": (
-        f"{_DOUBLE}.attn.add_q_proj",
-        f"{_DOUBLE}.attn.add_k_proj",
-        f"{_DOUBLE}.attn.add_v_proj",
-    ),
-    "double_blocks.{i}.img_attn.proj": (f"{_DOUBLE}.attn.to_out.0",),
-    "double_blocks.{i}.txt_attn.proj": (f"{_DOUBLE}.attn.to_add_out",),
-    "double_blocks.{i}.img_mlp.0": (f"{_DOUBLE}.ff.linear_in",),
-    "double_blocks.{i}.img_mlp.2": (f"{_DOUBLE}.ff.linear_out",),
-    "double_blocks.{i}.txt_mlp.0": (f"{_DOUBLE}.ff_context.linear_in",),
-    "double_blocks.{i}.txt_mlp.2": (f"{_DOUBLE}.ff_context.linear_out",),
-    "single_blocks.{i}.linear1": (f"{_SINGLE}.attn.to_qkv_mlp_proj",),
-    "single_blocks.{i}.linear2": (f"{_SINGLE}.attn.to_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "final_layer.linear": ("proj_out",),
+    "double_blocks.{i}.img_mlp.0": (f"{DOUBLE}.ff.linear_in",),
+    "double_blocks.{i}.img_mlp.2": (f"{DOUBLE}.ff.linear_out",),
+    "double_blocks.{i}.txt_mlp.0": (f"{DOUBLE}.ff_context.linear_in",),
+    "double_blocks.{i}.txt_mlp.2": (f"{DOUBLE}.ff_context.linear_out",),
+    "single_blocks.{i}.linear1": (f"{SINGLE}.attn.to_qkv_mlp_proj",),
+    "single_blocks.{i}.linear2": (f"{SINGLE}.attn.to_out",),
 }
-# Theirs has the shift first, diffusers' the scale.
-SWAPPED = ("norm_out.linear",)
 
 # As mflux up to 0.24 calls them.
 MFLUX = {
-    f"{_DOUBLE}.attn.to_out": (f"{_DOUBLE}.attn.to_out.0",),
+    f"{DOUBLE}.attn.to_out": (f"{DOUBLE}.attn.to_out.0",),
     "time_guidance_embed.linear_1": (f"{_TIME}.linear_1",),
     "time_guidance_embed.linear_2": (f"{_TIME}.linear_2",),
 }
 
 # Some exports cut the first letters of one name off.
-CUT = {f"sformer_blocks.{{i}}.{layer}": (f"{_DOUBLE}.{layer}",) for layer in (
+CUT = {f"sformer_blocks.{{i}}.{layer}": (f"{DOUBLE}.{layer}",) for layer in (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
     "attn.to_add_out", "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out",
 )}  # fmt: skip

@@ -15,6 +15,7 @@ from mflux.checkpoints.published import Layout, PublishedFolder
 from mflux.checkpoints.renamed import Names, Renamed, Table, as_published, by_patterns
 from mflux.errors import CheckpointError
 from mflux.models.common.networks.autoencoders import kl_024
+from mflux.models.common.networks.text_encoders import qwen3_024
 from mflux.models.common.saved_model import recorded_base_model
 from mflux.models.z_image.lora_names import FUSED, NORMS, ORIGINAL
 
@@ -82,19 +83,7 @@ def _transformer(tensors: Renamed) -> dict[str, Any]:
 
 
 def _text_encoder(tensors: Renamed) -> dict[str, Any]:
-    head = tensors.rows("model.layers.0.self_attn.q_norm.weight")
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": tensors.rows("model.embed_tokens.weight"),
-        "hidden_size": tensors.rows("model.layers.0.input_layernorm.weight"),
-        "intermediate_size": tensors.rows("model.layers.0.mlp.gate_proj.weight"),
-        "num_hidden_layers": tensors.count(r"model\.layers\.(\d+)\."),
-        "num_attention_heads": tensors.rows("model.layers.0.self_attn.q_proj.weight") // head,
-        "num_key_value_heads": tensors.rows("model.layers.0.self_attn.k_proj.weight") // head,
-        "head_dim": head,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000, "tie_word_embeddings": True,
-    }  # fmt: skip
+    return qwen3_024.shape(tensors) | {"rms_norm_eps": 1e-6, "rope_theta": 1000000, "tie_word_embeddings": True}
 
 
 def controlnet_config(tensors: Renamed) -> dict[str, Any]:

@@ -8,8 +8,11 @@ blocks run one stream of both, with attention and feed-forward side by side.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 from mflux.backend import mx, nn
+from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     FeedForward,
     RMSNorm,
@@ -28,6 +31,30 @@ from mflux.models.common.networks.layers import (
 _EPS = 1e-6
 
 
+@dataclass(frozen=True)
+class MMDiTConfig(ComponentConfig):
+    """What the `config.json` of every transformer of this kind says of its heads."""
+
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+
+    # Not in the files: how many axes positions have.
+    axes: ClassVar[int] = 3
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def check(self) -> str | None:
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            return f"axes_dims_rope {list(self.axes_dims_rope)} does not add up to {self.attention_head_dim} per head"
+        if len(self.axes_dims_rope) != self.axes or any(size % 2 for size in self.axes_dims_rope):
+            number = {3: "three", 4: "four"}[self.axes]
+            return f"axes_dims_rope {list(self.axes_dims_rope)} is not {number} even numbers"
+        return None
+
+
 def latent_image_ids(height: int, width: int, plane: int = 0) -> mx.array:
     """Positions of a grid of picture tokens, row by row: (height · width, 3), each `plane`, row, column."""
     rows = mx.broadcast_to(mx.arange(height)[:, None], (height, width))
@@ -38,10 +65,10 @@ def latent_image_ids(height: int, width: int, plane: int = 0) -> mx.array:
 class Modulation(nn.Module):
     """`parts` vectors per sample from the condition: shifts, scales and gates, each (B, 1, features)."""
 
-    def __init__(self, features: int, parts: int):
+    def __init__(self, features: int, parts: int, *, bias: bool = True):
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(features, parts * features)
+        self.linear = nn.Linear(features, parts * features, bias=bias)
 
     def __call__(self, condition: mx.array) -> list[mx.array]:
         return parts_of(self.linear(silu(condition))[:, None], self.parts)

@@ -12,43 +12,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
-from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import TIME_CHANNELS, MLPEmbedder, modulate, rotary_embedding, waves
-from mflux.models.common.networks.mmdit import Modulation, SingleTransformerBlock, TransformerBlock
+from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation, SingleTransformerBlock, TransformerBlock
 
 _TIME_THETA = 10_000
 
 
 @dataclass(frozen=True)
-class FiboTransformerConfig(ComponentConfig):
+class FiboTransformerConfig(MMDiTConfig):
     """`config.json` of a FIBO transformer; defaults are the published one's."""
 
     patch_size: int = 1
     in_channels: int = 48
     num_layers: int = 8
     num_single_layers: int = 38
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
     joint_attention_dim: int = 4096
     text_encoder_dim: int = 2048
     guidance_embeds: bool = False
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
     rope_theta: float = 10_000
     time_theta: float = _TIME_THETA
-
-    @property
-    def inner_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
     @property
     def blocks(self) -> int:
         return self.num_layers + self.num_single_layers
 
     def check(self) -> str | None:
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
-            return f"axes_dims_rope {list(self.axes_dims_rope)} does not add up to {self.attention_head_dim} per head"
-        if len(self.axes_dims_rope) != 3 or any(size % 2 for size in self.axes_dims_rope):
-            return f"axes_dims_rope {list(self.axes_dims_rope)} is not three even numbers"
+        if problem := super().check():
+            return problem
         if self.guidance_embeds:
             return "guidance_embeds is not built: no published FIBO has a guidance embedder"
         if self.patch_size != 1:

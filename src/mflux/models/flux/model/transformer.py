@@ -11,15 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 
 from mflux.backend import mx, nn
-from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import TIME_CHANNELS, MLPEmbedder, Rotary, modulate, rotary_embedding, waves
-from mflux.models.common.networks.mmdit import Modulation, SingleTransformerBlock, TransformerBlock, latent_image_ids
+from mflux.models.common.networks.mmdit import (
+    MMDiTConfig,
+    Modulation,
+    SingleTransformerBlock,
+    TransformerBlock,
+    latent_image_ids,
+)
 
 __all__ = ["FluxTransformer", "FluxTransformerConfig", "FluxTrunk", "Residuals", "latent_image_ids"]
 
 
 @dataclass(frozen=True)
-class FluxTransformerConfig(ComponentConfig):
+class FluxTransformerConfig(MMDiTConfig):
     """`config.json` of a FLUX.1 transformer; defaults are FLUX.1-dev's."""
 
     patch_size: int = 1
@@ -27,23 +32,9 @@ class FluxTransformerConfig(ComponentConfig):
     out_channels: int | None = None
     num_layers: int = 19
     num_single_layers: int = 38
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
     joint_attention_dim: int = 4096
     pooled_projection_dim: int = 768
     guidance_embeds: bool = True
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-
-    @property
-    def inner_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    def check(self) -> str | None:
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
-            return f"axes_dims_rope {list(self.axes_dims_rope)} does not add up to {self.attention_head_dim} per head"
-        if len(self.axes_dims_rope) != 3 or any(size % 2 for size in self.axes_dims_rope):
-            return f"axes_dims_rope {list(self.axes_dims_rope)} is not three even numbers"
-        return None
 
 
 # ---- embeddings

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
-from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     MLPEmbedder,
     RMSNorm,
@@ -19,22 +18,21 @@ from mflux.models.common.networks.layers import (
     attention,
     merge_heads,
     modulate,
-    parts_of,
     residual,
     rotary_embedding,
     rotate_pairs,
-    silu,
     silu_times,
     split_heads,
     waves,
 )
+from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation
 
 # Keys and values, (B, heads, L, head_dim) each.
 KeysValues = tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True)
-class Flux2TransformerConfig(ComponentConfig):
+class Flux2TransformerConfig(MMDiTConfig):
     """`config.json` of a FLUX.2 transformer; defaults are FLUX.2 klein 4B's."""
 
     patch_size: int = 1
@@ -42,8 +40,6 @@ class Flux2TransformerConfig(ComponentConfig):
     out_channels: int | None = None
     num_layers: int = 5
     num_single_layers: int = 20
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
     joint_attention_dim: int = 7680
     timestep_guidance_channels: int = 256
     mlp_ratio: float = 3.0
@@ -52,9 +48,7 @@ class Flux2TransformerConfig(ComponentConfig):
     eps: float = 1e-6
     guidance_embeds: bool = False
 
-    @property
-    def inner_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
+    axes = 4
 
     @property
     def hidden_dim(self) -> int:
@@ -62,10 +56,8 @@ class Flux2TransformerConfig(ComponentConfig):
         return int(self.inner_dim * self.mlp_ratio)
 
     def check(self) -> str | None:
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
-            return f"axes_dims_rope {list(self.axes_dims_rope)} does not add up to {self.attention_head_dim} per head"
-        if len(self.axes_dims_rope) != 4 or any(size % 2 for size in self.axes_dims_rope):
-            return f"axes_dims_rope {list(self.axes_dims_rope)} is not four even numbers"
+        if problem := super().check():
+            return problem
         if self.guidance_embeds:
             return "guidance_embeds is true as in FLUX.2-dev, which is not built, only FLUX.2 klein"
         return None
@@ -102,18 +94,6 @@ class TimeEmbedder(nn.Module):
 
     def __call__(self, sigma: mx.array, dtype: mx.Dtype) -> mx.array:
         return self.timestep_embedder(waves(1000 * sigma, self.channels).astype(dtype))
-
-
-class Modulation(nn.Module):
-    """`parts` vectors per sample from the condition, each (B, 1, inner_dim): shift, scale, gate, shift, …"""
-
-    def __init__(self, features: int, parts: int):
-        super().__init__()
-        self.parts = parts
-        self.linear = nn.Linear(features, parts * features, bias=False)
-
-    def __call__(self, condition: mx.array) -> list[mx.array]:
-        return parts_of(self.linear(silu(condition))[:, None], self.parts)
 
 
 class Interior(nn.Module):
@@ -288,14 +268,14 @@ class Flux2Transformer(nn.Module):
         self.config = config
         width = config.inner_dim
         self.time_guidance_embed = TimeEmbedder(config)
-        self.double_stream_modulation_img = Modulation(width, 6)
-        self.double_stream_modulation_txt = Modulation(width, 6)
-        self.single_stream_modulation = Modulation(width, 3)
+        self.double_stream_modulation_img = Modulation(width, 6, bias=False)
+        self.double_stream_modulation_txt = Modulation(width, 6, bias=False)
+        self.single_stream_modulation = Modulation(width, 3, bias=False)
         self.x_embedder = nn.Linear(config.in_channels, width, bias=False)
         self.context_embedder = nn.Linear(config.joint_attention_dim, width, bias=False)
         self.transformer_blocks = [DoubleBlock(config) for _ in range(config.num_layers)]
         self.single_transformer_blocks = [SingleBlock(config) for _ in range(config.num_single_layers)]
-        self.norm_out = Modulation(width, 2)
+        self.norm_out = Modulation(width, 2, bias=False)
         self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels), bias=False)
 
     def __call__(

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from mflux.backend import mx, nn
-from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
     Activation,
@@ -26,7 +25,7 @@ from mflux.models.common.networks.layers import (
     rotary_embedding,
     waves,
 )
-from mflux.models.common.networks.mmdit import JointAttention, Modulation
+from mflux.models.common.networks.mmdit import JointAttention, MMDiTConfig, Modulation
 
 _EPS = 1e-6
 
@@ -35,7 +34,7 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class QwenTransformerConfig(ComponentConfig):
+class QwenTransformerConfig(MMDiTConfig):
     """`config.json` of a Qwen-Image transformer; defaults are Qwen-Image's.
 
     `zero_cond_t` is Qwen-Image-Edit-2511's: the pictures that an edit starts from count as free of noise.
@@ -45,24 +44,15 @@ class QwenTransformerConfig(ComponentConfig):
     in_channels: int = 64
     out_channels: int | None = 16
     num_layers: int = 60
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
     joint_attention_dim: int = 3584
     guidance_embeds: bool = False
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
     zero_cond_t: bool = False
     use_additional_t_cond: bool = False
     use_layer3d_rope: bool = False
 
-    @property
-    def inner_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
     def check(self) -> str | None:
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
-            return f"axes_dims_rope {list(self.axes_dims_rope)} does not add up to {self.attention_head_dim} per head"
-        if len(self.axes_dims_rope) != 3 or any(size % 2 for size in self.axes_dims_rope):
-            return f"axes_dims_rope {list(self.axes_dims_rope)} is not three even numbers"
+        if problem := super().check():
+            return problem
         if self.guidance_embeds:
             return "guidance_embeds is not built: no Qwen-Image has them"
         if self.use_additional_t_cond or self.use_layer3d_rope:
