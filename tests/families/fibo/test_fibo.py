@@ -381,7 +381,7 @@ def saved_by_024(source: Path, target: Path) -> Path:
 
 def test_a_folder_that_024_saved(here, tmp_path):
     model = write_tiny(tmp_path / "new", vocabulary=(128_256, 128_000))
-    old = write_as_024(model, tmp_path / "old")
+    old = saved_by_024(model, tmp_path / "old")
     folder = open_folder(old, FAMILY)
     assert type(open_folder(model, FAMILY)) is PublishedFolder
     assert folder.config("vae")["temperal_downsample"] == [False, True, True]

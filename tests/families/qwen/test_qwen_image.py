@@ -113,7 +113,7 @@ def as_published(tmp_path_factory) -> Path:
 
 
 def test_a_folder_that_024_saved(as_published, pictures, tmp_path):
-    old = write_as_024(as_published, tmp_path / "old")
+    old = saved_by_024(as_published, tmp_path / "old")
     assert type(open_folder(as_published, FAMILY)) is PublishedFolder
     assert np.array_equal(draw(old), draw(as_published))
     assert np.array_equal(edit(old, *pictures), edit(as_published, *pictures))
