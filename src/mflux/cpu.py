@@ -123,7 +123,7 @@ def spare(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
 
 
 def room(shape: tuple[int, ...]) -> tuple[mx.array, np.ndarray]:
-    """A new float32 array, as MLX and as numpy know it."""
+    """Allocate a float32 array; returns MLX's and numpy's view of it."""
     array = mx.zeros(shape, mx.float32)
     mx.eval(array)
     return array, np.asarray(array)

@@ -70,7 +70,7 @@ class Setting:
         kind: what a file may say; None for what no command line can say.
         option: what says it on a command line, for messages.
         beaten_by: other options, by their destinations, that override this one.
-        after: where one of a family's stands in the order: behind the setting of this name.
+        after: where a family's own setting stands in the order: after the setting of this name.
     """
 
     name: str

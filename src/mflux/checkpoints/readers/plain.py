@@ -1,4 +1,4 @@
-"""Files from strangers, before anyone interprets them: opened only if they are files, and named for what they are.
+"""Untrusted files: open regular files only, and recognise LFS pointers, web pages and zeros.
 
 What stands in place of a model's file after something went wrong is the same for every kind of file: a pointer of Git
 LFS, a web page, nothing, or zeros. `what_else` tells these apart by the first bytes, for every reader.

@@ -1,6 +1,6 @@
-"""Whether a picture of some size can be drawn at all with this machine's memory, told before MLX dies of it.
+"""Reject sizes that cannot fit in this machine's memory, before MLX aborts.
 
-Less is counted than a picture needs: the weights, the text, LoRAs and other pictures are left out, and so is whatever
+Less is counted than an image needs: the weights, the text, LoRAs and other images are left out, and so is whatever
 depends on how MLX goes about it. What is refused here fits in no case.
 """
 

@@ -196,7 +196,7 @@ def _rest(
     scale: mx.array,
     gate_ff: mx.array,
 ) -> mx.array:
-    """What a block does with a stream behind its attention."""
+    """Gated residual, then modulated feed-forward: what follows attention in each stream."""
     x = residual(x, gate, attended)
     return residual(x, gate_ff, feed_forward(modulate(x, shift, scale)))
 
