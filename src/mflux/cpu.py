@@ -25,7 +25,7 @@ import numpy as np
 
 from mflux.backend import has_gpu, mx, nn
 
-# Elements from which on it is worth leaving MLX.
+# With fewer elements than this MLX is as fast.
 LEAST = 1 << 16
 # Elements of an array in a block: what a kernel touches stays in the second cache, and a thread seldom needs Python.
 _BLOCK = 1 << 17
