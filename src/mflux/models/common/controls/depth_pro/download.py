@@ -146,6 +146,8 @@ def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
             with _open(url, before) as response:
                 length = _receive(response, file, before)
         except urllib.error.HTTPError as error:
+            # It is the answer as well, on an open connection.
+            error.close()
             if error.code == 416 and before:
                 # There is nothing after these bytes: either they are all, or they are not of this file.
                 if _total(error.headers.get("Content-Range")) == before:
