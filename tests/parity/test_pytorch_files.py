@@ -351,6 +351,7 @@ def test_a_wrapper_subclass_is_refused_by_name(tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torchscript_is_refused(tmp_path):
     path = tmp_path / "script.pt"
     torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(path))
