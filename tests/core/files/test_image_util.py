@@ -105,7 +105,6 @@ def test_what_cannot_be_read(tmp_path):
             read(str(tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(["x.png", "x.jpg", "x.webp"]))
 def test_a_damaged_picture_is_told_or_harmless(tmp_path, data, name):
