@@ -13,6 +13,7 @@ import math
 import numbers
 import operator
 import os
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -34,8 +35,9 @@ class Wrong(argparse.ArgumentTypeError, ValueError):
 class Kind:
     """What a value may be. Plain classes: a dataclass for each would be felt in how soon `--help` answers."""
 
+    @abstractmethod
     def of_setting(self, value: Any) -> Any:
-        raise NotImplementedError
+        """The value that a setting of JSON stands for."""
 
 
 class _Number(Kind):
@@ -70,8 +72,9 @@ class _Number(Kind):
             raise Wrong(f"is {value}: it must be {bound[1]}")
         return value
 
+    @abstractmethod
     def _plain(self, value: Any) -> Any:
-        raise NotImplementedError
+        """Python's own number for one of another library."""
 
     def _beyond(self, value: Any) -> tuple[str, str] | None:
         """How a value is outside the bounds, and what it must be."""

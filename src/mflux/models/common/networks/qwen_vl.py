@@ -6,6 +6,7 @@ Positions have three axes, time, row and column, which text counts as one. How i
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,9 +34,9 @@ class VLTextConfig(DecoderConfig):
         return tuple(self.rope.get("mrope_section", self.sections))
 
     @property
+    @abstractmethod
     def axes(self) -> list[int]:
         """The axis that each of a head's frequencies turns with: 0 is time, 1 row, 2 column."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -177,10 +178,10 @@ class VLModel(nn.Module):
     config: VLConfig
 
     @property
+    @abstractmethod
     def parts(self) -> tuple[VLDecoder, Callable[[mx.array, Grid], Sequence[mx.array]] | None]:
         """The language model, and the vision tower, which makes of an image's patches and grid its tokens, and as many
         for each deepstack layer; None where no image is ever shown."""
-        raise NotImplementedError
 
     def prompt(
         self,
