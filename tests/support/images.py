@@ -45,14 +45,20 @@ def generated(pipeline: Any, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
     last = Last()
     pipeline.callbacks.register(last)
     image = pipeline.generate_image(**{name: in_files(name, value) for name, value in settings.items()}).image
-    return np.array(last.latents), np.asarray(image)
+    return np.array(as_reference(pipeline.latent_creator, last.latents, 0, 0)), np.asarray(image)
 
 
 def noise(creator: Any, settings: Mapping[str, Any]):
     """What our class begins from, as the reference takes it."""
     import torch
 
-    return torch.tensor(np.array(creator.create_noise(settings["seed"], settings["height"], settings["width"])))
+    size = settings["height"], settings["width"]
+    return torch.tensor(np.array(as_reference(creator, creator.create_noise(settings["seed"], *size), *size)))
+
+
+def as_reference(creator: Any, latents: Any, height: int, width: int):
+    """Latents as the reference has them: Z-Image's in a batch, all others' as ours."""
+    return creator.unpack_latents(latents, height, width) if creator.__name__ == "ZImageLatentCreator" else latents
 
 
 @cache

@@ -31,6 +31,20 @@ class CallbackRegistry:
             if hasattr(callback, f"call_{moment}"):
                 getattr(self, moment).append(callback)
 
+    # mflux 0.24's way to the lists.
+
+    def before_loop_callbacks(self) -> list[Any]:
+        return self.before_loop
+
+    def in_loop_callbacks(self) -> list[Any]:
+        return self.in_loop
+
+    def after_loop_callbacks(self) -> list[Any]:
+        return self.after_loop
+
+    def interrupt_callbacks(self) -> list[Any]:
+        return self.interrupt
+
     def start(self, seed: int, prompt: str, config: Config, *, shows_progress: bool = False) -> GenerationContext:
         """Begin a generation whose callbacks all get this seed, prompt and configuration.
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,15 +67,35 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("words", ["--image photo.png 0.5", "--image-path photo.png --image-strength 0.5"])
-def test_kontext_refuses_a_strength(cli, here, models, words):
+def test_kontext_has_no_use_for_a_strength(draw, words):
     case = BY_NAME["generate-kontext"]
-    result = cli("generate-kontext", "--model", models(case), "--prompt", "x", *words.split())
-    assert (result.status, len(result.errors)) == (2, 1)
-    assert "leave the strength" in result.err
-    config = ModelConfig.dev_kontext()
-    pipeline = case.pipeline_class()(model_path=str(models(case)), model_config=config)
-    with pytest.raises(UsageError, match="leave the strength"):
-        pipeline.generate_image(1, "x", image_path="photo.png", image_strength=0.5)
+    draw(case, "--output", "plain.png")
+    result = draw(case, *words.split(), "--output", "b.png")
+    assert len(result.warnings) == 1 and "--image-strength (the number after --image PATH) is ignored" in result.err
+    assert np.array_equal(pixels("b.png"), pixels("plain.png"))
+
+
+@pytest.mark.parametrize("command", sorted(BY_NAME))
+def test_a_strength_where_an_image_is_seen_in_every_step(here, models, caplog, command):
+    """A program with one slider for all its models always sends one; it generates as without."""
+    case = BY_NAME[command]
+    cls = case.pipeline_class()
+    if "ignore_strength" not in vars(sys.modules[cls.__module__]):
+        pytest.skip("it has a use for a strength, or no such argument")
+    config = ModelConfig.from_name(str(models(case)), case.base_model)
+    pipeline = cls(model_path=str(models(case)), model_config=config)
+    settings = {"seed": 1, "prompt": "x", "num_inference_steps": 2, "width": 48, "height": 32} | dict(case.generate)
+    plain = np.asarray(pipeline.generate_image(**settings).image)
+    caplog.clear()
+    assert np.array_equal(np.asarray(pipeline.generate_image(**settings, image_strength=0.5).image), plain)
+    assert [text.partition(":")[0] for text in caplog.messages if "strength" in text] == ["image_strength is ignored"]
+    with pytest.raises(UsageError, match="image_strength is 7"):
+        pipeline.generate_image(**settings, image_strength=7)
+
+
+def test_kontext_needs_an_image(models):
+    case = BY_NAME["generate-kontext"]
+    pipeline = case.pipeline_class()(model_path=str(models(case)))
     with pytest.raises(UsageError, match="image_path"):
         pipeline.generate_image(1, "x")
 

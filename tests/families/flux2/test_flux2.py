@@ -134,9 +134,15 @@ def test_a_reference_of_which_nothing_is_left(size):
         reference_picture(PIL.Image.new("RGB", size), "photo.png")
 
 
-def test_editing_starts_from_noise(model, photo):
-    with pytest.raises(UsageError, match="image_strength"):
-        drawn(klein(model, Flux2KleinEdit), image_paths=[photo], image_strength=0.4)
+def test_editing_starts_from_noise(model, photo, caplog):
+    """A page with one slider for all models always sends a strength."""
+    edit = klein(model, Flux2KleinEdit)
+    plain = drawn(edit, image_paths=[photo])
+    assert not caplog.messages
+    assert np.array_equal(drawn(edit, image_paths=[photo], image_strength=0.4), plain)
+    assert [text.partition(":")[0] for text in caplog.messages] == ["image_strength is ignored"]
+    with pytest.raises(UsageError, match="image_strength is 1.5"):
+        drawn(edit, image_paths=[photo], image_strength=1.5)
 
 
 # ---- other precisions

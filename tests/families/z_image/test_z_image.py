@@ -86,7 +86,11 @@ def flat(module) -> dict[str, mx.array]:
 
 def test_noise_is_0_24_s():
     drawn = mx.random.normal((16, 1, 4, 6), key=mx.random.key(7)).astype(mx.bfloat16).astype(mx.float32)
-    assert mx.array_equal(ZImageLatentCreator.create_noise(7, 32, 48), drawn[:, 0][None])
+    assert mx.array_equal(ZImageLatentCreator.create_noise(7, 32, 48), drawn)
+    unpacked = ZImageLatentCreator.unpack_latents(drawn, 32, 48)
+    assert mx.array_equal(unpacked, drawn[:, 0][None])
+    for latents in (unpacked, unpacked[:, :, None]):
+        assert mx.array_equal(ZImageLatentCreator.pack_latents(latents, 32, 48), drawn)
 
 
 def test_0_24_s_names():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -66,6 +66,17 @@ class Model:
         UsageError: no such number of bits, or more scales than LoRAs.
     """
 
+    # What an object has that a program puts together of another one's parts, as mflux 0.24 let it: it makes one with
+    # `Class.__new__(Class)`, and sets what generating needs. There is no folder, so it lets go of no part.
+    prompt_cache: dict[Any, Any]
+    keep = Keep()
+    model_path: str | None = None
+    lora_paths: list[str] | None = None
+    lora_scales: list[float] | None = None
+    bake_lora = True
+    bits: int | None = None
+    vae_full_precision = False
+
     family: ClassVar[Family]
     components: ClassVar[tuple[Component, ...]] = ()
     default_model: ClassVar[str]
@@ -94,7 +105,6 @@ class Model:
         asked = Quantization.asked(quantize)
         # Found before the model is, which may be a long download.
         loras = find_loras(lora_paths, lora_scales)
-        # With the settings of mflux 0.24; `model_config` has the checkpoint's schedule.
         self.registered = model_config or ModelConfig.from_name(self.default_model)
         self._folders: dict[str, PublishedFolder] = {}
         # What does not come from the model's folder, and where it comes from.
@@ -112,8 +122,6 @@ class Model:
         self.bits = stored.bits if stored else asked.bits if asked else None
         self._quantize = quantize
         self.prompt_cache = Encoded()
-        self.keep = Keep()
-        self.vae_full_precision = False
         self._take_loras(*loras, bake_lora)
         self.opened()
 
@@ -124,6 +132,16 @@ class Model:
     def from_name(cls, model_name: str, quantize: int | None = None) -> Self:
         """A built-in model by its name or alias."""
         return cls(model_config=ModelConfig.from_name(model_name), quantize=quantize)
+
+    @cached_property
+    def registered(self) -> ModelConfig:
+        """The model as the registry has it; `model_config` has the checkpoint's schedule."""
+        return self.model_config
+
+    @property
+    def folder_root(self) -> Path | None:
+        """The model's folder; None for an object that a program put together."""
+        return vars(self).get("root")
 
     @property
     def key(self) -> str:
@@ -234,6 +252,8 @@ class Model:
             CheckpointError: it asks for something that cannot be built.
         """
         component = self.component(name)
+        if self.folder_root is None:
+            return getattr(self, name).config
         folder = self.folder_of(component)
         source = folder.root / component.folder / "config.json"
         config_class: type[ComponentConfig] = component.module_class().config_class
@@ -242,7 +262,16 @@ class Model:
     # ---- components
 
     def load(self, component: Component, *, keep_dtypes: bool = False) -> nn.Module:
-        """A component, filled from its folder, with its LoRAs."""
+        """A component, filled from its folder, with its LoRAs.
+
+        Raises:
+            UsageError: the object was put together by a program, and has none.
+        """
+        if self.folder_root is None:
+            raise UsageError(
+                f"this {type(self).__name__} was put together without a {component.name}, and has no folder to load it "
+                f"from: hand it over, or make it with {type(self).__name__}(…)"
+            )
         folder = self.folder_of(component)
         part = component.folder
         module_class = component.module_class()
@@ -316,6 +345,8 @@ class Model:
 
     def make_room_for(self, stage: str) -> None:
         """Release the components that `keep` does not hold past the beginning of a stage."""
+        if self.folder_root is None:
+            return
         later = STAGES[STAGES.index(stage) + 1 :]
         if stage == "encode" and not self.keep.transformer:
             self.release_stages(*later)
@@ -324,7 +355,7 @@ class Model:
 
     def release_encoders(self, *names: str) -> None:
         """Release text encoders that have done their work, unless they are to be kept."""
-        if not self.keep.text_encoders:
+        if not self.keep.text_encoders and self.folder_root is not None:
             release(self, *(name for name in names if is_loaded(self, name)))
 
     def release_stages(self, *stages: str) -> None:
@@ -360,6 +391,14 @@ class Model:
     @property
     def training(self) -> bool:
         return False
+
+    def train(self, mode: bool = True) -> Self:
+        """Returns itself: nothing here behaves otherwise in training."""
+        return self
+
+    def eval(self) -> Self:
+        """As `train`."""
+        return self
 
     def freeze(self, **_: Any) -> Self:
         """Returns itself: components are frozen from the start."""

@@ -6,27 +6,32 @@ here is the same for all: settings, encoded prompts, the denoising loop, decodin
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mflux.backend import mx
 from mflux.callbacks.callback_registry import CallbackRegistry
-from mflux.errors import MfluxError, NotBuiltError
+from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
-from mflux.models.common.memory import LazyComponent, keeping_memory, timed
+from mflux.models.common.memory import Encoded, LazyComponent, keeping_memory, timed
 from mflux.models.common.model import Model
 from mflux.models.common.networks.autoencoders import tiling
 from mflux.models.common.noise import check_seed
+from mflux.models.common.replaced import called
 from mflux.models.common.room import check_room
 from mflux.models.common.tokenizers.checks import check_prompt
+from mflux.utils import values
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -58,6 +63,7 @@ class Pipeline(Model):
         schedule: the scheduler that follows the checkpoint's `scheduler_config.json`, which is used unless another one
             is passed.
         tiling_config: how the autoencoder divides an image; None: not at all.
+        tokenizers: by the names that mflux 0.24 has for them.
         callbacks: what programs have called before, in and after the denoising loop.
         shows_progress: whether the loop draws a bar on stderr.
     """
@@ -68,6 +74,7 @@ class Pipeline(Model):
     latent_creator: ClassVar[Any]
     schedule: ClassVar[str] = "linear"
     tiling_config: tiling.TilingConfig | None = None
+    tokenizers: Mapping[str, Any] = {}
     shows_progress = False
 
     if TYPE_CHECKING:
@@ -118,6 +125,9 @@ class Pipeline(Model):
             encode: yields a value for each of the keys it is called with.
             encoders: names of the components that it uses.
         """
+        if not isinstance(self.prompt_cache, Encoded):
+            # A program's own begins empty.
+            self.prompt_cache = Encoded()
         cache = self.prompt_cache
         missing = [key for key in dict.fromkeys(keys) if key not in cache]
         if missing:
@@ -151,6 +161,31 @@ class Pipeline(Model):
         return packed
 
     # ---- 3. denoising
+
+    def predicting(self, config: Config) -> Any:
+        """The transformer; or what a program put in its place, called as mflux 0.24 called it, to be used like ours.
+
+        Raises:
+            UsageError: nothing else can stand there.
+        """
+        ours = self.component("transformer").module_class()
+        if isinstance(self.transformer, ours) or not hasattr(ours, "asked_as_024"):
+            return self.own_transformer()
+        return partial(called("the transformer", ours.asked_as_024), self.transformer, config)
+
+    def own_transformer(self) -> Any:
+        """The transformer, where more of it is needed than its prediction.
+
+        Raises:
+            UsageError: a program put something else in its place.
+        """
+        ours = self.component("transformer").module_class()
+        if not isinstance(self.transformer, ours):
+            raise UsageError(
+                f"a {type(self.transformer).__name__} stands in the place of the transformer, and nothing else than a "
+                f"{ours.__name__} can where {type(self).__name__} is used: put it back"
+            )
+        return self.transformer
 
     def steps(
         self,
@@ -317,6 +352,16 @@ def refuse_pid(decode: bool, degrade_sigma: float) -> None:
     """
     if decode or degrade_sigma:
         raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
+
+
+def ignore_strength(strength: float | None) -> None:
+    """Say that a strength has no use where the model sees the image in every step, and starts from noise.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if values.real(strength, "image_strength", least=0, most=1, optional=True):
+        log.warning("image_strength is ignored: the model sees the image in every step, and starts from noise")
 
 
 def not_finite(what: str) -> MfluxError:

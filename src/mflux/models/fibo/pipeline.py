@@ -99,7 +99,7 @@ class FiboPipeline(Pipeline):
             reference: tokens of the image that an edit starts from, (1, R, 48).
         """
         dtype = positive[0].dtype
-        texts = [self.transformer.project_text(layers) for layers in (positive, negative) if layers is not None]
+        texts = [self.own_transformer().project_text(layers) for layers in (positive, negative) if layers is not None]
         mx.eval(texts)
         if not self.keep.for_next_image:
             # They are as large again as what was made of them.

@@ -107,10 +107,10 @@ class FluxPipeline(Pipeline):
         """
         if image_ids is None:
             image_ids = latent_image_ids(config.height // 16, config.width // 16)
-        guidance = mx.array([config.guidance]) if self.transformer.config.guidance_embeds else None
+        guidance = mx.array([config.guidance]) if self.model_config.supports_guidance else None
 
         def velocity(latents: mx.array, sigma: mx.array, **more: Any) -> mx.array:
-            return self.transformer(
+            return self.predicting(config)(
                 latents.astype(prompt.embeds.dtype),
                 sigma=sigma[None],
                 prompt_embeds=prompt.embeds,

@@ -20,18 +20,6 @@ log = logging.getLogger(__name__)
 AnyPath = str | bytes | os.PathLike
 
 
-def refuse_strength(strength: float | None) -> None:
-    """
-    Raises:
-        UsageError: a strength, which says how much noise a picture starts with; these models start from noise alone.
-    """
-    if strength:
-        raise UsageError(
-            "this model sees the picture in every step and starts from noise: leave the strength (--image-strength, or "
-            "the number after --image PATH) out"
-        )
-
-
 def needed(path: AnyPath | None, option: str) -> AnyPath:
     """
     Raises:

@@ -18,7 +18,7 @@ def is_distilled(folder: Path | None, key: str) -> bool:
     return settings.get("_class_name") == _KV_PIPELINE or "base" not in key
 
 
-def keeps_references(folder: Path, supports_kv_cache: bool) -> bool:
+def keeps_references(folder: Path | None, supports_kv_cache: bool) -> bool:
     """Whether the model was trained to find the keys and values of its references where the first step left them."""
     return supports_kv_cache or _index(folder).get("_class_name") == _KV_PIPELINE
 

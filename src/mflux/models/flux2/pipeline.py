@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import load_component
@@ -15,6 +16,7 @@ from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
 from mflux.models.common.pipeline import Pipeline, Velocity
+from mflux.models.common.replaced import called, refuse_more
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
 from mflux.models.flux2 import small_parts
 from mflux.models.flux2.distilled import is_distilled, keeps_references
@@ -64,6 +66,8 @@ class KleinPipeline(Pipeline):
     text_encoder: LazyComponent[KleinTextEncoder]
     transformer: LazyComponent[Flux2Transformer]
     vae: LazyComponent[AutoencoderKLFlux2]
+    small_text_encoder = False
+    small_decoder = False
 
     def __init__(
         self,
@@ -85,14 +89,22 @@ class KleinPipeline(Pipeline):
         super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
 
     def opened(self) -> None:
-        key = key_of(self.model_config.model_name, self.model_config.base_model)
-        self.is_distilled = is_distilled(self.root, key)
-        self.keeps_references = keeps_references(self.root, self.model_config.supports_kv_cache)
         if self.small_text_encoder:
             self._small_encoder = small_parts.text_encoder_folders()
         if self.small_decoder:
             self._small_decoder = small_parts.decoder_folder()
-        self.tokenizer = qwen_tokenizer(self.root / "tokenizer")
+        self.tokenizers = {"qwen3": qwen_tokenizer(self.root / "tokenizer")}
+
+    @cached_property
+    def is_distilled(self) -> bool:
+        """Whether guidance is in the model already."""
+        key = key_of(self.model_config.model_name, self.model_config.base_model)
+        return is_distilled(self.folder_root, key)
+
+    @cached_property
+    def keeps_references(self) -> bool:
+        """Whether the model was trained to find what it needs of references where the first step left it."""
+        return keeps_references(self.folder_root, self.model_config.supports_kv_cache)
 
     def own_components(self) -> list[Component]:
         own = super().own_components()
@@ -144,9 +156,9 @@ class KleinPipeline(Pipeline):
         length, start = (encoder.max_length, encoder.left_out) if isinstance(encoder, SmallTextEncoder) else (LENGTH, 0)
         for prompt in prompts:
             text = chat(prompt, think=False)
-            if self.tokenizer.is_cut(text, max_length=length):
+            if self.tokenizers["qwen3"].is_cut(text, max_length=length):
                 log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", length)
-            embeds = encoder(*self.tokenizer([text], max_length=length))
+            embeds = encoder(*self.tokenizers["qwen3"]([text], max_length=length))
             mx.eval(embeds)
             yield Prompt(embeds, start)
 
@@ -173,8 +185,12 @@ class KleinPipeline(Pipeline):
         if beside is not None:
             image_ids = mx.concatenate([image_ids, beside[1]])
 
+        if self._predict is not KleinPipeline._predict:
+            refuse_more("FLUX.2's step", references=references)
+            return self._replaced_step(config, prompt, negative, beside)
+
         def predict(tokens: mx.array, sigma: mx.array, prompt: Prompt) -> mx.array:
-            return self.transformer(
+            return self.predicting(config)(
                 tokens.astype(prompt.embeds.dtype),
                 sigma=sigma[None],
                 prompt_embeds=prompt.embeds,
@@ -190,6 +206,71 @@ class KleinPipeline(Pipeline):
                 return towards
             away = predict(tokens, sigma, negative)
             return away + config.guidance * (towards - away)
+
+        return velocity
+
+    @staticmethod
+    def _predict(transformer: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        """mflux 0.24's name for what makes the function of a step. A program may put another in its place, which is
+        used then; this one is for what goes on with it.
+
+        Args:
+            transformer: takes mflux 0.24's keywords, as `Flux2Transformer` does.
+        """
+
+        def predict(
+            latents: mx.array,
+            latent_ids: mx.array,
+            prompt_embeds: mx.array,
+            text_ids: mx.array,
+            negative_prompt_embeds: mx.array | None,
+            negative_text_ids: mx.array | None,
+            guidance: float,
+            timestep: mx.array,
+            image_latents: mx.array | None = None,
+            image_latent_ids: mx.array | None = None,
+        ) -> mx.array:
+            tokens, ids = latents, latent_ids
+            if image_latents is not None and image_latent_ids is not None:
+                tokens = mx.concatenate([latents, image_latents], axis=1)
+                ids = mx.concatenate([latent_ids, image_latent_ids], axis=1)
+
+            def of(embeds: mx.array, places: mx.array) -> mx.array:
+                return transformer(
+                    hidden_states=tokens, encoder_hidden_states=embeds, timestep=timestep, img_ids=ids, txt_ids=places,
+                    guidance=None,
+                )[:, : latents.shape[1]]  # fmt: skip
+
+            towards = of(prompt_embeds, text_ids)
+            if negative_prompt_embeds is None or negative_text_ids is None:
+                return towards
+            away = of(negative_prompt_embeds, negative_text_ids)
+            return away + guidance * (towards - away)
+
+        return predict
+
+    def _replaced_step(
+        self, config: Config, prompt: Prompt, negative: Prompt | None, beside: tuple[mx.array, mx.array] | None
+    ) -> Velocity:
+        ids = grid_ids(config.height // SIDE, config.width // SIDE)[None]
+        images = {} if beside is None else {"image_latents": beside[0], "image_latent_ids": beside[1][None]}
+        step: Callable[..., mx.array] | None = None
+
+        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
+            nonlocal step
+            if step is None:
+                step = called("_predict", called("_predict", self._predict)(self.transformer))
+            return step(
+                latents=latents.astype(prompt.embeds.dtype),
+                latent_ids=ids,
+                prompt_embeds=prompt.embeds,
+                text_ids=prompt.ids[None],
+                negative_prompt_embeds=None if negative is None else negative.embeds,
+                negative_text_ids=None if negative is None else negative.ids[None],
+                guidance=config.guidance,
+                timestep=1000 * sigma,
+                **images,
+            )
 
         return velocity
 

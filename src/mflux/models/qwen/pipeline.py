@@ -36,7 +36,7 @@ class QwenPipeline(Pipeline):
 
     def opened(self) -> None:
         self.model_config.supports_guidance = True
-        self.tokenizer = qwen_tokenizer(self.root / "tokenizer")
+        self.tokenizers = {"qwen": qwen_tokenizer(self.root / "tokenizer")}
 
     def predictor(
         self,
@@ -59,7 +59,7 @@ class QwenPipeline(Pipeline):
 
         def predict(tokens: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             x = tokens.astype(prompt_embeds.dtype)
-            noise = self.transformer(x, sigma=sigma[None], prompt_embeds=prompt_embeds, grids=grids)
+            noise = self.predicting(config)(x, sigma=sigma[None], prompt_embeds=prompt_embeds, grids=grids)
             return noise[:, :generated].astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:

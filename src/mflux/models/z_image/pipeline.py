@@ -13,6 +13,7 @@ from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.common.pipeline import Pipeline, Velocity
+from mflux.models.common.replaced import called, refuse_more
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
 from mflux.models.z_image.family import FAMILY
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
@@ -42,6 +43,7 @@ class ZImagePipeline(Pipeline):
     text_encoder: LazyComponent[ZImageTextEncoder]
     transformer: LazyComponent[ZImageTransformer]
     vae: LazyComponent[AutoencoderKL]
+    float32 = False
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class ZImagePipeline(Pipeline):
         super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
 
     def opened(self) -> None:
-        self.tokenizer = qwen_tokenizer(self.root / "tokenizer")
+        self.tokenizers = {"z_image": qwen_tokenizer(self.root / "tokenizer")}
 
     # ---- the folder
 
@@ -111,9 +113,9 @@ class ZImagePipeline(Pipeline):
         length = self.longest_prompt
         for prompt in prompts:
             text = chat(prompt)
-            if self.tokenizer.is_cut(text, max_length=length):
+            if self.tokenizers["z_image"].is_cut(text, max_length=length):
                 log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", length)
-            ids, mask = self.tokenizer([text], max_length=length, pad_to_longest=True)
+            ids, mask = self.tokenizers["z_image"]([text], max_length=length, pad_to_longest=True)
             (prompt_embeds,) = self.text_encoder(ids, mask)
             mx.eval(prompt_embeds)
             yield prompt_embeds
@@ -137,23 +139,79 @@ class ZImagePipeline(Pipeline):
             truncation: from which time on (0 is noise, 1 the image) guidance stops.
         """
 
+        if self._predict is not ZImagePipeline._predict:
+            refuse_more("Z-Image's step", hints=hints, normalization=normalization or None)
+            return self._replaced_step(config, positive, negative, truncation)
+
         def predict(latents: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             dtype, timestep = self.inputs(sigma, prompt_embeds)
             more = {} if hints is None else {"hints": hints(latents, sigma)}
             # The transformer predicts image - noise.
-            return self.transformer(
+            return self.predicting(config)(
                 latents.astype(dtype), timestep=timestep, prompt_embeds=prompt_embeds, **more
             ).astype(mx.float32)
 
-        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
+        def velocity(packed: mx.array, sigma: mx.array) -> mx.array:
+            latents = ZImageLatentCreator.unpack_latents(packed)
             towards = predict(latents, sigma, positive)
-            stopped = truncation is not None and 1 - float(sigma) > truncation
-            if negative is None or stopped:
-                return -towards
-            guided = towards + config.guidance * (towards - predict(latents, sigma, negative))
-            return -limited(guided, towards, normalization)
+            if negative is not None and not is_past(sigma, truncation):
+                guided = towards + config.guidance * (towards - predict(latents, sigma, negative))
+                towards = limited(guided, towards, normalization)
+            return -ZImageLatentCreator.pack_latents(towards)
 
         return velocity
+
+    @staticmethod
+    def _predict(transformer: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        """mflux 0.24's name for what makes the function of a step. A program may put another in its place, which is
+        used then; this one is for what goes on with it.
+
+        Args:
+            transformer: takes mflux 0.24's keywords, as `ZImageTransformer` does.
+        """
+
+        def predict(
+            latents: mx.array,
+            timestep: mx.array,
+            sigmas: mx.array,
+            text_encodings: mx.array,
+            negative_encodings: mx.array | None,
+            guidance: float,
+        ) -> mx.array:
+            towards = transformer(x=latents, timestep=timestep, sigmas=sigmas, cap_feats=text_encodings)
+            if negative_encodings is None:
+                return towards
+            away = transformer(x=latents, timestep=timestep, sigmas=sigmas, cap_feats=negative_encodings)
+            return towards + guidance * (towards - away)
+
+        return predict
+
+    def _replaced_step(
+        self, config: Config, positive: mx.array, negative: mx.array | None, truncation: float | None
+    ) -> Velocity:
+        step: Callable[..., mx.array] | None = None
+
+        def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
+            nonlocal step
+            if step is None:
+                step = called("_predict", called("_predict", self._predict)(self.transformer))
+            away = None if negative is None or is_past(sigma, truncation) else negative[0]
+            dtype, timestep = self.inputs(sigma, positive)
+            return step(
+                latents=latents.astype(dtype),
+                timestep=timestep,
+                sigmas=config.scheduler.sigmas,
+                text_encodings=positive[0],
+                negative_encodings=away,
+                guidance=config.guidance,
+            )
+
+        return velocity
+
+
+def is_past(sigma: mx.array, truncation: float | None) -> bool:
+    """Whether a noise level is behind the time at which guidance stops."""
+    return truncation is not None and 1 - float(sigma) > truncation
 
 
 def limited(guided: mx.array, positive: mx.array, factor: float) -> mx.array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,22 @@ from mflux.utils import values
 if TYPE_CHECKING:
     from mflux.models.common.config.model_config import ModelConfig
 
+log = logging.getLogger(__name__)
+
 IGNORED = {"negative_prompt": "FLUX.1 has no negative branch"}
 
 
 def check_picture(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     """
     Raises:
-        UsageError: no picture, or a strength, for which a model that starts from noise has no use.
+        UsageError: no picture.
     """
     if args.image_path is None:
         raise UsageError("no picture was given: use --image PATH")
     if said.was_typed("image_strength") or len(getattr(args, "image", None) or ()) > 1:
-        raise UsageError(
-            "this model sees the picture in every step and starts from noise: leave the strength (--image-strength, or "
-            "the number after --image PATH) out"
+        log.warning(
+            "--image-strength (the number after --image PATH) is ignored: the model sees the image in every step, and "
+            "starts from noise"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from mflux.backend import mx, nn
 from mflux.models.common.networks.layers import TIME_CHANNELS, MLPEmbedder, Rotary, modulate, rotary_embedding, waves
@@ -19,6 +20,7 @@ from mflux.models.common.networks.mmdit import (
     TransformerBlock,
     latent_image_ids,
 )
+from mflux.models.common.replaced import also_as_024, refuse_more, step_at
 
 __all__ = ["FluxTransformer", "FluxTransformerConfig", "FluxTrunk", "Residuals", "latent_image_ids"]
 
@@ -95,6 +97,30 @@ class FluxTrunk(nn.Module):
         return rotary_embedding(ids, self.config.axes_dims_rope)
 
 
+def called_as_024(
+    transformer: FluxTransformer,
+    *,
+    t: int,
+    config: Any,
+    hidden_states: mx.array,
+    prompt_embeds: mx.array,
+    pooled_prompt_embeds: mx.array,
+    kontext_image_ids: mx.array | None = None,
+) -> mx.array:
+    """A prediction with mflux 0.24's keywords: the step's number, and the configuration with schedule and guidance."""
+    ids = latent_image_ids(config.height // 16, config.width // 16)
+    if kontext_image_ids is not None:
+        ids = mx.concatenate([ids, kontext_image_ids.reshape(-1, 3)])
+    return transformer(
+        hidden_states.astype(prompt_embeds.dtype),
+        sigma=config.scheduler.sigmas[t][None],
+        prompt_embeds=prompt_embeds,
+        pooled_prompt_embeds=pooled_prompt_embeds,
+        image_ids=ids,
+        guidance=mx.array([config.guidance]) if transformer.config.guidance_embeds else None,
+    )
+
+
 class FluxTransformer(FluxTrunk):
     """Predicts the velocity noise - picture of packed latents."""
 
@@ -106,6 +132,7 @@ class FluxTransformer(FluxTrunk):
         self.norm_out = Modulation(width, 2)
         self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
 
+    @also_as_024(called_as_024, known_by="config")
     def __call__(
         self,
         hidden_states: mx.array,
@@ -155,6 +182,32 @@ class FluxTransformer(FluxTrunk):
 
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(x[:, length:], shift, scale))
+
+    @staticmethod
+    def asked_as_024(
+        other: Callable[..., mx.array],
+        config: Any,
+        hidden_states: mx.array,
+        *,
+        sigma: mx.array,
+        prompt_embeds: mx.array,
+        pooled_prompt_embeds: mx.array,
+        image_ids: mx.array,
+        guidance: mx.array | None = None,
+        **more: Any,
+    ) -> mx.array:
+        """A prediction of what stands in this one's place; the other arguments are this one's."""
+        refuse_more("FLUX.1's transformer", **more)
+        own = (config.height // 16) * (config.width // 16)
+        beside = {"kontext_image_ids": image_ids[None, own:]} if len(image_ids) > own else {}
+        return other(
+            t=step_at(config, sigma),
+            config=config,
+            hidden_states=hidden_states,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            **beside,
+        )
 
 
 def _share(residuals: Sequence[mx.array], number: int, blocks: int) -> mx.array:

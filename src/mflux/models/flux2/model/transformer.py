@@ -7,8 +7,9 @@ is new: no biases, feed-forwards with a gate, one modulation for all blocks of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mflux.backend import mx, nn
 from mflux.models.common.networks.layers import (
@@ -26,6 +27,7 @@ from mflux.models.common.networks.layers import (
     waves,
 )
 from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation
+from mflux.models.common.replaced import also_as_024, refuse_more
 
 # Keys and values, (B, heads, L, head_dim) each.
 KeysValues = tuple[mx.array, mx.array]
@@ -258,6 +260,28 @@ class SingleBlock(nn.Module):
 # ---- the model
 
 
+def called_as_024(
+    transformer: Flux2Transformer,
+    *,
+    hidden_states: mx.array,
+    encoder_hidden_states: mx.array,
+    timestep: mx.array | float,
+    img_ids: mx.array,
+    txt_ids: mx.array,
+    guidance: mx.array | None = None,
+    kv_cache: None = None,
+) -> mx.array:
+    """A prediction with mflux 0.24's keywords: a thousand times the noise level, and positions (1, L, 4)."""
+    refuse_more("FLUX.2's transformer", guidance=guidance, kv_cache=kv_cache)
+    return transformer(
+        hidden_states.astype(encoder_hidden_states.dtype),
+        sigma=mx.array(timestep, mx.float32).reshape(1) / 1000,
+        prompt_embeds=encoder_hidden_states,
+        image_ids=img_ids.reshape(-1, 4),
+        text_ids=txt_ids.reshape(-1, 4),
+    )
+
+
 class Flux2Transformer(nn.Module):
     """Predicts the velocity noise - picture of latents."""
 
@@ -278,6 +302,7 @@ class Flux2Transformer(nn.Module):
         self.norm_out = Modulation(width, 2, bias=False)
         self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels), bias=False)
 
+    @also_as_024(called_as_024, known_by="encoder_hidden_states")
     def __call__(
         self,
         hidden_states: mx.array,
@@ -319,6 +344,29 @@ class Flux2Transformer(nn.Module):
 
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(x[:, length:], shift, scale, self.config.eps))
+
+    @staticmethod
+    def asked_as_024(
+        other: Callable[..., mx.array],
+        config: Any,
+        hidden_states: mx.array,
+        *,
+        sigma: mx.array,
+        prompt_embeds: mx.array,
+        image_ids: mx.array,
+        text_ids: mx.array,
+        **more: Any,
+    ) -> mx.array:
+        """A prediction of what stands in this one's place; the other arguments are this one's."""
+        refuse_more("FLUX.2's transformer", **more)
+        return other(
+            hidden_states=hidden_states,
+            encoder_hidden_states=prompt_embeds,
+            timestep=1000 * sigma,
+            img_ids=image_ids[None],
+            txt_ids=text_ids[None],
+            guidance=None,
+        )
 
     def keep(self, hidden_states: mx.array, image_ids: mx.array, dtype: mx.Dtype = mx.float32) -> list[KeysValues]:
         """What the blocks need of references that never change: the keys and values of each.

@@ -6,7 +6,7 @@ that is drawn, and after it those that an edit starts from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from mflux.models.common.networks.layers import (
     waves,
 )
 from mflux.models.common.networks.mmdit import JointAttention, MMDiTConfig, Modulation
+from mflux.models.common.replaced import also_as_024, step_at
 
 _EPS = 1e-6
 
@@ -125,6 +126,28 @@ class TransformerBlock(nn.Module):
         return parts_of(linear(activation(condition))[:, None], 6)
 
 
+def called_as_024(
+    transformer: QwenTransformer,
+    *,
+    t: int,
+    config: Any,
+    hidden_states: mx.array,
+    encoder_hidden_states: mx.array,
+    encoder_hidden_states_mask: mx.array | None = None,
+    qwen_image_ids: mx.array | None = None,
+    cond_image_grid: tuple[int, int, int] | Sequence[tuple[int, int, int]] | None = None,
+) -> mx.array:
+    """A prediction with mflux 0.24's keywords: the step's number, the configuration with the schedule, and (1, rows,
+    columns) of each picture that an edit starts from. Nothing of a prompt is padding, so its mask says nothing."""
+    beside = [cond_image_grid] if isinstance(cond_image_grid, tuple) else cond_image_grid or []
+    return transformer(
+        hidden_states.astype(encoder_hidden_states.dtype),
+        sigma=config.scheduler.sigmas[t][None],
+        prompt_embeds=encoder_hidden_states,
+        grids=[(config.height // 16, config.width // 16), *((rows, columns) for _, rows, columns in beside)],
+    )
+
+
 class QwenTransformer(nn.Module):
     """Predicts the velocity noise - picture of packed latents."""
 
@@ -144,6 +167,7 @@ class QwenTransformer(nn.Module):
         self.norm_out = Modulation(width, 2)
         self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
 
+    @also_as_024(called_as_024, known_by="config")
     def __call__(
         self, hidden_states: mx.array, *, sigma: mx.array, prompt_embeds: mx.array, grids: Sequence[Grid]
     ) -> mx.array:
@@ -168,3 +192,24 @@ class QwenTransformer(nn.Module):
             image, text = block(image, text, condition, clean, drawn, rotary)
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(image, shift, scale))
+
+    @staticmethod
+    def asked_as_024(
+        other: Callable[..., mx.array],
+        config: Any,
+        hidden_states: mx.array,
+        *,
+        sigma: mx.array,
+        prompt_embeds: mx.array,
+        grids: Sequence[Grid],
+    ) -> mx.array:
+        """A prediction of what stands in this one's place; the other arguments are this one's."""
+        beside = [(1, rows, columns) for rows, columns in grids[1:]]
+        return other(
+            t=step_at(config, sigma),
+            config=config,
+            hidden_states=hidden_states,
+            encoder_hidden_states=prompt_embeds,
+            encoder_hidden_states_mask=mx.ones(prompt_embeds.shape[:2], mx.int32),
+            **({"cond_image_grid": beside[0] if len(beside) == 1 else beside} if beside else {}),
+        )

@@ -7,8 +7,9 @@ which is attended to like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mflux.backend import mx, nn, tree_map
 from mflux.models.common.component_config import ComponentConfig
@@ -28,6 +29,7 @@ from mflux.models.common.networks.layers import (
     split_heads,
     waves,
 )
+from mflux.models.common.replaced import also_as_024, refuse_more
 
 _CONDITION = 256
 _TIME_HIDDEN = 1024
@@ -277,6 +279,18 @@ class ComputesInside(nn.Module):
                 module.compute_in(dtype)
 
 
+def called_as_024(
+    transformer: ZImageTransformer, *, x: mx.array, timestep: mx.array | float, sigmas: mx.array, cap_feats: mx.array
+) -> mx.array:
+    """A prediction with mflux 0.24's keywords, of noise - picture: latents (C, 1, H, W), time or a step's number, the
+    schedule, and one encoded prompt (T, D)."""
+    if isinstance(timestep, int):
+        timestep = 1 - sigmas[timestep]
+    time = mx.array(timestep, mx.float32).reshape(1)
+    towards = transformer(x.transpose(1, 0, 2, 3), timestep=time, prompt_embeds=cap_feats[None])
+    return -towards.transpose(1, 0, 2, 3)
+
+
 class ZImageTransformer(ComputesInside):
     """Predicts picture - noise, the velocity backwards: a pipeline steps along its negative."""
 
@@ -299,6 +313,7 @@ class ZImageTransformer(ComputesInside):
         self.cap_pad_token = mx.zeros((1, width))
         self.layers = [TransformerBlock(config) for _ in range(config.n_layers)]
 
+    @also_as_024(called_as_024, known_by="cap_feats")
     def __call__(
         self,
         latents: mx.array,
@@ -334,6 +349,22 @@ class ZImageTransformer(ComputesInside):
         tokens = height * width // self.config.patch**2
         x = self.all_final_layer[self.config.patch_name](x[:, :tokens], condition)
         return unpatchify(x, height, width, self.config.patch)
+
+    @staticmethod
+    def asked_as_024(
+        other: Callable[..., mx.array],
+        config: Any,
+        latents: mx.array,
+        *,
+        timestep: mx.array,
+        prompt_embeds: mx.array,
+        **more: Any,
+    ) -> mx.array:
+        """A prediction of what stands in this one's place; the other arguments are this one's."""
+        refuse_more("Z-Image's transformer", **more)
+        x = latents.transpose(1, 0, 2, 3)
+        velocity = other(x=x, timestep=timestep, sigmas=config.scheduler.sigmas, cap_feats=prompt_embeds[0])
+        return -velocity.transpose(1, 0, 2, 3)
 
     # Also for ControlNets, which have none of these layers of their own.
 

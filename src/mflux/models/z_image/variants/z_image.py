@@ -70,6 +70,7 @@ class ZImage(ZImagePipeline):
         # 3. Denoise
         velocity = self.predictor(config, *encoded, normalization=float(cfg_normalization), truncation=cfg_truncation)
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt)
+        del velocity
 
         # 4. Decode
         return self.make_image(

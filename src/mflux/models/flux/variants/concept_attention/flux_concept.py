@@ -59,7 +59,7 @@ class ConceptPipeline(FluxPipeline):
     ) -> tuple[Velocity, ConceptStream]:
         """`predictor` feeding a `ConceptStream`; returns both."""
         predict = self.predictor(config, prompt)
-        stream = ConceptStream(self.transformer, concept.embeds, concept.pooled, layers)
+        stream = ConceptStream(self.own_transformer(), concept.embeds, concept.pooled, layers)
         guidance = mx.array([config.guidance]) if self.transformer.config.guidance_embeds else None
         steps = count()
 

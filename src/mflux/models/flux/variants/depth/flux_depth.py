@@ -11,9 +11,9 @@ import PIL.Image
 from mflux.backend import mx
 from mflux.errors import UsageError
 from mflux.models.common.memory import digest_of, give_back_memory
+from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.pipeline import FluxPipeline
-from mflux.models.flux.sources import refuse_strength
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
 
@@ -47,7 +47,7 @@ class Flux1Depth(FluxPipeline):
             height, width: in pixels, rounded down to multiples of 16; None for the given image's own.
             guidance: how closely to follow the prompt; the model was made for about 10.
             image_path: an image whose depth Depth Pro finds.
-            image_strength: refused.
+            image_strength: has no use here, as a warning says: it starts from noise.
             depth_image_path: a depth map, white where it is near; with it Depth Pro is not loaded.
 
         Returns:
@@ -56,7 +56,7 @@ class Flux1Depth(FluxPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        refuse_strength(image_strength)
+        ignore_strength(image_strength)
         if depth_image_path is None and image_path is None:
             raise UsageError(
                 "this model draws from depth: use image_path (--image-path) for a picture whose depth is found, or "

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.models.common.config.config import Config
+from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.pipeline import FluxPipeline
-from mflux.models.flux.sources import mask, needed, pack_mask, picture, refuse_strength
+from mflux.models.flux.sources import mask, needed, pack_mask, picture
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
 
@@ -68,12 +69,12 @@ class Flux1Fill(FillPipeline):
             height, width: in pixels, rounded down to multiples of 16; both images are resized to it. None for the
                 image's own.
             guidance: how closely to follow the prompt; the model was made for about 30.
-            image_strength: refused.
+            image_strength: has no use here, as a warning says: it starts from noise.
 
         Raises:
             as `Flux1.generate_image`.
         """
-        refuse_strength(image_strength)
+        ignore_strength(image_strength)
         config = self.settings(
             seed=seed,
             prompt=prompt,

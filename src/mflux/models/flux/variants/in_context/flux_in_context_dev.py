@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.models.common.networks.layers import parts_of
+from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.pipeline import FluxPipeline
-from mflux.models.flux.sources import needed, refuse_strength
+from mflux.models.flux.sources import needed
 from mflux.utils.generated_image import GeneratedImage
 
 
@@ -40,7 +41,7 @@ class Flux1InContextDev(FluxPipeline):
             prompt: what both images show; encoded once and kept.
             height, width: of one image in pixels, rounded down to multiples of 16; None for the left one's own.
             image_path: the left image.
-            image_strength: refused.
+            image_strength: has no use here, as a warning says: it starts from noise.
 
         Returns:
             Both images; `get_right_half` gives the one that was generated.
@@ -48,7 +49,7 @@ class Flux1InContextDev(FluxPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        refuse_strength(image_strength)
+        ignore_strength(image_strength)
         config = self.settings(
             seed=seed,
             prompt=prompt,

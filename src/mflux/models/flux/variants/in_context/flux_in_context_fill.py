@@ -11,7 +11,8 @@ from mflux.errors import UsageError
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.family import Component
 from mflux.models.common.model import resolve
-from mflux.models.flux.sources import mask, needed, picture, refuse_strength
+from mflux.models.common.pipeline import ignore_strength
+from mflux.models.flux.sources import mask, needed, picture
 from mflux.models.flux.variants.fill.flux_fill import FillPipeline
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -62,7 +63,7 @@ class Flux1InContextFill(FillPipeline):
             guidance: how closely to follow the prompt; the model was made for about 30.
             right_image_path: an image to paint in; without it all of the right one is painted.
             masked_image_path: of the right image, white where to paint and black elsewhere.
-            image_strength: refused.
+            image_strength: has no use here, as a warning says: it starts from noise.
 
         Returns:
             Both images; `get_right_half` gives the right one.
@@ -70,7 +71,7 @@ class Flux1InContextFill(FillPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        refuse_strength(image_strength)
+        ignore_strength(image_strength)
         if (right_image_path is None) != (masked_image_path is None):
             raise UsageError("right_image_path and masked_image_path go together: one says where the other is painted")
         config = self.settings(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux.backend import mx
+from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.transformer import latent_image_ids
 from mflux.models.flux.pipeline import FluxPipeline
-from mflux.models.flux.sources import fitted_size, needed, refuse_strength
+from mflux.models.flux.sources import fitted_size, needed
 from mflux.utils.generated_image import GeneratedImage
 
 
@@ -40,12 +41,12 @@ class Flux1Kontext(FluxPipeline):
             height, width: in pixels, rounded down to multiples of 16. None for the image's; if both are, an image of
                 more than a megapixel is generated at about one, with a warning.
             image_path: the image to edit. The model sees it at the size that is generated.
-            image_strength: refused.
+            image_strength: has no use here, as a warning says: it starts from noise.
 
         Raises:
             as `Flux1.generate_image`.
         """
-        refuse_strength(image_strength)
+        ignore_strength(image_strength)
         source = needed(image_path, "image_path (--image)")
         if height is None and width is None:
             width, height = fitted_size(source)

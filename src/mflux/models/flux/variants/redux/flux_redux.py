@@ -10,11 +10,11 @@ from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.memory import LazyComponent, digest_of
+from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.family import FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.redux import ReduxEmbedder, SiglipConfig, SiglipProcessor, SiglipVision
 from mflux.models.flux.pipeline import FluxPipeline, Prompt
-from mflux.models.flux.sources import refuse_strength
 from mflux.utils import values
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -66,12 +66,12 @@ class Flux1Redux(FluxPipeline):
             height, width: in pixels, rounded down to multiples of 16; None for the model's own.
             guidance: how closely to follow prompt and images.
             redux_image_strengths: how much of each image, in their order; 1 where there are fewer than images.
-            image_strength: refused.
+            image_strength: has no use here, as a warning says: it starts from noise.
 
         Raises:
             as `Flux1.generate_image`.
         """
-        refuse_strength(image_strength)
+        ignore_strength(image_strength)
         paths = list(redux_image_paths or ())
         strengths = settle_strengths(redux_image_strengths, len(paths))
         config = self.settings(

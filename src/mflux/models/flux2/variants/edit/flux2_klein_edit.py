@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mflux.backend import mx
-from mflux.errors import ImageError, UsageError
+from mflux.errors import ImageError
 from mflux.models.common.networks.autoencoders import tiling
+from mflux.models.common.pipeline import ignore_strength
 from mflux.models.common.sizes import MEGAPIXEL, shrunk
 from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
 from mflux.models.flux2.model.transformer import grid_ids
@@ -47,12 +48,11 @@ class Flux2KleinEdit(KleinPipeline):
             prompt: what to make of the images; encoded once and kept.
             height, width: in pixels, rounded down to multiples of 16; None for the first image's, or 1024.
             image_paths: the images, each of a size of its own; none generates from the prompt alone.
-            image_strength: not for editing, which starts from noise; None or 0.
+            image_strength: has no use here, as a warning says: editing starts from noise.
             use_kv_cache: whether the images pass through the model once instead of in each step; None for what the
                 model was trained for. It is faster, and right for klein 9B KV only.
         """
-        if image_strength:
-            raise UsageError("editing starts from noise: leave image_strength out, or draw with Flux2Klein")
+        ignore_strength(image_strength)
         image_paths = list(image_paths or ())
         config = self.settings(
             seed=seed,
@@ -77,7 +77,7 @@ class Flux2KleinEdit(KleinPipeline):
         kept = None
         if beside is not None and (self.keeps_references if use_kv_cache is None else use_kv_cache):
             dtype = encoded[0].embeds.dtype
-            kept = self.transformer.keep(beside[0].astype(dtype), beside[1], dtype)
+            kept = self.own_transformer().keep(beside[0].astype(dtype), beside[1], dtype)
             mx.eval(kept)
             beside = None
         velocity = self.predictor(config, *encoded, beside=beside, references=kept)

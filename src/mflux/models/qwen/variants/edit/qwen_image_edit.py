@@ -55,7 +55,9 @@ class QwenImageEdit(QwenPipeline):
         self.processor = VLImageProcessor.from_dict(
             read_json(processor) if processor.is_file() else {}, source=processor
         )
-        token = self.tokenizer.encode(_PICTURE_TOKEN)
+        # mflux 0.24's second one spreads the pictures' tokens as well.
+        self.tokenizers = {**self.tokenizers, "qwen_vl": self.tokenizers["qwen"]}
+        token = self.tokenizers["qwen"].encode(_PICTURE_TOKEN)
         if len(token) != 1:
             raise CheckpointError(
                 f"{self.root / 'tokenizer'} does not know {_PICTURE_TOKEN}, which stands for a picture: take the "
@@ -170,5 +172,5 @@ class QwenImageEdit(QwenPipeline):
             before = "".join(f"Picture {number}: {_VISION}" for number in range(1, len(grids) + 1))
         if _PICTURE_TOKEN in prompt:
             raise UsageError(f"the prompt contains {_PICTURE_TOKEN}, which stands for a picture: leave it out")
-        ids = self.tokenizer.encode(chat(before + prompt, system=SYSTEM))
+        ids = self.tokenizers["qwen"].encode(chat(before + prompt, system=SYSTEM))
         return spread_image_tokens(ids, self.image_token, grids, self.processor.merge_size)

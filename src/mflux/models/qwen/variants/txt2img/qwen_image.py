@@ -90,8 +90,8 @@ class QwenImage(QwenPipeline):
         most = _LONGEST + _TEMPLATE_TOKENS
         for prompt in prompts:
             text = chat(prompt, system=SYSTEM)
-            if self.tokenizer.is_cut(text, max_length=most):
+            if self.tokenizers["qwen"].is_cut(text, max_length=most):
                 log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", _LONGEST)
-            embeds = self.text_encoder(self.tokenizer.encode(text, max_length=most))[:, _TEMPLATE_TOKENS:]
+            embeds = self.text_encoder(self.tokenizers["qwen"].encode(text, max_length=most))[:, _TEMPLATE_TOKENS:]
             mx.eval(embeds)
             yield embeds

@@ -98,13 +98,16 @@ class SeedVR2(Pipeline):
         # 2. Encode it, and make the noise to start from
         with timed("encode"):
             condition = self.encode_pixels(pixels)
-        latents = SeedVR2LatentCreator.create_noise_latents(seed, *condition.shape[1:])
-        condition = mx.concatenate([condition, mx.ones_like(condition[..., :1])], axis=-1)
+        _, channels, _, rows, columns = condition.shape
+        latents = SeedVR2LatentCreator.create_noise_latents(seed, rows, columns, latent_channels=channels)
+        condition = SeedVR2LatentCreator.create_condition(condition)
         text = text_embeds()
 
         # 3. Denoise, in one step
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            return self.transformer(mx.concatenate([latents, condition], axis=-1), text, _NOISE * sigma)
+            # The transformer has channels last.
+            x = mx.concatenate([latents, condition], axis=1)[:, :, 0].transpose(0, 2, 3, 1)
+            return self.own_transformer()(x, text, _NOISE * sigma).transpose(0, 3, 1, 2)[:, :, None]
 
         latents = self.denoise(config, latents, velocity, seed=seed, prompt="")
 

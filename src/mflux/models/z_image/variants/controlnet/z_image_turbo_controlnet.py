@@ -111,7 +111,9 @@ class ZImageTurboControlnet(ZImagePipeline):
         # 1. Encode the prompt, and what the control images show
         (encoded,) = self.encode_prompts(prompt)
         images = [control_image(control, config.width, config.height) for control in controls]
-        latents_of_controls = [self.encode_pixels(ImageUtil.to_array(image)) for image in images]
+        latents_of_controls = [
+            ZImageLatentCreator.unpack_latents(self.encode_pixels(ImageUtil.to_array(image))) for image in images
+        ]
 
         # 2. Start from noise
         latents = ZImageLatentCreator.create_noise(seed, config.height, config.width)
@@ -144,7 +146,7 @@ class ZImageTurboControlnet(ZImagePipeline):
         """What the ControlNet adds after layers of the transformer, by their numbers."""
         dtype, timestep = self.inputs(sigma, prompt_embeds)
         return self.controlnet(
-            self.transformer,
+            self.own_transformer(),
             latents.astype(dtype),
             control=control,
             timestep=timestep,

@@ -1,0 +1,226 @@
+"""What programs on top of mflux do with a model, with every family's tiny one: callbacks, and parts of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.tiny_models import EVERY_TINY
+
+from mflux.backend import mx, nn
+from mflux.errors import MfluxError, UsageError
+from mflux.models.common.replaced import ReplacedError
+from mflux.utils.exceptions import StopImageGenerationException
+
+# Rows and columns of the latents that a picture of the tiny size has, by family, as mflux 0.24's callbacks got them.
+SHAPES = {
+    "flux": lambda h, w: (1, h // 16 * (w // 16), 64),
+    "flux2": lambda h, w: (1, h // 16 * (w // 16), 128),
+    "qwen": lambda h, w: (1, h // 16 * (w // 16), 64),
+    "fibo": lambda h, w: (1, h // 16 * (w // 16), 48),
+    "z_image": lambda h, w: (16, 1, h // 8, w // 8),
+}
+TOKENIZERS = {
+    "flux": {"clip", "t5"},
+    "flux2": {"qwen3"},
+    "qwen": {"qwen"},
+    "fibo": {"fibo"},
+    "z_image": {"z_image"},
+}
+
+
+class Watch:
+    """Writes down the shapes and dtypes of all latents that it is given."""
+
+    def __init__(self, stops: bool = False):
+        self.seen: dict[str, set] = {}
+        self._stops = stops
+
+    def _note(self, moment, latents, config):
+        self.seen.setdefault(moment, set()).add((latents.shape, latents.dtype))
+        self.size = config.height, config.width
+
+    def call_before_loop(self, seed, prompt, latents, config, canny_image=None, depth_image=None, control_images=None):
+        self._note("before", latents, config)
+
+    def call_in_loop(self, t, seed, prompt, latents, config, time_steps, denoised):
+        self._note("in", latents, config)
+        self._note("denoised", denoised, config)
+        if self._stops:
+            raise KeyboardInterrupt
+
+    def call_after_loop(self, seed, prompt, latents, config):
+        self._note("after", latents, config)
+
+    def call_interrupt(self, t, seed, prompt, latents, config, time_steps):
+        self._note("interrupt", latents, config)
+
+
+def family_of(model) -> str:
+    return type(model).__module__.split(".")[2]
+
+
+@EVERY_TINY
+def test_latents_in_callbacks_have_0_24_s_shape(tiny):
+    model = tiny.pipeline()
+    for watch, ends in ((Watch(), {"after"}), (Watch(stops=True), {"interrupt"})):
+        model.callbacks.register(watch)
+        try:
+            tiny.generate(model)
+        except StopImageGenerationException:
+            assert ends == {"interrupt"}
+        expected = SHAPES[family_of(model)](*watch.size), mx.float32
+        assert watch.seen == {moment: {expected} for moment in {"before", "in", "denoised"} | ends}
+        # What a program unpacks and decodes by itself.
+        unpacked = model.latent_creator.unpack_latents(mx.zeros(expected[0]), *watch.size)
+        assert unpacked.shape[0] == 1 and unpacked.ndim == 4
+        assert model.latent_creator.create_noise(1, *watch.size).shape == expected[0]
+        for moment in ("before_loop", "in_loop", "after_loop", "interrupt"):
+            assert getattr(model.callbacks, f"{moment}_callbacks")() is getattr(model.callbacks, moment)
+            getattr(model.callbacks, moment).clear()
+
+
+@EVERY_TINY
+def test_tokenizers_have_0_24_s_names(tiny):
+    model = tiny.pipeline()
+    assert TOKENIZERS[family_of(model)] <= model.tokenizers.keys()
+    for tokenizer in model.tokenizers.values():
+        assert tokenizer.encode("a red circle", max_length=20)
+
+
+@EVERY_TINY
+def test_a_model_passes_for_a_module_where_that_costs_nothing(tiny):
+    model = tiny.pipeline()
+    assert model.eval() is model and model.train(False) is model and model.freeze() is model
+    assert model.training is False
+
+
+# ---- parts of a program's own
+
+
+class Counting:
+    """Stands in the place of a transformer, and hands on what it is called with."""
+
+    def __init__(self, inner):
+        self.inner, self.calls = inner, []
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        return self.inner(*args, **kwargs)
+
+
+def keywords(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+# What mflux 0.24 calls each family's transformer with, by keyword alone.
+CALLED_WITH = {
+    "flux": keywords("t", "config", "hidden_states", "prompt_embeds", "pooled_prompt_embeds"),
+    "qwen": keywords("t", "config", "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask"),
+    "flux2": keywords("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "guidance"),
+    "z_image": keywords("x", "timestep", "sigmas", "cap_feats"),
+}
+BESIDE = {"Flux1Kontext": {"kontext_image_ids"}, "QwenImageEdit": {"cond_image_grid"}}
+# Their ControlNet, or what they look at, needs more of a transformer than its prediction.
+NEEDS_MORE = {"Flux1Controlnet", "Flux1Concept", "FIBO"}
+
+
+@EVERY_TINY
+def test_what_stands_in_the_place_of_a_transformer_is_called_as_in_0_24(tiny):
+    model = tiny.pipeline()
+    plain = tiny.picture(model)
+    proxy = Counting(model.transformer)
+    model.transformer = proxy
+    if type(model).__name__ in NEEDS_MORE:
+        with pytest.raises(UsageError, match="place of"):
+            tiny.picture(model)
+        return
+    assert np.array_equal(tiny.picture(model), plain)
+    expected = CALLED_WITH[family_of(model)] | BESIDE.get(type(model).__name__, set())
+    assert len(proxy.calls) >= 2
+    assert {(args, frozenset(kwargs)) for args, kwargs in proxy.calls} == {((), expected)}
+    if "t" in expected:
+        assert sorted({kwargs["t"] for _, kwargs in proxy.calls}) == [0, 1]
+    # It is used, and not only called.
+    model.transformer = lambda **kwargs: 0.5 * proxy.inner(**kwargs)
+    assert not np.array_equal(tiny.picture(model), plain)
+    model.transformer = proxy.inner
+    assert np.array_equal(tiny.picture(model), plain)
+
+
+@EVERY_TINY
+def test_what_reads_0_24_s_layers_is_told(tiny):
+    model = tiny.pipeline()
+    if type(model).__name__ in NEEDS_MORE:
+        pytest.skip("refused before")
+    inner = model.transformer
+    model.transformer = lambda **_: inner.pos_embed_of_another_time
+    with pytest.raises(ReplacedError, match="place of the transformer fails .AttributeError.*docs/programs.md") as told:
+        tiny.generate(model)
+    assert isinstance(told.value.__cause__, AttributeError) and "\n" not in str(told.value)
+
+
+WITH_STEPS = {"Flux2Klein", "Flux2KleinEdit", "ZImage"}
+
+
+@EVERY_TINY
+@pytest.mark.parametrize("where", ["object", "class"])
+def test_a_step_of_a_program_s_own_is_used(tiny, monkeypatch, where):
+    model = tiny.pipeline()
+    if type(model).__name__ not in WITH_STEPS:
+        pytest.skip("mflux 0.24 has none there")
+    plain = tiny.picture(model)
+    original, calls = model._predict, []
+
+    def replaced(transformer):
+        predict = original(transformer)
+
+        def step(**kwargs):
+            calls.append(frozenset(kwargs))
+            return predict(**kwargs)
+
+        return step
+
+    if where == "object":
+        model._predict = replaced
+    else:
+        monkeypatch.setattr(type(model), "_predict", staticmethod(replaced))
+    assert np.array_equal(tiny.picture(model), plain)
+    assert len(calls) == 2 and len(set(calls)) == 1
+    assert {"latents", "timestep", "guidance"} < calls[0]
+    if where == "object":
+        model._predict = lambda transformer: lambda **kwargs: 0.5 * original(transformer)(**kwargs)
+        assert not np.array_equal(tiny.picture(model), plain)
+        model._predict = lambda transformer: lambda **kwargs: transformer.patch_size_of_another_time
+        with pytest.raises(ReplacedError, match="place of _predict fails"):
+            tiny.generate(model)
+        del model._predict
+        assert np.array_equal(tiny.picture(model), plain)
+
+
+# ---- objects that a program puts together
+
+HANDED_OVER = (
+    "vae", "transformer", "text_encoder", "tokenizers", "model_config", "bits", "callbacks", "tiling_config",
+    "prompt_cache", "lora_paths", "lora_scales",
+)  # fmt: skip
+
+
+@EVERY_TINY
+def test_an_object_put_together_of_another_s_parts(tiny):
+    """A server's way to an edit object without loading a second time."""
+    whole = tiny.pipeline()
+    if type(whole).__name__ not in ("Flux2Klein", "Flux2KleinEdit", "ZImage", "QwenImage"):
+        pytest.skip("not seen in any program")
+    plain = tiny.picture(whole)
+    made = type(whole).__new__(type(whole))
+    nn.Module.__init__(made)
+    for name in HANDED_OVER:
+        setattr(made, name, getattr(whole, name))
+    made.prompt_cache = {}
+    for _ in range(2):
+        assert np.array_equal(tiny.picture(made), plain)
+    # What it was handed over it keeps: it could not load it again.
+    assert set(made.loaded()) == {"vae", "transformer", "text_encoder"}
+    made.transformer = None
+    with pytest.raises(MfluxError, match="put together without a transformer"):
+        tiny.generate(made)
