@@ -67,10 +67,11 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("words", ["--image photo.png 0.5", "--image-path photo.png --image-strength 0.5"])
-def test_kontext_has_no_use_for_a_strength(draw, words):
+def test_kontext_has_no_use_for_a_strength(cli, here, models, draw, words):
     case = BY_NAME["generate-kontext"]
     draw(case, "--output", "plain.png")
-    result = draw(case, *words.split(), "--output", "b.png")
+    named = ("--model", models(case), "--base-model", case.base_model, "--prompt", "a red circle")
+    result = cli("generate-kontext", *named, *words.split(), *SMALL, "--output", "b.png")
     assert len(result.warnings) == 1 and "--image-strength (the number after --image PATH) is ignored" in result.err
     assert np.array_equal(pixels("b.png"), pixels("plain.png"))
 
