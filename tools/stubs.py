@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from mflux.import_paths import OFFERED, is_missing
+from mflux.import_paths import MOVED, OFFERED, is_missing
 from mflux.models.common.config.model_config import built_key, constructor_name
 from mflux.models.common.family import built, family_of
 from mflux.models.common.registry import MODELS
@@ -31,6 +31,9 @@ def stubs() -> dict[str, str]:
     """What each stub says, by its path below src/."""
     found = {"mflux/__init__.pyi": _package(), "mflux/models/common/config/by_name.pyi": _by_name()}
     for owner, names in OFFERED.items():
+        if owner in MOVED:
+            # Old names for what a program that is checked finds elsewhere.
+            continue
         moved = {name: module for name, (module, _) in names.items() if module != owner}
         moved = {name: module for name, module in moved.items() if not is_missing(_at(module, name))}
         if moved:

@@ -3,18 +3,20 @@
 A program that offers many models imports them all at its top; one that is missing must not cost it the others. So a
 module or package of the table that is not there can be imported all the same, and what is there gets the names that
 0.24's packages offered. A class is the real one where its own module is built, else one that raises `NotBuiltError`
-when it is used. What is built comes first without a change here, and `tools/stubs.py` tells type checkers. Loads
-nothing.
+when it is used. What is built comes first without a change here, and `tools/stubs.py` tells type checkers. Modules of
+0.24 that are neither built nor moved say so when they are imported, as an ImportError. Loads nothing.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from pathlib import Path
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mflux.errors import NotBuiltError
@@ -123,14 +125,105 @@ CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "FIBO-VLM": {"FiboVLM": ("fibo_vlm.model.fibo_vlm", "fibo.vlm.fibo_vlm")},
 }
-# Module or package → the classes that it offers: each by the module that it stands in, and what it draws with.
+# What else programs import: module of 0.24 → the module here → names, the same in both.
+_PROGRAMS = "mflux.programs"
+MOVED: dict[str, dict[str, tuple[str, ...]]] = {
+    "mflux.callbacks.callback_manager": {f"{_PROGRAMS}.commands": ("CallbackManager",)},
+    "mflux.callbacks.generation_context": {"mflux.callbacks.callback_registry": ("GenerationContext",)},
+    "mflux.callbacks.instances.canny_saver": {f"{_PROGRAMS}.commands": ("CannyImageSaver",)},
+    "mflux.callbacks.instances.depth_saver": {f"{_PROGRAMS}.commands": ("DepthImageSaver",)},
+    "mflux.cli.check_model": {"mflux.cli.check": ("build_parser", "main")},
+    "mflux.cli.completions.install": {"mflux.cli.completions": ("main",)},
+    "mflux.cli.defaults.defaults": {
+        f"{_PROGRAMS}.defaults": (
+            "BATTERY_PERCENTAGE_STOP_LIMIT", "CONTROLNET_STRENGTH", "DEFAULT_DEPTH_GUIDANCE",
+            "DEFAULT_DEV_FILL_GUIDANCE", "DEFAULT_INFERENCE_STEPS", "DIMENSION_STEP_PIXELS", "GUIDANCE_SCALE",
+            "GUIDANCE_SCALE_KONTEXT", "HEIGHT", "IMAGE_STRENGTH", "MFLUX_CACHE_DIR", "MFLUX_LORA_CACHE_DIR",
+            "MODEL_INFERENCE_STEPS", "QUANTIZE_CHOICES", "UNION_CONTROLNET_STRENGTH", "WIDTH",
+            "canonical_model_choices", "model_choices", "model_inference_steps",
+        ),
+    },
+    "mflux.models.common.cli.info": {"mflux.cli.info": ("build_parser", "main")},
+    "mflux.models.common.cli.save": {"mflux.cli.save": ("build_parser", "main")},
+    "mflux.models.common.config": {"mflux.models.common.config.config": ("Config",)},
+    "mflux.models.common.schedulers.seedvr2_euler_scheduler": {
+        "mflux.models.common.schedulers": ("SeedVR2EulerScheduler",)
+    },
+    "mflux.models.common.vae": {f"{_PROGRAMS}.images": ("VAETiler",)},
+    "mflux.models.common.vae.vae_tiler": {f"{_PROGRAMS}.images": ("VAETiler",)},
+    "mflux.models.common.weights": {f"{_PROGRAMS}.weights": ("ComponentDefinition", "LoadedWeights", "WeightLoader")},
+    "mflux.models.common.weights.loading.loaded_weights": {f"{_PROGRAMS}.weights": ("LoadedWeights", "MetaData")},
+    "mflux.models.common.weights.loading.weight_definition": {
+        f"{_PROGRAMS}.weights": ("ComponentDefinition", "TokenizerDefinition")
+    },
+    "mflux.models.common.weights.loading.weight_loader": {f"{_PROGRAMS}.weights": ("WeightLoader",)},
+    "mflux.models.fibo_vlm.cli.fibo_inspire": {"mflux.models.fibo.cli.fibo_inspire": ("build_parser", "main")},
+    "mflux.models.fibo_vlm.cli.fibo_refine": {"mflux.models.fibo.cli.fibo_refine": ("build_parser", "main")},
+    "mflux.models.flux.variants.controlnet.controlnet_util": {f"{_PROGRAMS}.images": ("ControlnetUtil",)},
+    "mflux.models.flux.variants.in_context.utils.in_context_loras": {
+        f"{_PROGRAMS}.defaults": (
+            "IC_EDIT_LORA_FILENAME", "IC_EDIT_LORA_REPO_ID", "IC_EDIT_LORA_SCALE", "LORA_NAME_MAP", "LORA_REPO_ID",
+            "get_ic_edit_lora_path", "get_lora_path",
+        ),
+    },
+    "mflux.utils.apple_silicon": {f"{_PROGRAMS}.defaults": ("AppleSiliconUtil",)},
+    "mflux.utils.exif_orientation": {f"{_PROGRAMS}.images": ("open_oriented", "oriented_size")},
+    "mflux.utils.prompt_util": {f"{_PROGRAMS}.commands": ("PromptUtil",)},
+}  # fmt: skip
+# Where 0.24's tables of a family's weights stood: family → class, in the package and in a module of it.
+WEIGHTS = {
+    "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition", "flux2": "Flux2KleinWeightDefinition",
+    "qwen": "QwenWeightDefinition", "seedvr2": "SeedVR2WeightDefinition", "z_image": "ZImageWeightDefinition",
+}  # fmt: skip
+for _family, _name in WEIGHTS.items():
+    for _place in ("weights", f"weights.{_family}_weight_definition"):
+        MOVED[f"mflux.models.{_family}.{_place}"] = {f"{_PROGRAMS}.weights": (_name,)}
+
+# Module or package → the names that it offers: each by the module that it stands in, and what it draws with.
 OFFERED: dict[str, dict[str, tuple[str, str]]] = {}
 for _title, _classes in CLASSES.items():
     for _name, _places in _classes.items():
         for _place in _places:
             OFFERED.setdefault(f"mflux.models.{_place}", {})[_name] = f"mflux.models.{_places[-1]}", _title
+for _place, _modules in MOVED.items():
+    for _module, _names in _modules.items():
+        OFFERED.setdefault(_place, {}).update(dict.fromkeys(_names, (_module, "")))
 # These, and all that lies above them.
 _MODULES = {path.rsplit(".", depth)[0] for path in OFFERED for depth in range(path.count(".") - 1)} | OFFERED.keys()
+# A package in 0.24, of which nothing that lay below is here.
+_MORE_BELOW = "mflux.models.common.checking"
+_MODULES.add(_MORE_BELOW)
+
+# A command's module, which offers what 0.24's had beside `build_parser` and `main`.
+_COMMAND = re.compile(r"mflux\.models\.\w+\.cli\.\w+")
+# What of 0.24 is known by its path alone, below `mflux`, and is not here: what is not built yet, and what is made
+# otherwise.
+_NOT_YET = {
+    "training": r"models\.common\.(training|cli\.train)|models\.\w+\.training_adapter",
+    "PiD decoding": r"models\.common\.pid_decoder",
+    "a control of poses": r"models\.openpose",
+    "a control of soft edges": r"models\.hed",
+}
+_OTHERWISE = (
+    r"models\.common\.(cfg_end|checking|compute_precision|lora\.(layer|mapping)|resolution|step_cache|tokenizer"
+    r"|vae\.(block_decoder|vae_decode_options)|weights)|models\.common_models|release"
+    r"|models\.\w+\.(model|tokenizer|weights|\w+_initializer)"
+    r"|models\.\w+\.variants\.(\w+\.)?(util|utils|\w+_(concept|controlnet|helpers|rewriter|util))"
+    r"|callbacks\.callbacks|cli\.completions\.generator"
+    r"|utils\.(image_compare|info_util|logging_util|lora_library_util)"
+)
+_OF_A_FAMILY = re.compile(
+    r"models\.(\w+)\.(cli|latent_creator|model|reference|tokenizer|utils?|variants|weights|\w+_\w+)(\.|$)"
+)
+_HERE = Path(__file__).parent
+
+
+class NotHereError(NotBuiltError, ModuleNotFoundError):
+    """A module of mflux 0.24 that this version does not have; what can go on without it catches an ImportError."""
+
+    def __init__(self, message: str, *, name: str):
+        super().__init__(message)
+        self.name = name
 
 
 class _MissingAttribute(NotBuiltError, AttributeError):
@@ -162,8 +255,8 @@ def is_missing(thing: object) -> bool:
     return isinstance(thing, _NotBuilt)
 
 
-def _offered(owner: str, name: str) -> type:
-    """The class that a module of the table has under a name, the same one for all that offer it."""
+def _offered(owner: str, name: str) -> Any:
+    """What a module of the table has under a name, the same for all that offer it."""
     if name not in OFFERED.get(owner, ()):
         raise AttributeError(f"module {owner!r} has no attribute {name!r}")
     module, title = OFFERED[owner][name]
@@ -175,6 +268,35 @@ def _offered(owner: str, name: str) -> type:
 @cache
 def _not_built(module: str, name: str, title: str) -> type:
     return _NotBuilt(name, (), {"__module__": module, "_what": f"{name}: {title}"})
+
+
+def _offered_by_command(owner: str, name: str) -> Any:
+    """What 0.24's modules of commands had beside `build_parser` and `main`, made of ours."""
+    if not name.startswith("_"):
+        from mflux.programs.commands import offered
+
+        return offered(sys.modules[owner], name)
+    raise AttributeError(f"module {owner!r} has no attribute {name!r}")
+
+
+def _not_here(name: str) -> str | None:
+    """Why a module of 0.24 is not here; None of one that it does not have."""
+    path = name.removeprefix("mflux.")
+    for what, known in _NOT_YET.items():
+        if re.match(rf"({known})(\.|$)", path):
+            return f"{name}: {what} is not built yet in this version"
+    if found := _OF_A_FAMILY.match(path):
+        for title, classes in CLASSES.items():
+            first, *_, last = (*next(iter(classes.values())), *next(iter(classes.values())))
+            if first.partition(".")[0] == found[1] and not _is_family(last):
+                return f"{name}: {title} is not built yet in this version"
+    if re.match(rf"({_OTHERWISE})(\.|$)", path):
+        return f"{name} is a part of mflux 0.24 that this version is made without (docs/programs.md says what there is)"
+    return None
+
+
+def _is_family(place: str) -> bool:
+    return (_HERE / "models" / place.partition(".")[0] / "family.py").is_file()
 
 
 class _Loader(Loader):
@@ -189,6 +311,15 @@ class _Loader(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._real.create_module(spec) if self._real else None
 
+    def get_code(self, name: str) -> CodeType | None:
+        """For `python -m`: what moved runs where it is now."""
+        if self._real:
+            code: CodeType | None = self._real.get_code(name)
+            return code
+        if "main" not in OFFERED.get(name, ()):
+            return None
+        return compile(f"import sys\nfrom {OFFERED[name]['main'][0]} import main\nsys.exit(main())", name, "exec")
+
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         if self._real:
@@ -199,8 +330,13 @@ class _Loader(Loader):
         if name in OFFERED:
             vars(module)["__getattr__"] = partial(_offered, name)
             vars(module)["__dir__"] = lambda: sorted(vars(module).keys() | OFFERED[name].keys())
+        elif _COMMAND.fullmatch(name):
+            vars(module)["__getattr__"] = partial(_offered_by_command, name)
         if name in OFFERED and hasattr(module, "__path__"):
             vars(module).setdefault("__all__", sorted(OFFERED[name]))
+        if _has_more_below(name) and not hasattr(module, "__path__"):
+            # A package in 0.24, and one module here.
+            module.__path__ = []
 
 
 class _Finder:
@@ -208,15 +344,25 @@ class _Finder:
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in _MODULES:
+        ours = name in _MODULES or _COMMAND.fullmatch(name)
+        why = _not_here(name) if name.startswith("mflux.") and not ours else None
+        if not ours and why is None:
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not _Finder)
         spec = next(filter(None, others), None)
-        if spec is None:
-            below = any(module.startswith(f"{name}.") for module in _MODULES)
-            return ModuleSpec(name, _Loader(None), is_package=below)
-        spec.loader = _Loader(spec.loader)
-        return spec
+        if spec is not None:
+            if ours:
+                spec.loader = _Loader(spec.loader)
+            return spec
+        if name in _MODULES:
+            return ModuleSpec(name, _Loader(None), is_package=_has_more_below(name))
+        if why := why or _not_here(name):
+            raise NotHereError(why, name=name)
+        return None
+
+
+def _has_more_below(name: str) -> bool:
+    return name == _MORE_BELOW or any(module.startswith(f"{name}.") for module in _MODULES)
 
 
 def install() -> None:

@@ -55,12 +55,7 @@ class FolderOf024(PublishedFolder):
         if part in self.files:
             return super().tensors(part)
         folder, layout = self.root / part, self.layout
-        # Early versions wrote no index; their files are numbered.
-        numbered = sorted(
-            (path for path in folder.glob("*.safetensors") if path.stem.isdecimal()), key=lambda path: int(path.stem)
-        )
-        has_index = (folder / "model.safetensors.index.json").is_file()
-        tensors = FolderTensors(folder, None if has_index or not numbered else numbered)
+        tensors = self.as_stored(part)
         places = (layout.names.get(part) or by_patterns())(tensors) or {}
         zeros = {name: rows for name, rows in layout.zeros.items() if name not in places and rows in places}
         places |= {name: places[rows] for name, rows in zeros.items()}
@@ -73,6 +68,16 @@ class FolderOf024(PublishedFolder):
             return value if layout.reshape is None else layout.reshape(name, value)
 
         return Renamed(tensors, places, source=folder, square=layout.square, change=change)
+
+    def as_stored(self, part: str) -> FolderTensors:
+        """A component's tensors by the names that mflux 0.24 gave them, and as it laid them out."""
+        folder = self.root / part
+        # Early versions wrote no index; their files are numbered.
+        numbered = sorted(
+            (path for path in folder.glob("*.safetensors") if path.stem.isdecimal()), key=lambda path: int(path.stem)
+        )
+        has_index = (folder / "model.safetensors.index.json").is_file()
+        return FolderTensors(folder, None if has_index or not numbered else numbered)
 
     def lacking(self) -> dict[str, dict[str, Any]]:
         contents = {"model_index.json": self.layout.model_index, "scheduler/scheduler_config.json": self.scheduler()}

@@ -9,7 +9,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -20,7 +20,7 @@ from mflux.cli.parser.settle import NOT_BUILT_OPTIONS
 from mflux.cli.terminal import nearest, run, say
 from mflux.errors import UsageError
 
-SCHEMA = 1
+SCHEMA = SCHEMA_VERSION = 1
 FORMATS = ("json", "yaml", "markdown")
 _TYPES = {"Path": "path", "int | ScaleFactor": "int-or-scale"}
 
@@ -72,14 +72,13 @@ def describe(name: str) -> dict[str, Any]:
     module = importlib.import_module(COMMANDS[name].module)
     parser = module.build_parser()
     command = next((thing for thing in vars(module).values() if isinstance(thing, Generate)), None)
-    ignored = command.ignored if command else {}
     groups = {
         id(action): {"choice_group": number} | ({"choice_required": True} if group.required else {})
         for number, group in enumerate(parser._mutually_exclusive_groups)
         for action in group._group_actions
     }
     options = [
-        option(action, ignored) | groups.get(id(action), {})
+        option(action, command) | groups.get(id(action), {})
         for action in _actions(parser)
         if not {"--help", "--version"} & set(action.option_strings)
     ]
@@ -93,6 +92,24 @@ def describe(name: str) -> dict[str, Any]:
     return entry | ({"traits": traits(command, parser)} if command else {})
 
 
+# mflux 0.24's names, for programs.
+
+
+def discover_commands() -> list[tuple[str, str]]:
+    """Every command by its name, with its module."""
+    return sorted((command.prog, command.module) for command in COMMANDS.values())
+
+
+def describe_command(command: str, module_path: str | None = None) -> dict[str, Any]:
+    """One command, as `describe`; its module follows from its name."""
+    return describe(command.removeprefix("mflux-"))
+
+
+def build_capabilities() -> dict[str, Any]:
+    """All of them, as `capabilities`."""
+    return capabilities(list(COMMANDS))
+
+
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """A parser's options, and behind a choice of what to do, those of what is chosen."""
     for action in parser._actions:
@@ -103,12 +120,18 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
                 yield from (option for option in _actions(below) if not known & set(option.option_strings))
 
 
-def option(action: argparse.Action, ignored: Mapping[str, str]) -> dict[str, Any]:
+def option(action: argparse.Action, command: Generate | None = None) -> dict[str, Any]:
     """One option: its long name, type, default, whether it is honoured, and what else there is to say."""
     flags = action.option_strings or [action.dest]
     flag = next((flag for flag in flags if flag.startswith("--")), flags[0])
-    reason = NOT_BUILT_OPTIONS.get(action.dest) or ignored.get(action.dest)
-    status = "honored" if reason is None else "rejected" if action.dest in NOT_BUILT_OPTIONS else "ignored"
+    status, condition, reason = "honored", None, None
+    if reason := NOT_BUILT_OPTIONS.get(action.dest) or (command and command.rejected.get(action.dest)):
+        status = "rejected"
+    elif reason := command and command.ignored.get(action.dest):
+        status = "ignored"
+    elif command and action.dest in command.conditional:
+        status = "conditional"
+        condition, reason = command.conditional[action.dest]
     default = None if action.default is argparse.SUPPRESS else plain(action.default)
     record = {"flag": flag, "type": type_name(action), "parser_default": default, "status": status}
     more = {
@@ -117,6 +140,7 @@ def option(action: argparse.Action, ignored: Mapping[str, str]) -> dict[str, Any
         "required": action.required,
         "nargs": None if action.nargs in (None, 0) else str(action.nargs),
         "help": action.help,
+        "condition": condition,
         "reason": reason,
     }
     return record | {name: value for name, value in more.items() if value}
@@ -191,7 +215,10 @@ def markdown_lines(found: dict[str, Any]) -> Iterator[str]:
         yield from ("| option | type | default | status | notes |", "|---|---|---|---|---|")
         for entry in command["options"]:
             default = "" if entry["parser_default"] is None else repr(entry["parser_default"])
-            cells = (f"`{entry['flag']}`", entry["type"], default, entry["status"], entry.get("reason", ""))
+            notes = entry.get("reason", "")
+            if "condition" in entry:
+                notes = f"where {entry['condition']}: {notes}"
+            cells = (f"`{entry['flag']}`", entry["type"], default, entry["status"], notes)
             yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

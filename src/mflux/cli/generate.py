@@ -18,7 +18,7 @@ from mflux.cli.parser import groups, settle
 from mflux.cli.parser.parsers import MfluxParser, Said
 from mflux.cli.plan import Plan
 from mflux.errors import UsageError
-from mflux.models.common.family import STAGES, Command
+from mflux.models.common.family import STAGES, Command, load_object
 from mflux.utils import values
 from mflux.utils.scale_factor import ScaleFactor
 
@@ -55,6 +55,8 @@ class Generate:
         own_size: says of the options whether the class is to choose the size although there is a source image:
             `settle.is_auto` or `settle.is_untyped_auto`. None: never.
         ignored: destination → why the option is ignored; said as a warning where it is given.
+        rejected: destination → why the option is refused where it is given.
+        conditional: destination → when the option has an effect, and why not always; the class tells where it has none.
         check: the command's own checks of its options, before anything heavy: called with the options, who chose them
             and the model's configuration; may fill in what is not said, and raises `UsageError`.
         build: further arguments for the class.
@@ -79,6 +81,8 @@ class Generate:
     size_source: str = "image_path"
     own_size: Callable[[argparse.Namespace, Said], bool] | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    conditional: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     check: Callable[[argparse.Namespace, Said, ModelConfig], None] | None = None
     build: Callable[[argparse.Namespace], dict[str, Any]] | None = None
     draw: Callable[[argparse.Namespace], dict[str, Any]] | None = None
@@ -124,6 +128,7 @@ class Generate:
             elif action.dest == "width" and self.own_size is not None:
                 action.help = f"pixels, or 2x or auto of the source picture (default: {self.default_size})"
         parser.set_defaults(**self.defaults)
+        parser.settles = self.settle_for_plugin
         return parser
 
     def main(self, argv: Sequence[str] | None = None) -> int:
@@ -148,18 +153,7 @@ class Generate:
             UsageError: options make no sense, or not together.
             MfluxError: a source image, a prompt's file or a model's name is not what it should be.
         """
-        settle.refuse_what_is_not_built(args)
-        if "image" not in self.leave_out:
-            settle.settle_image(args, said)
-        if getattr(args, "config_from_metadata", None):
-            said = replay.take_settings(args, said)
-        if not said.was_set("scheduler"):
-            # The checkpoint's.
-            args.scheduler = None
-        if "lora" not in self.leave_out:
-            settle.settle_loras(args, said)
-        settle.settle_seeds(args, said)
-        settle.settle_paths(args, self.sources)
+        said = self._settle_options(args, said)
         config = self._check(args, said)
 
         # From here on it takes time; the imports alone are half a second.
@@ -178,6 +172,60 @@ class Generate:
             options=args,
             said=said,
         )
+
+    def _settle_options(self, args: argparse.Namespace, said: Said) -> Said:
+        """Give every option the value that it stands for."""
+        settle.refuse_what_is_not_built(args)
+        if "image" not in self.leave_out:
+            settle.settle_image(args, said)
+        if getattr(args, "config_from_metadata", None):
+            said = replay.take_settings(args, said)
+        if not said.was_set("scheduler"):
+            # The checkpoint's.
+            args.scheduler = None
+        if "lora" not in self.leave_out:
+            settle.settle_loras(args, said)
+        settle.settle_seeds(args, said)
+        settle.settle_paths(args, self.sources)
+        return said
+
+    # What a plugin does step by step, see `mflux.programs.commands`.
+
+    def settle_for_plugin(self, args: argparse.Namespace, said: Said) -> Said:
+        """As `settle`, without a plan; `model_path` is what mflux 0.24 had there."""
+        from mflux.models.common.config.model_config import is_builtin
+
+        said = self._settle_options(args, said)
+        self._check(args, said)
+        args.model_path = None if is_builtin(args.model) else args.model
+        return said
+
+    def load_for_plugin(self, args: argparse.Namespace, said: Said) -> Any:
+        """Open the model that settled options name."""
+        pipeline = load_object(self.command.pipeline)(**self._constructor(args, self._check(args, said)))
+        pipeline.vae_full_precision = getattr(args, "vae_full_precision", False)
+        return pipeline
+
+    def generate_for_plugin(
+        self, pipeline: Any, args: argparse.Namespace, said: Said, seed: int, words: str
+    ) -> GeneratedImage:
+        """Generate one image of settled options."""
+        width, height = self._size(args, said, self._check(args, said))
+        arguments = self._image(args, seed, width, height)
+        if "prompt" not in self.leave_out:
+            prompt = self._prompt(args, words)
+            arguments["prompt"] = prompt() if callable(prompt) else prompt
+        image: GeneratedImage = pipeline.generate_image(**arguments)
+        return image
+
+    def model_of(self, args: argparse.Namespace, said: Said) -> ModelConfig:
+        """The model that options name.
+
+        Raises:
+            UsageError: it is another command's, or the options make no sense together.
+            ModelConfigError: the name tells nothing.
+        """
+        return self._check(args, said)
 
     def write(self, plan: Plan) -> None:
         """Load the model, and write the images of a plan where its options say."""
@@ -277,6 +325,9 @@ class Generate:
         for name, why in self.ignored.items():
             if said.was_typed(name) and getattr(args, name) not in (None, ""):
                 log.warning("--%s is ignored: %s", name.replace("_", "-"), why)
+        for name, why in self.rejected.items():
+            if said.was_typed(name):
+                raise UsageError(why)
         config = ModelConfig.from_name(args.model, args.base_model)
         if args.steps is None:
             args.steps = config.default_steps or DEFAULT_STEPS

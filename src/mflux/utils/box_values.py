@@ -6,6 +6,10 @@ import re
 from dataclasses import dataclass
 
 
+class BoxValueError(ValueError):
+    """A padding makes no sense."""
+
+
 @dataclass
 class AbsoluteBoxValues:
     """Padding in pixels."""
@@ -26,15 +30,15 @@ class BoxValues:
     left: int | str = 0
 
     @staticmethod
-    def parse(text: str, delimiter: str = ",") -> BoxValues:
+    def parse(value: str, delimiter: str = ",") -> BoxValues:
         """Read "20", "10,20", "10,20,30" or "10,20,30,40%": top, right, bottom, left, missing ones as in CSS.
 
         Raises:
-            ValueError: not one to four whole numbers or percentages.
+            BoxValueError: not one to four whole numbers or percentages.
         """
-        values = [_value(part.strip()) for part in text.split(delimiter)]
+        values = [_value(part.strip()) for part in value.split(delimiter)]
         if len(values) > 4:
-            raise ValueError(f"{text!r} has {len(values)} values: a padding has one to four")
+            raise BoxValueError(f"{value!r} has {len(values)} values: a padding has one to four")
         top = values[0]
         right = values[1] if len(values) > 1 else top
         bottom = values[2] if len(values) > 2 else top
@@ -56,7 +60,7 @@ def _value(text: str) -> int | str:
         return int(text)
     if re.fullmatch(r"\d+(\.\d+)?%", text):
         return text
-    raise ValueError(f"{text!r} is neither a number of pixels nor a percentage")
+    raise BoxValueError(f"{text!r} is neither a number of pixels nor a percentage")
 
 
 def _pixels(value: int | str, side: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mflux.errors import InvalidBaseModel, MfluxError, ModelConfigError, OutputError, UsageError
 
 __all__ = [
+    "CommandExecutionError",
     "ImageSavingException",
     "InvalidBaseModel",
     "MFluxException",
@@ -12,6 +13,7 @@ __all__ = [
     "MetadataEmbedException",
     "ModelConfigError",
     "PromptFileReadError",
+    "ReferenceVsOutputImageError",
     "StopImageGenerationException",
     "StopTrainingException",
 ]
@@ -35,6 +37,14 @@ class StopImageGenerationException(MfluxError):
     def __init__(self, message: str, *, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class CommandExecutionError(MfluxError):
+    """A command that a program ran failed."""
+
+
+class ReferenceVsOutputImageError(MfluxError, AssertionError):
+    """An image is not the one that was expected."""
 
 
 class StopTrainingException(MfluxError):

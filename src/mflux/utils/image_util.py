@@ -28,7 +28,13 @@ _LANCZOS = PIL.Image.Resampling.LANCZOS
 
 
 class ImageUtil:
-    """mflux's helpers for pictures, at mflux's path."""
+    """mflux's helpers for pictures, at mflux's path.
+
+    Attributes:
+        embed_metadata_enabled: a program's way to have no image carry its settings, whoever saves it.
+    """
+
+    embed_metadata_enabled = True
 
     @staticmethod
     def resolve_output_path(path: str | Path, overwrite: bool = False) -> Path:
@@ -247,6 +253,16 @@ class ImageUtil:
             overwrite=overwrite,
             embed_metadata=embed_metadata,
         )
+
+    @staticmethod
+    def _denormalize(images: mx.array) -> mx.array:
+        """From -1 to 1 to 0 to 1, as mflux 0.24 has it."""
+        return mx.clip(images / 2 + 0.5, 0, 1)
+
+    @staticmethod
+    def _to_numpy(images: mx.array) -> np.ndarray:
+        """(B, C, H, W) → (B, H, W, C), float32, as mflux 0.24 has it."""
+        return np.array(images.astype(mx.float32)).transpose(0, 2, 3, 1)
 
 
 def _side_by_side(images: list[PIL.Image.Image]) -> PIL.Image.Image:

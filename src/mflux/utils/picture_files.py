@@ -361,11 +361,13 @@ def save_picture(
         OutputError: it cannot be written.
         UsageError: the name's ending stands for no picture format.
     """
+    from mflux.utils.image_util import ImageUtil
+
     path = check_output(path)
     picture_format = _format_of(path)
     settings = None if metadata is None else plain_settings(metadata)
     embedded = {}
-    if settings is not None and embed_metadata:
+    if settings is not None and embed_metadata and ImageUtil.embed_metadata_enabled:
         embedded = MetadataBuilder.save_arguments(settings, picture_format)
     colours = {}
     if (profile := image.info.get("icc_profile")) and picture_format in _PROFILED:

@@ -58,11 +58,15 @@ def test_what_an_option_does_is_what_the_command_says(described):
         assert ("traits" in entry) == (draws is not None)
         for option in entry["options"]:
             destination = option["flag"].removeprefix("--").replace("-", "_")
-            ignored = draws is not None and destination in draws.ignored
-            expected = "rejected" if destination in NOT_BUILT_OPTIONS else "ignored" if ignored else "honored"
+            expected = "honored"
+            for status in ("conditional", "ignored", "rejected"):
+                if draws is not None and destination in getattr(draws, status):
+                    expected = status
+            expected = "rejected" if destination in NOT_BUILT_OPTIONS else expected
+            assert (expected == "conditional") == ("condition" in option)
             assert option["status"] == expected and (expected == "honored") == ("reason" not in option)
             seen.add(expected)
-    assert seen == {"honored", "ignored", "rejected"}
+    assert seen == {"conditional", "honored", "ignored", "rejected"}
     generate = described["mflux-generate"]["traits"]
     assert generate["lora"] and generate["img2img"] and generate["metadata_config"] and not generate["controlnet"]
     groups = [option["choice_group"] for option in described["mflux-generate"]["options"] if "choice_group" in option]

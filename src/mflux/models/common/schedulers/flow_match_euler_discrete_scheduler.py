@@ -32,12 +32,36 @@ class FlowMatchEulerDiscreteScheduler(BaseScheduler):
             sigmas = stretch_to_terminal(sigmas, _TERMINAL)
         self._sigmas = mx.concatenate([sigmas, mx.zeros(1)])
 
+    # mflux 0.24's ways to another shift.
+
+    def set_image_seq_len(self, image_seq_len: int) -> None:
+        """Shift as for an image of so many tokens, as FLUX.2 does."""
+        self.set_mu(empirical_mu(image_seq_len, self.config.num_inference_steps))
+
+    def set_mu(self, mu: float) -> None:
+        """Shift by e^mu."""
+        self._sigmas = shifted_by(mu, self.config.num_inference_steps)
+
+    @staticmethod
+    def get_timesteps_and_sigmas(
+        image_seq_len: int, num_inference_steps: int, num_train_timesteps: int = _TRAIN_STEPS
+    ) -> tuple[mx.array, mx.array]:
+        """FLUX.2's timesteps (steps,) and sigmas (steps + 1,) for an image of so many tokens."""
+        sigmas = shifted_by(empirical_mu(image_seq_len, num_inference_steps), num_inference_steps)
+        return sigmas[:-1] * num_train_timesteps, sigmas
+
     @property
     def sigmas(self) -> mx.array:
         return self._sigmas
 
     def step(self, noise: mx.array, timestep: int, latents: mx.array, **_: Any) -> mx.array:
         return latents + (self._sigmas[timestep + 1] - self._sigmas[timestep]).astype(latents.dtype) * noise
+
+
+def shifted_by(mu: float, steps: int) -> mx.array:
+    """Evenly spaced noise levels, shifted by e^mu, and 0: (steps + 1,)."""
+    sigmas = mx.linspace(1.0, 1.0 / steps, steps, dtype=mx.float32)
+    return mx.concatenate([shift_exponentially(sigmas, mu), mx.zeros(1)])
 
 
 def empirical_mu(image_seq_len: int, steps: int) -> float:

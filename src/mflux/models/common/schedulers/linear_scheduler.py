@@ -48,6 +48,26 @@ class LinearScheduler(BaseScheduler):
     def step(self, noise: mx.array, timestep: int, latents: mx.array, **_: Any) -> mx.array:
         return latents + (self._sigmas[timestep + 1] - self._sigmas[timestep]).astype(latents.dtype) * noise
 
+    @staticmethod
+    def shift_sigmas(sigmas: mx.array, config: ScheduleSettings, *, use_terminal: bool = True) -> mx.array:
+        """Noise levels of one's own, (steps,), moved as far as a model wants it for the image's size: (steps + 1,).
+
+        Args:
+            use_terminal: whether they are stretched to the model's last noise level, if it has one.
+        """
+        model = config.model_config
+        shifted = shift_exponentially(sigmas, resolution_mu(model, config.image_seq_len))
+        if use_terminal and model.sigma_shift_terminal is not None:
+            shifted = stretch_to_terminal(shifted, model.sigma_shift_terminal)
+        return mx.concatenate([shifted, mx.zeros(1)])
+
+
+class SeedVR2EulerScheduler(LinearScheduler):
+    """Evenly spaced sigmas without a shift: mflux 0.24's for SeedVR2, which takes one step."""
+
+    def _get_sigmas(self) -> mx.array:
+        return mx.linspace(1.0, 0.0, self.config.num_inference_steps + 1, dtype=mx.float32)
+
 
 class LightningScheduler(LinearScheduler):
     """Evenly spaced sigmas with a shift of 3 whatever the size: what the few-step "Lightning" LoRAs of Qwen-Image were

@@ -16,6 +16,7 @@ COMMAND = Generate(
     default_model=None,
     default_size="1024; demo: 128; the source picture's, if there is one",
     ignored={"negative_prompt": "FLUX.1 has no negative branch"},
+    conditional={"guidance": ("the model takes guidance, as dev does", "schnell was made without")},
 )
 build_parser = COMMAND.build_parser
 

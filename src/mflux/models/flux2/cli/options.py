@@ -13,6 +13,13 @@ from mflux.utils.paths import user_path
 if TYPE_CHECKING:
     from mflux.models.common.config.model_config import ModelConfig
 
+REJECTED = {
+    "negative_prompt": "FLUX.2 has no negative prompt: leave --negative-prompt out, and describe what is to be seen"
+}
+CONDITIONAL = {
+    "guidance": ("the model is one of FLUX.2's base models", "the others were distilled, and have it already"),
+    "small_text_encoder": ("the model is a 4B one", "the others read another text encoder"),
+}
 # Prompt embeds of the 4B models, which are the ones the small text encoder can give.
 _OF_4B = 7680
 
@@ -43,8 +50,6 @@ def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     from mflux.models.common.config.model_config import key_of
     from mflux.models.flux2.distilled import is_distilled
 
-    if said.was_typed("negative_prompt"):
-        raise UsageError("FLUX.2 has no negative prompt: leave --negative-prompt out, and describe what is to be seen")
     # What the settings of another model's picture may have brought along.
     args.negative_prompt = ""
     if args.guidance not in (None, 1.0) and is_distilled(user_path(args.model), key_of(args.model, args.base_model)):

@@ -64,6 +64,10 @@ COMMAND = Generate(
     description="Draw with Z-Image from a prompt, or from a prompt and a picture.",
     defaults={"width": 1024, "height": 1024, "scheduler": _SCHEDULE},
     guidance=None,
+    conditional={
+        "guidance": ("the model takes guidance", "Z-Image-Turbo was made without"),
+        "negative_prompt": ("there is guidance", "without it the negative prompt has no part in the image"),
+    },
     add_options=add_options,
     build=build,
     check=check,

@@ -65,7 +65,7 @@ def decode(vae: Any, latents: mx.array, tiling: TilingConfig | None) -> mx.array
         return run(latents)
     scale = vae.spatial_scale
     tile = tiling.vae_decode_tile_size // scale
-    return _in_tiles(run, latents, tile, tiling.vae_decode_overlap, into=1, out=scale)
+    return in_tiles(run, latents, tile, tiling.vae_decode_overlap, into=1, out=scale)
 
 
 def encode(vae: Any, image: mx.array, tiling: TilingConfig | None) -> mx.array:
@@ -75,7 +75,7 @@ def encode(vae: Any, image: mx.array, tiling: TilingConfig | None) -> mx.array:
         return run(image)
     scale = vae.spatial_scale
     tile, overlap = tiling.vae_encode_tile_size // scale, tiling.vae_encode_tile_overlap // scale
-    return _in_tiles(run, image, tile, overlap, into=scale, out=1)
+    return in_tiles(run, image, tile, overlap, into=scale, out=1)
 
 
 def _in_its_dtype(vae: Any, run: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
@@ -90,7 +90,7 @@ def _in_its_dtype(vae: Any, run: Callable[[mx.array], mx.array]) -> Callable[[mx
     return lambda x: run(x.astype(dtype)).astype(x.dtype)
 
 
-def _in_tiles(
+def in_tiles(
     run: Callable[[mx.array], mx.array], x: mx.array, tile: int, overlap: int, *, into: int, out: int
 ) -> mx.array:
     """Tile by tile; sizes are in latents, each of which is `into` entries of a side of `x` and `out` of the result."""
