@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from support.tiny_models import EVERY_TINY
+from mflux.callbacks.callback_manager import CallbackManager
+from mflux.utils.prompt_util import PromptUtil
+from support.tiny_models import EVERY_TINY, SIZE, pixels
 
 from mflux.backend import mx, nn
+from mflux.cli.commands import COMMANDS
+from mflux.cli.parser.parsers import CommandLineParser
 from mflux.errors import MfluxError, UsageError
 from mflux.models.common.replaced import ReplacedError
 from mflux.utils.exceptions import StopImageGenerationException
@@ -56,7 +65,8 @@ class Watch:
 
 
 def family_of(model) -> str:
-    return type(model).__module__.split(".")[2]
+    cls = model if isinstance(model, type) else type(model)
+    return cls.__module__.split(".")[2]
 
 
 @EVERY_TINY
@@ -224,3 +234,75 @@ def test_an_object_put_together_of_another_s_parts(tiny):
     made.transformer = None
     with pytest.raises(MfluxError, match="put together without a transformer"):
         tiny.generate(made)
+
+
+# ---- plugins: a command of their own, made of the steps of one of ours
+
+
+def words_of(tiny) -> list[str]:
+    case = tiny.case
+    model = ("--model", tiny.folder(), "--base-model", case.base_model)
+    return [str(word) for word in (*model, *case.words, "--prompt", case.prompt, "--steps", 2, *SIZE)]
+
+
+@EVERY_TINY
+def test_a_plugin_s_command(tiny, monkeypatch, capsys):
+    """As mflux-teacache does it: 0.24's parser with a group of its own, its steps, its callbacks, its saving."""
+    module = importlib.import_module(COMMANDS[tiny.case.command].module)
+    steps = [name for name in STEPS if hasattr(module, name)]
+    if family_of(tiny.case.pipeline_class()) not in ("z_image", "qwen"):
+        assert not steps
+        pytest.skip("mflux 0.24 had these steps for Z-Image and Qwen-Image")
+    (name,) = steps
+    command = getattr(module, name)
+    assert getattr(module, name) is command and command.__name__ == name
+    assert module.COMMAND.default_model == module.DEFAULT_MODEL
+    assert {module.DEFAULT_MODEL, *module.FAMILY_MODELS} == set(module.COMMAND.models)
+    assert not hasattr(module, "SomeOtherCommand") and not hasattr(module, "OPTIONS")
+
+    parser = module.build_parser()
+    assert isinstance(parser, CommandLineParser)
+    parser.add_argument_group("TeaCache").add_argument("--threshold", type=float, default=None)
+    words = [*words_of(tiny), "--threshold", "0.5", "--seed", "1", "2", "--stepwise-image-output-dir", "steps"]
+    monkeypatch.setattr(sys, "argv", ["mflux-generate-teacache", *words])
+    args = parser.parse_args()
+    assert (args.threshold, args.seed, args.steps) == (0.5, [1, 2], 2)
+    assert args.model_path == args.model == str(tiny.folder())
+    assert CommandLineParser._option_was_provided("--threshold") and not CommandLineParser._option_was_provided("-q")
+    with pytest.warns(UserWarning, match="--threshold is ignored: why"):
+        CommandLineParser.warn_ignored_options({"--threshold": "why", "--quantize": "not said"})
+
+    config = command.validate(args)
+    assert type(config).__name__ == "ModelConfig"
+    model = command.load(args)
+    assert type(model) is tiny.case.pipeline_class() and command.latent_creator is model.latent_creator
+    memory = CallbackManager.register_callbacks(args=args, model=model, latent_creator=command.latent_creator)
+    assert memory is None
+    for seed in args.seed:
+        image = command.generate(model, args, seed, PromptUtil.read_prompt(args))
+        image.save(path=args.output.format(seed=seed), export_json_metadata=args.metadata)
+    assert sorted(path.name for path in Path("steps").iterdir())
+    assert np.array_equal(pixels(Path("image_seed_1.png")), pixels(tiny.draw("--seed", 1, "--output", "own.png")))
+    assert not np.array_equal(pixels(Path("image_seed_2.png")), pixels(Path("own.png")))
+
+    # By hand, as a program without a command line makes them: what it leaves out has its default.
+    bare = argparse.Namespace(**{name: getattr(args, name) for name in OTHER if hasattr(args, name)})
+    for made in (bare, argparse.Namespace(**vars(bare), scheduler=parser.get_default("scheduler"))):
+        again = command.generate(command.load(made), made, 1, tiny.case.prompt)
+        assert np.array_equal(np.asarray(again.image), pixels(Path("own.png")))
+
+    # What is wrong ends its process as argparse does, and no traceback is seen.
+    capsys.readouterr()
+    for wrong in (["--steps", "0"], ["--bogus"], ["--model", "flux2-klein-4b"], ["--auto-seeds", "1"]):
+        monkeypatch.setattr(sys, "argv", ["x", *words, *wrong])
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args()
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.count("error: ") == 1
+    with pytest.raises(SystemExit) as ended:
+        parser.error("--threshold must be at most 1")
+    assert ended.value.code == 2 and "error: --threshold must be at most 1" in capsys.readouterr().err
+
+
+STEPS = ("QwenImageCommand", "QwenImageEditCommand", "ZImageCommand", "ZImageTurboCommand")
+OTHER = ("model", "base_model", "prompt", "steps", "image_paths", "width", "height", "guidance", "negative_prompt")

@@ -7,6 +7,7 @@ each seed `generate`, and registers callbacks and saves in between.
 from __future__ import annotations
 
 import argparse
+from argparse import SUPPRESS
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mflux.cli.generate import Generate
 from mflux.cli.parser import groups, settle
-from mflux.cli.parser.parsers import MfluxParser, Options, Said
+from mflux.cli.parser.parsers import MfluxParser, Options, Said, default_of
 from mflux.cli.parser.settle import NOT_BUILT_OPTIONS
 from mflux.models.common.family import load_object
 
@@ -54,26 +55,32 @@ class CommandSteps:
             UsageError: it is another command's, or the options make no sense together.
             ModelConfigError: the name tells nothing.
         """
-        return cls.command.model_of(args, cls._said(args))
+        return cls.command.model_of(*cls._settled(args))
 
     @classmethod
     def load(cls, args: argparse.Namespace) -> Pipeline:
         """Open the model; its components are read when they are needed."""
-        pipeline: Pipeline = cls.command.load_for_plugin(args, cls._said(args))
+        pipeline: Pipeline = cls.command.load_for_plugin(*cls._settled(args))
         return pipeline
 
     @classmethod
     def generate(cls, model: Pipeline, args: argparse.Namespace, seed: int, prompt: str) -> GeneratedImage:
         """Generate one image."""
-        return cls.command.generate_for_plugin(model, args, cls._said(args), seed, prompt)
+        return cls.command.generate_for_plugin(model, *cls._settled(args), seed, prompt)
 
     @classmethod
-    def _said(cls, args: argparse.Namespace) -> Said:
+    def _settled(cls, args: argparse.Namespace) -> tuple[argparse.Namespace, Said]:
+        """Options and who chose them. Of those that were not parsed, what is not as nobody chose it was chosen."""
         if isinstance(args, Options):
-            return args.said
-        # Made by hand: what is not as nobody chose it was chosen.
+            return args, args.said
         parser = cls.command.build_parser()
-        return Said(frozenset(name for name, value in vars(args).items() if value != parser.get_default(name)))
+        defaults = {action.dest: default_of(action) for action in parser._actions if action.default is not SUPPRESS}
+        said = Said(frozenset(name for name, value in vars(args).items() if value != defaults.get(name)))
+        whole = argparse.Namespace(**defaults | vars(args))
+        if not said.was_set("scheduler"):
+            # The checkpoint's.
+            whole.scheduler = None
+        return whole, said
 
 
 def offered(module: ModuleType, name: str) -> Any:
