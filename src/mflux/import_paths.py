@@ -194,8 +194,6 @@ _MODULES = {path.rsplit(".", depth)[0] for path in OFFERED for depth in range(pa
 _MORE_BELOW = "mflux.models.common.checking"
 _MODULES.add(_MORE_BELOW)
 
-# A command's module, which offers what 0.24's had beside `build_parser` and `main`.
-_COMMAND = re.compile(r"mflux\.models\.\w+\.cli\.\w+")
 # What of 0.24 is known by its path alone, below `mflux`, and is not here: what is not built yet, and what is made
 # otherwise.
 _NOT_YET = {
@@ -212,9 +210,7 @@ _OTHERWISE = (
     r"|callbacks\.callbacks|cli\.completions\.generator"
     r"|utils\.(image_compare|info_util|logging_util|lora_library_util)"
 )
-_OF_A_FAMILY = re.compile(
-    r"models\.(\w+)\.(cli|latent_creator|model|reference|tokenizer|utils?|variants|weights|\w+_\w+)(\.|$)"
-)
+_OF_A_FAMILY = r"models\.(\w+)\.(cli|latent_creator|model|reference|tokenizer|utils?|variants|weights|\w+_\w+)(\.|$)"
 _HERE = Path(__file__).parent
 
 
@@ -285,7 +281,7 @@ def _not_here(name: str) -> str | None:
     for what, known in _NOT_YET.items():
         if re.match(rf"({known})(\.|$)", path):
             return f"{name}: {what} is not built yet in this version"
-    if found := _OF_A_FAMILY.match(path):
+    if found := re.match(_OF_A_FAMILY, path):
         for title, classes in CLASSES.items():
             first, *_, last = (*next(iter(classes.values())), *next(iter(classes.values())))
             if first.partition(".")[0] == found[1] and not _is_family(last):
@@ -330,7 +326,7 @@ class _Loader(Loader):
         if name in OFFERED:
             vars(module)["__getattr__"] = partial(_offered, name)
             vars(module)["__dir__"] = lambda: sorted(vars(module).keys() | OFFERED[name].keys())
-        elif _COMMAND.fullmatch(name):
+        elif _is_command(name):
             vars(module)["__getattr__"] = partial(_offered_by_command, name)
         if name in OFFERED and hasattr(module, "__path__"):
             vars(module).setdefault("__all__", sorted(OFFERED[name]))
@@ -344,21 +340,33 @@ class _Finder:
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        ours = name in _MODULES or _COMMAND.fullmatch(name)
-        why = _not_here(name) if name.startswith("mflux.") and not ours else None
-        if not ours and why is None:
+        if name not in _MODULES and not _is_command(name):
             return None
-        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not _Finder)
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder not in (_Finder, _Last))
         spec = next(filter(None, others), None)
         if spec is not None:
-            if ours:
-                spec.loader = _Loader(spec.loader)
-            return spec
-        if name in _MODULES:
-            return ModuleSpec(name, _Loader(None), is_package=_has_more_below(name))
-        if why := why or _not_here(name):
+            spec.loader = _Loader(spec.loader)
+        elif name in _MODULES:
+            spec = ModuleSpec(name, _Loader(None), is_package=_has_more_below(name))
+        return spec
+
+
+class _Last:
+    """Stands last among Python's finders, where nobody has a module, and says why of those that 0.24 had."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
+        """
+        Raises:
+            NotHereError: 0.24 had it.
+        """
+        if name.startswith("mflux.") and (why := _not_here(name)):
             raise NotHereError(why, name=name)
-        return None
+
+
+def _is_command(name: str) -> bool:
+    """Whether it is a command's module of a family, which offers what 0.24's had beside `build_parser` and `main`."""
+    return name.startswith("mflux.models.") and name.count(".") == 4 and name.split(".")[3] == "cli"
 
 
 def _has_more_below(name: str) -> bool:
@@ -369,3 +377,4 @@ def install() -> None:
     """Have Python ask here."""
     if _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)
+        sys.meta_path.append(_Last)

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -23,11 +24,13 @@ import pytest
 from mflux import import_paths
 from mflux.cli.commands import COMMANDS, NOT_BUILT
 from mflux.errors import NotBuiltError
+from mflux.models.common.family import families
 
 ROOT = Path(__file__).parents[3]
 SURFACE = ROOT / "tests" / "data" / "surface"
 CLASSES = json.loads((SURFACE / "python.json").read_text())
 OPTIONS = json.loads((SURFACE / "cli.json").read_text())
+MODULES = json.loads((SURFACE / "modules.json").read_text())
 # Where 0.24 had classes, and what each draws with.
 TITLES = json.loads((SURFACE / "paths.json").read_text())
 PATHS = sorted(CLASSES.keys() | TITLES.keys())
@@ -160,10 +163,126 @@ def test_a_class_is_one_thing_at_all_its_paths():
     assert {name: things for name, things in found.items() if len(things) > 1} == {}
 
 
+TOLD = (
+    r": [\w .-]+ is not built yet in this version",
+    r" is a part of mflux 0\.24 that this version is made without \(docs/programs\.md says what there is\)",
+)
+
+
+def test_every_module_of_0_24_is_there_or_says_why_not():
+    """Programs import many in one go, some of them inside `try`: each that is not here is an ImportError with one line
+    that says so, however the program gets at it."""
+    there = set()
+    for name in MODULES:
+        try:
+            assert importlib.import_module(name).__name__ == name
+            there.add(name)
+        except import_paths.NotHereError as error:
+            assert isinstance(error, ModuleNotFoundError) and error.name is not None
+            told = str(error)
+            # Of what lies below a package that is not here, Python asks for that first.
+            assert name == error.name or name.startswith(f"{error.name}."), name
+            assert re.fullmatch(rf"mflux\.[\w.]+({'|'.join(TOLD)})", told), told
+            with pytest.raises(ModuleNotFoundError, match=re.escape(told)):
+                importlib.util.find_spec(name)
+    assert len(MODULES) == 1030 and 250 < len(there) < 400
+    # A family that is built is one that is there: what it lacks is made otherwise, and never "not built yet".
+    for name in {*MODULES} - there:
+        parts = name.split(".")
+        if parts[1] == "models" and parts[2] in families() and "training" not in name:
+            with pytest.raises(ImportError, match="made without"):
+                importlib.import_module(name)
+
+
+# What public programs were seen to import, beside classes that generate.
+IMPORTED = """
+mflux.callbacks.callback_manager CallbackManager
+mflux.callbacks.generation_context GenerationContext
+mflux.callbacks.instances.canny_saver CannyImageSaver
+mflux.callbacks.instances.depth_saver DepthImageSaver
+mflux.cli.capabilities SCHEMA_VERSION build_capabilities describe_command discover_commands
+mflux.cli.check_model build_parser main
+mflux.cli.completions.install main
+mflux.cli.defaults.defaults IMAGE_STRENGTH MODEL_INFERENCE_STEPS QUANTIZE_CHOICES model_choices
+mflux.cli.parser.parsers CommandLineParser
+mflux.models.common.cli.info main
+mflux.models.common.cli.save main
+mflux.models.common.config Config ModelConfig
+mflux.models.common.schedulers InvalidSchedulerType SchedulerClassNotFound SchedulerModuleNotFound
+mflux.models.common.schedulers SeedVR2EulerScheduler try_import_external_scheduler
+mflux.models.common.vae TilingConfig VAETiler
+mflux.models.common.weights.loading.weight_definition ComponentDefinition
+mflux.models.common.weights.loading.weight_loader WeightLoader
+mflux.models.flux.variants.controlnet.controlnet_util ControlnetUtil
+mflux.models.flux.variants.in_context.utils.in_context_loras LORA_NAME_MAP LORA_REPO_ID get_lora_path
+mflux.models.flux.weights.flux_weight_definition FluxWeightDefinition
+mflux.models.flux2.weights.flux2_weight_definition Flux2KleinWeightDefinition
+mflux.models.qwen.weights.qwen_weight_definition QwenWeightDefinition
+mflux.models.z_image.weights.z_image_weight_definition ZImageWeightDefinition
+mflux.utils.apple_silicon AppleSiliconUtil
+mflux.utils.box_values BoxValueError
+mflux.utils.exceptions CommandExecutionError ReferenceVsOutputImageError
+mflux.utils.exif_orientation open_oriented oriented_size
+mflux.utils.prompt_util PromptUtil
+"""
+
+
+@pytest.mark.parametrize("line", IMPORTED.split("\n")[1:-1])
+def test_what_programs_import_is_there(line):
+    """First thing in a process, and by `getattr` as by `import`."""
+    module, *names = line.split()
+    code = f"""
+import importlib
+module = importlib.import_module({module!r})
+for name in {names!r}:
+    there = getattr(module, name)
+    exec(f"from {module} import {{name}} as again")
+    assert again is there and name in dir(module), name
+assert not hasattr(module, "something_else")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("owner", sorted(import_paths.MOVED))
+def test_what_moved_stands_where_the_table_says(owner):
+    for module, names in import_paths.MOVED[owner].items():
+        for name in names:
+            assert getattr(importlib.import_module(owner), name) is getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        ("mflux.cli.check_model", "usage: mflux-check "),
+        ("mflux.cli.completions", "usage: mflux-completions "),
+        ("mflux.cli.completions.install", "usage: mflux-completions "),
+        ("mflux.models.common.cli.info", "usage: mflux-info "),
+        ("mflux.models.common.cli.save", "usage: mflux-save "),
+        ("mflux.models.fibo_vlm.cli.fibo_inspire", "usage: mflux-inspire-fibo "),
+        ("mflux.models.z_image.cli.z_image_generate", "usage: mflux-generate-z-image "),
+    ],
+)
+def test_modules_of_0_24_s_commands_run(module, told):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(told)
+
+
+def test_training_is_told_where_programs_look_for_it():
+    """There is no script that only refuses: what asks `which` for mflux-train is told what is true."""
+    words = [sys.executable, "-m", "mflux.models.common.cli.train", "--config", "a.json"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1 and "training is not built yet in this version" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "statement",
     [
         "import mflux.models.seedvr3",
+        "import mflux.models.flux.nothing",
+        "import mflux.utils.nothing",
+        "from mflux.cli.defaults.defaults import NOTHING",
+        "from mflux.models.z_image.cli.z_image_generate import QwenImageCommand",
         "import mflux.models.krea2.nothing",
         "from mflux.models.krea2 import Krea3",
         "from mflux.models.flux.variants.txt2img.flux import QwenImage",

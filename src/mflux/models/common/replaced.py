@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mflux.backend import mx
 from mflux.errors import MfluxError, UsageError
+from mflux.text import shown
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -56,8 +57,8 @@ def called(what: str, call: Callable[P, R]) -> Callable[P, R]:
             raise
         except (AttributeError, TypeError) as error:
             raise ReplacedError(
-                f"what a program put in the place of {what} fails ({type(error).__name__}: {error}): it is called as "
-                "in mflux 0.24, and finds none of its layers (docs/programs.md says what there is)"
+                f"what a program put in the place of {what} fails ({type(error).__name__}: {shown(error, 200)}): it is "
+                "called as in mflux 0.24, whose layers are not here (docs/programs.md says what is)"
             ) from error
 
     return careful
