@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mflux.models.common.weights.loading.weight_loader import WeightLoader
+from mflux.models.flux.weights.flux_weight_definition import FluxWeightDefinition
 from support.saved_024 import write_source
 
 from mflux.backend import mx, tree_flatten
@@ -73,6 +75,17 @@ def test_the_archive_is_what_the_tool_describes(saved):
             assert index["metadata"]["quantization_level"] == (root.name[1:] if root.name != "whole" else "None")
         names = FolderTensors(root / "text_encoder_2")
         assert "t5_blocks.1.attention.SelfAttention.relative_attention_bias.weight" in names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_that_reads_weights_gets_them_as_0_24_did(saved, name):
+    """Names of old exports are what a server looks for, before it loads a model."""
+    part = next(part for part in FluxWeightDefinition.get_components() if part.name == "t5_encoder")
+    loaded = WeightLoader.load_single_local(component=part, root_path=saved / name)
+    assert loaded.meta_data.quantization_level == bits_of(name)
+    names = dict(tree_flatten(loaded.components["t5_encoder"])).keys()
+    assert names == set(FolderTensors(saved / name / "text_encoder_2"))
+    assert "t5_blocks.1.attention.SelfAttention.relative_attention_bias.weight" in names
 
 
 @pytest.mark.parametrize("part", PARTS)

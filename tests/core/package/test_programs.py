@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
+from mflux.callbacks.instances.canny_saver import CannyImageSaver
+from mflux.callbacks.instances.depth_saver import DepthImageSaver
+from mflux.cli.defaults import defaults
+from mflux.models.common.weights.loading.weight_loader import WeightLoader
+from mflux.models.flux.variants.controlnet.controlnet_util import ControlnetUtil
+from mflux.models.flux.variants.in_context.utils.in_context_loras import LORA_NAME_MAP, LORA_REPO_ID, get_lora_path
+from mflux.models.flux.weights.flux_weight_definition import FluxWeightDefinition
+from mflux.utils.apple_silicon import AppleSiliconUtil
 
-from mflux.backend import mx
+from mflux.backend import mx, tree_flatten
 from mflux.callbacks.instances.memory_saver import MemorySaver
-from mflux.models.common.config import ModelConfig
+from mflux.checkpoints.loading import FolderTensors
+from mflux.errors import CheckpointError, UsageError
+from mflux.models.common.config import Config, ModelConfig
 from mflux.models.common.latent_creator.latent_creator import Img2Img, LatentCreator
-from mflux.models.common.schedulers import SCHEDULER_REGISTRY, register_contrib
+from mflux.models.common.lora.styles import STYLES
+from mflux.models.common.schedulers import (
+    SCHEDULER_REGISTRY,
+    FlowMatchEulerDiscreteScheduler,
+    InvalidSchedulerType,
+    SchedulerClassNotFound,
+    SchedulerModuleNotFound,
+    SeedVR2EulerScheduler,
+    register_contrib,
+    scheduler_class,
+    try_import_external_scheduler,
+)
 from mflux.models.common.schedulers.linear_scheduler import LinearScheduler
+from mflux.models.common.vae import VAETiler
 from mflux.models.common.vae.tiling_config import TilingConfig
 from mflux.models.common.vae.vae_util import VAEUtil
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.variants.txt2img.flux import Flux1
+from mflux.models.flux2.latent_creator import Flux2LatentCreator
+from mflux.models.z_image.cli import z_image_generate
+from mflux.utils.box_values import BoxValueError, BoxValues
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.image_util import ImageUtil
+from mflux.utils.metadata_reader import MetadataReader
 
 PICTURE = {"seed": 3, "prompt": "a red circle", "num_inference_steps": 3, "height": 32, "width": 48}
 
@@ -235,6 +263,217 @@ def test_previews_and_masks_from_the_pieces(flux, tmp_path):
     np.testing.assert_allclose(np.array(latents), np.array(0.25 * clean + 0.75 * noise), atol=1e-5)
     source.image_path = None
     assert mx.array_equal(LatentCreator.create_for_txt2img_or_img2img(5, height, width, source), noise)
+
+
+# ---- weights, as they are stored
+
+
+def flat(tree) -> dict[str, mx.array]:
+    return dict(tree_flatten(tree))
+
+
+@pytest.mark.parametrize("quantize", [None, 8])
+def test_a_component_s_tensors_without_a_model(flux, tiny_schnell, tmp_path, quantize):
+    """A server looks for names that old exports had before it loads; nothing is read for that."""
+    root = tiny_schnell
+    if quantize is not None:
+        root = tmp_path / "saved"
+        load(tiny_schnell, quantize=quantize).save_model(str(root))
+    names = {part.name: part for part in FluxWeightDefinition.get_components()}
+    assert list(names) == ["clip_encoder", "t5_encoder", "transformer", "vae"]
+    assert (names["t5_encoder"].hf_subdir, names["t5_encoder"].model_attr) == ("text_encoder_2", "t5_text_encoder")
+    loaded = WeightLoader.load_single_local(names["transformer"], Path(root))
+    assert list(loaded.components) == ["transformer"] and loaded.transformer is loaded.components["transformer"]
+    assert loaded.meta_data.quantization_level == quantize and loaded.vae is None
+    stored = FolderTensors(root / "transformer")
+    assert flat(loaded.transformer).keys() == set(stored)
+    assert all(mx.array_equal(value, stored[name]) for name, value in flat(loaded.transformer).items())
+    config = flux.transformer.config
+    assert loaded.num_transformer_blocks() == config.num_layers
+    assert loaded.num_single_transformer_blocks() == config.num_single_layers
+
+    whole = WeightLoader.load(weight_definition=FluxWeightDefinition, model_path=str(root))
+    assert whole.components.keys() == names.keys() and whole.meta_data.quantization_level == quantize
+    assert flat(whole.vae).keys() == set(FolderTensors(root / "vae"))
+
+
+def test_weights_that_are_not_there(tmp_path):
+    part = FluxWeightDefinition.get_components()[0]
+    with pytest.raises(CheckpointError, match="holds no text_encoder"):
+        WeightLoader.load_single_local(part, tmp_path)
+    with pytest.raises(UsageError, match="needs model_path"):
+        WeightLoader.load(FluxWeightDefinition)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "tokenizers"),
+    [
+        ("flux", "FluxWeightDefinition", {"clip": "tokenizer", "t5": "tokenizer_2"}),
+        ("flux2", "Flux2KleinWeightDefinition", {"qwen3": "tokenizer"}),
+        ("qwen", "QwenWeightDefinition", {"qwen": "tokenizer"}),
+        ("z_image", "ZImageWeightDefinition", {"z_image": "tokenizer"}),
+        ("fibo", "FIBOWeightDefinition", {"fibo": "tokenizer"}),
+        ("seedvr2", "SeedVR2WeightDefinition", {}),
+    ],
+)
+def test_what_a_family_is_made_of(module, name, tokenizers):
+    definition = getattr(importlib.import_module(f"mflux.models.{module}.weights.{module}_weight_definition"), name)
+    names = {part.name for part in definition.get_components()}
+    assert {"transformer", "vae"} <= names
+    assert {one.name: one.hf_subdir for one in definition.get_tokenizers()} == tokenizers
+    assert "vae/*.safetensors" in definition.get_download_patterns()
+
+
+# ---- small things at their names
+
+
+def test_in_context_loras():
+    assert get_lora_path("storyboard") == "ali-vilab/In-Context-LoRA:film-storyboard.safetensors"
+    assert {style: f"{LORA_REPO_ID}:{file}" for style, file in LORA_NAME_MAP.items()} == {
+        style: get_lora_path(style) for style in STYLES
+    }
+    with pytest.raises(ValueError, match="there is no style 'comic': there are couple, font"):
+        get_lora_path("comic")
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        (("schnell",), 4), (("klein-4b",), 4), (("black-forest-labs/FLUX.1-dev",), 25), (("a-name", "schnell"), 4),
+        (("a-name", None, "z-image"), 50), (("a-name",), 25), ((None,), 25),
+    ],
+)  # fmt: skip
+def test_steps_where_nobody_says_them(asked, steps):
+    assert defaults.model_inference_steps(*asked) == steps
+
+
+def test_defaults_are_those_of_the_options():
+    parser = z_image_generate.build_parser()
+    assert parser.get_default("image_strength") == defaults.IMAGE_STRENGTH
+    assert parser.get_default("battery_percentage_stop_limit") == defaults.BATTERY_PERCENTAGE_STOP_LIMIT
+    assert sorted(defaults.QUANTIZE_CHOICES) == sorted(parser._option_string_actions["--quantize"].choices)
+    assert {"schnell", "flux2-klein-4b"} <= set(defaults.canonical_model_choices()) < set(defaults.model_choices())
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "chip", "is_old"),
+    [
+        ("Darwin", "arm64", "Apple M1", True), ("Darwin", "arm64", "Apple M2 Pro", True),
+        ("Darwin", "arm64", "Apple M2 Max", False), ("Darwin", "arm64", "Apple M4", False),
+        ("Darwin", "x86_64", "Intel", False), ("Linux", "aarch64", "Apple M1", False), ("Darwin", "arm64", None, False),
+    ],
+)  # fmt: skip
+def test_whether_a_chip_is_an_old_one(monkeypatch, system, machine, chip, is_old):
+    def sysctl(*_, **__):
+        if chip is None:
+            raise OSError("no sysctl")
+        return subprocess.CompletedProcess([], 0, stdout=chip + "\n")
+
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(subprocess, "run", sysctl)
+    assert AppleSiliconUtil.is_m1_or_m2.__wrapped__() is is_old
+
+
+def test_images_for_a_controlnet(flux, tmp_path):
+    image = PIL.Image.new("RGB", (60, 40), "white")
+    image.paste("black", (20, 10, 40, 30))
+    image.save(tmp_path / "a.png")
+    edges = ControlnetUtil._preprocess_canny(ControlnetUtil._scale_image(32, 48, image))
+    assert edges.size == (48, 32) and edges.mode == "RGB" and set(np.unique(np.asarray(edges))) == {0, 255}
+    for is_canny in (False, True):
+        latents, shown = ControlnetUtil.encode_image(flux.vae, 32, 48, tmp_path / "a.png", is_canny)
+        assert latents.shape == (1, 6, 64) and shown.size == (48, 32)
+
+
+def test_tiles_of_a_program_s_own_autoencoder():
+    """One that sees each latent alone, so that tiles must not show at all."""
+    image = mx.random.normal((1, 3, 96, 160), key=mx.random.key(0))
+    sizes = []
+
+    def encode(part):
+        sizes.append(part.shape[2:])
+        return part.reshape(1, 3, 1, part.shape[3] // 8, 8, part.shape[4] // 8, 8).mean(axis=(4, 6))
+
+    def decode(part):
+        sizes.append(part.shape[2:])
+        return mx.repeat(mx.repeat(part, 8, axis=3), 8, axis=4)
+
+    tiles = {"tile_size": (64, 64), "tile_overlap": (16, 16)}
+    latents = VAETiler.encode_image_tiled(image=image, encode_fn=encode, latent_channels=3, **tiles)
+    assert latents.shape == (1, 3, 1, 12, 20) and set(sizes) == {(1, 64, 64)}
+    np.testing.assert_allclose(latents, encode(image[:, :, None]), atol=1e-5)
+    sizes.clear()
+    decoded = VAETiler.decode_image_tiled(latent=latents, decode_fn=decode, **tiles)
+    assert decoded.shape == image.shape and set(sizes) == {(1, 8, 8)}
+    np.testing.assert_allclose(decoded, decode(latents)[:, :, 0], atol=1e-5)
+
+
+def test_flux2_s_latents_step_by_step():
+    latents = mx.arange(2 * 32 * 4 * 6).reshape(2, 32, 4, 6)
+    squares = Flux2LatentCreator.patchify_latents(latents)
+    assert squares.shape == (2, 128, 2, 3)
+    assert squares[0, :4, 0, 0].tolist() == [latents[0, 0, y, x].item() for y in (0, 1) for x in (0, 1)]
+    assert mx.array_equal(squares, Flux2LatentCreator.patchify_latents(latents[:, :, None]))
+    packed = Flux2LatentCreator.pack_latents(squares)
+    unpacked = Flux2LatentCreator.unpack_latents(packed, height=32, width=48, vae_scale_factor=8)
+    assert mx.array_equal(unpacked, squares) and mx.array_equal(
+        Flux2LatentCreator.unpack_latents(squares, 32, 48), squares
+    )
+    noise, ids, rows, columns = Flux2LatentCreator.prepare_packed_latents(seed=3, height=32, width=48, batch_size=1)
+    assert (rows, columns) == (2, 3) and mx.array_equal(noise, Flux2LatentCreator.create_noise(3, 32, 48))
+    assert ids.tolist() == [[[0, y, x, 0] for y in range(2) for x in range(3)]]
+    assert Flux2LatentCreator.prepare_grid_ids(squares, t_coord=10)[:, :, 0].tolist() == [[10] * 6] * 2
+
+
+def test_schedules_by_0_24_s_names():
+    config = Config(ModelConfig.from_name("flux2-klein-base-4b"), 5, 64, 96)
+    flow = FlowMatchEulerDiscreteScheduler(config)
+    timesteps, sigmas = FlowMatchEulerDiscreteScheduler.get_timesteps_and_sigmas(config.image_seq_len, 5)
+    assert mx.array_equal(sigmas, flow.sigmas) and mx.array_equal(timesteps, flow.timesteps)
+    flow.set_image_seq_len(4096)
+    assert (flow.sigmas[1:-1] > sigmas[1:-1]).all()
+    flow.set_mu(0.0)
+    np.testing.assert_allclose(flow.sigmas, np.linspace(1, 0, 6), atol=1e-6)
+
+    config = Config(ModelConfig.dev(), 4, 64, 96)
+    plain = mx.linspace(1, 0.25, 4)
+    assert mx.array_equal(LinearScheduler.shift_sigmas(plain, config), LinearScheduler(config).sigmas)
+    np.testing.assert_allclose(SeedVR2EulerScheduler(config).sigmas, [1, 0.75, 0.5, 0.25, 0])
+    assert scheduler_class("seedvr2_euler") is SeedVR2EulerScheduler
+    wrong = {
+        "nothing": SchedulerModuleNotFound, "no_such_package.Class": SchedulerModuleNotFound,
+        "mflux.models.common.schedulers.Nothing": SchedulerClassNotFound, "json.JSONDecoder": InvalidSchedulerType,
+    }  # fmt: skip
+    for name, error in wrong.items():
+        with pytest.raises(error) as told:
+            try_import_external_scheduler(name)
+        assert isinstance(told.value, UsageError)
+        with pytest.raises(error):
+            scheduler_class(name)
+
+
+def test_a_program_that_wants_no_settings_in_images(flux, tmp_path, monkeypatch):
+    image = flux.generate_image(**PICTURE)
+    monkeypatch.setattr(ImageUtil, "embed_metadata_enabled", False)
+    for number, save in enumerate((image.save, lambda path: ImageUtil.save_image(image.image, path, {"seed": 1}))):
+        path = tmp_path / f"{number}.png"
+        save(path)
+        assert not MetadataReader.read_exif_metadata(path)
+
+
+def test_paddings():
+    assert BoxValues.parse(value="10,20%") == BoxValues(10, "20%", 10, "20%")
+    with pytest.raises(BoxValueError, match="'x' is neither"):
+        BoxValues.parse("x")
+
+
+def test_savers_of_what_an_image_is_generated_after(tmp_path):
+    image = PIL.Image.new("RGB", (8, 8))
+    for saver, name in ((CannyImageSaver, "canny_image"), (DepthImageSaver, "depth_image")):
+        saver(str(tmp_path / "a.png")).call_before_loop(seed=1, prompt="x", latents=None, config=None, **{name: image})
+        saver(tmp_path / "a.png").call_before_loop(seed=1, prompt="x", latents=None, config=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_controlnet_canny.png", "a_depth_map.png"]
 
 
 # ---- packages that add to mflux

@@ -398,6 +398,27 @@ def test_noise_is_the_same_as_in_mflux_024():
     assert mx.array_equal(SeedVR2LatentCreator.unpack_latents(packed, 48, 80), theirs[:, :, 0]).item()
 
 
+def test_latents_in_callbacks_have_0_24_s_shape(tmp_path, model):
+    seen = {}
+
+    class Watch:
+        def __getattr__(self, name):
+            if name not in ("call_before_loop", "call_after_loop"):
+                raise AttributeError(name)
+            return lambda latents, **_: seen.setdefault(name, latents.shape)
+
+        def call_in_loop(self, t, seed, prompt, latents, config, time_steps, denoised):
+            seen["call_in_loop"], seen["denoised"] = latents.shape, denoised.shape
+            seen["size"] = (1, model.vae.config.latent_channels, 1, config.height // 8, config.width // 8)
+
+    model.callbacks.register(Watch())
+    model.generate_image(1, saved(photo(), tmp_path / "a.png"), 48)
+    assert set(seen) == {"call_before_loop", "call_in_loop", "call_after_loop", "denoised", "size"}
+    assert len(set(seen.values())) == 1
+    condition = SeedVR2LatentCreator.create_condition(mx.zeros((1, 16, 3, 4)))
+    assert condition.shape == (1, 17, 1, 3, 4) and condition[:, -1].min().item() == 1
+
+
 def test_colours_follow_the_source_and_seeds_change_the_rest(tmp_path, model):
     path = saved(photo(), tmp_path / "a.png")
     first, again, other = (model.generate_image(seed, path, 48) for seed in (1, 1, 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
@@ -17,15 +17,22 @@ from mflux.models.flux.pipeline import FluxPipeline
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
 
+if TYPE_CHECKING:
+    from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
+
 
 class Flux1Depth(FluxPipeline):
     """FLUX.1-Depth-dev, and anything of that architecture in the diffusers layout; see `Model`.
 
     Reference: diffusers' `FluxControlPipeline`. Each token has, beside its 64 channels of latents, 64 of the depth map.
+
+    Attributes:
+        depth_pro: a program's own Depth Pro, which it keeps; None has one loaded for each image and let go.
     """
 
     default_model = "dev-depth"
     in_channels = 128
+    depth_pro: DepthPro | None = None
 
     def generate_image(
         self,
@@ -103,7 +110,9 @@ class Flux1Depth(FluxPipeline):
         def find(_: object) -> Iterator[PIL.Image.Image]:
             from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
 
-            yield DepthPro(quantize=self._quantize).create_depth_map(image_path).depth_image
+            depth_pro = self.depth_pro or DepthPro(quantize=self._quantize)
+            yield depth_pro.create_depth_map(image_path).depth_image
+            del depth_pro
             give_back_memory()
 
         (depth,) = self.remembered([("depth", digest_of(ImageUtil.load_image(image_path)))], find)

@@ -65,6 +65,11 @@ class QwenImageEdit(QwenPipeline):
             )
         self.image_token = token[0]
 
+    @property
+    def qwen_vl_encoder(self) -> Qwen25VLEncoder:
+        """mflux 0.24's name for the text encoder with its eyes."""
+        return self.text_encoder
+
     def generate_image(
         self,
         seed: int,
