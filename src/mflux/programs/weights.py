@@ -7,7 +7,7 @@ names that it saves. Nothing is read until it is computed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from mflux.backend import mx, tree_unflatten
 from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.saved_by_024 import FolderOf024
 from mflux.errors import CheckpointError, UsageError
+from mflux.hub import resolve_model
 from mflux.models.common.family import Component, Family, families
 from mflux.models.common.model import open_folder, resolve
 from mflux.utils.paths import user_path
@@ -32,18 +33,30 @@ _TOKENIZERS = {
 }
 
 
-@dataclass(frozen=True)
 class ComponentDefinition:
-    """A part of a model: mflux 0.24's name for it, its folder, and the attribute of a model's object that it is.
+    """A part of a model, as mflux 0.24 defines it; one of a program's own is a folder of safetensors.
 
-    `family` and `part` say what it is here; a definition without them reads a folder of safetensors.
+    Args:
+        name: mflux 0.24's name for it.
+        hf_subdir: its folder.
+        model_attr: the attribute of a model's object that it is.
+        changes: what mflux 0.24 does to its tensors; what loads such a component says that it is not here.
+        family, part: what it is here.
     """
 
-    name: str
-    hf_subdir: str
-    model_attr: str | None = None
-    family: Family | None = field(default=None, repr=False)
-    part: Component | None = field(default=None, repr=False)
+    def __init__(
+        self,
+        name: str,
+        hf_subdir: str,
+        *,
+        model_attr: str | None = None,
+        family: Family | None = None,
+        part: Component | None = None,
+        **changes: Any,
+    ):
+        self.name, self.hf_subdir, self.model_attr = name, hf_subdir, model_attr
+        self.family, self.part = family, part
+        self.changes = {what: value for what, value in changes.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,9 @@ class _WeightDefinition:
         """The family's components."""
         family = cls._family()
         return [
-            ComponentDefinition(_NAMES.get(part.name, part.name), part.folder, part.name, family, part)
+            ComponentDefinition(
+                _NAMES.get(part.name, part.name), part.folder, model_attr=part.name, family=family, part=part
+            )
             for part in family.components
         ]
 
@@ -139,15 +154,16 @@ class SeedVR2WeightDefinition(_WeightDefinition):
 class WeightLoader:
     @staticmethod
     def load(
-        weight_definition: type[_WeightDefinition],
+        weight_definition: Any,
         model_path: str | None = None,
         download_patterns: list[str] | None = None,
     ) -> LoadedWeights:
         """All components of a model.
 
         Args:
+            weight_definition: a family's, or a program's own, with `get_components` and `get_download_patterns`.
             model_path: a folder, or a repository, which is downloaded.
-            download_patterns: taken for compatibility; what is fetched is what the family's table names.
+            download_patterns: which files of a repository a definition of one's own needs; a family's knows them.
 
         Raises:
             UsageError: no `model_path`.
@@ -156,9 +172,16 @@ class WeightLoader:
         """
         if model_path is None:
             raise UsageError("WeightLoader.load needs model_path: a model's folder, or a repository as org/name")
-        family = weight_definition._family()
-        root = resolve(str(model_path), list(family.components), family.beside)
-        loaded = [WeightLoader.load_single_local(part, root) for part in weight_definition.get_components()]
+        parts: list[ComponentDefinition] = weight_definition.get_components()
+        _refuse_changes(*parts)
+        if isinstance(weight_definition, type) and issubclass(weight_definition, _WeightDefinition):
+            family = weight_definition._family()
+            root = resolve(str(model_path), list(family.components), family.beside)
+        else:
+            patterns = download_patterns or weight_definition.get_download_patterns()
+            weights = [pattern for pattern in patterns if pattern.endswith(".safetensors")]
+            root = resolve_model(str(model_path), patterns, required=weights)
+        loaded = [WeightLoader.load_single_local(part, root) for part in parts]
         levels = [one.meta_data.quantization_level for one in loaded]
         level = next((level for level in levels if level is not None), None)
         return LoadedWeights({name: tree for one in loaded for name, tree in one.components.items()}, MetaData(level))
@@ -181,7 +204,9 @@ class WeightLoader:
 
         Raises:
             CheckpointError: it is not there, or damaged.
+            UsageError: it is a definition that changes its tensors.
         """
+        _refuse_changes(component)
         root = user_path(root_path)
         if component.family is None:
             return LoadedWeights({component.name: _nested(FolderTensors(root / component.hf_subdir))}, MetaData())
@@ -195,6 +220,15 @@ class WeightLoader:
         if isinstance(folder, FolderOf024):
             tensors = folder.as_stored(component.hf_subdir)
         return LoadedWeights({component.name: _nested(tensors)}, MetaData(stored.bits if stored else None))
+
+
+def _refuse_changes(*components: ComponentDefinition) -> None:
+    for component in components:
+        if component.changes:
+            raise UsageError(
+                f"the component {component.name} is defined with {', '.join(component.changes)}: tensors are given as "
+                "they are stored here, so leave that out and rename them yourself"
+            )
 
 
 def _nested(tensors: Mapping[str, mx.array]) -> Any:

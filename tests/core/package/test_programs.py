@@ -14,6 +14,7 @@ import pytest
 from mflux.callbacks.instances.canny_saver import CannyImageSaver
 from mflux.callbacks.instances.depth_saver import DepthImageSaver
 from mflux.cli.defaults import defaults
+from mflux.models.common.weights.loading.weight_definition import ComponentDefinition
 from mflux.models.common.weights.loading.weight_loader import WeightLoader
 from mflux.models.flux.variants.controlnet.controlnet_util import ControlnetUtil
 from mflux.models.flux.variants.in_context.utils.in_context_loras import LORA_NAME_MAP, LORA_REPO_ID, get_lora_path
@@ -295,6 +296,23 @@ def test_a_component_s_tensors_without_a_model(flux, tiny_schnell, tmp_path, qua
     whole = WeightLoader.load(weight_definition=FluxWeightDefinition, model_path=str(root))
     assert whole.components.keys() == names.keys() and whole.meta_data.quantization_level == quantize
     assert flat(whole.vae).keys() == set(FolderTensors(root / "vae"))
+
+
+def test_a_definition_of_a_program_s_own(tiny_schnell):
+    class Own:
+        @staticmethod
+        def get_components():
+            return [ComponentDefinition(name="decoder", hf_subdir="vae", precision=None)]
+
+        @staticmethod
+        def get_download_patterns():
+            return ["vae/*.safetensors"]
+
+    loaded = WeightLoader.load(Own, str(tiny_schnell))
+    assert flat(loaded.decoder).keys() == set(FolderTensors(tiny_schnell / "vae"))
+    renamed = ComponentDefinition(name="decoder", hf_subdir="vae", mapping_getter=list)
+    with pytest.raises(UsageError, match="is defined with mapping_getter"):
+        WeightLoader.load_single_local(renamed, tiny_schnell)
 
 
 def test_weights_that_are_not_there(tmp_path):

@@ -275,6 +275,17 @@ def test_depth_is_found_once_and_written_only_where_asked(cli, here, models, dep
     assert (pixels("b.png") == pixels("image.png")).all()
 
 
+def test_a_depth_pro_of_a_program_s_own(here, models, depth_pro):
+    pipeline = BY_NAME["generate-depth"].pipeline_class()(
+        model_path=str(models(BY_NAME["generate-depth"])), model_config=ModelConfig.dev_depth()
+    )
+    assert pipeline.depth_pro is None
+    pipeline.depth_pro = FlatWorld()
+    depth_pro.made.clear()
+    assert pipeline.generate_image(1, "x", 1, 32, 48, image_path="photo.png").depth_image is not None
+    assert depth_pro.made == []
+
+
 def test_depth_of_what_is_no_picture(here, models, depth_pro):
     pipeline = BY_NAME["generate-depth"].pipeline_class()(
         model_path=str(models(BY_NAME["generate-depth"])), model_config=ModelConfig.dev_depth()
