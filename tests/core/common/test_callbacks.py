@@ -179,7 +179,7 @@ def test_a_low_battery_ends_the_command(cli, in_folder, tiny_schnell, a_mac):
 def test_the_limit_is_a_percentage(given, taken):
     from mflux.models.flux.cli.flux_generate import build_parser
 
-    assert build_parser().parse_args(["-B", given]).battery_percentage_stop_limit == taken
+    assert build_parser().parse(["-B", given])[0].battery_percentage_stop_limit == taken
 
 
 def test_stopping_is_mflux_s_own_exception():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 
@@ -16,9 +16,6 @@ from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreat
 from mflux.models.flux.pipeline import FluxPipeline
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
-
-if TYPE_CHECKING:
-    from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
 
 
 class Flux1Depth(FluxPipeline):
@@ -32,7 +29,7 @@ class Flux1Depth(FluxPipeline):
 
     default_model = "dev-depth"
     in_channels = 128
-    depth_pro: DepthPro | None = None
+    depth_pro: Any = None
 
     def generate_image(
         self,
