@@ -143,6 +143,7 @@ MOVED: dict[str, dict[str, tuple[str, ...]]] = {
             "canonical_model_choices", "model_choices", "model_inference_steps",
         ),
     },
+    "mflux.cli.parser.parsers": {"mflux.cli.parser.plugins": ("CommandLineParser",)},
     "mflux.models.common.cli.info": {"mflux.cli.info": ("build_parser", "main")},
     "mflux.models.common.cli.save": {"mflux.cli.save": ("build_parser", "main")},
     "mflux.models.common.config": {"mflux.models.common.config.config": ("Config",)},

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mflux.cli import replay, terminal
 from mflux.cli.parser import groups, settle
-from mflux.cli.parser.parsers import MfluxParser, Said
+from mflux.cli.parser.parsers import Said
+from mflux.cli.parser.plugins import CommandLineParser
 from mflux.cli.plan import Plan
 from mflux.errors import UsageError
 from mflux.models.common.family import STAGES, Command, load_object
@@ -98,12 +99,12 @@ class Generate:
     def models(self) -> tuple[str, ...]:
         return self.command.models
 
-    def build_parser(self) -> MfluxParser:
+    def build_parser(self) -> CommandLineParser:
         """The command's parser; completions and tests use it as well."""
         known = f"Models: {', '.join(self.models)}."
         if "demo" in self.models:
             known += " The model demo comes with mflux and needs no download."
-        parser = MfluxParser(prog=self.command.prog, description=self.description, epilog=known)
+        parser = CommandLineParser(prog=self.command.prog, description=self.description, epilog=known)
         groups.add_model_options(parser)
         if "prompt" not in self.leave_out:
             groups.add_prompt_options(parser)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mflux.cli.generate import Generate
 from mflux.cli.parser import groups, settle
-from mflux.cli.parser.parsers import MfluxParser, Options, Said, default_of
+from mflux.cli.parser.parsers import MfluxParser, Said, default_of
+from mflux.cli.parser.plugins import Options
 from mflux.cli.parser.settle import NOT_BUILT_OPTIONS
 from mflux.models.common.family import load_object
 

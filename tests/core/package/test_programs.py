@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from mflux.callbacks.callback_manager import CallbackManager
 from mflux.callbacks.instances.canny_saver import CannyImageSaver
 from mflux.callbacks.instances.depth_saver import DepthImageSaver
 from mflux.cli.defaults import defaults
@@ -20,11 +21,13 @@ from mflux.models.flux.variants.controlnet.controlnet_util import ControlnetUtil
 from mflux.models.flux.variants.in_context.utils.in_context_loras import LORA_NAME_MAP, LORA_REPO_ID, get_lora_path
 from mflux.models.flux.weights.flux_weight_definition import FluxWeightDefinition
 from mflux.utils.apple_silicon import AppleSiliconUtil
+from mflux.utils.prompt_util import PromptUtil
 
 from mflux.backend import mx, tree_flatten
 from mflux.callbacks.instances.memory_saver import MemorySaver
 from mflux.checkpoints.loading import FolderTensors
-from mflux.errors import CheckpointError, UsageError
+from mflux.cli.parser.parsers import CommandLineParser
+from mflux.errors import CheckpointError, NotBuiltError, UsageError
 from mflux.models.common.config import Config, ModelConfig
 from mflux.models.common.latent_creator.latent_creator import Img2Img, LatentCreator
 from mflux.models.common.lora.styles import STYLES
@@ -391,6 +394,69 @@ def test_whether_a_chip_is_an_old_one(monkeypatch, system, machine, chip, is_old
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(subprocess, "run", sysctl)
     assert AppleSiliconUtil.is_m1_or_m2.__wrapped__() is is_old
+
+
+def own_parser() -> CommandLineParser:
+    """A command of a program's own, made of 0.24's groups of options."""
+    parser = CommandLineParser(prog="mine", description="Generate as I like it.")
+    parser.add_general_arguments()
+    parser.add_model_arguments(require_model_arg=False, default_model="schnell")
+    parser.add_compute_precision_arguments()
+    parser.add_lora_arguments()
+    parser.add_image_generator_arguments(supports_metadata_config=True)
+    parser.add_image_to_image_arguments(required=False)
+    parser.add_pid_decode_arguments()
+    parser.add_output_arguments()
+    parser.add_vae_full_precision_arguments()
+    parser.add_argument("--mine", type=int, default=3)
+    return parser
+
+
+def test_a_command_of_a_program_s_own(flux, tiny_schnell, undisturbed, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(tiny_schnell), "--base-model", "schnell", "--prompt", PICTURE["prompt"], "--steps", "3"]
+    monkeypatch.setattr(
+        sys, "argv", ["mine", *words, "--height", "32", "--width", "48", "--seed", "3", "4", "--mine", "7"]
+    )
+    args = own_parser().parse_args()
+    assert (args.mine, args.seed, args.steps, args.height, args.width) == (7, [3, 4], 3, 32, 48)
+    assert args.model_path == args.model and args.output == "image_seed_{seed}.png" and args.lora_paths == []
+    CallbackManager.register_callbacks(args=args, model=flux, latent_creator=FluxLatentCreator)
+    image = flux.generate_image(
+        seed=args.seed[0], prompt=PromptUtil.read_prompt(args), num_inference_steps=args.steps, height=args.height,
+        width=args.width, guidance=4.0, image_path=args.image_path, image_strength=args.image_strength,
+        scheduler=args.scheduler,
+    )  # fmt: skip
+    assert (pixels(image) == undisturbed).all()
+    path = image.save(path=args.output.format(seed=3), export_json_metadata=args.metadata)
+    monkeypatch.setattr(sys, "argv", ["mine", "-C", str(path), "--seed", "5"])
+    again = own_parser().parse_args()
+    assert (again.prompt, again.steps, again.seed, again.height) == (PICTURE["prompt"], 3, [5], 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--prompt", "x", "--pid-decode"], "PiD decoding is not built yet"),
+        (["--prompt", "x", "--seed", "1", "--auto-seeds", "2"], "--auto-seeds draws its seeds"),
+        ([], "no prompt was given"),
+        (["--prompt", "x", "--height", "2x"], "argument --height"),
+        (["--prompt", "x", "--nothing"], "unrecognized arguments: --nothing (see mine --help)"),
+    ],
+)
+def test_what_is_wrong_with_a_program_s_own_command_ends_it(monkeypatch, capsys, words, told):
+    monkeypatch.setattr(sys, "argv", ["mine", *words])
+    with pytest.raises(SystemExit) as ended:
+        own_parser().parse_args()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and told in error and error.count("\n") == 1
+
+
+def test_groups_of_options_that_one_command_alone_has():
+    parser = own_parser()
+    assert not hasattr(parser, "add_fill_arguments") and not hasattr(parser, "something_else")
+    with pytest.raises(NotBuiltError, match="CommandLineParser has no add_fill_arguments in this version: begin with"):
+        parser.add_fill_arguments()
 
 
 def test_images_for_a_controlnet(flux, tmp_path):

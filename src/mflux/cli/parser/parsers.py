@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mflux.cli.terminal import complain, say
-from mflux.errors import MfluxError, UsageError
+from mflux.cli.terminal import say
+from mflux.errors import UsageError
 from mflux.utils.paths import user_path
 
 
@@ -56,38 +54,19 @@ class _NotTyped:
 _NOT_TYPED = _NotTyped()
 
 
-class Options(argparse.Namespace):
-    """Options that know who chose them, which a plugin hands on without knowing it."""
-
-    __slots__ = ("said",)
-    said: Said
-
-
 class MfluxParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and whose long options are not to be shortened.
-
-    Attributes:
-        settles: settles the options of a plugin's command, whose own process this is: there `parse_args` gives what
-            0.24's gave, and what is wrong ends the process as argparse does.
-    """
-
-    settles: Callable[[argparse.Namespace, Said], Said] | None = None
+    """An argument parser whose errors are one line and whose long options are not to be shortened."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
-        self._parses = False
         self.add_argument("--verbose", "-v", action="store_true", help="say more about what is done")
         self.add_argument("--version", action=_Version, help="show the version and exit")
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Said]:
         """Parse, and tell what was typed."""
         blank = argparse.Namespace(**dict.fromkeys(self._typed_options(), _NOT_TYPED))
-        self._parses = True
-        try:
-            args = super().parse_args(argv, blank)
-        finally:
-            self._parses = False
+        args = super().parse_args(argv, blank)
         typed = {name for name, value in vars(args).items() if value is not _NOT_TYPED and value is not None}
         for name, action in self._typed_options().items():
             if getattr(args, name) is _NOT_TYPED:
@@ -100,16 +79,8 @@ class MfluxParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: None = None
     ) -> argparse.Namespace:
-        """The options alone, as argparse has them; for a plugin, settled."""
-        if self.settles is None:
-            return self.parse(args)[0]
-        try:
-            parsed, said = self.parse(args)
-            options = Options(**vars(parsed))
-            options.said = self.settles(options, said)
-            return options
-        except MfluxError as error:
-            self._end(error)
+        """The options alone, as argparse has them."""
+        return self.parse(args)[0]
 
     def _typed_options(self) -> dict[str, argparse.Action]:
         """Options that `parse` can see were typed; what is said several times is collected in a list of its own, which
@@ -133,38 +104,7 @@ class MfluxParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, str(error)) from None
 
     def error(self, message: str) -> NoReturn:
-        error = UsageError(f"{message} (see {self.prog} --help)")
-        if self.settles is not None and not self._parses:
-            # A plugin's own refusal.
-            self._end(error)
-        raise error
-
-    @staticmethod
-    def _end(error: MfluxError) -> NoReturn:
-        complain(str(error))
-        sys.exit(error.exit_code)
-
-    # What plugins take from mflux 0.24's parser.
-
-    @staticmethod
-    def _option_was_provided(*option_names: str) -> bool:
-        """Whether one of these options stands on this process's command line: "--steps", "-s"."""
-        short = tuple(name for name in option_names if len(name) == 2)
-        return any(
-            word.partition("=")[0] in option_names or (word.startswith(short) and not word.startswith("--"))
-            for word in sys.argv[1:]
-        )
-
-    @staticmethod
-    def warn_ignored_options(options_reasons: Mapping[str, str]) -> None:
-        """Warn of each option of these that stands there, with the reason why it has no effect."""
-        for option, reason in options_reasons.items():
-            if MfluxParser._option_was_provided(option):
-                warnings.warn(f"{option} is ignored: {reason}", stacklevel=2)
-
-
-# mflux 0.24's name.
-CommandLineParser = MfluxParser
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 class _Version(argparse.Action):
