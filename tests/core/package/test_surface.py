@@ -243,6 +243,61 @@ assert not hasattr(module, "something_else")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# What mflux 0.24's modules of commands said of their options, as far as it is so here.
+TOLD_OF_OPTIONS = [
+    *(
+        (f"flux.cli.flux_generate{name}", "IGNORED_OPTIONS", {"--negative-prompt"})
+        for name in (
+            "", "_controlnet", "_depth", "_fill", "_in_context_catvton", "_in_context_dev", "_in_context_edit",
+            "_kontext", "_redux",
+        )
+    ),
+    ("flux.cli.flux_upscale", "IGNORED_OPTIONS", {"--negative-prompt"}),
+    ("flux.cli.flux_generate", "CONDITIONAL_OPTIONS", {"--guidance"}),
+    ("flux.cli.flux_generate_controlnet", "CONDITIONAL_OPTIONS", {"--guidance"}),
+    ("flux2.cli.flux2_generate", "REJECTED_OPTIONS", {"--negative-prompt", "--pid-decode"}),
+    ("flux2.cli.flux2_edit_generate", "REJECTED_OPTIONS", {"--negative-prompt"}),
+    ("flux2.cli.flux2_generate", "CONDITIONAL_OPTIONS", {"--guidance", "--small-text-encoder"}),
+    ("flux2.cli.flux2_edit_generate", "CONDITIONAL_OPTIONS", {"--guidance", "--small-text-encoder"}),
+    ("seedvr2.cli.seedvr2_upscale", "IGNORED_OPTIONS", set()),
+    ("z_image.cli.z_image_generate", "CONDITIONAL_OPTIONS", {"--guidance", "--negative-prompt"}),
+    ("z_image.cli.z_image_turbo_generate", "IGNORED_OPTIONS", {"--guidance", "--negative-prompt"}),
+    ("z_image.cli.z_image_turbo_generate_controlnet", "IGNORED_OPTIONS", {"--guidance", "--negative-prompt"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "name", "options"), TOLD_OF_OPTIONS)
+def test_what_a_command_says_of_its_options(path, name, options):
+    table = getattr(importlib.import_module(f"mflux.models.{path}"), name)
+    assert options <= table.keys()
+    reasons = [entry["reason"] if isinstance(entry, dict) else entry for entry in table.values()]
+    assert all(isinstance(reason, str) and reason for reason in reasons)
+    if name == "CONDITIONAL_OPTIONS":
+        assert all(entry["condition"] for entry in table.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "model"),
+    [
+        ("qwen.cli.qwen_image_generate", "QwenImageCommand", "qwen-image"),
+        ("qwen.cli.qwen_image_edit_generate", "QwenImageEditCommand", "qwen-image-edit"),
+        ("z_image.cli.z_image_generate", "ZImageCommand", "z-image"),
+        ("z_image.cli.z_image_turbo_generate", "ZImageTurboCommand", "z-image-turbo"),
+        (
+            "z_image.cli.z_image_turbo_generate_controlnet",
+            "ZImageTurboControlnetCommand",
+            "z-image-turbo-controlnet-union-2.1",
+        ),
+    ],
+)
+def test_the_steps_of_a_command(path, name, model):
+    module = importlib.import_module(f"mflux.models.{path}")
+    steps = getattr(module, name)
+    assert model == module.DEFAULT_MODEL and isinstance(module.FAMILY_MODELS, tuple)
+    assert all(callable(getattr(steps, step)) for step in ("validate", "load", "generate"))
+    assert hasattr(steps.latent_creator, "unpack_latents")
+
+
 @pytest.mark.parametrize("owner", sorted(import_paths.MOVED))
 def test_what_moved_stands_where_the_table_says(owner):
     for module, names in import_paths.MOVED[owner].items():

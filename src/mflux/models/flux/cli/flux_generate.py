@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mflux.cli.entry import command_for
 from mflux.cli.generate import Generate
+from mflux.models.flux.cli.options import CONDITIONAL, IGNORED
 from mflux.models.flux.family import FAMILY
 
 COMMAND = Generate(
@@ -15,8 +16,8 @@ COMMAND = Generate(
     "the same as that family's command; --model NAME --help shows its options.",
     default_model=None,
     default_size="1024; demo: 128; the source picture's, if there is one",
-    ignored={"negative_prompt": "FLUX.1 has no negative branch"},
-    conditional={"guidance": ("the model takes guidance, as dev does", "schnell was made without")},
+    ignored=IGNORED,
+    conditional=CONDITIONAL,
 )
 build_parser = COMMAND.build_parser
 

@@ -11,7 +11,7 @@ from mflux.cli.generate import Generate
 from mflux.cli.parser.parsers import Said
 from mflux.cli.terminal import say_line
 from mflux.errors import UsageError
-from mflux.models.flux.cli.options import IGNORED, add_controlnet_options, draw_controlled
+from mflux.models.flux.cli.options import CONDITIONAL, IGNORED, add_controlnet_options, draw_controlled
 from mflux.models.flux.family import FAMILY
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ COMMAND = Generate(
     sources=("controlnet_image_path",),
     size_source="controlnet_image_path",
     ignored=IGNORED,
+    conditional=CONDITIONAL,
     check=check,
     draw=draw_controlled,
     after=save_edges,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IGNORED = {"negative_prompt": "FLUX.1 has no negative branch"}
+CONDITIONAL = {"guidance": ("the model takes guidance, as dev does", "schnell was made without")}
 
 
 def check_picture(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
