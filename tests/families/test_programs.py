@@ -210,30 +210,38 @@ def test_a_step_of_a_program_s_own_is_used(tiny, monkeypatch, where):
 # ---- objects that a program puts together
 
 HANDED_OVER = (
-    "vae", "transformer", "text_encoder", "tokenizers", "model_config", "bits", "callbacks", "tiling_config",
-    "prompt_cache", "lora_paths", "lora_scales",
+    "tokenizers", "model_config", "bits", "callbacks", "tiling_config", "prompt_cache", "lora_paths", "lora_scales",
 )  # fmt: skip
 
 
 @EVERY_TINY
-def test_an_object_put_together_of_another_s_parts(tiny):
+@pytest.mark.parametrize("cache", ["the other's", "empty", "none"])
+def test_an_object_put_together_of_another_s_parts(tiny, cache):
     """A server's way to an edit object without loading a second time."""
     whole = tiny.pipeline()
-    if type(whole).__name__ not in ("Flux2Klein", "Flux2KleinEdit", "ZImage", "QwenImage"):
-        pytest.skip("not seen in any program")
+    if type(whole).__name__ in ELSEWHERE:
+        pytest.skip("it looks for more than its parts in its folder")
     plain = tiny.picture(whole)
     made = type(whole).__new__(type(whole))
     nn.Module.__init__(made)
-    for name in HANDED_OVER:
+    parts = [part.name for part in whole.components]
+    for name in (*parts, *HANDED_OVER):
         setattr(made, name, getattr(whole, name))
-    made.prompt_cache = {}
+    if cache == "empty":
+        made.prompt_cache = {}
+    elif cache == "none":
+        del made.prompt_cache
     for _ in range(2):
         assert np.array_equal(tiny.picture(made), plain)
     # What it was handed over it keeps: it could not load it again.
-    assert set(made.loaded()) == {"vae", "transformer", "text_encoder"}
+    assert set(made.loaded()) == set(parts)
     made.transformer = None
     with pytest.raises(MfluxError, match="put together without a transformer"):
         tiny.generate(made)
+
+
+# Redux' image encoder has a processor in its folder; a ControlNet's kind is told by where it comes from.
+ELSEWHERE = {"Flux1Redux", "Flux1Controlnet"}
 
 
 # ---- plugins: a command of their own, made of the steps of one of ours

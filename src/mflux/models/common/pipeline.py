@@ -125,10 +125,10 @@ class Pipeline(Model):
             encode: yields a value for each of the keys it is called with.
             encoders: names of the components that it uses.
         """
-        if not isinstance(self.prompt_cache, Encoded):
+        cache = getattr(self, "prompt_cache", None)
+        if not isinstance(cache, Encoded):
             # A program's own begins empty.
-            self.prompt_cache = Encoded()
-        cache = self.prompt_cache
+            cache = self.prompt_cache = Encoded()
         missing = [key for key in dict.fromkeys(keys) if key not in cache]
         if missing:
             self.make_room_for("encode")

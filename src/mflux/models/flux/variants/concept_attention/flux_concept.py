@@ -38,7 +38,7 @@ class ConceptPipeline(FluxPipeline):
             UsageError: there is no such block or step, or no step at all.
         """
         check_prompt(concept)
-        blocks = self.transformer_settings().get("num_layers", 19)
+        blocks = self.configuration("transformer").num_layers
         taken = len(config.time_steps)
         if taken < 1:
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,43 @@ class QwenImageEdit(QwenPipeline):
 
     def opened(self) -> None:
         super().opened()
-        index, processor = self.root / "model_index.json", self.root / "processor" / "preprocessor_config.json"
-        self.takes_one = index.is_file() and read_json(index).get("_class_name") == _FIRST_RELEASE
-        self.processor = VLImageProcessor.from_dict(
-            read_json(processor) if processor.is_file() else {}, source=processor
-        )
         # mflux 0.24's second one spreads the pictures' tokens as well.
         self.tokenizers = {**self.tokenizers, "qwen_vl": self.tokenizers["qwen"]}
+        # What is wrong with these is told now.
+        _ = self.takes_one, self.processor, self.image_token
+
+    @cached_property
+    def takes_one(self) -> bool:
+        """Whether it is the first release, which takes one image."""
+        index = self._json("model_index.json")
+        return index.get("_class_name") == _FIRST_RELEASE
+
+    @cached_property
+    def processor(self) -> VLImageProcessor:
+        """What the text encoder is shown of an image."""
+        path = "processor/preprocessor_config.json"
+        return VLImageProcessor.from_dict(self._json(path), source=(self.folder_root or Path()) / path)
+
+    @cached_property
+    def image_token(self) -> int:
+        """
+        Raises:
+            CheckpointError: the tokenizer does not know it.
+        """
         token = self.tokenizers["qwen"].encode(_PICTURE_TOKEN)
         if len(token) != 1:
             raise CheckpointError(
                 f"{self.root / 'tokenizer'} does not know {_PICTURE_TOKEN}, which stands for a picture: take the "
                 "tokenizer of a Qwen-Image-Edit"
             )
-        self.image_token = token[0]
+        number: int = token[0]
+        return number
+
+    def _json(self, path: str) -> dict[str, Any]:
+        """A file of settings in the model's folder; nothing where it is not there."""
+        if self.folder_root is None or not (self.folder_root / path).is_file():
+            return {}
+        return read_json(self.folder_root / path)
 
     @property
     def qwen_vl_encoder(self) -> Qwen25VLEncoder:
