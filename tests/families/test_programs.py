@@ -254,7 +254,7 @@ def words_of(tiny) -> list[str]:
 
 
 @EVERY_TINY
-def test_a_plugin_s_command(tiny, monkeypatch, capsys):
+def test_a_plugin_s_command(tiny, monkeypatch, capsys, caplog):
     """As mflux-teacache does it: 0.24's parser with a group of its own, its steps, its callbacks, its saving."""
     module = importlib.import_module(COMMANDS[tiny.case.command].module)
     steps = [name for name in STEPS if hasattr(module, name)]
@@ -280,12 +280,20 @@ def test_a_plugin_s_command(tiny, monkeypatch, capsys):
     with pytest.warns(UserWarning, match="--threshold is ignored: why"):
         CommandLineParser.warn_ignored_options({"--threshold": "why", "--quantize": "not said"})
 
+    if "negative_prompt" in module.COMMAND.ignored:
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--negative-prompt", "blue"])
+        caplog.clear()
+        args = parser.parse_args()
+        assert caplog.text.count("--negative-prompt is ignored") == 1
+        caplog.clear()
     config = command.validate(args)
     assert type(config).__name__ == "ModelConfig"
     model = command.load(args)
     assert type(model) is tiny.case.pipeline_class() and command.latent_creator is model.latent_creator
     memory = CallbackManager.register_callbacks(args=args, model=model, latent_creator=command.latent_creator)
     assert memory is None
+    # What has no effect is told once, when the options are parsed.
+    assert "is ignored" not in caplog.text
     for seed in args.seed:
         image = command.generate(model, args, seed, PromptUtil.read_prompt(args))
         image.save(path=args.output.format(seed=seed), export_json_metadata=args.metadata)

@@ -203,7 +203,7 @@ class Generate:
 
     def load_for_plugin(self, args: argparse.Namespace, said: Said) -> Any:
         """Open the model that settled options name."""
-        pipeline = load_object(self.command.pipeline)(**self._constructor(args, self._check(args, said)))
+        pipeline = load_object(self.command.pipeline)(**self._constructor(args, self.model_of(args, said)))
         pipeline.vae_full_precision = getattr(args, "vae_full_precision", False)
         return pipeline
 
@@ -211,7 +211,7 @@ class Generate:
         self, pipeline: Any, args: argparse.Namespace, said: Said, seed: int, words: str
     ) -> GeneratedImage:
         """Generate one image of settled options."""
-        width, height = self._size(args, said, self._check(args, said))
+        width, height = self._size(args, said, self.model_of(args, said))
         arguments = self._image(args, seed, width, height)
         if "prompt" not in self.leave_out:
             prompt = self._prompt(args, words)
@@ -226,7 +226,7 @@ class Generate:
             UsageError: it is another command's, or the options make no sense together.
             ModelConfigError: the name tells nothing.
         """
-        return self._check(args, said)
+        return self._check(args, said, tells=False)
 
     def write(self, plan: Plan) -> None:
         """Load the model, and write the images of a plan where its options say."""
@@ -303,8 +303,11 @@ class Generate:
             arguments["negative_prompt"] = args.negative_prompt
         return arguments | (self.draw(args) if self.draw else {})
 
-    def _check(self, args: argparse.Namespace, said: Said) -> ModelConfig:
+    def _check(self, args: argparse.Namespace, said: Said, *, tells: bool = True) -> ModelConfig:
         """The model's configuration, once all that needs no weights has been found in order.
+
+        Args:
+            tells: whether to warn of options that are ignored; once is enough.
 
         Raises:
             UsageError: no model, no prompt, or a model that another command generates with.
@@ -324,7 +327,7 @@ class Generate:
         if "image" not in self.leave_out:
             settle.check_strength(args, said, self.size_source)
         for name, why in self.ignored.items():
-            if said.was_typed(name) and getattr(args, name) not in (None, ""):
+            if tells and said.was_typed(name) and getattr(args, name) not in (None, ""):
                 log.warning("--%s is ignored: %s", name.replace("_", "-"), why)
         for name, why in self.rejected.items():
             if said.was_typed(name):
