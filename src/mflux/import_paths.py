@@ -284,8 +284,8 @@ def _not_here(name: str) -> str | None:
             return f"{name}: {what} is not built yet in this version"
     if found := re.match(_OF_A_FAMILY, path):
         for title, classes in CLASSES.items():
-            first, *_, last = (*next(iter(classes.values())), *next(iter(classes.values())))
-            if first.partition(".")[0] == found[1] and not _is_family(last):
+            places = next(iter(classes.values()))
+            if places[0].partition(".")[0] == found[1] and not _is_family(places[-1]):
                 return f"{name}: {title} is not built yet in this version"
     if re.match(rf"({_OTHERWISE})(\.|$)", path):
         return f"{name} is a part of mflux 0.24 that this version is made without (docs/programs.md says what there is)"
