@@ -12,12 +12,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 from support.small_depth_pro import TINY, published, vit, write_model
 
-from mflux.backend import has_gpu, mx, nn
+from mflux.backend import mx, nn
 from mflux.errors import CheckpointError, ImageError, UsageError
 from mflux.models.common.controls.depth_pro import network as depth_pro_model
 from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
 from mflux.models.common.controls.depth_pro.network import (
-    Conv3x3,
     DepthProConfig,
     DepthProForDepthEstimation,
     Upsample,
@@ -256,37 +255,6 @@ def test_upsample_is_the_transposed_convolution(bias):
     layer = Upsample(3, 5, bias=bias)
     x = mx.random.normal((2, 4, 6, 3))
     assert np.allclose(layer(x), nn.ConvTranspose2d.__call__(layer, x), atol=1e-5)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 7])
-def test_convolution_in_bands_is_the_convolution(monkeypatch, bias, rows):
-    layer = Conv3x3(3, 5, bias=bias)
-    x = mx.random.normal((2, 8, 6, 3))
-    monkeypatch.setattr(depth_pro_model, "has_gpu", lambda: False)
-    monkeypatch.setattr(Conv3x3, "BAND", rows * 9 * 2 * 6 * 3)
-    calls = []
-    conv2d = mx.conv2d
-    monkeypatch.setattr(mx, "conv2d", lambda *args, **kwargs: calls.append(args) or conv2d(*args, **kwargs))
-    got = layer(x)
-    assert len(calls) == -(-8 // rows)
-    assert np.allclose(got, nn.Conv2d.__call__(layer, x), atol=1e-5)
-
-
-@pytest.mark.skipif(has_gpu(), reason="it is the CPU that needs the memory")
-def test_convolution_in_bands_saves_memory(monkeypatch):
-    layer = Conv3x3(32, 4)
-    x = mx.random.normal((1, 128, 128, 32))
-    mx.eval(x, layer.parameters())
-    peaks = []
-    for band in (1 << 30, 128 * 32 * 9 * 8):
-        monkeypatch.setattr(Conv3x3, "BAND", band)
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(layer(x))
-        peaks.append(mx.get_peak_memory() - before)
-    assert peaks[1] < peaks[0] / 3, peaks
 
 
 def test_help_imports_nothing_heavy():

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from mflux.backend import compute_dtype, has_gpu, mx
+from mflux.cpu import attention_bytes
 from mflux.errors import UsageError
-from mflux.models.common.networks.layers import attention_bytes
 from mflux.text import size
 from mflux.utils.memory import machine_memory
 from mflux.utils.scale_factor import GRID

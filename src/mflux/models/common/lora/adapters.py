@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mflux.backend import mx, nn
+from mflux.models.common.networks.layers import product
 
 Rows = tuple[tuple[int, int], ...]
 
@@ -44,10 +45,10 @@ class LowRank(nn.Module):
         self.up = up if rows is None else chosen(up, rows)
 
     def matrix(self) -> mx.array:
-        return self.up.astype(mx.float32) @ self.down.astype(mx.float32)
+        return product(self.up.astype(mx.float32), self.down.astype(mx.float32).T)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return (x @ self.down.T) @ self.up.T
+        return product(product(x, self.down), self.up)
 
 
 class Kronecker(nn.Module):
@@ -66,7 +67,7 @@ class Kronecker(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         # (w1 ⊗ w2) x = w1 X w2ᵀ with x written as a matrix X: the large product is never formed.
         grid = x.reshape(*x.shape[:-1], self.w1.shape[1], self.w2.shape[1])
-        out = self.w1 @ (grid @ self.w2.T)
+        out = product(product(grid, self.w2).swapaxes(-1, -2), self.w1).swapaxes(-1, -2)
         out = out.reshape(*x.shape[:-1], -1)
         if self._rows is None:
             return out
@@ -84,7 +85,7 @@ class Difference(nn.Module):
         return self.up.astype(mx.float32)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.up.T
+        return product(x, self.up)
 
 
 def chosen(matrix: mx.array, rows: Rows) -> mx.array:
@@ -100,8 +101,8 @@ def merged(weight: mx.array, adapters: Iterable[Adapter]) -> mx.array:
     weight = weight.astype(mx.float32)
     for adapter in adapters:
         if adapter.scale and adapter.read is not None:
-            product, magnitude = adapter.read()
-            change = adapter.strength * product.matrix()
+            lora, magnitude = adapter.read()
+            change = adapter.strength * lora.matrix()
             if magnitude is not None:
                 change = (weight + change) * _factors(weight + change, magnitude) - weight
             weight = weight + adapter.scale * change
@@ -148,23 +149,23 @@ class LoraLinear(nn.Module):
         acting = [(adapter, *adapter.read()) for adapter in adapters if adapter.scale and adapter.read is not None]
         if any(magnitude is not None for _, _, magnitude in acting):
             weight = dense(linear)
-        for adapter, product, magnitude in acting:
+        for adapter, lora, magnitude in acting:
             # The strength goes into one of the factors in float32; the scale as well, where the change is linear.
             gain = adapter.strength * (1 if magnitude is not None else adapter.scale)
-            name = "w1" if isinstance(product, Kronecker) else "up"
-            product[name] = gain * product[name].astype(mx.float32)
+            name = "w1" if isinstance(lora, Kronecker) else "up"
+            lora[name] = gain * lora[name].astype(mx.float32)
             factors = mx.array(1.0)
             if weight is not None:
-                change = product.matrix()
+                change = lora.matrix()
                 if magnitude is not None:
                     factors = _factors(weight + change, magnitude)
                     change = adapter.scale * ((weight + change) * factors - weight)
                 weight = weight + change
-            product.apply(lambda value: value.astype(dtype))
-            self.loras.append(product)
+            lora.apply(lambda value: value.astype(dtype))
+            self.loras.append(lora)
             self.factors.append(factors.astype(dtype))
             self._scales.append(None if magnitude is None else adapter.scale)
-            mx.eval(product.parameters(), self.factors[-1])
+            mx.eval(lora.parameters(), self.factors[-1])
 
     def __call__(self, x: mx.array) -> mx.array:
         out = self._product(x, len(self.loras))

@@ -14,6 +14,7 @@ from mflux.errors import CheckpointError
 from mflux.models.common.lora import peft
 from mflux.models.common.lora.adapters import Adapter, Difference, Kronecker, LowRank, Rows
 from mflux.models.common.lora.names import Target
+from mflux.models.common.networks.layers import product
 from mflux.text import shown
 
 # Part → how names end that hold it. PEFT may put an adapter's name before ".weight".
@@ -250,7 +251,7 @@ class Entry:
             return self._matrix(side).astype(mx.float32)
         a, b = (self._matrix(f"{side}_{half}").astype(mx.float32) for half in "ab")
         if side == "w1" or "t2" not in self.parts:
-            return a @ b
+            return product(a, b.T)
         core = self._tensor("t2").astype(mx.float32)
         inner, outer = core.shape[:2]
         # Over both ranks: aᵀ · core · b, with the kernel's places, which a linear layer counts to its inputs, last.

@@ -17,6 +17,8 @@ from mflux.errors import CheckpointError
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     ACTIVATIONS,
+    Embedding,
+    Linear,
     RMSNorm,
     Rotary,
     SwiGLU,
@@ -107,10 +109,10 @@ class DecoderAttention(nn.Module):
         super().__init__()
         width, head, bias = config.hidden_size, config.head_size, config.attention_bias
         self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
-        self.q_proj = nn.Linear(width, self.heads * head, bias=bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * head, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * head, bias=bias)
-        self.o_proj = nn.Linear(self.heads * head, width, bias=config.output_bias)
+        self.q_proj = Linear(width, self.heads * head, bias=bias)
+        self.k_proj = Linear(width, self.kv_heads * head, bias=bias)
+        self.v_proj = Linear(width, self.kv_heads * head, bias=bias)
+        self.o_proj = Linear(self.heads * head, width, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(head, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(head, eps=config.rms_norm_eps)
@@ -156,7 +158,7 @@ class DecoderStack(nn.Module):
     def __init__(self, config: DecoderConfig, depth: int, *, norm: bool):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(depth)]
         if norm:
             self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

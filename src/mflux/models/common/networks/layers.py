@@ -9,8 +9,8 @@ from functools import cache
 import numpy as np
 
 from mflux import cpu
-from mflux.backend import has_gpu, mx, nn
-from mflux.cpu import gelu, gelu_approx, quick_gelu, silu, silu_times
+from mflux.backend import mx, nn
+from mflux.cpu import convolution, gelu, gelu_approx, product, quick_gelu, serves_convolution, silu, silu_times
 from mflux.errors import CheckpointError
 
 # Channels of a time or guidance value's sinusoid, in every model here.
@@ -59,6 +59,30 @@ class Activation(nn.Module):
         return self.function(x)
 
 
+class Embedding(nn.Embedding):
+    """MLX's; as a linear layer it is a `Linear`."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return product(x, self.weight, frozen="weight" in self._no_grad)
+
+
+class Conv2d(nn.Conv2d):
+    """MLX's, on all cores of a CPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.groups != 1 or self.dilation != 1 or not serves_convolution(x, self.weight):
+            return super().__call__(x)
+        return convolution(x, self.weight, self.get("bias"), self.stride, self.padding)
+
+
+class Linear(nn.Linear):
+    """MLX's, multiplied by numpy on a Linux CPU, whose BLAS is the faster one."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # What is frozen is told, because numpy computes at once whatever gradient it is asked for.
+        return product(x, self.weight, self.get("bias"), frozen="weight" in self._no_grad)
+
+
 def split_heads(x: mx.array, heads: int) -> mx.array:
     """(B, L, heads · D) → (B, heads, L, D)."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
@@ -78,11 +102,6 @@ def attention(
     if cpu.attention_serves(q, k, v):
         return cpu.attention(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-
-
-def attention_bytes(heads: int, queries: int, keys: int) -> int:
-    """What `attention` holds at least beside its arguments and its result: on a CPU some of the scores, float32."""
-    return 0 if has_gpu() else min(4 * heads * queries * keys, cpu.ROOM)
 
 
 # ---- rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864)
@@ -187,8 +206,8 @@ class MLPEmbedder(nn.Module):
 
     def __init__(self, in_features: int, features: int, *, bias: bool = True):
         super().__init__()
-        self.linear_1 = nn.Linear(in_features, features, bias=bias)
-        self.linear_2 = nn.Linear(features, features, bias=bias)
+        self.linear_1 = Linear(in_features, features, bias=bias)
+        self.linear_2 = Linear(features, features, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_2(silu(self.linear_1(x)))
@@ -218,14 +237,14 @@ class FeedForward(nn.Module):
     class Proj(nn.Module):
         def __init__(self, features: int, hidden: int):
             super().__init__()
-            self.proj = nn.Linear(features, hidden)
+            self.proj = Linear(features, hidden)
 
         def __call__(self, x: mx.array) -> mx.array:
             return gelu_approx(self.proj(x))
 
     def __init__(self, features: int):
         super().__init__()
-        self.net = [FeedForward.Proj(features, 4 * features), nn.Identity(), nn.Linear(4 * features, features)]
+        self.net = [FeedForward.Proj(features, 4 * features), nn.Identity(), Linear(4 * features, features)]
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.net:
@@ -239,9 +258,9 @@ class SwiGLU(nn.Module):
     def __init__(self, features: int, hidden: int, *, activation: str = "silu", bias: bool = False):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate_proj = nn.Linear(features, hidden, bias=bias)
-        self.up_proj = nn.Linear(features, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, features, bias=bias)
+        self.gate_proj = Linear(features, hidden, bias=bias)
+        self.up_proj = Linear(features, hidden, bias=bias)
+        self.down_proj = Linear(hidden, features, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = self.gate_proj(x), self.up_proj(x)

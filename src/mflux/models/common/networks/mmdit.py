@@ -15,6 +15,7 @@ from mflux.backend import mx, nn
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     FeedForward,
+    Linear,
     RMSNorm,
     Rotary,
     attention,
@@ -68,7 +69,7 @@ class Modulation(nn.Module):
     def __init__(self, features: int, parts: int, *, bias: bool = True):
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(features, parts * features, bias=bias)
+        self.linear = Linear(features, parts * features, bias=bias)
 
     def __call__(self, condition: mx.array) -> list[mx.array]:
         return parts_of(self.linear(silu(condition))[:, None], self.parts)
@@ -83,16 +84,16 @@ class JointAttention(nn.Module):
         self.heads = heads
         self.norm_q = RMSNorm(head_dim, eps=_EPS)
         self.norm_k = RMSNorm(head_dim, eps=_EPS)
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = [nn.Linear(width, width)]
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
+        self.to_out = [Linear(width, width)]
         self.norm_added_q = RMSNorm(head_dim, eps=_EPS)
         self.norm_added_k = RMSNorm(head_dim, eps=_EPS)
-        self.add_q_proj = nn.Linear(width, width)
-        self.add_k_proj = nn.Linear(width, width)
-        self.add_v_proj = nn.Linear(width, width)
-        self.to_add_out = nn.Linear(width, width)
+        self.add_q_proj = Linear(width, width)
+        self.add_k_proj = Linear(width, width)
+        self.add_v_proj = Linear(width, width)
+        self.to_add_out = Linear(width, width)
 
     def image_heads(self, image: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values of picture tokens, (B, heads, L, D) each, before their positions turn them."""
@@ -125,9 +126,9 @@ class SingleAttention(nn.Module):
         self.heads = heads
         self.norm_q = RMSNorm(head_dim, eps=_EPS)
         self.norm_k = RMSNorm(head_dim, eps=_EPS)
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
 
     def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
         q = rotate_pairs(self.norm_q(split_heads(self.to_q(x), self.heads)), rotary)
@@ -206,8 +207,8 @@ class SingleTransformerBlock(nn.Module):
         super().__init__()
         width = heads * head_dim
         self.norm = Modulation(width, 3)
-        self.proj_mlp = nn.Linear(width, 4 * width)
-        self.proj_out = nn.Linear(5 * width, width)
+        self.proj_mlp = Linear(width, 4 * width)
+        self.proj_out = Linear(5 * width, width)
         self.attn = SingleAttention(heads, head_dim)
 
     def __call__(self, x: mx.array, condition: mx.array, rotary: Rotary) -> mx.array:

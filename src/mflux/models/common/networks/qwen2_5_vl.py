@@ -18,7 +18,7 @@ from mflux.checkpoints.loading import FileDifferences
 from mflux.checkpoints.quantization import UNQUANTIZED
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.decoder import unused_patterns
-from mflux.models.common.networks.layers import Activation, RMSNorm, Rotary, SwiGLU
+from mflux.models.common.networks.layers import Activation, Linear, RMSNorm, Rotary, SwiGLU
 from mflux.models.common.networks.qwen_vl import VLConfig, VLDecoder, VLModel, VLTextConfig
 from mflux.models.common.networks.vision import (
     Grid,
@@ -174,7 +174,7 @@ class PatchMerger(nn.Module):
         super().__init__()
         width = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, eps=_VISION_EPS)
-        self.mlp = [nn.Linear(width, width), Activation("gelu"), nn.Linear(width, config.out_hidden_size)]
+        self.mlp = [Linear(width, width), Activation("gelu"), Linear(width, config.out_hidden_size)]
 
     def __call__(self, x: mx.array) -> mx.array:
         """(1, patches, hidden_size) to (tokens, out_hidden_size)."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
-from mflux.models.common.networks.layers import ACTIVATIONS, LayerNorm, Rotary, gelu
+from mflux.models.common.networks.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Rotary, gelu
 from mflux.models.common.networks.qwen_vl import VLConfig, VLDecoder, VLModel, VLTextConfig
 from mflux.models.common.networks.vision import (
     Grid,
@@ -132,8 +132,8 @@ class VisionMLP(nn.Module):
     def __init__(self, config: Qwen3VLVisionConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_fc2(self.activation(self.linear_fc1(x)))
@@ -160,8 +160,8 @@ class PatchMerger(nn.Module):
         self.width = config.hidden_size * config.spatial_merge_size**2
         self.norm_after_merging = norm_after_merging
         self.norm = LayerNorm(self.width if norm_after_merging else config.hidden_size, eps=_VISION_EPS)
-        self.linear_fc1 = nn.Linear(self.width, self.width)
-        self.linear_fc2 = nn.Linear(self.width, config.out_hidden_size)
+        self.linear_fc1 = Linear(self.width, self.width)
+        self.linear_fc2 = Linear(self.width, config.out_hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         """(1, patches, hidden_size) to (tokens, out_hidden_size)."""
@@ -177,7 +177,7 @@ class Qwen3VLVisionModel(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config, bias=True)
-        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.pos_embed = Embedding(config.num_position_embeddings, config.hidden_size)
         self.blocks = [VisionBlock(config) for _ in range(config.depth)]
         self.merger = PatchMerger(config, norm_after_merging=False)
         self.deepstack_merger_list = [
@@ -283,7 +283,7 @@ class Qwen3VLForConditionalGeneration(VLModel):
             # Some files hold the embedding a second time under the head's name; see `weights.check_head`.
             self.differences = FileDifferences(ignored=(r"^lm_head\.weight$",))
         else:
-            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+            self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
     @property
     def parts(self) -> tuple[VLDecoder, Qwen3VLVisionModel]:

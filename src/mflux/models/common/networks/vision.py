@@ -13,10 +13,12 @@ from mflux.backend import mx, nn
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     ACTIVATIONS,
+    Linear,
     Rotary,
     attention,
     inverse_frequencies,
     merge_heads,
+    product,
     rotate_halves,
     split_heads,
 )
@@ -85,8 +87,7 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight
         # The kernel covers a patch exactly, so the convolution is one product.
         patches = patches.astype(weight.dtype).reshape(-1, weight.shape[-1], *weight.shape[1:-1])
-        x = mx.moveaxis(patches, 1, -1).flatten(1) @ weight.flatten(1).T
-        return x + self.proj.bias if "bias" in self.proj else x
+        return product(mx.moveaxis(patches, 1, -1).flatten(1), weight.flatten(1), self.proj.get("bias"))
 
 
 class VisionAttention(nn.Module):
@@ -95,8 +96,8 @@ class VisionAttention(nn.Module):
     def __init__(self, features: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(features, 3 * features)
-        self.proj = nn.Linear(features, features)
+        self.qkv = Linear(features, 3 * features)
+        self.proj = Linear(features, features)
 
     def __call__(self, x: mx.array, rotary: Rotary, mask: mx.array | None = None) -> mx.array:
         """Patches (B, N, features), each of the B on its own; `mask` is true where a patch may be seen."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
-from mflux.models.common.networks.layers import TIME_CHANNELS, MLPEmbedder, modulate, rotary_embedding, waves
+from mflux.models.common.networks.layers import TIME_CHANNELS, Linear, MLPEmbedder, modulate, rotary_embedding, waves
 from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation, SingleTransformerBlock, TransformerBlock
 
 _TIME_THETA = 10_000
@@ -62,7 +62,7 @@ class TimeEmbedder(nn.Module):
 class CaptionProjection(nn.Module):
     def __init__(self, in_features: int, features: int):
         super().__init__()
-        self.linear = nn.Linear(in_features, features, bias=False)
+        self.linear = Linear(in_features, features, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear(x)
@@ -78,14 +78,14 @@ class FiboTransformer(nn.Module):
         self.config = config
         width, heads, head_dim = config.inner_dim, config.num_attention_heads, config.attention_head_dim
         self.time_embed = TimeEmbedder(width)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, width)
-        self.x_embedder = nn.Linear(config.in_channels, width)
+        self.context_embedder = Linear(config.joint_attention_dim, width)
+        self.x_embedder = Linear(config.in_channels, width)
         self.transformer_blocks = [TransformerBlock(heads, head_dim) for _ in range(config.num_layers)]
         self.single_transformer_blocks = [
             SingleTransformerBlock(heads, head_dim) for _ in range(config.num_single_layers)
         ]
         self.norm_out = Modulation(width, 2)
-        self.proj_out = nn.Linear(width, config.in_channels)
+        self.proj_out = Linear(width, config.in_channels)
         self.caption_projection = [CaptionProjection(config.text_encoder_dim, width // 2) for _ in range(config.blocks)]
 
     def project_text(self, text_layers: Sequence[mx.array]) -> list[mx.array]:

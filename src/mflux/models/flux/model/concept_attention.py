@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from mflux.backend import mx
+from mflux.models.common.networks.layers import product
 from mflux.models.common.networks.mmdit import TransformerBlock
 from mflux.models.flux.model.transformer import FluxTransformer
 
@@ -46,7 +47,7 @@ class ConceptStream:
                 return
             concept, seen = block.read_along(concept, condition, keys, values)
             if number in self._layers:
-                alike = seen[0].astype(mx.float32) @ picture[0].astype(mx.float32).T
+                alike = product(seen[0].astype(mx.float32), picture[0].astype(mx.float32))
                 self._sum = self._sum + mx.softmax(alike, axis=0)
                 self._looks += 1
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mflux.backend import mx, nn
+from mflux.backend import mx
+from mflux.models.common.networks.layers import Linear
 from mflux.models.flux.model.transformer import FluxTransformerConfig, FluxTrunk, Residuals
 
 
@@ -45,9 +46,9 @@ class FluxControlNet(FluxTrunk):
     def __init__(self, config: FluxControlNetConfig):
         super().__init__(config)
         width = config.inner_dim
-        self.controlnet_x_embedder = nn.Linear(config.in_channels, width)
-        self.controlnet_blocks = [nn.Linear(width, width) for _ in range(config.num_layers)]
-        self.controlnet_single_blocks = [nn.Linear(width, width) for _ in range(config.num_single_layers)]
+        self.controlnet_x_embedder = Linear(config.in_channels, width)
+        self.controlnet_blocks = [Linear(width, width) for _ in range(config.num_layers)]
+        self.controlnet_single_blocks = [Linear(width, width) for _ in range(config.num_single_layers)]
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.image_processors import ImageProcessor
-from mflux.models.common.networks.layers import ACTIVATIONS, LayerNorm, silu
+from mflux.models.common.networks.layers import ACTIVATIONS, Conv2d, Embedding, LayerNorm, Linear, silu
 from mflux.models.common.networks.text_encoders.clip import CLIPEncoder
 
 
@@ -46,8 +46,8 @@ class SiglipEmbeddings(nn.Module):
     def __init__(self, config: SiglipConfig):
         super().__init__()
         patch = config.patch_size
-        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, patch, stride=patch)
-        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2, config.hidden_size)
+        self.patch_embedding = Conv2d(config.num_channels, config.hidden_size, patch, stride=patch)
+        self.position_embedding = Embedding((config.image_size // patch) ** 2, config.hidden_size)
 
     def __call__(self, pixels: mx.array) -> mx.array:
         patches = self.patch_embedding(pixels.transpose(0, 2, 3, 1).astype(self.patch_embedding.weight.dtype))
@@ -134,8 +134,8 @@ class ReduxEmbedder(nn.Module):
     def __init__(self, config: ReduxConfig):
         super().__init__()
         self.config = config
-        self.redux_up = nn.Linear(config.redux_dim, 3 * config.txt_in_features)
-        self.redux_down = nn.Linear(3 * config.txt_in_features, config.txt_in_features)
+        self.redux_up = Linear(config.redux_dim, 3 * config.txt_in_features)
+        self.redux_down = Linear(3 * config.txt_in_features, config.txt_in_features)
 
     def __call__(self, states: mx.array) -> mx.array:
         return self.redux_down(silu(self.redux_up(states)))

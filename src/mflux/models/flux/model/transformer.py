@@ -12,7 +12,15 @@ from functools import partial
 from typing import Any
 
 from mflux.backend import mx, nn
-from mflux.models.common.networks.layers import TIME_CHANNELS, MLPEmbedder, Rotary, modulate, rotary_embedding, waves
+from mflux.models.common.networks.layers import (
+    TIME_CHANNELS,
+    Linear,
+    MLPEmbedder,
+    Rotary,
+    modulate,
+    rotary_embedding,
+    waves,
+)
 from mflux.models.common.networks.mmdit import (
     MMDiTConfig,
     Modulation,
@@ -83,8 +91,8 @@ class FluxTrunk(nn.Module):
         self.config = config
         width = config.inner_dim
         self.time_text_embed = ConditionEmbedder(config)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, width)
-        self.x_embedder = nn.Linear(config.in_channels, width)
+        self.context_embedder = Linear(config.joint_attention_dim, width)
+        self.x_embedder = Linear(config.in_channels, width)
         heads, head_dim = config.num_attention_heads, config.attention_head_dim
         self.transformer_blocks = [TransformerBlock(heads, head_dim) for _ in range(config.num_layers)]
         self.single_transformer_blocks = [
@@ -130,7 +138,7 @@ class FluxTransformer(FluxTrunk):
         super().__init__(config)
         width = config.inner_dim
         self.norm_out = Modulation(width, 2)
-        self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
+        self.proj_out = Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
 
     @also_as_024(called_as_024, known_by="config")
     def __call__(

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.networks.layers import Activation, LayerNorm, attention, layer_norm, merge_heads, split_heads
+from mflux.models.common.networks.layers import (
+    Activation,
+    LayerNorm,
+    Linear,
+    attention,
+    layer_norm,
+    merge_heads,
+    product,
+    split_heads,
+)
 from mflux.models.common.networks.text_encoders.qwen3 import Qwen3TextEncoder
 
 _EPS = 1e-5
@@ -107,10 +116,10 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.in_proj_weight = mx.zeros((3 * features, features))
         self.in_proj_bias = mx.zeros(3 * features)
-        self.out_proj = nn.Linear(features, features)
+        self.out_proj = Linear(features, features)
 
     def __call__(self, x: mx.array) -> mx.array:
-        joint = x @ self.in_proj_weight.T + self.in_proj_bias
+        joint = product(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (split_heads(part, self.heads) for part in mx.split(joint, 3, axis=-1))
         return self.out_proj(merge_heads(attention(q, k, v)))
 
@@ -122,9 +131,9 @@ class AttentionBlock(nn.Module):
         self.attn = SelfAttention(features, heads)
         self.n2 = LayerNorm(features, eps=_EPS)
         self.ffn = [
-            nn.Linear(features, 4 * features),
+            Linear(features, 4 * features),
             Activation("gelu_pytorch_tanh"),
-            nn.Linear(4 * features, features),
+            Linear(4 * features, features),
         ]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -140,10 +149,10 @@ class AttentionMixer(nn.Module):
         super().__init__()
         features = config.attention_features
         self.norm = LayerNorm(config.in_features, eps=_EPS)
-        self.inp = nn.Linear(config.in_features, features)
+        self.inp = Linear(config.in_features, features)
         self.pos = mx.zeros((1, config.max_length, features))
         self.blocks = [AttentionBlock(features, config.attention_heads) for _ in range(config.attention_blocks)]
-        self.out = nn.Linear(features, config.out_features)
+        self.out = Linear(features, config.out_features)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.inp(self.norm(x)) + self.pos[:, : x.shape[1]]
@@ -163,11 +172,11 @@ class SmallTextAdapter(nn.Module):
         hidden = config.mlp_features
         self.mlp = [
             HiddenStateNorm(config),
-            nn.Linear(config.in_features, hidden),
+            Linear(config.in_features, hidden),
             Activation("gelu_pytorch_tanh"),
-            nn.Linear(hidden, hidden),
+            Linear(hidden, hidden),
             Activation("gelu_pytorch_tanh"),
-            nn.Linear(hidden, config.out_features),
+            Linear(hidden, config.out_features),
         ]
         self.attn = AttentionMixer(config)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from mflux.backend import mx, nn
 from mflux.models.common.networks.layers import (
+    Linear,
     MLPEmbedder,
     RMSNorm,
     Rotary,
@@ -123,8 +124,8 @@ def gated(x: mx.array) -> mx.array:
 class FeedForward(Interior):
     def __init__(self, config: Flux2TransformerConfig):
         super().__init__()
-        self.linear_in = nn.Linear(config.inner_dim, 2 * config.hidden_dim, bias=False)
-        self.linear_out = nn.Linear(config.hidden_dim, config.inner_dim, bias=False)
+        self.linear_in = Linear(config.inner_dim, 2 * config.hidden_dim, bias=False)
+        self.linear_out = Linear(config.hidden_dim, config.inner_dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.leave(self.linear_out(gated(self.linear_in(self.enter(x)))), x)
@@ -148,16 +149,16 @@ class JointAttention(Interior):
         self.heads = config.num_attention_heads
         self.norm_q = RMSNorm(head, eps=eps)
         self.norm_k = RMSNorm(head, eps=eps)
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, width, bias=False)
-        self.to_v = nn.Linear(width, width, bias=False)
-        self.to_out = [nn.Linear(width, width, bias=False)]
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(width, width, bias=False)
+        self.to_v = Linear(width, width, bias=False)
+        self.to_out = [Linear(width, width, bias=False)]
         self.norm_added_q = RMSNorm(head, eps=eps)
         self.norm_added_k = RMSNorm(head, eps=eps)
-        self.add_q_proj = nn.Linear(width, width, bias=False)
-        self.add_k_proj = nn.Linear(width, width, bias=False)
-        self.add_v_proj = nn.Linear(width, width, bias=False)
-        self.to_add_out = nn.Linear(width, width, bias=False)
+        self.add_q_proj = Linear(width, width, bias=False)
+        self.add_k_proj = Linear(width, width, bias=False)
+        self.add_v_proj = Linear(width, width, bias=False)
+        self.to_add_out = Linear(width, width, bias=False)
 
     def __call__(
         self, image: mx.array, text: mx.array, rotary: Rotary, cached: KeysValues | None
@@ -230,8 +231,8 @@ class ParallelAttention(Interior):
         self.heads = config.num_attention_heads
         self.norm_q = RMSNorm(config.attention_head_dim, eps=config.eps)
         self.norm_k = RMSNorm(config.attention_head_dim, eps=config.eps)
-        self.to_qkv_mlp_proj = nn.Linear(width, 3 * width + 2 * config.hidden_dim, bias=False)
-        self.to_out = nn.Linear(width + config.hidden_dim, width, bias=False)
+        self.to_qkv_mlp_proj = Linear(width, 3 * width + 2 * config.hidden_dim, bias=False)
+        self.to_out = Linear(width + config.hidden_dim, width, bias=False)
 
     def __call__(self, x: mx.array, rotary: Rotary, cached: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
         width = x.shape[-1]
@@ -295,12 +296,12 @@ class Flux2Transformer(nn.Module):
         self.double_stream_modulation_img = Modulation(width, 6, bias=False)
         self.double_stream_modulation_txt = Modulation(width, 6, bias=False)
         self.single_stream_modulation = Modulation(width, 3, bias=False)
-        self.x_embedder = nn.Linear(config.in_channels, width, bias=False)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, width, bias=False)
+        self.x_embedder = Linear(config.in_channels, width, bias=False)
+        self.context_embedder = Linear(config.joint_attention_dim, width, bias=False)
         self.transformer_blocks = [DoubleBlock(config) for _ in range(config.num_layers)]
         self.single_transformer_blocks = [SingleBlock(config) for _ in range(config.num_single_layers)]
         self.norm_out = Modulation(width, 2, bias=False)
-        self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels), bias=False)
+        self.proj_out = Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels), bias=False)
 
     @also_as_024(called_as_024, known_by="encoder_hidden_states")
     def __call__(

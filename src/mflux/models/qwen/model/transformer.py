@@ -17,6 +17,7 @@ from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
     Activation,
     FeedForward,
+    Linear,
     MLPEmbedder,
     RMSNorm,
     modulate,
@@ -92,8 +93,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         width = config.inner_dim
         # SiLU stands at 0 in the reference, and has no weights.
-        self.img_mod = [Activation("silu"), nn.Linear(width, 6 * width)]
-        self.txt_mod = [Activation("silu"), nn.Linear(width, 6 * width)]
+        self.img_mod = [Activation("silu"), Linear(width, 6 * width)]
+        self.txt_mod = [Activation("silu"), Linear(width, 6 * width)]
         self.attn = JointAttention(config.num_attention_heads, config.attention_head_dim)
         self.img_mlp = FeedForward(width)
         self.txt_mlp = FeedForward(width)
@@ -161,11 +162,11 @@ class QwenTransformer(nn.Module):
         width = config.inner_dim
         self.time_text_embed = TimeEmbedder(config)
         self.txt_norm = RMSNorm(config.joint_attention_dim, eps=_EPS)
-        self.img_in = nn.Linear(config.in_channels, width)
-        self.txt_in = nn.Linear(config.joint_attention_dim, width)
+        self.img_in = Linear(config.in_channels, width)
+        self.txt_in = Linear(config.joint_attention_dim, width)
         self.transformer_blocks = [TransformerBlock(config) for _ in range(config.num_layers)]
         self.norm_out = Modulation(width, 2)
-        self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
+        self.proj_out = Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
 
     @also_as_024(called_as_024, known_by="config")
     def __call__(

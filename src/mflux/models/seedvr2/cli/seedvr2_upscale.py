@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mflux.cli.parser.groups import add_machine_options, add_model_options, add_output_options
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.parser.settle import add_to_name, prepare_machine, save_picture, settle_model, settle_paths
-from mflux.cli.terminal import advise, is_out_of_memory, run
+from mflux.cli.terminal import is_out_of_memory, run
 from mflux.errors import CheckpointError, DownloadError, MfluxError, OutputError, UsageError
 from mflux.models.seedvr2.family import FAMILY
 from mflux.text import shown
@@ -114,7 +114,6 @@ def upscale(argv: Sequence[str] | None) -> None:
         if pipeline.tiling_config is not None and args.vae_tile_size:
             # Encoding would take the most memory otherwise.
             pipeline.tiling_config = replace(pipeline.tiling_config, vae_encode_tile_size=args.vae_tile_size)
-        advise()
         batch.draw(pipeline)
         if memory is not None:
             log.info(memory.memory_stats())

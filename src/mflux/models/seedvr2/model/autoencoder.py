@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from mflux.backend import compute_dtype, mx, nn
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL, AutoencoderKLConfig, Decoder
 from mflux.models.common.networks.autoencoders.strips import Map
+from mflux.models.common.networks.layers import product
 
 
 class StillConv(nn.Conv2d):
@@ -75,7 +76,7 @@ class StillUpsampler(nn.Module):
         batch, height, width, channels = x.shape
         weight = self.upscale_conv.weight.reshape(4, self.frames, channels, channels)[:, 0]
         bias = self.upscale_conv.bias.reshape(4, self.frames, channels)[:, 0]
-        x = mx.addmm(bias.reshape(-1), x, weight.reshape(-1, channels).T)
+        x = product(x, weight.reshape(-1, channels), bias.reshape(-1))
         x = x.reshape(batch, height, width, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(batch, 2 * height, 2 * width, channels)
 

@@ -20,6 +20,7 @@ from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
+    Linear,
     RMSNorm,
     Rotary,
     attention,
@@ -258,9 +259,9 @@ class GatedFeedForward(nn.Module):
     def __init__(self, dim: int, expand_ratio: int):
         super().__init__()
         hidden = _HIDDEN_STEP * ceil(2 * dim * expand_ratio // 3 / _HIDDEN_STEP)
-        self.proj_in_gate = nn.Linear(dim, hidden, bias=False)
-        self.proj_out = nn.Linear(hidden, dim, bias=False)
-        self.proj_in = nn.Linear(dim, hidden, bias=False)
+        self.proj_in_gate = Linear(dim, hidden, bias=False)
+        self.proj_out = Linear(hidden, dim, bias=False)
+        self.proj_in = Linear(dim, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.proj_out(silu_times(self.proj_in_gate(x), self.proj_in(x)))
@@ -269,8 +270,8 @@ class GatedFeedForward(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int, expand_ratio: int):
         super().__init__()
-        self.proj_in = nn.Linear(dim, dim * expand_ratio)
-        self.proj_out = nn.Linear(dim * expand_ratio, dim)
+        self.proj_in = Linear(dim, dim * expand_ratio)
+        self.proj_out = Linear(dim * expand_ratio, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.proj_out(gelu_approx(self.proj_in(x)))
@@ -281,8 +282,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         dim, inner = config.vid_dim, config.heads * config.head_dim
-        self.proj_qkv = Streams(lambda: nn.Linear(dim, 3 * inner, bias=config.qk_bias), shared=shared)
-        self.proj_out = Streams(lambda: nn.Linear(inner, dim), shared=shared)
+        self.proj_qkv = Streams(lambda: Linear(dim, 3 * inner, bias=config.qk_bias), shared=shared)
+        self.proj_out = Streams(lambda: Linear(inner, dim), shared=shared)
         self.norm_q = Streams(lambda: RMSNorm(config.head_dim, eps=config.norm_eps), shared=shared)
         self.norm_k = Streams(lambda: RMSNorm(config.head_dim, eps=config.norm_eps), shared=shared)
 
@@ -373,9 +374,9 @@ class Block(nn.Module):
 class TimeEmbedding(nn.Module):
     def __init__(self, hidden: int, features: int):
         super().__init__()
-        self.proj_in = nn.Linear(TIME_CHANNELS, hidden)
-        self.proj_hid = nn.Linear(hidden, hidden)
-        self.proj_out = nn.Linear(hidden, features)
+        self.proj_in = Linear(TIME_CHANNELS, hidden)
+        self.proj_hid = Linear(hidden, hidden)
+        self.proj_out = Linear(hidden, features)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.proj_out(silu(self.proj_hid(silu(self.proj_in(x)))))
@@ -386,7 +387,7 @@ class Projection(nn.Module):
 
     def __init__(self, in_features: int, features: int):
         super().__init__()
-        self.proj = nn.Linear(in_features, features)
+        self.proj = Linear(in_features, features)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.proj(x)
@@ -408,7 +409,7 @@ class SeedVR2Transformer(nn.Module):
         pixels = config.patch_size[1] * config.patch_size[2]
         self.vid_in = Projection(config.vid_in_channels * pixels, config.vid_dim)
         if config.txt_in_dim != config.txt_dim:
-            self.txt_in = nn.Linear(config.txt_in_dim, config.txt_dim)
+            self.txt_in = Linear(config.txt_in_dim, config.txt_dim)
         self.emb_in = TimeEmbedding(config.vid_dim, config.emb_dim)
         last = config.num_layers - 1
         self.blocks = [

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mflux.backend import mx, nn
+from mflux.backend import mx
 from mflux.checkpoints.loading import FileDifferences
-from mflux.models.common.networks.layers import Rotary
+from mflux.models.common.networks.layers import Linear, Rotary
 from mflux.models.z_image.model.transformer import (
     BlockConfig,
     ComputesInside,
@@ -58,8 +58,8 @@ class ControlBlock(TransformerBlock):
     def __init__(self, config: BlockConfig, *, first: bool):
         super().__init__(config)
         if first:
-            self.before_proj = nn.Linear(config.dim, config.dim)
-        self.after_proj = nn.Linear(config.dim, config.dim)
+            self.before_proj = Linear(config.dim, config.dim)
+        self.after_proj = Linear(config.dim, config.dim)
 
     def hint(self, control: mx.array, x: mx.array, rotary: Rotary, condition: mx.array) -> tuple[mx.array, mx.array]:
         """The control tokens for the next block, and the hint."""
@@ -76,9 +76,7 @@ class ZImageControlNet(ComputesInside):
         super().__init__()
         self.config = config
         self.control_layers = [ControlBlock(config, first=place == 0) for place in config.control_layers_places]
-        self.control_all_x_embedder = {
-            config.patch_name: nn.Linear(config.patch**2 * config.control_in_dim, config.dim)
-        }
+        self.control_all_x_embedder = {config.patch_name: Linear(config.patch**2 * config.control_in_dim, config.dim)}
         self.control_noise_refiner: list[TransformerBlock]
         if config.add_control_noise_refiner == "control_noise_refiner":
             self.control_noise_refiner = [

@@ -16,6 +16,7 @@ from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
     Activation,
+    Linear,
     RMSNorm,
     Rotary,
     attention,
@@ -143,10 +144,10 @@ class Attention(Interior):
         if config.qk_norm:
             self.norm_q = RMSNorm(width // config.n_heads, eps=_HEAD_EPS)
             self.norm_k = RMSNorm(width // config.n_heads, eps=_HEAD_EPS)
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, width, bias=False)
-        self.to_v = nn.Linear(width, width, bias=False)
-        self.to_out = [nn.Linear(width, width, bias=False)]
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(width, width, bias=False)
+        self.to_v = Linear(width, width, bias=False)
+        self.to_out = [Linear(width, width, bias=False)]
 
     def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
         dtype, scale = x.dtype, 1.0
@@ -166,9 +167,9 @@ class FeedForward(Interior):
     def __init__(self, features: int):
         super().__init__()
         hidden = int(features / 3 * 8)
-        self.w1 = nn.Linear(features, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, features, bias=False)
-        self.w3 = nn.Linear(features, hidden, bias=False)
+        self.w1 = Linear(features, hidden, bias=False)
+        self.w2 = Linear(hidden, features, bias=False)
+        self.w3 = Linear(features, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         dtype = x.dtype
@@ -191,7 +192,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
         if modulated:
-            self.adaLN_modulation = [nn.Linear(config.condition_dim, 4 * config.dim)]
+            self.adaLN_modulation = [Linear(config.condition_dim, 4 * config.dim)]
 
     def __call__(self, x: mx.array, rotary: Rotary, condition: mx.array | None = None) -> mx.array:
         scale: mx.array | int = 1
@@ -208,7 +209,7 @@ class TransformerBlock(nn.Module):
 class TimeEmbedder(nn.Module):
     def __init__(self, features: int):
         super().__init__()
-        self.mlp = [nn.Linear(TIME_CHANNELS, _TIME_HIDDEN), Activation("silu"), nn.Linear(_TIME_HIDDEN, features)]
+        self.mlp = [Linear(TIME_CHANNELS, _TIME_HIDDEN), Activation("silu"), Linear(_TIME_HIDDEN, features)]
 
     def __call__(self, values: mx.array, dtype: mx.Dtype) -> mx.array:
         x = waves(values).astype(dtype)
@@ -220,8 +221,8 @@ class TimeEmbedder(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, config: ZImageTransformerConfig):
         super().__init__()
-        self.linear = nn.Linear(config.dim, config.patch**2 * config.in_channels)
-        self.adaLN_modulation = [Activation("silu"), nn.Linear(config.condition_dim, config.dim)]
+        self.linear = Linear(config.dim, config.patch**2 * config.in_channels)
+        self.adaLN_modulation = [Activation("silu"), Linear(config.condition_dim, config.dim)]
 
     def __call__(self, x: mx.array, condition: mx.array) -> mx.array:
         silu, scale = self.adaLN_modulation
@@ -300,14 +301,14 @@ class ZImageTransformer(ComputesInside):
         super().__init__()
         self.config = config
         width = config.dim
-        self.all_x_embedder = {config.patch_name: nn.Linear(config.patch**2 * config.in_channels, width)}
+        self.all_x_embedder = {config.patch_name: Linear(config.patch**2 * config.in_channels, width)}
         self.all_final_layer = {config.patch_name: FinalLayer(config)}
         self.noise_refiner = [TransformerBlock(config) for _ in range(config.n_refiner_layers)]
         self.context_refiner = [TransformerBlock(config, modulated=False) for _ in range(config.n_refiner_layers)]
         self.t_embedder = TimeEmbedder(config.condition_dim)
         self.cap_embedder = [
             RMSNorm(config.cap_feat_dim, eps=config.norm_eps),
-            nn.Linear(config.cap_feat_dim, width),
+            Linear(config.cap_feat_dim, width),
         ]
         self.x_pad_token = mx.zeros((1, width))
         self.cap_pad_token = mx.zeros((1, width))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mflux.backend import mx, nn
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.networks.layers import LayerNorm, attention, gelu, merge_heads, split_heads
+from mflux.models.common.networks.layers import Conv2d, LayerNorm, Linear, attention, gelu, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Dinov2Config(ComponentConfig):
 class PatchEmbeddings(nn.Module):
     def __init__(self, config: Dinov2Config):
         super().__init__()
-        self.projection = nn.Conv2d(
+        self.projection = Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
 
@@ -77,9 +77,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.query = nn.Linear(width, width, bias=config.qkv_bias)
-        self.key = nn.Linear(width, width, bias=config.qkv_bias)
-        self.value = nn.Linear(width, width, bias=config.qkv_bias)
+        self.query = Linear(width, width, bias=config.qkv_bias)
+        self.key = Linear(width, width, bias=config.qkv_bias)
+        self.value = Linear(width, width, bias=config.qkv_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         q, k, v = (split_heads(projection(x), self.num_heads) for projection in (self.query, self.key, self.value))
@@ -89,7 +89,7 @@ class SelfAttention(nn.Module):
 class AttentionOutput(nn.Module):
     def __init__(self, config: Dinov2Config):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
 
 class Attention(nn.Module):
@@ -115,8 +115,8 @@ class MLP(nn.Module):
     def __init__(self, config: Dinov2Config):
         super().__init__()
         inner = int(config.hidden_size * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.hidden_size, inner)
-        self.fc2 = nn.Linear(inner, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, inner)
+        self.fc2 = Linear(inner, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(gelu(self.fc1(x)))

@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from mflux.backend import has_gpu, mx, nn
+from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.controls.depth_pro.dinov2 import Dinov2Config, Dinov2Model
+from mflux.models.common.networks.layers import Conv2d, Linear, product
 
 
 @dataclass(frozen=True)
@@ -126,31 +127,11 @@ def merge_patches(tokens: mx.array, steps: int, margin: int) -> mx.array:
     return tiles
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution that keeps the size.
-
-    MLX's CPU backend first writes the nine neighbours of every pixel side by side: 11 GB in the last layer. There the
-    picture is worked on in bands of rows, each within `BAND` numbers.
-    """
-
-    BAND = 1 << 26
+class Conv3x3(Conv2d):
+    """A 3×3 convolution that keeps the size."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        batch, height, width, channels = x.shape
-        rows = max(1, self.BAND // (9 * batch * width * channels))
-        if has_gpu() or rows >= height:
-            return super().__call__(x)
-        padded = mx.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0)])
-        bands = []
-        for top in range(0, height, rows):
-            bands.append(mx.conv2d(padded[:, top : top + rows + 2], self.weight, padding=(0, 1)))
-            # MLX makes room for several queued operations at once: one band after the other, or nothing is saved.
-            mx.eval(bands[-1])
-        joined = mx.concatenate(bands, axis=1)
-        return joined + self.bias if "bias" in self else joined
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -165,7 +146,7 @@ class Upsample(nn.ConvTranspose2d):
     def __call__(self, x: mx.array) -> mx.array:
         batch, height, width, channels = x.shape
         out = self.weight.shape[0]
-        spread = x @ self.weight.transpose(3, 1, 2, 0).reshape(channels, 4 * out)
+        spread = product(x, self.weight.transpose(1, 2, 0, 3).reshape(4 * out, channels))
         spread = spread.reshape(batch, height, width, 2, 2, out).transpose(0, 1, 3, 2, 4, 5)
         spread = spread.reshape(batch, 2 * height, 2 * width, out)
         return spread + self.bias if "bias" in self else spread
@@ -228,7 +209,7 @@ class UpsampleBlock(nn.Module):
     def __init__(self, dims: tuple[int, int, int], doublings: int, *, project: bool = True, bias: bool = False):
         super().__init__()
         before, between, after = dims
-        self.layers: list[nn.Module] = [nn.Conv2d(before, between, kernel_size=1, bias=bias)] if project else []
+        self.layers: list[nn.Module] = [Conv2d(before, between, kernel_size=1, bias=bias)] if project else []
         self.layers += [Upsample(between if i == 0 else after, after, bias=bias) for i in range(doublings)]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -267,7 +248,7 @@ class Neck(nn.Module):
         super().__init__()
         coarsest = config.scaled_images_feature_dims[0]
         self.feature_upsample = FeatureUpsample(config)
-        self.fuse_image_with_low_res = nn.Conv2d(2 * coarsest, coarsest, kernel_size=1)
+        self.fuse_image_with_low_res = Conv2d(2 * coarsest, coarsest, kernel_size=1)
         self.feature_projection = FeatureProjection(config)
 
     def __call__(self, image: mx.array, maps: list[mx.array]) -> list[mx.array]:
@@ -312,7 +293,7 @@ class FusionLayer(nn.Module):
         self.residual_layer2 = ResidualLayer(config)
         if double:
             self.deconv = Upsample(width, width, bias=False)
-        self.projection = nn.Conv2d(width, width, kernel_size=1)
+        self.projection = Conv2d(width, width, kernel_size=1)
 
     def __call__(self, x: mx.array, finer: mx.array | None = None) -> mx.array:
         if finer is not None:
@@ -344,7 +325,7 @@ class DepthHead(nn.Module):
             Upsample(width // 2, width // 2, bias=True),
             Conv3x3(width // 2, 32),
             nn.ReLU(),
-            nn.Conv2d(32, 1, kernel_size=1),
+            Conv2d(32, 1, kernel_size=1),
             nn.ReLU(),
         ]
 
@@ -359,7 +340,7 @@ class FovEncoder(nn.Module):
         super().__init__()
         self.size = config.patch_size
         self.model = Dinov2Model(config.fov_model_config)
-        self.neck = nn.Linear(config.fov_model_config.hidden_size, config.fusion_hidden_size // 2)
+        self.neck = Linear(config.fov_model_config.hidden_size, config.fusion_hidden_size // 2)
 
     def __call__(self, pixels: mx.array, base: int) -> mx.array:
         tokens, _ = self.model(resize_bilinear(pixels, (self.size, self.size)))
@@ -374,8 +355,8 @@ class FovHead(nn.Module):
         dims = [math.ceil(config.fusion_hidden_size / 2 ** (i + 1)) for i in range(halvings + 1)]
         self.layers = []
         for before, after in pairwise(dims):
-            self.layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.ReLU()]
-        self.layers.append(nn.Conv2d(dims[-1], 1, kernel_size=int((self.size - 1) / 2**halvings + 1)))
+            self.layers += [Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.ReLU()]
+        self.layers.append(Conv2d(dims[-1], 1, kernel_size=int((self.size - 1) / 2**halvings + 1)))
 
     def __call__(self, x: mx.array) -> mx.array:
         x = resize_bilinear(x, (self.size, self.size))
@@ -391,7 +372,7 @@ class FovModel(nn.Module):
         super().__init__()
         width = config.fusion_hidden_size
         self.fov_encoder = FovEncoder(config)
-        self.conv = nn.Conv2d(width, width // 2, kernel_size=3, stride=2, padding=1)
+        self.conv = Conv2d(width, width // 2, kernel_size=3, stride=2, padding=1)
         self.head = FovHead(config)
 
     def __call__(self, pixels: mx.array, coarsest: mx.array, base: int) -> mx.array:

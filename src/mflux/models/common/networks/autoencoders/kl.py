@@ -13,6 +13,7 @@ from mflux.backend import mx, nn
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.autoencoders.kernels import attention
 from mflux.models.common.networks.autoencoders.strips import Map
+from mflux.models.common.networks.layers import Linear
 
 _EPS = 1e-6
 
@@ -103,10 +104,10 @@ class AttentionBlock(nn.Module):
     def __init__(self, config: AutoencoderKLConfig, channels: int):
         super().__init__()
         self.group_norm = _norm(config, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = [nn.Linear(channels, channels)]
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = [Linear(channels, channels)]
 
     def __call__(self, x: Map) -> Map:
         batch, _, _, channels = x.shape

@@ -104,7 +104,7 @@ class Map:
 
         def make(run: _Pass) -> Read:
             one, two = run.open(self), run.open(other)
-            return lambda rows: one(rows) + two(rows)
+            return lambda rows: self._kernels.add(one(rows), two(rows))
 
         return Map(self.shape, self.dtype, make, (self, other))
 

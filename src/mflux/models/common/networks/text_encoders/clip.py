@@ -12,7 +12,16 @@ from typing import Protocol
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.networks.layers import ACTIVATIONS, LayerNorm, attention, embedded, merge_heads, split_heads
+from mflux.models.common.networks.layers import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    Linear,
+    attention,
+    embedded,
+    merge_heads,
+    split_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,10 @@ class CLIPAttention(nn.Module):
         self.mask = mask
         self.heads = config.num_attention_heads
         width = config.hidden_size
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def __call__(self, x: mx.array) -> mx.array:
         q, k, v = (split_heads(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -79,8 +88,8 @@ class CLIPMLP(nn.Module):
     def __init__(self, config: LayerConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -102,8 +111,8 @@ class CLIPLayer(nn.Module):
 class CLIPEmbeddings(nn.Module):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def __call__(self, input_ids: mx.array) -> mx.array:
         return embedded(self.token_embedding, input_ids) + self.position_embedding(mx.arange(input_ids.shape[1]))

@@ -14,7 +14,16 @@ import numpy as np
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.networks.layers import ACTIVATIONS, RMSNorm, attention, embedded, merge_heads, split_heads
+from mflux.models.common.networks.layers import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    RMSNorm,
+    attention,
+    embedded,
+    merge_heads,
+    split_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,12 @@ class T5Attention(nn.Module):
         self.heads = config.num_heads
         self.buckets = config.relative_attention_num_buckets
         self.max_distance = config.relative_attention_max_distance
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner, bias=False)
+        self.k = Linear(config.d_model, inner, bias=False)
+        self.v = Linear(config.d_model, inner, bias=False)
+        self.o = Linear(inner, config.d_model, bias=False)
         if has_relative_attention_bias:
-            self.relative_attention_bias = nn.Embedding(self.buckets, config.num_heads)
+            self.relative_attention_bias = Embedding(self.buckets, config.num_heads)
 
     def __call__(self, x: mx.array, position_bias: mx.array) -> mx.array:
         q, k, v = (split_heads(project(x), self.heads) for project in (self.q, self.k, self.v))
@@ -104,9 +113,9 @@ class T5DenseGated(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi_0 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.wo(self.activation(self.wi_0(x)) * self.wi_1(x))
@@ -116,8 +125,8 @@ class T5Dense(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi = Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.wo(self.activation(self.wi(x)))
@@ -168,7 +177,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config)
 
     def __call__(self, input_ids: mx.array) -> mx.array:
