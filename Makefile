@@ -103,7 +103,6 @@ wheel: $(LINT)/.ready
 # The tables of benchmarks/README.md: half an hour, 13 GB of disk for a while and an index.
 bench: $(CLEAN)/.ready
 	$(PYTHON) benchmarks/footprint.py
-	$(CLEAN)/bin/python benchmarks/blas.py
 
 # LOCK_ARGS=--upgrade takes the newest versions instead of those that uv.lock has.
 lock:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import numpy as np
 
 try:
-    # Before mflux: else torch's attention calls mflux's OpenBLAS from each of its own threads, and waits.
     import torch
 except ImportError:
     torch = None

@@ -118,9 +118,10 @@ def main() -> None:
         print(json.dumps(measure(args.only, args.layers, args.blocks, args.quantize, args.tokens)))
         return
 
-    from mflux.backend import BLAS, has_gpu
+    from mflux.backend import has_gpu
+    from mflux.cpu import blas
 
-    device = "GPU" if has_gpu() else f"CPU, {os.cpu_count()} cores, {BLAS or 'the BLAS of the MLX wheel'}"
+    device = "GPU" if has_gpu() else f"CPU, {os.cpu_count()} cores, {blas.name()}"
     kind = f"{args.quantize} bits" if args.quantize else "not quantized"
     print(f"{device}; {args.layers} layers, {args.blocks} vision blocks, {kind}; best of {args.repeats}\n")
     print("| what | seconds | of the processor | tokens per second | memory beside the weights, GB |")

@@ -86,7 +86,7 @@ def say(text: str) -> None:
 
 def variables(**changes: str) -> dict[str, str]:
     """This process's environment without what would change what is measured."""
-    dropped = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "VIRTUAL_ENV", "MFLUX_BLAS")
+    dropped = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "VIRTUAL_ENV")
     return {name: value for name, value in os.environ.items() if name not in dropped} | changes
 
 

@@ -291,12 +291,10 @@ class Old:
     """mflux 0.24 in a process of its own, which runs once whenever it is asked."""
 
     def __init__(self, python: str, part: Part):
-        from mflux.backend import BLAS
-
         family, _, kind = part.component.partition(" ")
         name = f"{family} vae" if kind == "vae" else family
         counts = [*part.changes.values(), 0, 0][:2]
-        call = [python, str(Path(__file__).with_name("steps_024.py")), name, BLAS or "", *map(str, counts)]
+        call = [python, str(Path(__file__).with_name("steps_024.py")), name, "", *map(str, counts)]
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         self._process = subprocess.Popen(
             call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,15 +18,10 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional dependency group: the modules it brings, what for, and the one system that it is for, if not all."""
+    """An optional dependency group: the modules it brings, and what for."""
 
     packages: tuple[str, ...]
     purpose: str
-    system: str | None = None
-
-    @property
-    def is_for_this_system(self) -> bool:
-        return self.system is None or sys.platform == self.system
 
     @property
     def brings_torch(self) -> bool:
@@ -39,27 +33,15 @@ EXTRAS: dict[str, Extra] = {
     "vlm": Extra(
         ("transformers", "jinja2"), "FIBO-VLM: mflux-inspire-fibo, mflux-refine-fibo, words for mflux-generate-fibo"
     ),
-    "openblas": Extra(("cmeel-openblas",), "fast matrix products on a CPU where the system has no OpenBLAS", "linux"),
 }
 EXTRAS["full"] = Extra(
     tuple(dict.fromkeys(package for extra in EXTRAS.values() for package in extra.packages)), "all of the above"
 )
-# What holds no module goes by the name of its distribution, and is there if a file of it is.
-_FILES = {"cmeel-openblas": "cmeel.prefix/lib/libopenblas.so.0"}
 
 
 def is_installed(extra: str) -> bool:
     """Whether every package of an extra that is for this system can be found, without importing any."""
-    foreign = {package for other in EXTRAS.values() if not other.is_for_this_system for package in other.packages}
-    wanted = [package for package in EXTRAS[extra].packages if package not in foreign]
-    return bool(wanted) and all(_is_present(package) for package in wanted)
-
-
-def file_of(package: str) -> str | None:
-    """Where the file lies that a package without a module is for, or None."""
-    candidates = (f"{folder}/{_FILES[package]}" for folder in sys.path)
-    # Unlike a Path's, no error where a folder may not be looked into.
-    return next((path for path in candidates if os.path.isfile(path)), None)  # noqa: PTH113
+    return all(_is_present(package) for package in EXTRAS[extra].packages)
 
 
 def require(package: str, *, extra: str, feature: str) -> ModuleType:
@@ -98,8 +80,6 @@ def pip_command(extra: str) -> str:
 
 
 def _is_present(package: str) -> bool:
-    if package in _FILES:
-        return file_of(package) is not None
     if package in sys.modules:
         return sys.modules[package] is not None
     try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say
 from mflux.text import one_line, size
-from mflux.utils.memory import lines_of, machine_memory
+from mflux.utils.memory import machine_memory
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, PackagePath
@@ -120,7 +120,6 @@ def extras_part() -> Part:
             "versions": {package: _version(package) for package in extra.packages},
         }
         for name, extra in EXTRAS.items()
-        if extra.is_for_this_system
     }
 
 
@@ -262,39 +261,32 @@ def probe_mlx() -> Part:
 
 def answer_probe() -> None:
     """The other end of `probe_mlx`: print one line of JSON."""
-    from mflux.backend import BLAS, blas_advice, has_gpu, mx
+    from mflux.backend import has_gpu, mx
+    from mflux.cpu import blas
 
     kinds = {kind for kind in ("metal", "cuda") if hasattr(mx, kind) and getattr(mx, kind).is_available()}
     answer: Part = {
         "version": vars(mx)["__version__"],
         "backend": kinds.pop() if has_gpu() and kinds else "cpu",
         "device": _safely(lambda: dict(mx.device_info())),
-        "blas": BLAS,
-        "blas_file": _mapped_file(BLAS),
-        "advice": blas_advice(),
+        "blas": _safely(lambda: {"name": blas.name(), "multiplies": blas.is_fast()}),
     }
     answer["gflops"] = _safely(lambda: {"value": _gflops(mx)})
     print(json.dumps(answer, default=str))
-
-
-def _mapped_file(library: str | None) -> str | None:
-    """The file that a loaded library came from."""
-    if library is None or Path(library).is_absolute():
-        return library
-    files = {line.split()[-1] for line in lines_of("/proc/self/maps") if "openblas" in line}
-    return min(files, default=None)
 
 
 def _gflops(mx: Any) -> float:
     """Billions of operations a second in a product of two float32 matrices, the best of several."""
     import time
 
+    from mflux.cpu import product
+
     a, b = (mx.random.normal((_SIDE, _SIDE), key=mx.random.key(seed)) for seed in (0, 1))
-    mx.eval(a, b, a @ b)
+    mx.eval(a, b, product(a, b))
     best, began = float("inf"), time.perf_counter()
     for _ in range(20):
         start = time.perf_counter()
-        mx.eval(a @ b)
+        mx.eval(product(a, b))
         best = min(best, time.perf_counter() - start)
         if time.perf_counter() - began > 1:
             break
@@ -406,22 +398,19 @@ def _has_nvidia_driver() -> bool:
 
 
 def blas_part(probe: Part) -> Part:
-    """What multiplies matrices, and how fast: GFLOP/s of a float32 product on MLX's default device."""
+    """What multiplies matrices on the CPU, and how fast those of MLX's default device are: GFLOP/s in float32."""
     if "error" in probe:
         raise RuntimeError("MLX could not be asked")
-    measured = probe["gflops"]
-    library = probe["blas"] and Path(probe["blas"]).name
-    part: Part = {"library": library, "file": probe["blas_file"], "gflops": measured.get("value")}
-    if part["library"] is None:
-        part["library"] = "Accelerate" if sys.platform == "darwin" else "MLX's own"
-    part["off"] = os.environ.get("MFLUX_BLAS") if probe["blas"] is None and sys.platform == "linux" else None
-    part["problems"] = []
+    measured, blas = probe["gflops"], probe["blas"]
+    if "error" in blas:
+        raise RuntimeError(blas["error"])
+    part: Part = {"library": blas["name"], "gflops": measured.get("value"), "problems": []}
     if "error" in measured:
         what = f"MLX cannot multiply matrices: {measured['error']}"
         part["problems"].append(_problem(what, "free memory, or install MLX anew as docs/install.md says"))
-    if probe["advice"]:
-        what, _, remedy = probe["advice"].partition(": ")
-        part["problems"].append(_problem(what, remedy))
+    if not blas["multiplies"] and probe["backend"] == "cpu":
+        what = f"this numpy multiplies matrices with {blas['name']}, many times slower than the one of PyPI"
+        part["problems"].append(_problem(what, _pip("install --force-reinstall --no-deps --only-binary :all: numpy")))
     return part
 
 
@@ -487,10 +476,6 @@ def _mlx_text(part: Part) -> str:
 
 def _blas_text(part: Part, backend: str | None) -> str:
     text = part["library"]
-    if part["off"]:
-        text += f" (MFLUX_BLAS={part['off']})"
-    if part["file"]:
-        text += f" from {part['file']}"
     if part["gflops"] is not None:
         where = "GPU" if backend in ("metal", "cuda") else "CPU"
         text += f", {part['gflops']:.0f} GFLOP/s on the {where} ({_SIDE}³ product, float32)"

@@ -48,8 +48,6 @@ def help_text() -> str:
         lines.append(f"  {name:{width}}{source} ({command})")
     lines += ["", "extras:"]
     for name, extra in EXTRAS.items():
-        if not extra.is_for_this_system:
-            continue
         state = "installed" if is_installed(name) else f"not installed: {pip_command(name)}"
         lines.append(f"  {name:{width}}{extra.purpose} ({state})")
     return "\n".join(lines)

@@ -115,11 +115,3 @@ def _log_to_stderr(argv: Sequence[str] | None) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if "--verbose" in words or "-v" in words else logging.INFO)
-
-
-def advise() -> None:
-    """Say once, before long work, what would make it faster on this machine."""
-    from mflux.backend import blas_advice
-
-    if advice := blas_advice():
-        log.info(advice)

@@ -27,9 +27,7 @@ def quick(monkeypatch) -> dict:
         "version": "0.32.4",
         "backend": "cpu",
         "device": {"device_name": "a processor"},
-        "blas": "libopenblas.so.0",
-        "blas_file": "/lib/libopenblas.so.0",
-        "advice": None,
+        "blas": {"name": "numpy's OpenBLAS 0.3.31 (Haswell)", "multiplies": True},
         "gflops": {"value": 123.4},
     }
     monkeypatch.setattr(doctor, "probe_mlx", lambda: answer)
@@ -59,7 +57,7 @@ def test_it_tells_every_part_of_this_installation(cli):
     assert found["blas"]["gflops"] > 0
     assert found["caches"]["hugging_face"]["free"] > 0
     assert found["hugging_face"]["offline"] is True
-    assert set(found["extras"]) == {"torch-lite", "vlm", "full"} | ({"openblas"} if sys.platform == "linux" else set())
+    assert set(found["extras"]) == {"torch-lite", "vlm", "full"}
     assert "sizes" not in found
     for part in found.values():
         assert "error" not in part
@@ -73,16 +71,20 @@ def test_the_text_has_a_line_for_every_part(cli, quick):
         assert sum(line.startswith(f"{label:14}") for line in lines) == 1, label
     assert "cannot be told" not in result.out
     assert "0.32.4 on CPU (a processor)" in result.out
-    assert "libopenblas.so.0 from /lib/libopenblas.so.0, 123 GFLOP/s on the CPU" in result.out
+    assert "numpy's OpenBLAS 0.3.31 (Haswell), 123 GFLOP/s on the CPU" in result.out
 
 
-def test_blas_off_is_told(monkeypatch):
-    monkeypatch.setenv("MFLUX_BLAS", "off")
-    part = doctor.blas_part(doctor.probe_mlx())
-    if sys.platform == "linux":
-        assert (part["library"], part["off"]) == ("MLX's own", "off")
-    assert part["problems"] == []
-    assert part["gflops"] > 0
+def test_numpy_without_a_blas_is_told(cli, quick, plain_pip):
+    assert doctor.blas_part(quick)["problems"] == []
+    quick["blas"] = {"name": "no BLAS", "multiplies": False}
+    result = cli("doctor")
+    assert (
+        "problem: this numpy multiplies matrices with no BLAS, many times slower than the one of PyPI\n"
+        "   mend: pip install --force-reinstall --no-deps --only-binary :all: numpy"
+    ) in result.out
+    # A GPU does not care.
+    quick["backend"] = "metal"
+    assert doctor.blas_part(quick)["problems"] == []
 
 
 def test_neither_doctor_nor_its_help_loads_anything_heavy(cli_process):
@@ -470,130 +472,3 @@ def test_a_container_s_limit_is_told(monkeypatch):
     assert "2.1 MB available, limited to 1 MB for this container" in doctor._memory_text(part)
     files["/sys/fs/cgroup/memory.max"] = ["max"]
     assert doctor.memory_part()["limit"] is None
-
-
-# ---- OpenBLAS
-
-
-@pytest.fixture
-def slow_linux(monkeypatch):
-    """A Linux machine where MLX computes on the CPU with its own BLAS."""
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("MFLUX_BLAS", raising=False)
-    monkeypatch.setattr(backend, "BLAS", None)
-    monkeypatch.setattr(backend, "has_gpu", lambda: False)
-    monkeypatch.setattr(backend, "_find_blas", lambda: None)
-    monkeypatch.setattr(backend, "_TOO_LATE", False)
-
-
-@pytest.mark.parametrize(
-    "program, command",
-    [
-        ("apt-get", "apt-get install libopenblas0"),
-        ("dnf", "dnf install openblas-threads"),
-        ("another", "install it with the system's package manager"),
-    ],
-)
-def test_how_to_get_openblas_is_told_where_it_helps(slow_linux, monkeypatch, program, command):
-    monkeypatch.setattr(backend.shutil, "which", lambda name: name if name == program else None)
-    assert backend.blas_advice() == (
-        'this CPU would compute 20 times faster with OpenBLAS: pip install "mflux[openblas]", or '
-        f"{command} (MFLUX_BLAS=off: say this no more)"
-    )
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is loaded")
-def test_the_openblas_of_the_extra_is_taken_where_the_system_has_none(monkeypatch, tmp_path):
-    tried = []
-
-    def load(name, mode):
-        tried.append(name)
-        if not Path(name).is_absolute():
-            raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(backend.ctypes, "CDLL", load)
-    monkeypatch.syspath_prepend(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "path", [str(tmp_path)])
-        assert backend._find_blas() is None
-        library = tmp_path / "cmeel.prefix" / "lib" / "libopenblas.so.0"
-        library.parent.mkdir(parents=True)
-        library.write_bytes(b"")
-        tried.clear()
-        assert backend._find_blas() == str(library)
-    # The system's come first: they may be built for this very machine.
-    assert tried == [*backend._OPENBLAS_NAMES, str(library)]
-
-
-def test_the_openblas_of_the_extra_is_told_by_name_and_file(quick):
-    path = "/venv/lib/python3.11/site-packages/cmeel.prefix/lib/libopenblas.so.0"
-    quick["blas"] = quick["blas_file"] = path
-    assert doctor._mapped_file(path) == path
-    part = doctor.blas_part(quick)
-    assert (part["library"], part["file"]) == ("libopenblas.so.0", path)
-
-
-def test_nothing_is_told_where_openblas_would_not_help(slow_linux, monkeypatch):
-    assert backend.blas_advice() is not None
-    for change in (
-        lambda patch: patch.setattr(sys, "platform", "darwin"),
-        lambda patch: patch.setenv("MFLUX_BLAS", "off"),
-        lambda patch: patch.setattr(backend, "BLAS", "libopenblas.so.0"),
-        lambda patch: patch.setattr(backend, "has_gpu", lambda: True),
-        lambda patch: patch.setattr(backend, "_find_blas", lambda: "libopenblas.so.0"),
-    ):
-        with monkeypatch.context() as patch:
-            change(patch)
-            assert backend.blas_advice() is None
-    assert backend.blas_advice() is not None
-
-
-ORDER = (
-    "this CPU would compute 20 times faster if mflux.backend were imported before mlx, or with "
-    "LD_PRELOAD=libopenblas.so.0 (MFLUX_BLAS=off: say this no more)"
-)
-
-
-def test_a_program_that_loads_mlx_first_is_told(slow_linux, monkeypatch):
-    monkeypatch.setattr(backend, "_find_blas", lambda: "libopenblas.so.0")
-    monkeypatch.setattr(backend, "_TOO_LATE", True)
-    assert backend.blas_advice() == ORDER
-    monkeypatch.setenv("MFLUX_BLAS", "off")
-    assert backend.blas_advice() is None
-
-
-@pytest.mark.skipif(sys.platform != "linux" or backend._find_blas() is None, reason="needs Linux with OpenBLAS")
-@pytest.mark.skipif(backend.has_gpu(), reason="says nothing on a GPU")
-@pytest.mark.parametrize(
-    "order, environment, told",
-    [
-        ("import mlx.core, mflux.backend", {}, 1),
-        ("import mlx.core, mflux.backend, mflux.models.flux.variants.txt2img.flux", {}, 1),
-        ("import mflux.backend, mlx.core", {}, 0),
-        ("import mlx.core, mflux.backend", {"MFLUX_BLAS": "off"}, 0),
-        ("import mlx.core, mflux.backend", {"LD_PRELOAD": str(backend._find_blas())}, 0),
-    ],
-)
-def test_it_is_told_once_where_it_is_true(order, environment, told):
-    clean = {name: value for name, value in os.environ.items() if name not in ("MFLUX_BLAS", "LD_PRELOAD")}
-    done = subprocess.run([sys.executable, "-c", order], capture_output=True, text=True, env=clean | environment)
-    assert done.returncode == 0
-    assert done.stderr.count("if mflux.backend were imported before mlx") == told, done.stderr
-
-
-def test_doctor_tells_how_to_get_openblas(cli, quick):
-    quick["blas"] = quick["blas_file"] = None
-    quick["advice"] = "this CPU would compute 20 times faster with OpenBLAS: apt-get install libopenblas0"
-    result = cli("doctor")
-    assert (
-        "problem: this CPU would compute 20 times faster with OpenBLAS\n   mend: apt-get install libopenblas0"
-        in result.out
-    )
-
-
-def test_drawing_says_once_how_to_get_openblas(cli, in_folder, tiny_schnell, slow_linux):
-    words = ("--model", tiny_schnell, "--base-model", "schnell", "--prompt", "a red circle", "--steps", 1)
-    result = cli("generate", *words, "--width", 32, "--height", 32, "--seed", 1, 2)
-    assert result.status == 0, result.err
-    assert len(result.paths) == 2
-    assert result.err.count("this CPU would compute 20 times faster with OpenBLAS: ") == 1

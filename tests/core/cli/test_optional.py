@@ -88,35 +88,6 @@ def test_the_extras_are_those_that_can_be_installed():
     assert declared["full"] == [f"mflux[{others}]"]
     assert set(EXTRAS["full"].packages) == {package for extra in EXTRAS.values() for package in extra.packages}
     assert [name for name, extra in EXTRAS.items() if extra.brings_torch] == ["torch-lite", "full"]
-    # An extra for one system asks nothing of the others.
-    for name, extra in EXTRAS.items():
-        for requirement in declared[name]:
-            marker = f"; sys_platform == '{extra.system}'" if extra.system else ""
-            assert requirement.partition(";")[1:] == marker.partition(";")[1:]
-
-
-def test_an_extra_for_another_system_is_neither_offered_nor_missed(cli, monkeypatch):
-    monkeypatch.setattr(optional, "_is_present", lambda package: package != "cmeel-openblas")
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert not is_installed("openblas")
-    assert not is_installed("full")
-    assert "openblas" in cli("--help").out
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert not is_installed("openblas")
-    assert is_installed("full")
-    assert "openblas" not in cli("--help").out
-
-
-def test_a_package_without_a_module_is_there_if_its_file_is(packages, monkeypatch):
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(sys, "path", [str(packages)])
-    assert optional.file_of("cmeel-openblas") is None
-    assert not is_installed("openblas")
-    library = packages / "cmeel.prefix" / "lib" / "libopenblas.so.0"
-    library.parent.mkdir(parents=True)
-    library.write_bytes(b"")
-    assert optional.file_of("cmeel-openblas") == str(library)
-    assert is_installed("openblas")
 
 
 def test_an_extra_is_installed_if_all_of_it_is(packages, monkeypatch):
@@ -158,7 +129,7 @@ def test_help_lists_commands_models_and_extras(cli, monkeypatch):
     words = {heading: [line.split()[0] for line in lines] for heading, lines in sections.items()}
     assert words["commands:"] == list(COMMANDS)
     assert words["models:"] == list(built())
-    assert words["extras:"] == [name for name, extra in EXTRAS.items() if extra.is_for_this_system]
+    assert words["extras:"] == list(EXTRAS)
     assert "comes with mflux" in sections["models:"][0]
     assert sections["extras:"][0].endswith(f"(not installed: {pip_command('torch-lite')})")
     assert sections["extras:"][1].endswith("(installed)")
