@@ -31,12 +31,11 @@ from mflux.cpu.elementwise import (
     turned_pairs,
 )
 from mflux.cpu.products import product, quantized_product, quantized_serves
-from mflux.cpu.scores import attention, attention_bytes, attention_serves
+from mflux.cpu.scores import attention, attention_serves
 from mflux.cpu.work import lazily, serves, threads
 
 __all__ = [
     "attention",
-    "attention_bytes",
     "attention_serves",
     "convolution",
     "gelu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mflux.backend import has_gpu, mx
+from mflux.backend import mx
 from mflux.cpu import work
 from mflux.cpu.work import LEAST, differentiable, is_here, room, spare
 
@@ -37,11 +37,6 @@ def attention_serves(q: mx.array, k: mx.array, v: mx.array) -> bool:
     """Whether `attention` is to compute it; the number of scores counts."""
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     return is_here(q, k, v) and scores >= LEAST
-
-
-def attention_bytes(heads: int, queries: int, keys: int) -> int:
-    """What attention holds at least beside its arguments and its result: on a CPU some of the scores, float32."""
-    return 0 if has_gpu() else 4 * keys * min(heads * queries, work.threads() * _rows(queries, keys))
 
 
 def _rows(queries: int, keys: int) -> int:

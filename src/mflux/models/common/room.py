@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from mflux.backend import compute_dtype, has_gpu, mx
-from mflux.cpu import attention_bytes
 from mflux.errors import UsageError
 from mflux.text import size
 from mflux.utils.memory import machine_memory
@@ -25,15 +24,14 @@ def least_bytes(config: Any, width: int, height: int) -> int:
     """Bytes without which no step of denoising, or no picture, comes to be.
 
     Args:
-        config: the transformer's, with `inner_dim`, a token's channels, and `num_attention_heads`.
+        config: the transformer's, with `inner_dim`, a token's channels.
         width, height: pixels.
     """
     return max(_denoising(config, (width // GRID) * (height // GRID)), _decoding(width, height))
 
 
 def _denoising(config: Any, tokens: int) -> int:
-    streams = _STREAMS * tokens * config.inner_dim * compute_dtype(mx.bfloat16).size
-    return streams + attention_bytes(config.num_attention_heads, tokens, tokens)
+    return _STREAMS * tokens * config.inner_dim * compute_dtype(mx.bfloat16).size
 
 
 def _decoding(width: int, height: int) -> int:
