@@ -1,6 +1,7 @@
 """Seconds and memory of each stage at published width, beside diffusers and transformers on torch.
 
-    python benchmarks/steps.py [--only qwen …] [--pixels 512 1024] [--decode 256] [--repeats 2] [--other-python PYTHON]
+    python benchmarks/steps.py [--only qwen …] [--pixels 512 1024] [--decode 256] [--repeats 2]
+                               [--other-python PYTHON] [--before CHECKOUT] [--blas LIBRARY]
 
 Of each transformer one or two blocks of each kind, with the embedders before them and the layers after them; of each
 text encoder two layers, with a vocabulary of a thousand words; each autoencoder whole. Sizes are those of
@@ -8,7 +9,8 @@ tests/data/surface/configs.json, weights are random. Each part has a process of 
 turn, twice each (autoencoders above 512 px once), and the last time counts; a ratio is the median over the turns,
 seconds the shortest. Memory is what a run adds to the process at most: activations, not weights. Needs the `test` group
 of packages. `--other-python` names the Python of an environment with mflux 0.24.0, which then takes its turn as well,
-behind the first of the others', with transformers and decoders (steps_024.py).
+behind each of the others', with transformers and decoders (steps_024.py); `--before` a checkout of this project as it
+was, which takes its turn with everything; `--blas` the OpenBLAS that MLX has in these two.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+OTHERS = ("024", "before")
 # Of the quantized weights that are compared with whole ones.
 BITS = 4
 # What the kernel counts memory in.
@@ -217,11 +220,11 @@ def changed(config: dict, changes: dict) -> dict:
 Runs = dict[str, Callable[[], Any]]
 
 
-def sides(part: Part) -> Callable[[int], Runs]:
+def sides(part: Part, root: Path = ROOT) -> Callable[[int], Runs]:
     """Build both; gives a function from a number of pixels to what is to be run on each side, by its name."""
     import torch
 
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+    sys.path[:0] = [str(root / "src"), str(root / "tests")]
     from cpu import quantized
     from support.cases import every
 
@@ -233,7 +236,7 @@ def sides(part: Part) -> Callable[[int], Runs]:
     components = every("COMPONENTS")
     component = components[part.component]
     published = next(case for case in components.values() if part.entry in case.published and case.full_size)
-    config = changed(json.loads((ROOT / "tests/data/surface/configs.json").read_text())[part.entry], part.changes)
+    config = changed(json.loads((root / "tests/data/surface/configs.json").read_text())[part.entry], part.changes)
     reference = published.full_size(config).eval().float()
 
     def drawn():
@@ -287,15 +290,14 @@ def flux2_runs(module, small, reference, given: dict) -> Runs:
     return {"torch": lambda: reference(**arguments), "ours": ours(module), "packed": ours(small)}
 
 
-class Old:
-    """mflux 0.24 in a process of its own, which runs once whenever it is asked."""
+class Other:
+    """Another mflux in a process of its own, which runs once whenever it is asked."""
 
-    def __init__(self, python: str, part: Part):
-        family, _, kind = part.component.partition(" ")
-        name = f"{family} vae" if kind == "vae" else family
-        counts = [*part.changes.values(), 0, 0][:2]
-        call = [python, str(Path(__file__).with_name("steps_024.py")), name, "", *map(str, counts)]
+    def __init__(self, call: list[str], blas: str | None):
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        if blas:
+            folders = (str(Path(blas).parent), os.environ.get("LD_LIBRARY_PATH", ""))
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
         self._process = subprocess.Popen(
             call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
         )
@@ -310,8 +312,37 @@ class Old:
     def _answer(self) -> str:
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"error: mflux 0.24 in {self._process.args[0]} ended; steps_024.py says why")
+            raise SystemExit(f"error: {self._process.args} ended; started by hand it says why")
         return line
+
+
+def of_024(python: str, part: Part, blas: str | None) -> Other:
+    family, _, kind = part.component.partition(" ")
+    name = f"{family} vae" if kind == "vae" else family
+    counts = [*part.changes.values(), 0, 0][:2]
+    script = str(Path(__file__).with_name("steps_024.py"))
+    return Other([python, script, name, blas or "", *map(str, counts)], blas)
+
+
+def of_before(checkout: Path, part: Part, blas: str | None) -> Other:
+    return Other([sys.executable, __file__, "--answer", str(PARTS.index(part)), "--root", str(checkout)], blas)
+
+
+def answer(part: Part, root: Path) -> None:
+    """The other end of `of_before`: as steps_024.py, with the mflux of a checkout."""
+    from mflux.models.common.memory import give_back_memory, keeping_memory
+
+    at = sides(part, root)
+    at(64)["ours"]()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        run = at(int(line))["ours"]
+        give_back_memory()
+        with keeping_memory() if part.sized == "tokens" else nullcontext():
+            run()
+            start = time.perf_counter()
+            run()
+            print(time.perf_counter() - start, flush=True)
 
 
 class Added:
@@ -337,12 +368,12 @@ class Added:
         return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
-def measure(part: Part, pixels: int, repeats: int, runs: Runs, old: Old | None) -> dict:
+def measure(part: Part, pixels: int, repeats: int, runs: Runs, others: dict[str, Other]) -> dict:
     from mflux.models.common.memory import give_back_memory, keeping_memory
 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     added = dict.fromkeys(runs, 0)
-    others = []
+    theirs: dict[str, list[float]] = {name: [] for name in others}
     for turn in range(repeats):
         # Who runs second finds the processor as the first has left it, so they take turns at that as well.
         for name in list(runs)[:: -1 if turn % 2 else 1]:
@@ -356,14 +387,14 @@ def measure(part: Part, pixels: int, repeats: int, runs: Runs, old: Old | None) 
                 runs[name]()
                 seconds[name].append(time.perf_counter() - start)
             added[name] = max(added[name], memory.bytes)
-        if old and not turn:
-            others.append(old.run(pixels))
+        for name, other in others.items():
+            theirs[name].append(other.run(pixels))
     return {
         "part": part.name,
         "pixels": pixels,
         "seconds": {name: min(taken) for name, taken in seconds.items()},
         "ratio": ratio(seconds["ours"], seconds["torch"]),
-        "ratio_024": ratio(seconds["ours"][:1], others) if others else None,
+        **{f"ratio_{name}": ratio(seconds["ours"], theirs[name]) if name in theirs else None for name in OTHERS},
         "ratio_packed": ratio(seconds["packed"], seconds["ours"]) if "packed" in seconds else None,
         "added": added,
     }
@@ -381,7 +412,7 @@ def row(found: dict, sized: str) -> str:
     seconds, added = found["seconds"], found["added"]
     cells = [
         found["part"], pixels, f"{seconds['ours']:.2f}", f"{seconds['torch']:.2f}", f"{found['ratio']:.2f}",
-        *("–" if found[name] is None else f"{found[name]:.2f}" for name in ("ratio_024", "ratio_packed")),
+        *("–" if found[f"ratio_{name}"] is None else f"{found[f'ratio_{name}']:.2f}" for name in (*OTHERS, "packed")),
         f"{added['ours'] / 1e6:,.0f}", f"{added['torch'] / 1e6:,.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -394,30 +425,48 @@ def main() -> None:
     parser.add_argument("--decode", nargs="*", type=int, default=[256], help="for autoencoders (default: 256)")
     parser.add_argument("--repeats", type=int, default=2, help="turns for each part; one above 512 px (default: 2)")
     parser.add_argument("--other-python", metavar="PYTHON", help="of an environment with mflux 0.24.0")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier state of this project")
+    parser.add_argument("--blas", metavar="LIBRARY", help="OpenBLAS for MLX, in both of these")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file, row by row")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--answer", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.answer is not None:
+        sys.path[:0] = [str(args.root / "src"), str(args.root / "tests")]
+        answer(PARTS[args.answer], args.root)
+        return
     if args.child is not None:
         part = PARTS[args.child]
         at = sides(part)
         for run in at(64).values():
             run()
-        old = Old(args.other_python, part) if args.other_python and part.sized in ("tokens", "decode") else None
-        if old:
-            old.run(64)
+        others = {}
+        if args.other_python and part.sized in ("tokens", "decode"):
+            others["024"] = of_024(args.other_python, part, args.blas)
+        if args.before:
+            others["before"] = of_before(args.before, part, args.blas)
+        for other in others.values():
+            other.run(64)
         for pixels in {"tokens": args.pixels, "no": [0]}.get(part.sized, args.decode):
-            found = measure(part, pixels, args.repeats if pixels <= 512 else 1, at(pixels), old)
+            found = measure(part, pixels, args.repeats if pixels <= 512 else 1, at(pixels), others)
             print(json.dumps(found), flush=True)
         return
     lines = [
-        f"| part | px | seconds | torch's | of torch's | of 0.24's | {BITS} bits, of whole | MB added | torch's |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| part | px | seconds | torch's | of torch's | of 0.24's | of before's "
+        f"| {BITS} bits, of whole | MB added | torch's |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     print(*lines, sep="\n", flush=True)
     for number, part in enumerate(PARTS):
         if args.only and part.component.split()[0] not in args.only:
             continue
-        said = ["--other-python", args.other_python] if args.other_python else []
+        said = [
+            word
+            for name in ("other_python", "before", "blas")
+            if (value := getattr(args, name))
+            for word in (f"--{name.replace('_', '-')}", value)
+        ]
         sizes = ["--pixels", *args.pixels, "--decode", *args.decode, "--repeats", args.repeats]
         call = [sys.executable, __file__, "--child", *map(str, (number, *sizes, *said))]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
