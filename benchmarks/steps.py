@@ -16,6 +16,7 @@ was, which takes its turn with everything; `--blas` the OpenBLAS that MLX has in
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -293,11 +294,8 @@ def flux2_runs(module, small, reference, given: dict) -> Runs:
 class Other:
     """Another mflux in a process of its own, which runs once whenever it is asked."""
 
-    def __init__(self, call: list[str], blas: str | None):
+    def __init__(self, call: list[str]):
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        if blas:
-            folders = (str(Path(blas).parent), os.environ.get("LD_LIBRARY_PATH", ""))
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
         self._process = subprocess.Popen(
             call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
         )
@@ -321,11 +319,12 @@ def of_024(python: str, part: Part, blas: str | None) -> Other:
     name = f"{family} vae" if kind == "vae" else family
     counts = [*part.changes.values(), 0, 0][:2]
     script = str(Path(__file__).with_name("steps_024.py"))
-    return Other([python, script, name, blas or "", *map(str, counts)], blas)
+    return Other([python, script, name, blas or "", *map(str, counts)])
 
 
 def of_before(checkout: Path, part: Part, blas: str | None) -> Other:
-    return Other([sys.executable, __file__, "--answer", str(PARTS.index(part)), "--root", str(checkout)], blas)
+    call = [sys.executable, __file__, "--answer", str(PARTS.index(part)), "--root", str(checkout)]
+    return Other([*call, *(("--blas", blas) if blas else ())])
 
 
 def answer(part: Part, root: Path) -> None:
@@ -434,6 +433,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.answer is not None:
         sys.path[:0] = [str(args.root / "src"), str(args.root / "tests")]
+        if args.blas:
+            # What is loaded already is what MLX and mflux find under its name.
+            ctypes.CDLL(args.blas, mode=ctypes.RTLD_GLOBAL)
         answer(PARTS[args.answer], args.root)
         return
     if args.child is not None:
