@@ -21,6 +21,8 @@ from mflux.errors import OutputError
 
 _PREFIX = ".mflux-"
 _SUFFIXES = (".part", ".partial")
+# Of links that lead to links, as the system follows them.
+_MOST_LINKS = 40
 
 
 class Temporary:
@@ -129,6 +131,34 @@ def write_atomically(
             temporary.discard()
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def remove_within(path: Path, root: Path) -> list[Path]:
+    """Remove what has a name in a folder, and where that is a link, what it leads to as far as that lies there as well.
+
+    Args:
+        path: the name; nothing need have it.
+        root: the folder. What lies outside stays, whatever a link or a name says.
+
+    Returns:
+        What was removed, the last end of the links first.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    inside, places = root.resolve(), []
+    while len(places) < _MOST_LINKS and path.parent.resolve().is_relative_to(inside):
+        places.append(path)
+        if not path.is_symlink():
+            break
+        target = path.parent / path.readlink()
+        path = target.parent.resolve() / target.name
+    removed = []
+    for place in reversed(places):
+        with suppress(FileNotFoundError):
+            place.unlink()
+            removed.append(place)
+    return removed
 
 
 def free_name(path: Path) -> Path:

@@ -93,17 +93,7 @@ class FiboVLMProcessor:
             raise CheckpointError(f"the tokenizer in {folder} is damaged: {error}") from None
         if not tokenizer.chat_template:
             tokenizer.chat_template = _separate_template(folder) or CHAT_TEMPLATE
-        vision = config.vision_config
-        image_processor = VLImageProcessor(
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge_size=vision.spatial_merge_size,
-            min_pixels=MIN_PIXELS,
-            max_pixels=MAX_PIXELS,
-            image_mean=MEAN,
-            image_std=STD,
-        )
-        return cls(tokenizer, image_processor, image_token=config.image_token_id)
+        return cls(tokenizer, image_processor(config), image_token=config.image_token_id)
 
     def __call__(self, messages: Sequence[Message]) -> Inputs:
         """Prepare a conversation that the model is to answer.
@@ -135,6 +125,20 @@ class FiboVLMProcessor:
             ImageError: a picture is too long and narrow.
         """
         return self.image_processor.batch([ImageUtil.load_image(picture) for picture in pictures])
+
+
+def image_processor(config: Qwen3VLConfig) -> VLImageProcessor:
+    """How FIBO-VLM is shown images."""
+    vision = config.vision_config
+    return VLImageProcessor(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+        image_mean=MEAN,
+        image_std=STD,
+    )
 
 
 def _separate_template(folder: Path) -> str | None:

@@ -12,7 +12,15 @@ from typing import Protocol
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.networks.layers import ACTIVATIONS, LayerNorm, attention, embedded, merge_heads, split_heads
+from mflux.models.common.networks.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    attention,
+    embedded,
+    looked_up,
+    merge_heads,
+    split_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,8 @@ class CLIPEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def __call__(self, input_ids: mx.array) -> mx.array:
-        return embedded(self.token_embedding, input_ids) + self.position_embedding(mx.arange(input_ids.shape[1]))
+        places = mx.arange(input_ids.shape[1])
+        return embedded(self.token_embedding, input_ids) + looked_up(self.position_embedding, places, what="positions")
 
 
 class CLIPEncoder(nn.Module):
