@@ -14,11 +14,14 @@ import re
 import shutil
 import ssl
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -38,6 +41,9 @@ _PAUSE_S = 1.0
 # A connection that brings less than so many bytes in so many seconds counts as one that brings nothing.
 _PATIENCE_S = 60
 _LEAST_BYTES = 64_000
+# Until an answer's headers are there, redirects included; and of an archive whose length nobody says, the most.
+_DEADLINE_S = 60
+_LARGEST = 20 * 10**9
 
 
 def cache_folder() -> Path:
@@ -186,6 +192,27 @@ class _TooSlow(Exception):
 
 
 def _open(url: str, start: int) -> HTTPResponse:
+    """The answer to a question, once its headers are there. urllib's own limit is on silence alone, and a header may
+    come letter by letter."""
+    answer: Future[HTTPResponse] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(_ask(url, start))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # A daemon, so that one that is still waiting does not keep the process.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(_DEADLINE_S)
+    except FutureTimeout:
+        if not answer.done():
+            raise _TooSlow(f"no whole answer came in {_DEADLINE_S} seconds") from None
+        raise
+
+
+def _ask(url: str, start: int) -> HTTPResponse:
     from mflux.utils.version_util import VersionUtil
 
     headers = {"User-Agent": f"mflux/{VersionUtil.get_mflux_version()}", "Accept-Encoding": "identity"}
@@ -227,6 +254,8 @@ def _receive(response: HTTPResponse, file: BinaryIO, start: int) -> int | None:
         since, came = time.monotonic(), 0
         # What there is, and not as much as was asked for: that could take days.
         while chunk := response.read1(_CHUNK):
+            if length is None and file.tell() > _LARGEST:
+                raise DownloadError(f"what comes does not end after {size(_LARGEST)}: try again later")
             file.write(chunk)
             progress.update(len(chunk))
             came += len(chunk)
