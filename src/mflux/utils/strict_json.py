@@ -9,6 +9,8 @@ from mflux.text import shown
 
 # Configurations nest some five deep, tokenizers some ten.
 DEEPEST = 100
+# Lists and tables; Gemma's tokenizer has half a million.
+_MOST_CONTAINERS = 4_000_000
 
 
 class NotJSON(ValueError):
@@ -41,6 +43,8 @@ def parse(text: str | bytes, *, repeated: bool = True) -> Any:
     try:
         if isinstance(text, (bytes, bytearray, memoryview)):
             text = bytes(text).decode("utf-8-sig")
+        if text.count("[") + text.count("{") > _MOST_CONTAINERS:
+            raise NotJSON("is damaged: it holds more lists than any file here has")
         value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=table, parse_constant=_no_number)
     except NotJSON:
         raise
