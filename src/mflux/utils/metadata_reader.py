@@ -135,7 +135,7 @@ class MetadataReader:
 
 
 def _elements(text: str) -> Iterator[ElementTree.Element]:
-    """The elements of a text in XML, the outer ones first; a `ValueError` if they are nested deeper than anyone needs."""
+    """The elements of a text in XML, the outer ones first; a `ValueError` if they are nested deeper than any is."""
     parser: Any = ElementTree.XMLPullParser(("start", "end"))
     parser.feed(text)
     parser.close()
