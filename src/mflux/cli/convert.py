@@ -13,7 +13,7 @@ from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say, say_line
 from mflux.errors import OutputError, UsageError
 from mflux.text import some
-from mflux.utils.paths import is_there
+from mflux.utils.paths import is_there, user_path
 from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def convert(
     from mflux.checkpoints.writing import SafetensorsWriter
 
     quantization = Quantization.asked(quantize)
-    destination = _with_suffix(Path(destination))
+    destination = _with_suffix(user_path(destination))
     if is_there(destination) and not force:
         raise OutputError(f"{destination} exists already: choose another name, or --force to replace it")
     checkpoint = open_checkpoint(source, key)
@@ -124,6 +124,8 @@ def convert(
 
 
 def _with_suffix(path: Path) -> Path:
+    if path.name in ("", ".."):
+        raise UsageError(f"{path} is a folder: name the file to write")
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
 
 

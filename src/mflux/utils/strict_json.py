@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from mflux.text import shown
@@ -45,7 +46,9 @@ def parse(text: str | bytes, *, repeated: bool = True) -> Any:
             text = bytes(text).decode("utf-8-sig")
         if text.count("[") + text.count("{") > _MOST_CONTAINERS:
             raise NotJSON("is damaged: it holds more lists than any file here has")
-        value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=table, parse_constant=_no_number)
+        value = json.loads(
+            text.removeprefix("\ufeff"), object_pairs_hook=table, parse_constant=_no_number, parse_float=_finite
+        )
     except NotJSON:
         raise
     except json.JSONDecodeError as error:
@@ -62,6 +65,11 @@ def parse(text: str | bytes, *, repeated: bool = True) -> Any:
         raise NotJSON("is damaged: it holds a number of thousands of digits") from None
     _check_depth(value)
     return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(shown(text, 40))
 
 
 def _no_number(name: str) -> Any:
