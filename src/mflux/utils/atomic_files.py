@@ -7,6 +7,7 @@ a killed run from what is still being written, and removes it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -21,6 +22,8 @@ from mflux.errors import OutputError
 
 _PREFIX = ".mflux-"
 _SUFFIXES = (".part", ".partial")
+# Before a file system that gives one answer and then another is given up.
+_ATTEMPTS = 100
 # Of links that lead to links, as the system follows them.
 _MOST_LINKS = 40
 
@@ -38,7 +41,7 @@ class Temporary:
 
     def __init__(self, folder: Path, *, is_folder: bool = False):
         remove_abandoned(folder)
-        while True:
+        for _ in range(_ATTEMPTS):
             self.path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIXES[0]}"
             self.descriptor = -1
             try:
@@ -61,6 +64,7 @@ class Temporary:
                 raise
             # Between creating and locking, another run has taken it for abandoned.
             self.close()
+        raise OSError(errno.EIO, "what is created there is another file the next moment")
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -167,7 +171,10 @@ def free_name(path: Path) -> Path:
 
 
 def _move_to_free_name(temporary: Path, wanted: Path, beside: str | None) -> Path:
+    contradictions = 0
     for path in _names(wanted, beside):
+        if contradictions == _ATTEMPTS:
+            raise OSError(errno.EIO, "names that nothing has are taken there")
         if os.path.lexists(path) or (beside and os.path.lexists(path.with_suffix(beside))):
             continue
         try:
@@ -175,6 +182,7 @@ def _move_to_free_name(temporary: Path, wanted: Path, beside: str | None) -> Pat
             os.link(temporary, path)
             return path
         except FileExistsError:
+            contradictions += 1
             continue
         except OSError:
             pass  # a file system without links
@@ -182,6 +190,7 @@ def _move_to_free_name(temporary: Path, wanted: Path, beside: str | None) -> Pat
             # An empty file of our own takes the name, so that the rename replaces nothing else.
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
+            contradictions += 1
             continue
         try:
             temporary.replace(path)

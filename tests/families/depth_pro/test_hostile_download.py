@@ -106,6 +106,23 @@ def test_headers_letter_by_letter(serve, tmp_path, monkeypatch):
         fetch_archive(url, tmp_path / "depth_pro.pt", remedy=REMEDY)
 
 
+def test_a_byte_a_connection(serve, tmp_path, monkeypatch):
+    """It goes forward each time, and would for years."""
+    monkeypatch.setattr(download, "_PAUSE_S", 0.0)
+
+    def answer(handler):
+        start = int((handler.headers.get("Range") or "=0-")[6:-1] or 0)
+        named = {"Content_Range": f"bytes {start}-199999/200000", "Content_Length": "200000"}
+        send(handler, b"P", 206 if start else 200, **named)
+            handler, b"P", 206 if start else 200, Content_Range=f"bytes {start}-199999/200000", Content_Length="200000"
+        )
+
+    server, url = serve(answer)
+    with pytest.raises(DownloadError, match="the connection closed early"):
+        fetch_archive(url, tmp_path / "depth_pro.pt", remedy=REMEDY)
+    assert server.asked == 20
+
+
 def test_an_archive_without_end(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_LARGEST", 10**6)
 

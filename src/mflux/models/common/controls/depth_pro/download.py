@@ -38,6 +38,10 @@ _TIMEOUT_S = 30
 # Connections in a row that bring nothing before the download gives up, and how long to wait between them.
 _ATTEMPTS = 3
 _PAUSE_S = 1.0
+# Connections in a row that bring less than `_LEAST_BYTES`: so it would take years.
+_CRUMBS = 20
+# Of the partial file, where another process takes it away each time.
+_OPENINGS = 100
 # A connection that brings less than so many bytes in so many seconds counts as one that brings nothing.
 _PATIENCE_S = 60
 _LEAST_BYTES = 64_000
@@ -99,7 +103,7 @@ def is_whole(path: Path) -> bool:
 @contextmanager
 def _locked(partial: Path) -> Iterator[BinaryIO]:
     """The partial file, open for appending, held by one process at a time."""
-    while True:
+    for _ in range(_OPENINGS):
         # A link would lead the bytes to somebody's file.
         if partial.is_symlink():
             partial.unlink()
@@ -121,6 +125,7 @@ def _locked(partial: Path) -> Iterator[BinaryIO]:
                 # The other process gave this very file its final name.
                 yield file
                 return
+    raise OSError(errno.EIO, "what is created there is another file the next moment")
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -143,7 +148,7 @@ def _adopt(target: Path, partial: Path, file: BinaryIO) -> None:
 
 def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
     """Append what is missing; the length that the server gives, if it does."""
-    failures = 0
+    failures = crumbs = 0
     began_again = 0
     while True:
         before = file.seek(0, os.SEEK_END)
@@ -180,7 +185,8 @@ def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
             reason = "the connection closed early"
         have = file.seek(0, os.SEEK_END)
         failures = failures + 1 if have <= before or slow else 0
-        if failures >= _ATTEMPTS or (failures and not have):
+        crumbs = crumbs + 1 if have - before < _LEAST_BYTES else 0
+        if failures >= _ATTEMPTS or (failures and not have) or crumbs >= _CRUMBS:
             begun = f"; {have / 1e6:,.0f} MB are kept and the same command carries on there" if have else ""
             host = urlsplit(url).hostname
             raise DownloadError(f"no connection to {host} ({reason}){begun}: check the network, or {remedy}")
