@@ -35,7 +35,7 @@ class Broken:
     Attributes:
         path: where.
         what: what is wrong, as the rest of a sentence that begins with the path.
-        remove: what has to go so that it is fetched again; of a link, what it leads to as well.
+        remove: what has to go so that it is fetched again; of a snapshot's link, what it leads to as well.
         is_fault: whether the model cannot do without; a download that was broken off only takes room.
     """
 
@@ -172,7 +172,8 @@ def repair(holder: Path, entries: list[Broken]) -> list[str]:
             continue
         for path in entry.remove:
             try:
-                done += [f"removed {place}" for place in remove_within(path, holder)]
+                follow = path.is_relative_to(holder / "snapshots")
+                done += [f"removed {place}" for place in remove_within(path, holder, follow=follow)]
             except OSError as error:
                 raise OutputError(f"cannot remove {path}: {error.strerror or error}; remove it by hand") from None
     return list(dict.fromkeys(done))

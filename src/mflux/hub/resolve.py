@@ -295,7 +295,7 @@ def _is_as_announced(path: Path) -> bool:
 def _drop(hub: ModuleType, repository: Repository, path: Path) -> None:
     """Remove a file of a snapshot, so that it is fetched again; see `remove_within`."""
     try:
-        remove_within(path, _holder(hub, repository))
+        remove_within(path, _holder(hub, repository), follow=True)
     except OSError as error:
         raise DownloadError(f"{path} is damaged and cannot be removed ({reason_of(error)}): remove it") from None
 

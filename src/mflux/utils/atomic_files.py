@@ -137,12 +137,13 @@ def write_atomically(
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def remove_within(path: Path, root: Path) -> list[Path]:
-    """Remove what has a name in a folder, and where that is a link, what it leads to as far as that lies there as well.
+def remove_within(path: Path, root: Path, *, follow: bool = False) -> list[Path]:
+    """Remove what has a name in a folder.
 
     Args:
         path: the name; nothing need have it.
         root: the folder. What lies outside stays, whatever a link or a name says.
+        follow: of a link, remove what it leads to as well, as far as that lies in the folder.
 
     Returns:
         What was removed, the last end of the links first.
@@ -153,7 +154,7 @@ def remove_within(path: Path, root: Path) -> list[Path]:
     inside, places = root.resolve(), []
     while len(places) < _MOST_LINKS and path.parent.resolve().is_relative_to(inside):
         places.append(path)
-        if not path.is_symlink():
+        if not follow or not path.is_symlink():
             break
         target = path.parent / path.readlink()
         path = target.parent.resolve() / target.name

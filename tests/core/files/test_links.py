@@ -14,6 +14,7 @@ import pytest
 
 import mflux
 from mflux.backend import mx, nn
+from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.saving import copy_beside, new_folder, save_component, write_json
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.cli.completions import complete
@@ -225,8 +226,34 @@ def test_a_repair_removes_nothing_outside(tmp_path, outside, through):
 @pytest.mark.parametrize("name", ["../outside/mine", "a/../../outside/mine"])
 def test_names_that_lead_out_remove_nothing(tmp_path, outside, name):
     (tmp_path / "root" / "a").mkdir(parents=True)
-    assert remove_within(tmp_path / "root" / name, tmp_path / "root") == []
+    for follow in (False, True):
+        assert remove_within(tmp_path / "root" / name, tmp_path / "root", follow=follow) == []
     assert untouched(outside)
+
+
+def test_what_a_leftover_leads_to_stays(tmp_path):
+    holder = cached(tmp_path)
+    good = holder / "blobs" / "good"
+    good.write_bytes(b"good")
+    for link in (holder / "blobs" / "x.incomplete", holder / "refs" / "main"):
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(good)
+    found = broken_entries(holder)
+    assert len(found) == 2
+    repair(holder, found)
+    assert good.read_bytes() == b"good" and not list(holder.glob("refs/*")) and not list(holder.glob("blobs/*.inc*"))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_nobody_is_told_to_delete_what_a_link_leads_to_outside(tmp_path, outside, inside):
+    holder = cached(tmp_path)
+    target = holder / "blobs" / "x" if inside else outside / "mine"
+    target.write_bytes(b"no JSON")
+    entry = holder / "snapshots" / ("a" * 40) / "config.json"
+    entry.symlink_to(target)
+    with pytest.raises(CheckpointError) as caught:
+        read_json(entry)
+    assert f"(delete {target if inside else entry}, and the same command does)" in str(caught.value)
 
 
 # ---- one place

@@ -122,8 +122,12 @@ def naming_the_copy(path: str | Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         message = str(error)
-        if message.endswith("fetch it again") and Path(path).parent.as_posix().rpartition("/snapshots/")[1]:
-            raise type(error)(f"{message} (delete {Path(path).resolve()}, and the same command does)") from None
+        holder, in_cache, _ = Path(path).parent.as_posix().rpartition("/snapshots/")
+        if message.endswith("fetch it again") and in_cache:
+            # A link that leads out of the repository's folder leads to what is none of its business.
+            target = Path(path).resolve()
+            place = target if target.is_relative_to(Path(holder).resolve()) else path
+            raise type(error)(f"{message} (delete {place}, and the same command does)") from None
         raise
 
 
