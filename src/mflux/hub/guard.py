@@ -54,14 +54,14 @@ class _Fetch:
     """What is known of one repository's fetching.
 
     Attributes:
-        until: when all questions are to be answered.
+        asked: seconds that questions have taken so far, files not counted.
         answers: how many there were.
         pages: the addresses of listings that were asked.
         lengths: bytes of files, by their addresses' paths, as announced.
     """
 
     hub: ModuleType
-    until: float
+    asked: float = 0.0
     answers: int = 0
     pages: set[str] = field(default_factory=set)
     lengths: dict[str, int] = field(default_factory=dict)
@@ -81,6 +81,7 @@ class _Deadline(threading.local):
     """When what this thread waits for has to be there; None: a file comes, whose speed is watched instead."""
 
     until: float | None = None
+    began: float = 0.0
 
 
 _deadline = _Deadline()
@@ -90,7 +91,7 @@ _deadline = _Deadline()
 def guarded(hub: ModuleType) -> Iterator[None]:
     """Hold a server to the rules above within the block."""
     _install(hub)
-    fetch = _Fetch(hub, time.monotonic() + ALL_QUESTIONS_S)
+    fetch = _Fetch(hub)
     with _lock:
         _fetches.append(fetch)
     try:
@@ -107,7 +108,7 @@ def _current() -> _Fetch | None:
 
 def _install(hub: ModuleType) -> None:
     """Let each of huggingface_hub's clients, which it makes anew after some errors, call the functions below."""
-    module = sys.modules[hub.get_session.__module__]
+    module = sys.modules[hub.utils.get_session.__module__]
     factory = getattr(module, "_GLOBAL_CLIENT_FACTORY", None) or module.default_client_factory
     if getattr(factory, "is_guarded", False):
         return
@@ -127,7 +128,7 @@ def _install(hub: ModuleType) -> None:
         return client
 
     guarded_client.is_guarded = True  # type: ignore[attr-defined]
-    hub.set_client_factory(guarded_client)
+    module.set_client_factory(guarded_client)
 
 
 # ---- each request, redirected ones as well
@@ -138,13 +139,12 @@ def _before(request: Any) -> None:
     if fetch is None:
         _deadline.until = None
         return
-    if time.monotonic() > fetch.until and _is_question(fetch, request):
-        raise DownloadError(f"{_told(fetch)} does not come to an end within {ALL_QUESTIONS_S} seconds: {_ELSEWHERE}")
     if not _is_own(fetch, str(request.url)):
         request.headers.pop("authorization", None)
     # What is unpacked from an answer has no length that is known before.
     request.headers["accept-encoding"] = "identity"
-    _deadline.until = time.monotonic() + DEADLINE_S
+    _deadline.began = time.monotonic()
+    _deadline.until = _deadline.began + DEADLINE_S
 
 
 def _after(response: Any) -> None:
@@ -182,6 +182,9 @@ def _check(fetch: _Fetch, response: Any) -> None:
     if fetch.answers > MOST_ANSWERS:
         raise DownloadError(f"{told} does not come to an end, after {MOST_ANSWERS:,} answers: {_ELSEWHERE}")
     _read_whole(told, response)
+    fetch.asked += time.monotonic() - _deadline.began
+    if fetch.asked > ALL_QUESTIONS_S:
+        raise DownloadError(f"{told} does not come to an end within {ALL_QUESTIONS_S} seconds: {_ELSEWHERE}")
     if own and response.status_code == 200:
         _check_answer(told, response.content)
         _check_pages(fetch, response)

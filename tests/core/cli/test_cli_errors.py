@@ -589,6 +589,23 @@ def test_settings_choose_none_of_the_users_files(in_folder, cli, setting):
         assert f"say {setting.option} yourself" in str(caught.value)
 
 
+def test_a_prompt_without_end(tmp_path):
+    """As `yes | mflux-generate --prompt -` has it."""
+    program = "from mflux.models.flux.cli.flux_generate import main; raise SystemExit(main())"
+    with Path("/dev/zero").open("rb") as zeros:
+        call = [sys.executable, "-c", program, "--model", "schnell", "--prompt", "-"]
+        done = subprocess.run(call, stdin=zeros, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: standard input brings more than")
+
+
+def test_a_prompt_in_settings_is_not_standard_input(in_folder, cli, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    (in_folder / "s.json").write_text(json.dumps({"prompt": "-", "model": "demo", "steps": 1, "seed": 1}))
+    result = cli("generate", "-C", "s.json", "--width", 32, "--height", 32)
+    assert result.status == 0, result.err
+
+
 def test_what_settings_take_over_is_told(in_folder, cli):
     said = {"prompt": "x", "model": "demo", "image_path": "a.png", "steps": 1, "seed": 3}
     (in_folder / "s.json").write_text(json.dumps(said))

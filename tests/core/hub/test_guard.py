@@ -244,7 +244,7 @@ def test_a_redirect_takes_no_token_along(hub, start, what):
 
 # ---- no end
 
-DEADLINES = "import mflux.hub.guard as g; g.DEADLINE_S, g.LARGEST_ANSWER, g.MOST_ANSWERS = 2, 100_000, 50"
+DEADLINES = "import mflux.hub.guard as g; g.DEADLINE_S, g.LARGEST_ANSWER = 2, 100_000; g.MOST_ANSWERS, g.ALL_QUESTIONS_S = 50, 3"
 
 
 def begin(request, headers):
@@ -314,6 +314,12 @@ def pages(next_page):
     return change
 
 
+def later(request, status, body, headers):
+    if "/tree/" in request.path:
+        time.sleep(0.5)
+    return pages(counting)(request, status, body, headers)
+
+
 def counting(request):
     change = counting.number = getattr(counting, "number", 0) + 1
     return f"http://{request.headers['Host']}/api/models/org/model/tree/main?cursor={change}"
@@ -338,6 +344,7 @@ NO_END = {
         pages(lambda request: f"http://{request.headers['Host']}{request.path}"), "in pages that lead nowhere"),
     "pages that lead to another": (pages(lambda request: "http://127.0.0.1:1/x"), "in pages that lead nowhere"),
     "pages without end": (pages(counting), "does not come to an end"),
+    "pages that take their time": (later, "does not come to an end within 3 seconds"),
     "redirects without end": (redirected, "redirect"),
     "a wait of a day": (waits(Retry_After="86400"), "asks to wait 86,400 seconds"),
     "a wait until tomorrow": (waits(Retry_After=formatdate(time.time() + 86400)), "asks to wait 86,"),
