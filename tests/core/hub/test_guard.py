@@ -250,7 +250,13 @@ def test_a_redirect_takes_no_token_along(hub, start, what):
 
 # ---- no end
 
-DEADLINES = "import mflux.hub.guard as g; g.DEADLINE_S, g.LARGEST_ANSWER = 2, 100_000; g.MOST_ANSWERS, g.ALL_QUESTIONS_S = 50, 3"
+DEADLINES = "; ".join(
+    [
+        "import mflux.hub.guard as g",
+        "g.DEADLINE_S, g.LARGEST_ANSWER = 2, 100_000",
+        "g.MOST_ANSWERS, g.ALL_QUESTIONS_S = 50, 3",
+    ]
+)
 
 
 def begin(request, headers):
