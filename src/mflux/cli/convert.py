@@ -14,6 +14,7 @@ from mflux.cli.terminal import run, say, say_line
 from mflux.errors import OutputError, UsageError
 from mflux.text import some
 from mflux.utils.paths import is_there, user_path
+from mflux.utils.progress import bar_class
 from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
@@ -81,8 +82,6 @@ def convert(
         OutputError: the destination cannot be written.
         UsageError: no such number of bits, or nothing to quantize.
     """
-    from tqdm import tqdm
-
     from mflux.checkpoints.quantization import Quantization, pack
     from mflux.checkpoints.readers.opening import open_checkpoint
     from mflux.checkpoints.writing import SafetensorsWriter
@@ -104,9 +103,12 @@ def convert(
             raise UsageError(f"{source} holds nothing to quantize, or is quantized already: leave --quantize out")
         _log.info("quantize %d tensors to %d bits, keep %d", len(packed), quantize, len(specs) - len(packed))
     overflowing: list[str] = []
+    total = _total(announced)
     with (
         SafetensorsWriter(destination, announced, metadata={"format": "pt"}, overwrite=force) as writer,
-        tqdm(total=_total(announced), unit="B", unit_scale=True, desc="convert", disable=None, file=sys.stderr) as bar,
+        bar_class()(
+            total=_total(announced), unit="B", unit_scale=True, desc="convert", disable=None, file=sys.stderr
+        ) as bar,
     ):
         # In the file's order, so that each byte is read once, also where several names share it.
         previous, value = None, None

@@ -122,7 +122,7 @@ def _install(hub: ModuleType) -> None:
         }
         client.max_redirects = min(client.max_redirects, MOST_REDIRECTS)
         for transport in (client._transport, *client._mounts.values()):
-            pool = getattr(transport, "_pool", None)
+            pool: Any = getattr(transport, "_pool", None)
             if hasattr(pool, "_network_backend"):
                 pool._network_backend = _Network(pool._network_backend)
         return client

@@ -8,10 +8,12 @@ from types import ModuleType
 from mflux.errors import DownloadError
 from mflux.hub.secrets import without_secrets
 from mflux.text import one_line
+from mflux.utils.progress import bar_class
 
 
 def huggingface() -> ModuleType:
     # Half a second to import: only those pay who get here.
+    bar_class()
     try:
         import huggingface_hub
         import huggingface_hub.constants

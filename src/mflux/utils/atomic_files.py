@@ -151,7 +151,8 @@ def remove_within(path: Path, root: Path, *, follow: bool = False) -> list[Path]
     Raises:
         OSError: something cannot be removed.
     """
-    inside, places = root.resolve(), []
+    inside = root.resolve()
+    places: list[Path] = []
     while len(places) < _MOST_LINKS and path.parent.resolve().is_relative_to(inside):
         places.append(path)
         if not follow or not path.is_symlink():

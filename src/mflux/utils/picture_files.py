@@ -167,8 +167,9 @@ def open_image(source: PIL.Image.Image | Source) -> PIL.Image.Image:
     """
     if isinstance(source, PIL.Image.Image):
         try:
-            if getattr(source, "tile", None) and getattr(source, "fp", None) is not None:
-                _check_scans(source, source.fp, "given")  # opened, and not yet decoded
+            file = getattr(source, "fp", None)
+            if getattr(source, "tile", None) and file is not None:
+                _check_scans(source, file, "given")  # opened, and not yet decoded
             return PIL.ImageOps.exif_transpose(eight_bits(source, _stored_mode(source)))
         except (ValueError, OSError, SyntaxError) as error:
             raise unreadable("given", error) from None

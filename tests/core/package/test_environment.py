@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,19 @@ def test_nonsense_in_a_variable(name, monkeypatch, tmp_path):
             READERS[name](None)
         except MfluxError as error:
             assert len(str(error)) < 12_000
+
+
+@pytest.mark.parametrize("name", ["TQDM_MININTERVAL", "TQDM_NCOLS", "TQDM_POSITION", "HF_HUB_ETAG_TIMEOUT"])
+def test_nonsense_in_what_libraries_read(name, tmp_path):
+    """As they are imported; a process of its own for each."""
+    program = (
+        "import sys\n"
+        "from mflux.errors import MfluxError\n"
+        "from mflux.hub import cached_copy\n"
+        "try: cached_copy('org/none')\n"
+        "except MfluxError as error: print(error)\n"
+    )
+    environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), name: "abc"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout or "HF_ environment variables" in done.stdout or not done.stdout

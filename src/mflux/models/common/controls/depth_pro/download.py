@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 
 from mflux.errors import DownloadError
 from mflux.text import shown, size
+from mflux.utils.progress import bar_class
 
 logger = logging.getLogger(__name__)
 
@@ -238,8 +239,6 @@ def _ask(url: str, start: int) -> HTTPResponse:
 
 def _receive(response: HTTPResponse, file: BinaryIO, start: int) -> int | None:
     """Write a response where it belongs; the length of the whole file, if the server says."""
-    from tqdm import tqdm
-
     content_range = response.headers.get("Content-Range", "")
     if response.status == 206 and re.match(rf"bytes {start}-", content_range):
         length = _total(content_range)
@@ -256,7 +255,7 @@ def _receive(response: HTTPResponse, file: BinaryIO, start: int) -> int | None:
             f"{free / 1e9:.1f} GB free: make room, or set MFLUX_CACHE_DIR to a folder on a larger disk"
         )
     name = Path(file.name).stem
-    with tqdm(total=length, initial=start, unit="B", unit_scale=True, unit_divisor=1000, desc=name) as progress:
+    with bar_class()(total=length, initial=start, unit="B", unit_scale=True, unit_divisor=1000, desc=name) as progress:
         since, came = time.monotonic(), 0
         # What there is, and not as much as was asked for: that could take days.
         while chunk := response.read1(_CHUNK):
