@@ -103,7 +103,6 @@ def convert(
             raise UsageError(f"{source} holds nothing to quantize, or is quantized already: leave --quantize out")
         _log.info("quantize %d tensors to %d bits, keep %d", len(packed), quantize, len(specs) - len(packed))
     overflowing: list[str] = []
-    total = _total(announced)
     with (
         SafetensorsWriter(destination, announced, metadata={"format": "pt"}, overwrite=force) as writer,
         bar_class()(
