@@ -16,7 +16,7 @@ import pytest
 import mflux.models
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import build, fill, published_turns
-from mflux.errors import CheckpointError, MfluxError
+from mflux.errors import CheckpointError, MfluxError, UnsafeCheckpointError
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig, ScheduleConfig
@@ -410,3 +410,10 @@ def test_every_value_of_a_schedule_exchanged(key, name):
                 assert str(error).isprintable() and len(str(error)) < 1000
                 continue
             assert np.isfinite(sigmas).all() and sigmas[-1] == 0 and (np.diff(sigmas) <= 0).all(), (asked, sigmas)
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, UnsafeCheckpointError])
+@pytest.mark.parametrize("quoted", ["x" * 10**6, "a\nb", "\x1b[2J", "\ud800", [1] * 10**5])
+def test_what_a_message_quotes_of_a_file_is_fit_for_a_line(kind, quoted):
+    message = str(kind(f"x holds a {quoted}"))
+    assert message.isprintable() and len(message) <= 2500 and message.startswith("x holds a ")
