@@ -331,7 +331,8 @@ def answer(folder: Path, photo: Any) -> None:
     network, image = weights.load(folder), config.image_token_id
     see = replace(image_processor(config), min_pixels=1, max_pixels=max(64 * 64, image_processor(config).token ** 2))
     patches, grids = see.batch([photo])
-    ids = spread_image_tokens([1, 2, image, 3], image, grids, see.merge_size)
+    before, after = [token for token in range(3) if token != image][:2]
+    ids = spread_image_tokens([before, image, after], image, grids, see.merge_size)
     tokens = generate_tokens(network, network.prompt(ids, patches, grids), Sampling(seed=1))
     next(tokens), next(tokens)
 
