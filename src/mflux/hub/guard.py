@@ -121,7 +121,8 @@ def _install(hub: ModuleType) -> None:
             "response": [*hooks.get("response", ()), _after],
         }
         client.max_redirects = min(client.max_redirects, MOST_REDIRECTS)
-        for transport in (client._transport, *client._mounts.values()):
+        # A program's own client may have other transports.
+        for transport in (getattr(client, "_transport", None), *getattr(client, "_mounts", {}).values()):
             pool: Any = getattr(transport, "_pool", None)
             if hasattr(pool, "_network_backend"):
                 pool._network_backend = _Network(pool._network_backend)
