@@ -30,6 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -252,6 +253,90 @@ def read_model(folder: Path) -> None:
             raise CheckpointError((report.problems or ["broken"])[0])
 
 
+def drawings(folder: Path) -> None:
+    """Each family's tiny model with what its command needs, SeedVR2's, and the two networks that stand alone."""
+    from core.files.test_hostile_configs import COMPONENTS, tensors_of
+    from families.seedvr2.cases import write_tiny as write_seedvr2
+    from support.cases import every
+    from support.small_depth_pro import write_model as write_depth_pro
+
+    from mflux.backend import mx
+    from mflux.models.common.networks.qwen3_vl import Qwen3VLForConditionalGeneration
+
+    for name, tiny in every("TINY").items():
+        target = folder / name.replace(" ", "+")
+        tiny.write(target, wide=False)
+        if tiny.pictures is not None:
+            tiny.pictures(target)
+    for kind in ("3b", "7b"):
+        write_seedvr2(folder / f"seedvr2-{kind}", kind=kind)
+    write_depth_pro(folder / "depth-pro")
+    values = COMPONENTS[Qwen3VLForConditionalGeneration]
+    (folder / "vlm").mkdir()
+    (folder / "vlm" / "config.json").write_text(json.dumps(values))
+    (folder / "vlm" / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    tensors = tensors_of(Qwen3VLForConditionalGeneration, values)
+    mx.save_safetensors(str(folder / "vlm" / "model.safetensors"), tensors, {"format": "pt"})
+
+
+def draw(folder: Path) -> None:
+    """One step with the model that was changed: MLX does not look whether what is read from a table lies in it."""
+    import PIL.Image
+    from support.cases import every
+
+    from mflux.models.common.config import ModelConfig
+
+    photo = PIL.Image.linear_gradient("L").resize((48, 32)).convert("RGB")
+    tiny_models, before = every("TINY"), Path.cwd()
+    for name in changed_first(folder):
+        path = folder / name
+        os.chdir(path)
+        try:
+            if name == "depth-pro":
+                from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
+
+                DepthPro(model_path=path).depth_of(photo)
+            elif name == "vlm":
+                answer(path, photo)
+            elif name.startswith("seedvr2"):
+                from mflux.models.seedvr2.variants.upscale.seedvr2 import SeedVR2
+
+                photo.save("photo.png")
+                config = ModelConfig.from_name(str(path), name)
+                SeedVR2(model_path=str(path), model_config=config).generate_image(1, "photo.png", 32)
+                Path("photo.png").unlink()
+            else:
+                tiny = tiny_models[name.replace("+", " ")]
+                for place, value in tiny.patches.items():
+                    _patch(place, value)
+                config = ModelConfig.from_name(str(path), tiny.base_model)
+                plain = {"seed": 1, "prompt": tiny.prompt, "num_inference_steps": 1, "width": 64, "height": 32}
+                pipeline = tiny.pipeline_class()(model_path=str(path), model_config=config)
+                pipeline.generate_image(**plain | dict(tiny.generate))
+        finally:
+            os.chdir(before)
+
+
+def answer(folder: Path, photo: Any) -> None:
+    """What FIBO-VLM's network makes of a picture between tokens; its tokenizer is transformers', and not asked."""
+    from dataclasses import replace
+
+    from mflux.models.common.networks.qwen_vl import spread_image_tokens
+    from mflux.models.fibo.vlm import weights
+    from mflux.models.fibo.vlm.generation import Sampling, generate_tokens
+    from mflux.models.fibo.vlm.processor import image_processor
+
+    config = weights.read_config(folder)
+    weights.end_ids(folder)
+    network, image = weights.load(folder), config.image_token_id
+    see = replace(image_processor(config), min_pixels=1, max_pixels=max(64 * 64, image_processor(config).token ** 2))
+    patches, grids = see.batch([photo])
+    before, after = [token for token in range(3) if token != image][:2]
+    ids = spread_image_tokens([before, image, after], image, grids, see.merge_size)
+    tokens = generate_tokens(network, network.prompt(ids, patches, grids), Sampling(seed=1))
+    next(tokens), next(tokens)
+
+
 def tokenizers(folder: Path) -> None:
     from support.cases import every
     from support.tokenizers import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
@@ -385,6 +470,7 @@ READERS = {
     "lora": Reader(lora, read_loras, ("*.safetensors", "*/*")),
     "components": Reader(components, read_component, ("*/config.json", "*/*.safetensors")),
     "models": Reader(models, read_model, ("**/*.json", "**/*.txt", "**/*.safetensors")),
+    "drawings": Reader(drawings, draw, ("**/*.json", "**/*.txt")),
     "tokenizers": Reader(tokenizers, read_tokenizer, ("*/*",)),
     "pictures": Reader(pictures, read_picture, ("*",)),
     "settings": Reader(settings, read_picture_settings, ("x.*",)),

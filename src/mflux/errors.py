@@ -6,6 +6,11 @@ class. Anything that is not a `MfluxError` is a bug in mflux.
 
 from __future__ import annotations
 
+from mflux.text import shown
+
+# Of a message: it names some of the tensors that are missing, and never all.
+_LONGEST = 2500
+
 
 class MfluxError(Exception):
     """Base of all expected failures. The message says what is wrong with this input and what to do next."""
@@ -24,7 +29,11 @@ class MissingExtraError(MfluxError, ImportError):
 
 
 class CheckpointError(MfluxError):
-    """A weights file or folder is damaged, incomplete, or not of the expected layout."""
+    """A weights file or folder is damaged, incomplete, or not of the expected layout. What the message quotes of a file
+    is fit for one line, whoever quotes it."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(shown(message, _LONGEST))
 
 
 class UnsafeCheckpointError(CheckpointError):

@@ -94,6 +94,8 @@ def mutated_value(value: Any, choose: random.Random) -> Any:
                 value = put(value, path, json.loads(json.dumps(at(value, choose.choice(found)))))
             case 3 if isinstance(at(value, path), int | float) and abs(at(value, path)) < 2**64:
                 value = put(value, path, at(value, path) * choose.choice((-1, 2, 0.5, 1000, 2**20)))
+            case 4 if type(at(value, path)) is int and abs(at(value, path)) < 2**64:
+                value = put(value, path, at(value, path) + choose.choice((-2, -1, 1, 2)))
             case _:
                 value = put(value, path, copy.deepcopy(choose.choice(HOSTILE)))
     return value

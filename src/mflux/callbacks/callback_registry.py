@@ -6,6 +6,8 @@ import inspect
 from io import StringIO
 from typing import TYPE_CHECKING, Any, Self
 
+from mflux.utils.progress import bar_class
+
 if TYPE_CHECKING:
     import PIL.Image
     from tqdm import tqdm
@@ -77,9 +79,7 @@ class GenerationContext:
     def time_steps(self) -> tqdm[int]:
         """The steps to take, with how many were taken and how fast; what callbacks are given."""
         if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(self._steps, desc="denoise", unit="step", leave=True, file=self._output)
+            self._bar = bar_class()(self._steps, desc="denoise", unit="step", leave=True, file=self._output)
         return self._bar
 
     def before_loop(

@@ -14,6 +14,7 @@ from typing import Any
 from mflux import cpu
 from mflux.backend import mx, nn, tree_unflatten
 from mflux.errors import CheckpointError, UsageError
+from mflux.text import shown
 
 BITS = (3, 4, 5, 6, 8)
 _GROUP_SIZES = (32, 64, 128)
@@ -60,10 +61,12 @@ class Quantization:
             return None
         try:
             found = Quantization(int(entry["bits"]), int(entry["group_size"]))
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             found = None
         if found is None or not found.is_known:
-            raise CheckpointError(f"{source}: its quantization {entry!r} makes no sense; fetch it again")
+            raise CheckpointError(
+                f"{source}: its quantization {shown(repr(entry), 100)} makes no sense; fetch it again"
+            )
         return found
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from typing import Any
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import published_turns
 from mflux.checkpoints.quantization import Quantization, divides, packed_specs, raised
+from mflux.checkpoints.readers.plain import open_file
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import OutputError
 from mflux.text import size
-from mflux.utils.atomic_files import Temporary
+from mflux.utils.atomic_files import Temporary, write_atomically
 from mflux.utils.paths import user_path
 
 # A file of weights is cut where it would become larger than this.
@@ -193,17 +196,42 @@ def refuse_existing(path: Path) -> None:
 
 
 def copy_beside(source: Path, destination: Path, names: tuple[str, ...]) -> None:
-    """Copy files and folders that a model needs besides its weights; what the source lacks is left out.
+    """Copy files and folders that a model needs besides its weights, as new files of this user's; what the source lacks
+    is left out.
 
-    Links are followed: in Hugging Face's cache every file is one.
+    Links are followed where they stay in the model's folder, or in Hugging Face's cache, where every file is one.
+
+    Raises:
+        OutputError: a link leads out of the model's folder: what it leads to would be published with the model.
+        CheckpointError: something is no file.
     """
     for name in names:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, destination / name)
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+        place = source / name
+        if place.is_dir():
+            for folder, _, files in os.walk(place, followlinks=False):
+                for file in sorted(files):
+                    path = Path(folder, file)
+                    _copy(path, destination / path.relative_to(source), source)
+        elif place.is_file():
+            _copy(place, destination / name, source)
+
+
+def _copy(path: Path, target: Path, root: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    leads_to, inside = path.resolve(), root.resolve()
+    if not any(leads_to.is_relative_to(folder) for folder in (inside, *_cached_with(inside))):
+        raise OutputError(f"{path} leads out of the model's folder, to {leads_to}: put the file itself there")
+    with open_file(path) as file:
+        write_atomically(target, partial(shutil.copyfileobj, file), overwrite=True)
+
+
+def _cached_with(folder: Path) -> list[Path]:
+    """Where files of a snapshot in Hugging Face's cache lie: their repository's blobs, and those that all share."""
+    if folder.parent.name != "snapshots" or not folder.parent.parent.name.startswith("models--"):
+        return []
+    return [folder.parent.parent / "blobs", folder.parent.parent.parent / "blobs"]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    write_atomically(path, lambda file: file.write(text), overwrite=True)

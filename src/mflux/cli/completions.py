@@ -14,6 +14,7 @@ from mflux.cli.commands import COMMANDS
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say, say_line
 from mflux.errors import MfluxError, OutputError
+from mflux.utils.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,9 @@ def complete(argv: Sequence[str] | None) -> None:
         say_line(f"{path} is current")
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(script)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error} (--dir chooses another folder)") from None
+        write_atomically(path, lambda file: file.write(script.encode()), overwrite=True)
+    except OutputError as error:
+        raise OutputError(f"{error} (--dir chooses another folder)") from None
     say_line(path)
     log.info("%s", hint(shell, path))
 

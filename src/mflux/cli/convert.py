@@ -13,7 +13,8 @@ from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say, say_line
 from mflux.errors import OutputError, UsageError
 from mflux.text import some
-from mflux.utils.paths import is_there
+from mflux.utils.paths import is_there, user_path
+from mflux.utils.progress import bar_class
 from mflux.utils.values import QUANTIZE_CHOICES
 
 if TYPE_CHECKING:
@@ -81,14 +82,12 @@ def convert(
         OutputError: the destination cannot be written.
         UsageError: no such number of bits, or nothing to quantize.
     """
-    from tqdm import tqdm
-
     from mflux.checkpoints.quantization import Quantization, pack
     from mflux.checkpoints.readers.opening import open_checkpoint
     from mflux.checkpoints.writing import SafetensorsWriter
 
     quantization = Quantization.asked(quantize)
-    destination = _with_suffix(Path(destination))
+    destination = _with_suffix(user_path(destination))
     if is_there(destination) and not force:
         raise OutputError(f"{destination} exists already: choose another name, or --force to replace it")
     checkpoint = open_checkpoint(source, key)
@@ -106,7 +105,9 @@ def convert(
     overflowing: list[str] = []
     with (
         SafetensorsWriter(destination, announced, metadata={"format": "pt"}, overwrite=force) as writer,
-        tqdm(total=_total(announced), unit="B", unit_scale=True, desc="convert", disable=None, file=sys.stderr) as bar,
+        bar_class()(
+            total=_total(announced), unit="B", unit_scale=True, desc="convert", disable=None, file=sys.stderr
+        ) as bar,
     ):
         # In the file's order, so that each byte is read once, also where several names share it.
         previous, value = None, None
@@ -124,6 +125,8 @@ def convert(
 
 
 def _with_suffix(path: Path) -> Path:
+    if path.name in ("", ".."):
+        raise UsageError(f"{path} is a folder: name the file to write")
     return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from mflux.cli.terminal import nearest
 from mflux.errors import NotBuiltError, UsageError
 from mflux.models.common.family import all_settings
 from mflux.text import shown, some
-from mflux.utils.paths import is_repository, read_bounded, user_path
+from mflux.utils.paths import is_bare, is_repository, read_bounded, user_path
+from mflux.utils.settings import SETTINGS, Setting
 from mflux.utils.values import Side, Switch, Text, Wrong
 
 log = logging.getLogger(__name__)
@@ -57,15 +58,18 @@ def take_settings(args: argparse.Namespace, said: Said) -> Said:
                 "use the command that made it"
             )
         try:
-            setattr(args, setting.name, setting.kind.of_setting(value))
-            taken.add(setting.name)
+            found = setting.kind.of_setting(value)
         except argparse.ArgumentTypeError as error:
             raise UsageError(
                 f"{source}: its {setting.name} makes no sense, {shown(error, 300)}: say {setting.option} yourself"
             ) from None
+        _check_bare(source, setting, found)
+        setattr(args, setting.name, found)
+        taken.add(setting.name)
     if args.scheduler and "." in args.scheduler and not said.was_typed("scheduler"):
         raise UsageError(f"{source}: its scheduler {shown(args.scheduler)} would be imported: say --scheduler yourself")
     take_model(args, said, settings)
+    _tell_what_is_taken(args, said, taken)
     _tell_repositories(args, said)
     version = settings.get("mflux_version")
     return replace(said, file=frozenset(taken), file_version=version if isinstance(version, str) else None)
@@ -178,6 +182,36 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def _check_bare(source: Path, setting: Setting, value: Any) -> None:
+    """
+    Raises:
+        UsageError: the setting names a file by its folders. Whoever made the image would choose among this user's
+            files; mflux itself records names alone.
+    """
+    for name in (value if isinstance(value, (list, tuple)) else [value]) if setting.takes else ():
+        if not is_bare(name, or_repository=setting.takes == "source"):
+            raise UsageError(
+                f"{source}: its {setting.name} names {shown(name, 200)}, and a stranger's settings choose none of your "
+                f"files: say {setting.option} yourself"
+            )
+
+
+def _tell_what_is_taken(args: argparse.Namespace, said: Said, taken: Iterable[str]) -> None:
+    """Say what is taken over, with the names of files and models."""
+    told = []
+    if not said.was_typed("model") and args.model is not None:
+        told.append(f"model {shown(args.model, 100)}")
+    for setting in (setting for setting in all_settings() if setting.name in taken):
+        value = getattr(args, setting.name)
+        if setting.takes:
+            names = some(value if isinstance(value, (list, tuple)) else [value], 3, 100, counted=True)
+            told.append(f"{setting.label.lower()} {names}")
+        else:
+            told.append(setting.label.lower())
+    if told:
+        log.info("from %s: %s", args.config_from_metadata, ", ".join(told))
+
+
 def _tell_repositories(args: argparse.Namespace, said: Said) -> None:
     """Say which repositories the settings name, before one is asked: whoever made the picture chose them."""
     named = [] if said.was_typed("model") or args.model is None else [args.model]
@@ -198,6 +232,10 @@ def take_model(args: argparse.Namespace, said: Said, settings: Mapping[str, Any]
                 f"{args.config_from_metadata}: its {name} makes no sense, {shown(value, 40)} is not text: say --model "
                 "yourself"
             )
+    for setting in (setting for setting in SETTINGS if names.get(setting.name)):
+        # What mflux 0.24 wrote for a built-in model.
+        if names[setting.name] != "None":
+            _check_bare(args.config_from_metadata, setting, names[setting.name])
     model = names["model_path"] or names["model"]
     if model is None:
         return

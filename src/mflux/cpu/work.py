@@ -62,7 +62,8 @@ def threads() -> int:
     """As many as this process may have, and as it lets BLAS have."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores, int(asked)) if asked.isdecimal() else cores)
+    # Python refuses to read a number of thousands of digits.
+    return max(1, min(cores, int(asked)) if asked.isdecimal() and len(asked) < 10 else cores)
 
 
 @cache

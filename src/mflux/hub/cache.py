@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mflux.checkpoints.folders import read_json
@@ -22,6 +23,7 @@ from mflux.checkpoints.readers.plain import HEAD, LARGEST_TEXT, what_else
 from mflux.checkpoints.readers.safetensors import read_header
 from mflux.errors import CheckpointError, OutputError
 from mflux.text import size
+from mflux.utils.atomic_files import remove_within, write_atomically
 
 _SHA256, _GIT_ID = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
@@ -33,7 +35,7 @@ class Broken:
     Attributes:
         path: where.
         what: what is wrong, as the rest of a sentence that begins with the path.
-        remove: what has to go so that it is fetched again.
+        remove: what has to go so that it is fetched again; of a snapshot's link, what it leads to as well.
         is_fault: whether the model cannot do without; a download that was broken off only takes room.
     """
 
@@ -86,9 +88,7 @@ def _broken_files(holder: Path) -> Iterator[Broken]:
                 if not path.exists():
                     yield Broken(path, "is a link to nothing", (path,))
                 elif path.is_file() and (fault := _fault(path, sizes.get(path.relative_to(snapshot).as_posix()))):
-                    blob = path.resolve()
-                    own = blob.parent == (holder / "blobs").resolve()
-                    yield Broken(path, fault, (blob, path) if own and path.is_symlink() else (path,))
+                    yield Broken(path, fault, (path,))
 
 
 def _announced_sizes(holder: Path, commit: str) -> dict[str, int]:
@@ -166,23 +166,16 @@ def repair(holder: Path, entries: list[Broken]) -> list[str]:
     for entry in entries:
         if source := _same_elsewhere(holder, entry.path):
             blob = entry.path.parent / entry.path.readlink()
-            unfinished = blob.with_name(f"{blob.name}.mflux.incomplete")
-            try:
-                shutil.copyfile(source, unfinished)
-                unfinished.replace(blob)
-            except OSError as error:
-                unfinished.unlink(missing_ok=True)
-                raise OutputError(f"cannot write {blob}: {error.strerror or error}; make room, or remove it") from None
+            with source.open("rb") as file:
+                write_atomically(blob, partial(shutil.copyfileobj, file), overwrite=True)
             done.append(f"brought back {entry.path} from {source}")
             continue
         for path in entry.remove:
-            if not _is_within(path, holder):
-                continue
             try:
-                path.unlink(missing_ok=True)
+                follow = path.is_relative_to(holder / "snapshots")
+                done += [f"removed {place}" for place in remove_within(path, holder, follow=follow)]
             except OSError as error:
                 raise OutputError(f"cannot remove {path}: {error.strerror or error}; remove it by hand") from None
-            done.append(f"removed {path}")
     return list(dict.fromkeys(done))
 
 
@@ -203,8 +196,3 @@ def _same_elsewhere(holder: Path, path: Path) -> Path | None:
                 if hashlib.file_digest(file, "sha256").hexdigest() == blob.name:
                     return other
     return None
-
-
-def _is_within(path: Path, holder: Path) -> bool:
-    """Whether an entry is the repository's own: neither the folders above it nor `..` lead out."""
-    return path.parent.resolve().is_relative_to(holder.resolve())

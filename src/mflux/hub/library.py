@@ -1,24 +1,19 @@
-"""huggingface_hub, loaded when it is needed: its log without secrets, and no connection that hardly moves."""
+"""huggingface_hub, loaded when it is needed, its log without secrets."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 from mflux.errors import DownloadError
 from mflux.hub.secrets import without_secrets
-from mflux.text import one_line, size
-
-# A connection that brings less than so many bytes in so many seconds is given up.
-PATIENCE_S = 60
-_LEAST_BYTES = 64_000
+from mflux.text import one_line
+from mflux.utils.progress import bar_class
 
 
 def huggingface() -> ModuleType:
     # Half a second to import: only those pay who get here.
+    bar_class()
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -46,34 +41,3 @@ class _Cleaned(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = one_line(without_secrets(self._hub, record.getMessage())), ()
         return True
-
-
-def watch_speed(hub: ModuleType) -> None:
-    """Let huggingface_hub's connections end that bring next to nothing: its own limit is on silence alone."""
-    session = getattr(hub, "get_session", None) or getattr(hub.utils, "get_session", None)
-    client: Any = session() if session is not None else None
-    hooks = getattr(client, "event_hooks", None)
-    if not hooks or any(hook is _watched for hook in hooks.get("response", ())):
-        return
-    client.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _watched]}
-
-
-def _watched(response: Any) -> None:
-    stream = response.stream
-    base = next((base for base in type(stream).__mro__ if base.__name__ == "SyncByteStream"), None)
-    if base is None:
-        return
-
-    def chunks(_: Any) -> Iterator[bytes]:
-        began, came = time.monotonic(), 0
-        for chunk in stream:
-            yield chunk
-            came += len(chunk)
-            if came >= _LEAST_BYTES:
-                began, came = time.monotonic(), 0
-            elif time.monotonic() - began > PATIENCE_S:
-                raise ConnectionError(f"less than {size(_LEAST_BYTES)} came in {PATIENCE_S} seconds")
-
-    # Its base is httpx's, whichever of its versions huggingface_hub has.
-    watched = type("Watched", (base,), {"__iter__": chunks, "close": lambda _: stream.close()})
-    response.stream = watched()

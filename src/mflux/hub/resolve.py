@@ -24,10 +24,12 @@ from mflux.checkpoints.folders import shards_of
 from mflux.checkpoints.readers.plain import HEAD, what_else
 from mflux.errors import CheckpointError, DownloadError, UsageError
 from mflux.hub.explain import AGAIN, explain, explain_disk, reason_of
-from mflux.hub.library import huggingface, watch_speed
+from mflux.hub.guard import guarded, make_ready
+from mflux.hub.library import huggingface
 from mflux.hub.names import Repository, check_names, name_in_address
 from mflux.hub.secrets import without_secrets
 from mflux.text import shown, some, without_password
+from mflux.utils.atomic_files import remove_within
 from mflux.utils.paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -185,7 +187,8 @@ def _fetch(repository: Repository) -> Path:
     hub = huggingface()
     try:
         check_names(hub, repository)
-        return _fetched(hub, repository)
+        with guarded(hub):
+            return _fetched(hub, repository)
     except DownloadError as error:
         error.args = (without_secrets(hub, str(error)),)
         raise
@@ -209,6 +212,11 @@ def _fetched(hub: ModuleType, repository: Repository) -> Path:
 
     try:
         commit, names = _ask(hub, repository)
+    except DownloadError as error:
+        if complete:
+            logger.warning("%s; taking %s from the cache, %s", without_secrets(hub, str(error)), repository, complete)
+            return complete
+        raise
     except Exception as error:
         failure = explain(hub, repository, error, asking=True)
         if complete:
@@ -230,7 +238,7 @@ def _fetched(hub: ModuleType, repository: Repository) -> Path:
         if complete and not spoiled and complete.name == commit and set(wanted) <= set(present):
             return complete
     for path in spoiled:
-        _drop(path)
+        _drop(hub, repository, path)
     folder = _download(hub, repository, set(_files(cached)) if cached else set())
     if lacking := _lacking(hub, folder, repository):
         if set(lacking) & set(wanted or ()):
@@ -250,7 +258,6 @@ def _download(hub: ModuleType, repository: Repository, before: set[str]) -> Path
     Args:
         before: the files that were there already.
     """
-    watch_speed(hub)
     for attempt in (1, 2):
         _clear_begun(hub, repository, all_of_it=attempt == 2)
         try:
@@ -258,6 +265,8 @@ def _download(hub: ModuleType, repository: Repository, before: set[str]) -> Path
                 repository.id, revision=repository.revision, allow_patterns=list(repository.patterns)
             )
             break
+        except DownloadError:
+            raise
         except Exception as error:
             # There is nothing after the bytes that came: they are not of this file. From the beginning, once.
             if attempt == 1 and getattr(getattr(error, "response", None), "status_code", None) == 416:
@@ -266,7 +275,7 @@ def _download(hub: ModuleType, repository: Repository, before: set[str]) -> Path
     folder = Path(folder)
     for name in _matching(hub, _files(folder), repository.patterns):
         if name not in before and not _is_as_announced(folder / name):
-            _drop(folder / name)
+            _drop(hub, repository, folder / name)
             raise DownloadError(
                 f"{name} of {repository} came with other bytes than {hub.constants.ENDPOINT} announced, and was "
                 f"removed: {AGAIN} to fetch it anew"
@@ -276,27 +285,32 @@ def _download(hub: ModuleType, repository: Repository, before: set[str]) -> Path
 
 def _is_as_announced(path: Path) -> bool:
     """Whether a file in the cache has the SHA-256 that is its name there, where that is one: large files' are."""
-    announced = path.resolve().name
+    announced = (path.readlink() if path.is_symlink() else path).name
     if not re.fullmatch(r"[0-9a-f]{64}", announced):
         return True
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == announced
 
 
-def _drop(path: Path) -> None:
-    """Remove a file of a snapshot together with what it leads to, so that it is fetched again."""
-    for place in (path.resolve(), path):
-        try:
-            place.unlink(missing_ok=True)
-        except OSError as error:
-            raise DownloadError(f"{place} is damaged and cannot be removed ({reason_of(error)}): remove it") from None
+def _drop(hub: ModuleType, repository: Repository, path: Path) -> None:
+    """Remove a file of a snapshot, so that it is fetched again; see `remove_within`."""
+    try:
+        remove_within(path, _holder(hub, repository), follow=True)
+    except OSError as error:
+        raise DownloadError(f"{path} is damaged and cannot be removed ({reason_of(error)}): remove it") from None
+
+
+def _holder(hub: ModuleType, repository: Repository) -> Path:
+    """The repository's folder in the cache."""
+    return Path(hub.constants.HF_HUB_CACHE) / f"models--{repository.id.replace('/', '--')}"
 
 
 def _clear_begun(hub: ModuleType, repository: Repository, *, all_of_it: bool) -> None:
     """Remove what lies where a download begins and is no file of its own, or all that had begun."""
-    blobs = Path(hub.constants.HF_HUB_CACHE) / f"models--{repository.id.replace('/', '--')}" / "blobs"
-    for path in blobs.glob("*.incomplete"):
-        if all_of_it or path.is_symlink():
+    holder = _holder(hub, repository)
+    make_ready(holder.parent, holder.name)
+    if all_of_it:
+        for path in (holder / "blobs").glob("*.incomplete"):
             path.unlink(missing_ok=True)
 
 
@@ -343,8 +357,9 @@ def _cached(hub: ModuleType, repository: Repository) -> Path | None:
         folder = Path(getattr(error, "snapshot_path", ""))
     except OSError as error:
         raise DownloadError(str(explain_disk(hub, repository, error.errno, reason_of(error)))) from error
-    # A reference that was cut off while being written leads to the folder of all snapshots.
-    return folder if folder.parent.name == "snapshots" else None
+    # A reference that was cut off while being written leads to the folder of all snapshots, and another anywhere.
+    here = Path(os.path.abspath(folder))  # noqa: PTH100
+    return folder if here.parent == Path(os.path.abspath(_holder(hub, repository) / "snapshots")) else None  # noqa: PTH100
 
 
 def _lacking(hub: ModuleType, folder: Path, repository: Repository) -> list[str]:

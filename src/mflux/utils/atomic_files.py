@@ -7,6 +7,7 @@ a killed run from what is still being written, and removes it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -21,6 +22,10 @@ from mflux.errors import OutputError
 
 _PREFIX = ".mflux-"
 _SUFFIXES = (".part", ".partial")
+# Before a file system that gives one answer and then another is given up.
+_ATTEMPTS = 100
+# Of links that lead to links, as the system follows them.
+_MOST_LINKS = 40
 
 
 class Temporary:
@@ -36,7 +41,7 @@ class Temporary:
 
     def __init__(self, folder: Path, *, is_folder: bool = False):
         remove_abandoned(folder)
-        while True:
+        for _ in range(_ATTEMPTS):
             self.path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIXES[0]}"
             self.descriptor = -1
             try:
@@ -59,6 +64,7 @@ class Temporary:
                 raise
             # Between creating and locking, another run has taken it for abandoned.
             self.close()
+        raise OSError(errno.EIO, "what is created there is another file the next moment")
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -131,13 +137,46 @@ def write_atomically(
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def remove_within(path: Path, root: Path, *, follow: bool = False) -> list[Path]:
+    """Remove what has a name in a folder.
+
+    Args:
+        path: the name; nothing need have it.
+        root: the folder. What lies outside stays, whatever a link or a name says.
+        follow: of a link, remove what it leads to as well, as far as that lies in the folder.
+
+    Returns:
+        What was removed, the last end of the links first.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    inside = root.resolve()
+    places: list[Path] = []
+    while len(places) < _MOST_LINKS and path.parent.resolve().is_relative_to(inside):
+        places.append(path)
+        if not follow or not path.is_symlink():
+            break
+        target = path.parent / path.readlink()
+        path = target.parent.resolve() / target.name
+    removed = []
+    for place in reversed(places):
+        with suppress(FileNotFoundError):
+            place.unlink()
+            removed.append(place)
+    return removed
+
+
 def free_name(path: Path) -> Path:
     """`path`, or the first of `name_1.png`, `name_2.png`, … that nothing has."""
     return next(name for name in _names(path) if not os.path.lexists(name))
 
 
 def _move_to_free_name(temporary: Path, wanted: Path, beside: str | None) -> Path:
+    contradictions = 0
     for path in _names(wanted, beside):
+        if contradictions == _ATTEMPTS:
+            raise OSError(errno.EIO, "names that nothing has are taken there")
         if os.path.lexists(path) or (beside and os.path.lexists(path.with_suffix(beside))):
             continue
         try:
@@ -145,6 +184,7 @@ def _move_to_free_name(temporary: Path, wanted: Path, beside: str | None) -> Pat
             os.link(temporary, path)
             return path
         except FileExistsError:
+            contradictions += 1
             continue
         except OSError:
             pass  # a file system without links
@@ -152,6 +192,7 @@ def _move_to_free_name(temporary: Path, wanted: Path, beside: str | None) -> Pat
             # An empty file of our own takes the name, so that the rename replaces nothing else.
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
+            contradictions += 1
             continue
         try:
             temporary.replace(path)

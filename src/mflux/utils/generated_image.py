@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflux.utils.atomic_files import write_atomically
-from mflux.utils.paths import recorded_source
+from mflux.utils.paths import read_bounded, recorded_source
 from mflux.utils.picture_files import save_picture
 from mflux.utils.settings import settings_of
 from mflux.utils.strict_json import NotJSON, parse
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # What a picture made from another one keeps of that one's settings, as "original_…".
 _CARRIED = ("seed", "steps", "guidance", "model", "lora_paths", "lora_scales", "quantize")
+
+# Of a prompt in JSON beside an image.
+_LARGEST_PROMPT = 1 << 20
 
 
 class GeneratedImage:
@@ -140,7 +143,7 @@ class GeneratedImage:
         """Write the prompt for a person to change, unless it was taken from this very file."""
         prompt = parse(self.prompt)
         try:
-            if parse(path.read_bytes()) == prompt:
+            if parse(read_bounded(path, _LARGEST_PROMPT)) == prompt:
                 return
         except (OSError, NotJSON):
             pass

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from xml.etree import ElementTree
 
 import PIL.Image
@@ -37,6 +37,7 @@ _XMP_NAMES = {
 
 # No settings are longer than this by far; a file that is has something else in it.
 _LARGEST_SIDECAR = 16 << 20
+_LARGEST_XMP, _DEEPEST_XMP = 1 << 20, 30
 
 
 def read_settings(path: str | Path) -> dict:
@@ -112,11 +113,13 @@ class MetadataReader:
             # A document type could make a small file expand without end.
             if not packet or "<!DOCTYPE" in packet:
                 return None
-            tree = ElementTree.fromstring(packet[packet.index("<x:xmpmeta") : packet.rindex("<?xpacket")])
+            if len(packet) > _LARGEST_XMP:
+                return None
+            elements = _elements(packet[packet.index("<x:xmpmeta") : packet.rindex("<?xpacket")])
         except (ValueError, TypeError, SyntaxError):
             return None
         found = {}
-        for element in tree.iter():
+        for element in elements:
             name = _XMP_NAMES.get(element.tag.rpartition("}")[2])
             if name and (text := "".join(element.itertext()).strip()):
                 found[name] = text
@@ -129,6 +132,20 @@ class MetadataReader:
             "exif": MetadataReader.read_exif_metadata(image_path),
             "xmp": MetadataReader.read_xmp_metadata(image_path),
         }
+
+
+def _elements(text: str) -> Iterator[ElementTree.Element]:
+    """The elements of a text in XML, the outer ones first; a `ValueError` if they are nested deeper than any is."""
+    parser: Any = ElementTree.XMLPullParser(("start", "end"))
+    parser.feed(text)
+    parser.close()
+    depth, found = 0, []
+    for event, element in parser.read_events():
+        depth += 1 if event == "start" else -1
+        if depth > _DEEPEST_XMP:
+            raise ValueError
+        found += [element] if event == "start" else []
+    return iter(found)
 
 
 def _of_picture(path: str | Path, take: Callable[[PIL.Image.Image], T]) -> T | None:

@@ -107,6 +107,18 @@ def is_repository(name: str) -> bool:
         return False
 
 
+def is_bare(name: str, *, or_repository: bool = False) -> bool:
+    """Whether a name from a stranger says nothing of where on this machine something lies: it has no folders.
+
+    Args:
+        or_repository: whether a repository is one as well, `org/name`, `org/name@revision` or `org/name:file`, unless
+            something here has that name.
+    """
+    if or_repository and is_repository(name):
+        return "\\" not in name and ".." not in name.replace(":", "/").split("/")
+    return not re.search(r"[/\\\0]|^~|^\.{1,2}$|^[A-Za-z]:", name) and bool(name.strip())
+
+
 def _last_part(path: str) -> str:
     """`a/b.png`, `a\\b.png` and `a/b.png/` → `b.png`; what has no name of its own, such as `..`, → the folder's."""
     name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]

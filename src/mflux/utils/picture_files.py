@@ -8,8 +8,9 @@ import json
 import logging
 import math
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +38,13 @@ _PROFILED = ("PNG", "JPEG", "WEBP", "TIFF", "AVIF", "MPO")
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
 _WHITE_IS_ZERO, _PHOTOMETRIC, _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 0, 262, 258, 339
+
+# At a time, where pixels become larger on their way.
+_STRIP_PIXELS = 1 << 18
+# Cameras and programs write up to ten. Markers: of a scan, of the end, and those without a length.
+_MOST_SCANS = 100
+_SCAN, _END_OF_JPEG, _ALONE = 0xDA, 0xD9, frozenset((0xFF, 0x01, *range(0xD0, 0xD9)))
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 # A path, or a file that is open.
 Source = str | bytes | os.PathLike | BinaryIO
@@ -83,7 +91,55 @@ def _image(file: BinaryIO, name: object) -> Iterator[PIL.Image.Image]:
     except Exception as error:
         raise unreadable(name, error) from None
     with image:
+        _check_scans(image, file, name)
         yield image
+
+
+def _check_scans(image: PIL.Image.Image, file: BinaryIO, name: object) -> None:
+    """
+    Raises:
+        ImageError: a JPEG is small, and more work than any picture.
+    """
+    if image.format in ("JPEG", "MPO") and _scans(file) > _MOST_SCANS:
+        raise ImageError(
+            f"the image {name} comes in more than {_MOST_SCANS} scans, each of which is a whole picture's work: save "
+            "it anew with another program"
+        )
+
+
+def _scans(file: BinaryIO) -> int:
+    """How often a JPEG goes over its picture, counted by its markers; one more than `_MOST_SCANS` where it is more."""
+    before, scans = file.tell(), 0
+    try:
+        place = 2
+        while scans <= _MOST_SCANS:
+            file.seek(place)
+            head = file.read(4)
+            if len(head) < 4 or head[0] != 0xFF or head[1] == _END_OF_JPEG:
+                break
+            if head[1] in _ALONE:
+                # Without a length: it is filled up before the marker, or restarts.
+                place += 1 if head[1] == 0xFF else 2
+                continue
+            place += 2 + int.from_bytes(head[2:], "big")
+            if head[1] == _SCAN:
+                scans += 1
+                place = _next_marker(file, place)
+    finally:
+        file.seek(before)
+    return scans
+
+
+def _next_marker(file: BinaryIO, place: int) -> int:
+    """Where the next marker stands, behind a scan's data, in which bytes of 255 are followed by a zero."""
+    while True:
+        file.seek(place)
+        data = file.read(1 << 20)
+        if found := _MARKER.search(data):
+            return place + found.start()
+        if len(data) < 2:
+            return place + len(data)
+        place += len(data) - 1
 
 
 def _what_else(head: bytes) -> str:
@@ -111,6 +167,9 @@ def open_image(source: PIL.Image.Image | Source) -> PIL.Image.Image:
     """
     if isinstance(source, PIL.Image.Image):
         try:
+            file = getattr(source, "fp", None)
+            if getattr(source, "tile", None) and file is not None:
+                _check_scans(source, file, "given")  # opened, and not yet decoded
             return PIL.ImageOps.exif_transpose(eight_bits(source, _stored_mode(source)))
         except (ValueError, OSError, SyntaxError) as error:
             raise unreadable("given", error) from None
@@ -143,24 +202,51 @@ def oriented_size(source: Source) -> tuple[int, int]:
 
 def as_rgb(image: PIL.Image.Image, *, on_white: bool) -> PIL.Image.Image:
     """A picture of eight bits a channel in RGB; what is transparent on white, or as if it were not."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "RGBA" and not on_white:
+        return image.convert("RGB")
+
+    def convert(part: PIL.Image.Image) -> PIL.Image.Image:
+        part = _in_rgba(part)
+        if on_white:
+            part = PIL.Image.alpha_composite(PIL.Image.new("RGBA", part.size, "white"), part)
+        return part.convert("RGB")
+
+    return _in_strips(image, "RGB", convert)
+
+
+def _in_rgba(image: PIL.Image.Image) -> PIL.Image.Image:
     # Pillow has no way from premultiplied grey straight to RGBA.
-    image = image.convert("LA") if image.mode == "La" else image
-    if on_white and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    elif image.has_transparency_data and image.mode in ("RGBa", "P"):
-        # Nor a way without a warning from a palette.
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def alpha_of(image: PIL.Image.Image) -> PIL.Image.Image | None:
     """How opaque the pixels of a picture of eight bits a channel are, in mode L; None where all are wholly opaque."""
     if not image.has_transparency_data:
         return None
-    image = image.convert("LA") if image.mode == "La" else image
-    alpha = image.convert("RGBA").getchannel("A")
+    alpha = _in_strips(image, "L", lambda part: _in_rgba(part).getchannel("A"))
     return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """A picture's rows, so many at a time that what they become on the way needs little room."""
+    width, height = size
+    rows = max(1, _STRIP_PIXELS // max(width, 1))
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
+
+
+def _in_strips(
+    image: PIL.Image.Image, mode: str, convert: Callable[[PIL.Image.Image], PIL.Image.Image]
+) -> PIL.Image.Image:
+    """What `convert` makes of a picture's pixels, a picture of `mode`: beside the two there is only a strip."""
+    result = PIL.Image.new(mode, image.size)
+    for box in _strips(image.size):
+        result.paste(convert(image.crop(box)), box)
+    if "icc_profile" in image.info:
+        result.info["icc_profile"] = image.info["icc_profile"]
+    return result
 
 
 def in_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, bytes | None]:
@@ -182,7 +268,8 @@ def in_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, bytes | None]:
         return as_rgb(image, on_white=False), profile if _in_srgb(PIL.Image.new("RGB", (1, 1)), profile) else None
     if described == stored:
         # Pillow has no way from premultiplied grey straight to grey.
-        plain = (image.convert("LA") if image.mode == "La" else image).convert(stored)
+        plain = image.convert("LA") if image.mode == "La" else image
+        plain = plain if plain.mode == stored else plain.convert(stored)
         if (converted := _in_srgb(plain, profile)) is not None:
             return converted, None
     return as_rgb(image, on_white=False), None
@@ -225,21 +312,30 @@ def eight_bits(image: PIL.Image.Image, stored: str = "") -> PIL.Image.Image:
     """
     if not image.mode.startswith(("I", "F")):
         return _with_whole_transparency(image, stored)
-    values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     bits = (tags.get(_BITS_PER_SAMPLE) or (0,))[0]
-    if values.dtype == np.int32 and bits == 32 and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1:
-        values = values.view(np.uint32)  # Pillow has no unsigned ones
-    black, white = _range(values, bits, stored, image.format)
-    exact = np.float32 if values.dtype.itemsize == 2 else np.float64
-    shades = np.nan_to_num(values.astype(exact), nan=black, posinf=white, neginf=black)
-    shades = np.clip((shades - black) / (white - black), 0, 1)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        shades = 1 - shades
-    result = PIL.Image.fromarray(np.rint(shades * 255).astype(np.uint8))
+    # Pillow has no unsigned integers of 32 bits.
+    unsigned = image.mode == "I" and bits == 32 and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1
+
+    def values_of(box: tuple[int, int, int, int]) -> np.ndarray:
+        values = np.asarray(image.crop(box))
+        return values.view(np.uint32) if unsigned and values.dtype == np.int32 else values
+
+    black, white = _range((values_of(box) for box in _strips(image.size)), bits, stored, image.format)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        result.putalpha(PIL.Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    has_alpha = isinstance(transparent, int)
+    result = PIL.Image.new("LA" if has_alpha else "L", image.size)
+    for box in _strips(image.size):
+        values = values_of(box)
+        exact = np.float32 if values.dtype.itemsize == 2 else np.float64
+        shades = np.nan_to_num(values.astype(exact), nan=black, posinf=white, neginf=black)
+        shades = np.clip((shades - black) / (white - black), 0, 1)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            shades = 1 - shades
+        part = PIL.Image.fromarray(np.rint(shades * 255).astype(np.uint8))
+        if has_alpha:
+            part.putalpha(PIL.Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        result.paste(part, box)
     if "icc_profile" in image.info:
         result.info["icc_profile"] = image.info["icc_profile"]
     if (orientation := image.getexif().get(_ORIENTATION)) is not None:
@@ -247,15 +343,19 @@ def eight_bits(image: PIL.Image.Image, stored: str = "") -> PIL.Image.Image:
     return result
 
 
-def _range(values: np.ndarray, bits: int, stored: str, kind: str | None) -> tuple[float, float]:
+def _range(strips: Iterable[np.ndarray], bits: int, stored: str, kind: str | None) -> tuple[float, float]:
     """The values that mean black and white."""
-    if values.dtype.itemsize == 2:
-        return 0.0, 4095.0 if bits == 12 else 65535.0
-    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-    if not finite.size:
+    lowest, highest, are_floats = math.inf, -math.inf, False
+    for values in strips:
+        if values.dtype.itemsize == 2:
+            return 0.0, 4095.0 if bits == 12 else 65535.0
+        are_floats = values.dtype.kind == "f"
+        finite = values[np.isfinite(values)] if are_floats else values
+        if finite.size:
+            lowest, highest = min(lowest, float(finite.min())), max(highest, float(finite.max()))
+    if lowest > highest:
         raise ValueError("none of its pixels is a finite number")
-    lowest, highest = float(finite.min()), float(finite.max())
-    if values.dtype.kind == "f":
+    if are_floats:
         steps: tuple[float, ...] = (1.0,)
     else:
         sixteen = bits == 16 or stored.startswith("I;16") or kind in ("PNG", "PPM")

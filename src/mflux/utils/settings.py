@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 from mflux.utils import values
 from mflux.utils.paths import recorded_file, recorded_source
@@ -44,6 +44,11 @@ def _source(name: str) -> Callable[[Any], Any]:
     return lambda picture: _each(recorded_source, getattr(picture, name))
 
 
+def _named(name: str) -> Callable[[Any], Any]:
+    """The same of the picture's model."""
+    return lambda picture: _each(recorded_source, getattr(picture.model_config, name))
+
+
 def _file(name: str) -> Callable[[Any], Any]:
     """The attribute, a file or several, likewise."""
     return lambda picture: _each(recorded_file, getattr(picture, name))
@@ -70,6 +75,8 @@ class Setting:
         kind: what a file may say; None for what no command line can say.
         option: what says it on a command line, for messages.
         beaten_by: other options, by their destinations, that override this one.
+        takes: which of this machine's files it may name, of a stranger's file: "file" for a bare name, "source" for a
+            repository as well, see `bare`; nothing where it names none.
         after: where a family's own setting stands in the order: after the setting of this name.
     """
 
@@ -80,19 +87,35 @@ class Setting:
     option: str = ""
     beaten_by: tuple[str, ...] = ()
     after: str = ""
+    takes: Literal["", "file", "source"] = ""
 
 
 _TEXT, _SWITCH = values.Text(), values.Switch()
 _TEXTS, _REALS = values.Several(_TEXT), values.Several(values.Real())
+# Settings that name files, and what may be named.
+_FILE: Any = {"takes": "file"}
+_SOURCE: Any = {"takes": "source"}
 _LORA = ("lora", "lora_paths", "lora_style")
 
 # In the order in which they are written and shown.
 SETTINGS = (
     Setting("prompt", "Prompt", lambda picture: picture.prompt, _TEXT, "--prompt", ("prompt_file",)),
     Setting("negative_prompt", "Negative prompt", _as_is("negative_prompt"), _TEXT, "--negative-prompt"),
-    Setting("model", "Model", lambda picture: _each(recorded_source, picture.model_config.model_name)),
-    Setting("model_path", "Weights", _source("model_path")),
-    Setting("base_model", "Base model", lambda picture: _each(recorded_source, picture.model_config.base_model)),
+    Setting(
+        "model",
+        "Model",
+        lambda picture: _each(recorded_source, picture.model_config.model_name),
+        option="--model",
+        takes="source",
+    ),
+    Setting("model_path", "Weights", _source("model_path"), None, "--model", **_SOURCE),
+    Setting(
+        "base_model",
+        "Base model",
+        lambda picture: _each(recorded_source, picture.model_config.base_model),
+        option="--base-model",
+        takes="source",
+    ),
     Setting("width", "Width", lambda picture: picture.width, values.pixels, "--width"),
     Setting("height", "Height", lambda picture: picture.height, values.pixels, "--height"),
     Setting("seed", "Seed", lambda picture: picture.seed, _Seeds(), "--seed", ("auto_seeds",)),
@@ -103,14 +126,19 @@ SETTINGS = (
     Setting("precision", "Precision", lambda picture: str(picture.precision)),
     Setting("compute_precision", "Compute precision", None, _TEXT, "--compute-precision"),
     Setting("vae_full_precision", "Whole autoencoder in float32", None, _SWITCH, "--vae-full-precision"),
-    Setting("lora_paths", "LoRAs", _source("lora_paths"), _TEXTS, "--lora", _LORA),
+    Setting("lora_paths", "LoRAs", _source("lora_paths"), _TEXTS, "--lora", _LORA, **_SOURCE),
     Setting("lora_scales", "LoRA scales", _floats("lora_scales"), _REALS, "--lora-scales", _LORA),
     Setting("bake_lora", "LoRAs in the weights", None, _SWITCH, "--bake-lora"),
-    Setting("image_path", "Source picture", _file("image_path"), _TEXT, "--image", ("image",)),
-    Setting("image_paths", "Source pictures", _file("image_paths"), _TEXTS, "--image-paths"),
+    Setting("image_path", "Source picture", _file("image_path"), _TEXT, "--image", ("image",), **_FILE),
+    Setting("image_paths", "Source pictures", _file("image_paths"), _TEXTS, "--image-paths", **_FILE),
     Setting("image_strength", "Image strength", _strength, values.strength, "--image-strength", ("image",)),
     Setting(
-        "controlnet_image_path", "Control picture", _file("controlnet_image_path"), _TEXT, "--controlnet-image-path"
+        "controlnet_image_path",
+        "Control picture",
+        _file("controlnet_image_path"),
+        _TEXT,
+        "--controlnet-image-path",
+        **_FILE,
     ),
     Setting(
         # 0, too, says something.
@@ -120,9 +148,11 @@ SETTINGS = (
         values.Real(),
         "--controlnet-strength",
     ),
-    Setting("masked_image_path", "Mask", _file("masked_image_path"), _TEXT, "--masked-image-path"),
-    Setting("depth_image_path", "Depth picture", _file("depth_image_path"), _TEXT, "--depth-image-path"),
-    Setting("redux_image_paths", "Redux pictures", _file("redux_image_paths"), _TEXTS, "--redux-image-paths"),
+    Setting("masked_image_path", "Mask", _file("masked_image_path"), _TEXT, "--masked-image-path", **_FILE),
+    Setting("depth_image_path", "Depth picture", _file("depth_image_path"), _TEXT, "--depth-image-path", **_FILE),
+    Setting(
+        "redux_image_paths", "Redux pictures", _file("redux_image_paths"), _TEXTS, "--redux-image-paths", takes="file"
+    ),
     Setting(
         "redux_image_strengths",
         "Redux strengths",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from mflux.text import shown
 
 # Configurations nest some five deep, tokenizers some ten.
 DEEPEST = 100
+# Lists and tables; Gemma's tokenizer has half a million.
+_MOST_CONTAINERS = 4_000_000
 
 
 class NotJSON(ValueError):
@@ -41,7 +44,11 @@ def parse(text: str | bytes, *, repeated: bool = True) -> Any:
     try:
         if isinstance(text, (bytes, bytearray, memoryview)):
             text = bytes(text).decode("utf-8-sig")
-        value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=table, parse_constant=_no_number)
+        if text.count("[") + text.count("{") > _MOST_CONTAINERS:
+            raise NotJSON("is damaged: it holds more lists than any file here has")
+        value = json.loads(
+            text.removeprefix("\ufeff"), object_pairs_hook=table, parse_constant=_no_number, parse_float=_finite
+        )
     except NotJSON:
         raise
     except json.JSONDecodeError as error:
@@ -58,6 +65,11 @@ def parse(text: str | bytes, *, repeated: bool = True) -> Any:
         raise NotJSON("is damaged: it holds a number of thousands of digits") from None
     _check_depth(value)
     return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(shown(text, 40))
 
 
 def _no_number(name: str) -> Any:

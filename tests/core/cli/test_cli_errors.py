@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
@@ -16,6 +17,11 @@ import pytest
 from PIL import Image
 
 from mflux.backend import mx
+from mflux.cli.parser.parsers import Said
+from mflux.cli.replay import take_settings
+from mflux.errors import UsageError
+from mflux.models.common.family import all_settings
+from mflux.utils import values
 
 SUGGESTION = (
     "use --model with demo, which needs no download, schnell, dev or another that mflux --help lists, "
@@ -551,14 +557,62 @@ def test_repositories_that_settings_name_are_told_before_one_is_asked(cli, in_fo
 
 
 def test_what_was_said_and_what_is_here_is_not_told(cli, in_folder, tiny_schnell):
-    (in_folder / "org").mkdir()
-    (in_folder / "org" / "name").symlink_to(tiny_schnell)
-    (in_folder / "old.json").write_text(json.dumps({"model": "org/name", "base_model": "schnell", "prompt": "x"}))
+    (in_folder / "name").symlink_to(tiny_schnell)
+    (in_folder / "old.json").write_text(json.dumps({"model": "name", "base_model": "schnell", "prompt": "x"}))
     small = ("--width", 16, "--height", 16, "--steps", 1)
     for words in ((), ("--model", tiny_schnell)):
         result = cli("generate", "-C", "old.json", *small, *words)
         assert result.status == 0
         assert "Hugging Face" not in result.err
+
+
+ELSEWHERE = ("~/Pictures/a.png", "/etc/passwd", "../a.png", "a/b.png", "a\\b.png", "C:\\a.png", "..", "~", "~root/x")
+
+
+@pytest.mark.parametrize("setting", [setting for setting in all_settings() if setting.takes], ids=lambda one: one.name)
+def test_settings_choose_none_of_the_users_files(in_folder, cli, setting):
+    """Each setting that names a file: with folders it is refused, with the option that says it, which overrides it."""
+    args = argparse.Namespace(config_from_metadata=Path("s.json"), scheduler=None, model=None, base_model=None)
+    vars(args).update({one.name: None for one in all_settings()})
+    (in_folder / "a").mkdir()
+    (in_folder / "a" / "b.png").write_bytes(b"")
+    for value in (*ELSEWHERE, "good.png"):
+        named = [value] if isinstance(setting.kind, values.Several) else value
+        (in_folder / "s.json").write_text(json.dumps({setting.name: named}))
+        typed = Said(frozenset({setting.name, *(("model",) if "model" in setting.name else ())}))
+        take_settings(argparse.Namespace(**vars(args)), typed)
+        if value == "good.png":
+            take_settings(argparse.Namespace(**vars(args)), Said(frozenset()))
+            continue
+        with pytest.raises(UsageError, match="choose none of your files") as caught:
+            take_settings(argparse.Namespace(**vars(args)), Said(frozenset()))
+        assert f"say {setting.option} yourself" in str(caught.value)
+
+
+def test_a_prompt_without_end(tmp_path):
+    """As `yes | mflux-generate --prompt -` has it."""
+    program = "from mflux.models.flux.cli.flux_generate import main; raise SystemExit(main())"
+    with Path("/dev/zero").open("rb") as zeros:
+        call = [sys.executable, "-c", program, "--model", "schnell", "--prompt", "-"]
+        done = subprocess.run(call, stdin=zeros, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: standard input brings more than")
+
+
+def test_a_prompt_in_settings_is_not_standard_input(in_folder, cli, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    (in_folder / "s.json").write_text(json.dumps({"prompt": "-", "model": "demo", "steps": 1, "seed": 1}))
+    result = cli("generate", "-C", "s.json", "--width", 32, "--height", 32)
+    assert result.status == 0, result.err
+
+
+def test_what_settings_take_over_is_told(in_folder, cli):
+    said = {"prompt": "x", "model": "demo", "image_path": "a.png", "steps": 1, "seed": 3}
+    (in_folder / "s.json").write_text(json.dumps(said))
+    result = cli("generate", "-C", "s.json")
+    assert "from s.json: model demo, prompt, seed, steps, source picture a.png" in result.err.splitlines()
+    result = cli("generate", "-C", "s.json", "--image", "b.png", "--prompt", "y", "--model", "schnell")
+    assert "from s.json: seed, steps" in result.err.splitlines()
 
 
 @pytest.mark.parametrize("content", ["", "garbage", "[1, 2]", "null", "[" * 100_000])

@@ -272,3 +272,16 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
         path.write_text("precious")
     assert path.read_text() == "precious"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "/", "a/..", "~nobody-here/x"])
+def test_names_that_are_no_files(cli, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    mx.save_safetensors("model.safetensors", {"a": mx.ones(2)})
+    result = cli("convert", "model.safetensors", name)
+    assert result.status == 2 and len(result.errors) == 1, result.err
+    if name in (".", "a/.."):
+        return  # this folder, which holds one file of weights
+    result = cli("convert", name, "other.safetensors")
+    assert result.status in (1, 2) and len(result.errors) == 1, result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -16,6 +16,7 @@ from mflux.backend import mx
 from mflux.checkpoints.saving import new_folder
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import OutputError
+from mflux.utils import atomic_files
 from mflux.utils.atomic_files import Temporary, remove_abandoned, write_atomically
 from mflux.utils.image_util import ImageUtil
 from mflux.utils.picture_files import check_output
@@ -262,3 +263,19 @@ def test_the_clock_is_not_asked(tmp_path, monkeypatch):
     remove_abandoned(tmp_path)
     assert temporary.path.exists()
     temporary.discard()
+
+
+def test_a_file_system_that_never_says_the_same_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic_files, "_is_same", lambda *_: False)
+    with pytest.raises(OutputError, match="another file the next moment"):
+        write_atomically(tmp_path / "a", lambda file: file.write(b"x"), overwrite=True)
+
+
+def test_a_file_system_on_which_all_names_are_taken(tmp_path, monkeypatch):
+    def link(*_: object) -> None:
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(OutputError, match="names that nothing has are taken there"):
+        write_atomically(tmp_path / "a", lambda file: file.write(b"x"), overwrite=False)
+    assert list(tmp_path.iterdir()) == []

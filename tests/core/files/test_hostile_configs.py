@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import pkgutil
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 import mflux.models
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import build, fill, published_turns
-from mflux.errors import CheckpointError, MfluxError
+from mflux.errors import CheckpointError, MfluxError, UnsafeCheckpointError
 from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.config.config import Config
+from mflux.models.common.config.model_config import ModelConfig, ScheduleConfig
 from mflux.models.common.controls.depth_pro.dinov2 import Dinov2Model
 from mflux.models.common.controls.depth_pro.network import DepthProForDepthEstimation
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
-from mflux.models.common.networks.layers import embedded
+from mflux.models.common.networks.layers import embedded, looked_up
 from mflux.models.common.networks.qwen3_vl import Qwen3VLForConditionalGeneration
 from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
-from mflux.models.common.networks.text_encoders.t5 import T5Encoder
+from mflux.models.common.networks.text_encoders.t5 import T5Encoder, relative_position_buckets
 from mflux.models.flux.model.transformer import FluxTransformer
 from mflux.models.seedvr2.model.autoencoder import SeedVR2Autoencoder
 from mflux.models.seedvr2.model.transformer import SeedVR2Transformer
@@ -305,3 +310,110 @@ def test_a_list_that_names_layers_of_another_component_is_no_count():
         layers_per_block: tuple[int, ...] = (2, 3)
 
     assert list(Control().layer_counts()) == [("layers_per_block", 2), ("layers_per_block", 3)]
+
+
+# ---- numbers that say where a table is read: MLX does not look whether that lies in it
+
+T5 = COMPONENTS[T5Encoder]
+BESIDE = [
+    (T5Encoder, {"relative_attention_max_distance": 2}),
+    (T5Encoder, {"relative_attention_max_distance": 1}),
+    (T5Encoder, {"relative_attention_max_distance": 0}),
+    (T5Encoder, {"relative_attention_num_buckets": 3}),
+    (T5Encoder, {"relative_attention_num_buckets": 0}),
+    (T5Encoder, {"relative_attention_max_distance": 2, "relative_attention_num_buckets": 11}),
+    (Qwen3VLForConditionalGeneration, {"image_token_id": 20}),
+    (Qwen3VLForConditionalGeneration, {"image_token_id": 2**31 - 1}),
+]
+
+
+@pytest.mark.parametrize(("module_class", "change"), BESIDE)
+def test_a_number_that_would_read_beside_a_table(module_class, change):
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        module_class.config_class.from_dict(COMPONENTS[module_class] | change)
+
+
+@pytest.mark.parametrize("buckets", [4, 5, 7, 8, 32, 33, 320])
+@pytest.mark.parametrize("beyond", [1, 2, 100, 2**31 - 1])
+def test_every_distance_has_a_bucket(buckets, beyond):
+    most = min(buckets // 4 + beyond, 2**31 - 1)
+    values = T5 | {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": most}
+    config = T5Encoder.config_class.from_dict(values)
+    distances = np.arange(-5000, 5001)
+    found = relative_position_buckets(distances, buckets, config.relative_attention_max_distance)
+    assert found.min() >= 0 and found.max() < buckets
+
+
+@pytest.mark.parametrize("places", [[4], [-1], [0, 2**31 - 1], [[0, 1], [2, 5]]])
+def test_a_row_that_a_table_does_not_have(places):
+    table = nn.Embedding(4, 2)
+    assert looked_up(table, mx.array([[0, 3]]), what="table").shape == (1, 2, 2)
+    with pytest.raises(CheckpointError, match=r"of the table, which has 4"):
+        looked_up(table, mx.array(places), what="table")
+    packed = nn.QuantizedEmbedding(4, 64)
+    with pytest.raises(CheckpointError, match=r"which has 4"):
+        looked_up(packed, mx.array(places), what="table")
+
+
+# Where MLX gathers by itself, and why that cannot read beside.
+GATHERS = {
+    "models/seedvr2/model/transformer.py": "by an order that was made of all places",
+    "models/common/controls/depth_pro/network.py": "by places that are cut to the length",
+    "models/common/controls/canny.py": "by the place of the largest, in numpy",
+    "cpu.py": "clipped, in numpy",
+    "models/seedvr2/colour.py": "clipped, in numpy",
+    "models/fibo/vlm/generation.py": "by the number of a logit, and the head has as many as the table has rows",
+}
+
+
+def test_tables_are_read_in_one_place():
+    """No embedding is called but by `embedded` and `looked_up`, and nothing else gathers that is not listed."""
+    package = Path(mflux.__file__).parent
+    embeddings, called = set(), set()
+    trees = {path.relative_to(package).as_posix(): ast.parse(path.read_text()) for path in package.rglob("*.py")}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and "nn.Embedding(" in ast.unparse(node.value):
+                embeddings |= {target.attr for target in node.targets if isinstance(target, ast.Attribute)}
+    assert {"token_embedding", "relative_attention_bias", "pos_embed", "embed_tokens", "shared"} <= embeddings
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            by_attribute = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if by_attribute and node.func.attr in embeddings | {"take", "take_along_axis", "as_strided"}:
+                called.add(name)
+    assert called == GATHERS.keys()
+
+
+# ---- schedules
+
+SCHEDULE_FIELDS = [field.name for field in fields(ScheduleConfig)]
+SOUND = {
+    "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+    "max_image_seq_len": 4096, "shift": 3.0, "shift_terminal": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["schnell", "dev", "qwen-image", "z-image", "fibo", "flux2-klein-4b", "seedvr2-3b"])
+@pytest.mark.parametrize("name", SCHEDULE_FIELDS)
+def test_every_value_of_a_schedule_exchanged(key, name):
+    """In every family, whichever of its schedules is asked for: finite noise levels from 1 to 0, or a sentence."""
+    config = ModelConfig.from_name(key)
+    for dynamic in (True, False):
+        for hostile in (*HOSTILE, -20, 20, 0.001, 1000, 0.99, 256, 4096):
+            asked = SOUND | {"use_dynamic_shifting": dynamic, name: hostile}
+            try:
+                settings = Config(
+                    model_config=config.with_scheduler(asked), num_inference_steps=3, width=2048, height=2048
+                )
+                sigmas = np.array(settings.scheduler.sigmas)
+            except MfluxError as error:
+                assert str(error).isprintable() and len(str(error)) < 1000
+                continue
+            assert np.isfinite(sigmas).all() and sigmas[-1] == 0 and (np.diff(sigmas) <= 0).all(), (asked, sigmas)
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, UnsafeCheckpointError])
+@pytest.mark.parametrize("quoted", ["x" * 10**6, "a\nb", "\x1b[2J", "\ud800", [1] * 10**5])
+def test_what_a_message_quotes_of_a_file_is_fit_for_a_line(kind, quoted):
+    message = str(kind(f"x holds a {quoted}"))
+    assert message.isprintable() and len(message) <= 2500 and message.startswith("x holds a ")

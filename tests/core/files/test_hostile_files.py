@@ -6,6 +6,8 @@ import json
 import os
 import random
 import struct
+import subprocess
+import sys
 
 import pytest
 from support.tokenizers import write_clip_tokenizer, write_t5_tokenizer
@@ -378,3 +380,35 @@ def test_a_shape_without_end_is_cut_in_the_message(tmp_path):
     with pytest.raises(CheckpointError, match="for the shape") as failure:
         load_checkpoint(path)
     assert len(str(failure.value)) < 1000
+
+
+SHARDS_OF_ONE = """
+import resource, sys
+from pathlib import Path
+from mflux.checkpoints import open_checkpoint
+from mflux.errors import CheckpointError
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+try:
+    kept = [checkpoint[name] for name in checkpoint]
+except CheckpointError as error:
+    print(error)
+else:
+    print(len(kept))
+"""
+
+
+@pytest.mark.parametrize("most", [64, 4096])
+def test_more_files_than_may_be_open_are_no_damage(tmp_path, most):
+    """A component in 80 shards, with a limit that the process may raise, and one that it may not."""
+    for number in range(80):
+        mx.save_safetensors(str(tmp_path / f"{number}.safetensors"), {f"w{number}": mx.ones(2)})
+    table = {f"w{number}": f"{number}.safetensors" for number in range(80)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    call = [sys.executable, "-c", SHARDS_OF_ONE, tmp_path, str(most)]
+    said = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    if most > 64:
+        assert said == "80\n"
+    else:
+        assert "too many files are open at once; allow more, as `ulimit -n 10240` does" in said
+        assert "damaged" not in said and "fetch" not in said

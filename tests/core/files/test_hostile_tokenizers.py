@@ -13,6 +13,7 @@ import pytest
 from support.tokenizers import write_clip_tokenizer, write_qwen_tokenizer, write_t5_tokenizer
 
 from mflux.errors import CheckpointError, MfluxError, UsageError
+from mflux.models.common.tokenizers import checks
 from mflux.models.common.tokenizers.checks import LONGEST_PROMPT, check_character_map, library_call
 from mflux.models.common.tokenizers.prompt_tokenizers import clip_tokenizer, t5_tokenizer
 from mflux.models.common.tokenizers.qwen import qwen_tokenizer
@@ -228,3 +229,33 @@ def test_an_added_token_without_letters(tmp_path):
 def test_no_table_is_no_fault():
     check_character_map(None, "x")
     check_character_map("", "x")
+
+
+def steps_of(patterns):
+    steps = [{"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False} for one in patterns]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def test_patterns_that_come_to_no_end(t5, monkeypatch):
+    """One is bounded by the library; each of several at each place of a prompt is not."""
+    monkeypatch.setattr(checks, "PATIENCE_S", 1)
+    change(t5 / "tokenizer.json", lambda content: content.update(pre_tokenizer=steps_of(["a*a*a*(?!a|$)"] * 8)))
+    tokenizer = t5_tokenizer(t5)
+    with pytest.raises(CheckpointError, match="its patterns took more than 1 seconds with this prompt"):
+        tokenizer.encode("a" * 200, max_length=8)
+
+
+def test_patterns_of_ones_own_that_come_to_an_end(t5):
+    plain = t5_tokenizer(t5).encode("red circle", max_length=8)
+    content = json.loads((t5 / "tokenizer.json").read_text())
+    assert not checks.has_strange_patterns(content)
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [steps_of(["zzz"]), content["pre_tokenizer"]]}
+    (t5 / "tokenizer.json").write_text(json.dumps(content))
+    assert checks.has_strange_patterns(content)
+    assert t5_tokenizer(t5).encode("red circle", max_length=8) == plain
+
+
+def test_steps_without_end(t5):
+    change(t5 / "tokenizer.json", lambda content: content.update(pre_tokenizer=steps_of([r"\\s+"] * 40)))
+    with pytest.raises(CheckpointError, match="more than 32 steps"):
+        t5_tokenizer(t5)

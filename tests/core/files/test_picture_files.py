@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from copy import copy
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
+import PIL.PngImagePlugin
 import pytest
 
 from mflux.backend import mx
@@ -262,6 +266,84 @@ def test_only_one_place_opens_pictures():
     }
     assert found == set()
     assert not set(FORMATS) & {"EPS", "PDF", "WMF", "FITS", "HDF5", "GRIB", "BUFR", "XVTHUMB"}
+
+
+def in_scans(path, number):
+    """A progressive JPEG whose last scan comes so often."""
+    image = PIL.Image.effect_noise((64, 64), 90).convert("RGB")
+    image.save(path, progressive=True)
+    content = path.read_bytes()
+    start, end = content.rindex(b"\xff\xda"), content.rindex(b"\xff\xd9")
+    path.write_bytes(content[:start] + content[start:end] * number + content[end:])
+    return path
+
+
+def test_scans_are_counted_before_a_picture_is_decoded(tmp_path, monkeypatch):
+    few = in_scans(tmp_path / "few.jpg", 20)
+    assert open_image(few).size == (64, 64)
+    # What stands behind the picture, or inside its settings, is none of its scans.
+    exif = PIL.Image.Exif()
+    exif[0x9286] = b"\xff\xda" * 300
+    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "told.jpg", exif=exif)
+    (tmp_path / "told.jpg").write_bytes((tmp_path / "told.jpg").read_bytes() + b"\xff\xda\0\2" * 300)
+    assert open_image(tmp_path / "told.jpg").size == (9, 9)
+    many = in_scans(tmp_path / "many.jpg", 2000)
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    with PIL.Image.open(many) as image:
+        for source in (many, many.open("rb"), image):
+            with pytest.raises(ImageError, match=r"comes in more than 100 scans"):
+                open_image(source)
+    with pytest.raises(ImageError, match=r"comes in more than 100 scans"):
+        oriented_size(many)
+
+
+DEEP = {
+    "floats": (lambda size: PIL.Image.new("F", size, 0.5), ".tif", 4),
+    "integers": (lambda size: PIL.Image.new("I", size, 70_000), ".tif", 4),
+    "sixteen bits": (lambda size: PIL.Image.new("I;16", size, 7), ".png", 2),
+    "transparent": (lambda size: PIL.Image.new("RGBA", size, (1, 2, 3, 100)), ".png", 4),
+    "transparent grey": (lambda size: PIL.Image.new("LA", size, (1, 100)), ".png", 4),
+    "plain": (lambda size: PIL.Image.new("RGB", size, (1, 2, 3)), ".png", 4),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_what_is_read_is_three_times_as_large_at_most(tmp_path, name):
+    """In memory while it is turned, over what it is decoded."""
+    make, ending, bytes_a_pixel = DEEP[name]
+    size = (3000, 2000)
+    make(size).save(tmp_path / f"x{ending}")
+    program = """
+import resource, sys
+from mflux.utils.picture_files import alpha_of, as_rgb, open_image
+small, large = sys.argv[1:]
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+as_rgb(open_image(small), on_white=True)
+before = peak()
+image = open_image(large)
+as_rgb(image, on_white=True)
+alpha_of(image)
+print(peak() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("there is no /proc here")
+    make((40, 20)).save(tmp_path / f"small{ending}")
+    call = [sys.executable, "-c", program, str(tmp_path / f"small{ending}"), str(tmp_path / f"x{ending}")]
+    grown = int(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+    decoded = size[0] * size[1] * bytes_a_pixel
+    assert grown < 3 * decoded + 25e6, f"{grown / decoded:.1f} times"
+
+
+def test_settings_in_xmp_without_end(tmp_path):
+    """Nested descriptions, each of which has the text of all within it; and ordinary ones."""
+    for depth, found in ((20, True), (200_000, False)):
+        body = "<description>" * depth + "a" + "</description>" * depth
+        packet = f'<?xpacket begin=""?><x:xmpmeta xmlns:x="adobe:ns:meta/">{body}</x:xmpmeta><?xpacket end="w"?>'
+        info = PIL.PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", packet)
+        PIL.Image.new("L", (4, 4)).save(tmp_path / "x.png", pnginfo=info)
+        assert (MetadataReader.read_xmp_metadata(tmp_path / "x.png") is not None) == found
 
 
 def test_bombs_are_told_by_every_reader(tmp_path):

@@ -109,7 +109,7 @@ def test_a_server_that_finds_nothing_after_what_came(hub, start):
 def test_one_byte_at_a_time(hub, start):
     hub.slow.add(SHARDS[0])
     began = time.monotonic()
-    outcome = start().resolve("org/model", before="mflux.hub.library.PATIENCE_S = 1")
+    outcome = start().resolve("org/model", before="mflux.hub.guard.PATIENCE_S = 1")
     assert outcome.error == (
         "the download of org/model broke off (less than 64 kB came in 1 seconds): run the same command again; files "
         "that are complete are kept"

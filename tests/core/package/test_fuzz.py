@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from support import mutations
 
-from mflux.errors import CheckpointError
+from mflux.errors import MfluxError
 
 ROOT = Path(__file__).parents[3]
 _spec = importlib.util.spec_from_file_location("fuzz", ROOT / "tools" / "fuzz.py")
@@ -34,7 +34,7 @@ def reader(read) -> fuzz.Reader:
 def test_what_counts_as_a_find(tmp_path):
     def refuse(text):
         def read(_):
-            raise CheckpointError(text)
+            raise MfluxError(text)
 
         return reader(read)
 

@@ -92,6 +92,50 @@ def test_one_byte_at_a_time(serve, tmp_path, monkeypatch):
     assert server.asked == 3
 
 
+def test_headers_letter_by_letter(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_DEADLINE_S", 0.3)
+
+    def answer(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while True:
+            handler.wfile.write(b"x")
+            time.sleep(0.02)
+
+    _, url = serve(answer)
+    with pytest.raises(DownloadError, match=r"no whole answer came in 0\.3 seconds"):
+        fetch_archive(url, tmp_path / "depth_pro.pt", remedy=REMEDY)
+
+
+def test_a_byte_a_connection(serve, tmp_path, monkeypatch):
+    """It goes forward each time, and would for years."""
+    monkeypatch.setattr(download, "_PAUSE_S", 0.0)
+
+    def answer(handler):
+        start = int((handler.headers.get("Range") or "=0-")[6:-1] or 0)
+        named = {"Content_Range": f"bytes {start}-199999/200000", "Content_Length": "200000"}
+        send(handler, b"P", 206 if start else 200, **named)
+
+    server, url = serve(answer)
+    with pytest.raises(DownloadError, match="the connection closed early"):
+        fetch_archive(url, tmp_path / "depth_pro.pt", remedy=REMEDY)
+    assert server.asked == 20
+
+
+def test_an_archive_without_end(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_LARGEST", 10**6)
+
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        while True:
+            handler.wfile.write(bytes(65536))
+
+    _, url = serve(answer)
+    with pytest.raises(DownloadError, match="does not end after 1 MB"):
+        fetch_archive(url, tmp_path / "depth_pro.pt", remedy=REMEDY)
+
+
 @pytest.mark.parametrize("length", ["9" * 5000, "²", "-5", "1e3"])
 def test_lengths_that_are_none(serve, tmp_path, length):
     _, url = serve(lambda handler: send(handler, b"", 416, Content_Range=f"bytes */{length}"))

@@ -402,17 +402,37 @@ def test_the_template_where_there_is_none(model, tmp_path):
     )
 
 
-def test_the_repository_has_its_own_template(model, tmp_path):
-    own = "{% for turn in messages %}[{{ turn['role'] }}]{% endfor %}"
+PLAIN = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+USUAL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + PLAIN
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+# Of Qwen3-VL's kind and of Qwen2-VL's; what else stands in them is not run.
+KINDS = {"{{ 1/0 }} <|im_start|> <|im_end|> " + PICTURE: PLAIN}
+KINDS |= {own + "You are a helpful assistant.": USUAL for own in KINDS}
+
+
+@pytest.mark.parametrize(("own", "expected"), KINDS.items())
+def test_the_repository_has_its_own_template(model, tmp_path, own, expected):
     turns = [{"role": "user", "content": "Hi"}]
-    assert rendered(processor_of(tmp_path / "config", model, chat_template=own), turns) == "[user]"
+    assert rendered(processor_of(tmp_path / "config", model, chat_template=own), turns) == expected
     folder = tmp_path / "separate"
     processor_of(folder, model)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": own}))
-    assert rendered(FiboVLMProcessor.from_folder(folder, weights.read_config(model)), turns) == "[user]"
+    assert rendered(FiboVLMProcessor.from_folder(folder, weights.read_config(model)), turns) == expected
     (folder / "chat_template.json").unlink()
     (folder / "chat_template.jinja").write_text(own)
-    assert rendered(FiboVLMProcessor.from_folder(folder, weights.read_config(model)), turns) == "[user]"
+    assert rendered(FiboVLMProcessor.from_folder(folder, weights.read_config(model)), turns) == expected
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "own", ["{{ 1/0 }}", LOOPS, "{% bad", "<|im_start|><|im_end|>", f"<think><|im_start|><|im_end|>{PICTURE}"]
+)
+def test_a_template_of_another_kind_is_refused_and_not_run(model, tmp_path, own):
+    with pytest.raises(CheckpointError, match="has a chat template that is not of") as caught:
+        processor_of(tmp_path / "config", model, chat_template=own)
+    assert own not in str(caught.value)
 
 
 def test_pictures_become_tokens(vlm):

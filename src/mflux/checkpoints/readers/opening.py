@@ -17,6 +17,7 @@ from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.checkpoints.readers.safetensors import TensorInfo as SafetensorsInfo
 from mflux.errors import CheckpointError
 from mflux.text import shown, some
+from mflux.utils.paths import user_path
 
 _SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -124,7 +125,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
         UnsafeCheckpointError: a PyTorch file asks for more than weights need. Nothing of it was run.
         MissingExtraError: (on access) a sparse, quantized or nested tensor, and torch is not installed.
     """
-    path = Path(path)
+    path = user_path(path)
     return Checkpoint(weight_files(path), path, key)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from mflux.utils.strict_json import NotJSON, parse
 
 # Of a configuration, an index or a tokenizer. The largest published one is Gemma's tokenizer, of 34 MB.
 LARGEST_TEXT = 64 << 20
+# Open at once, where a process may raise its own limit: macOS's most.
+_FILES = 10240
 # As many of a file's first bytes as `what_else` looks at.
 HEAD = 512
 _WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<[A-Za-z!?]")
@@ -37,6 +40,10 @@ def open_file(path: str | Path) -> BinaryIO:
         # A pipe would otherwise be waited for.
         number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            if allow_more_files():
+                return open_file(path)
+            raise too_many_files(path) from None
         raise CheckpointError(f"cannot read {shown(path, 500)}: {error.strerror or error}") from None
     except ValueError:
         raise CheckpointError(f"cannot read {shown(path, 500)}: no file can have this name") from None
@@ -46,6 +53,26 @@ def open_file(path: str | Path) -> BinaryIO:
         what = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "it is a pipe or a device, not a file"
         raise CheckpointError(f"cannot read {shown(path, 500)}: {what}")
     return os.fdopen(number, "rb")
+
+
+def allow_more_files() -> bool:
+    """Let this process have as many files open as it may allow itself; false where it may no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    try:
+        if soft == resource.RLIM_INFINITY or soft >= wanted:
+            return False
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def too_many_files(path: str | Path) -> CheckpointError:
+    """The error that it is not this file's fault."""
+    return CheckpointError(
+        f"cannot read {shown(path, 500)}: too many files are open at once; allow more, as `ulimit -n {_FILES}` does"
+    )
 
 
 def read_text(path: str | Path, *, most: int = LARGEST_TEXT) -> str:
@@ -95,8 +122,12 @@ def naming_the_copy(path: str | Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         message = str(error)
-        if message.endswith("fetch it again") and Path(path).parent.as_posix().rpartition("/snapshots/")[1]:
-            raise type(error)(f"{message} (delete {Path(path).resolve()}, and the same command does)") from None
+        holder, in_cache, _ = Path(path).parent.as_posix().rpartition("/snapshots/")
+        if message.endswith("fetch it again") and in_cache:
+            # A link that leads out of the repository's folder leads to what is none of its business.
+            target = Path(path).resolve()
+            place = target if target.is_relative_to(Path(holder).resolve()) else path
+            raise type(error)(f"{message} (delete {place}, and the same command does)") from None
         raise
 
 

@@ -10,6 +10,7 @@ Source of the layouts: what torch.serialization (`_save`, `_legacy_save`) and to
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mflux.backend import mx
-from mflux.checkpoints.readers.plain import HEAD, Unchanged, open_file, what_else
+from mflux.checkpoints.readers.plain import HEAD, Unchanged, allow_more_files, open_file, too_many_files, what_else
 from mflux.checkpoints.readers.safetensors import float8_values
 from mflux.checkpoints.readers.unpickler import LARGEST_PICKLE, Name, Opaque, Refused, Table, Unpickler
 from mflux.checkpoints.readers.zip_records import LOCAL_MAGIC, read_records, require_stored
@@ -385,6 +386,10 @@ def map_file(path: str | Path) -> memoryview:
         try:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                if allow_more_files():
+                    return map_file(path)
+                raise too_many_files(path) from None
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
         except ValueError:
             raise CheckpointError(f"{path} {what_else(b'')}") from None

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mflux.backend import mx
-from mflux.checkpoints.readers.plain import HEAD, Unchanged, naming_the_copy, open_file, what_else
+from mflux.checkpoints.readers.plain import (
+    HEAD,
+    Unchanged,
+    allow_more_files,
+    naming_the_copy,
+    open_file,
+    too_many_files,
+    what_else,
+)
 from mflux.errors import CheckpointError
 from mflux.text import shown
 from mflux.utils.strict_json import NotJSON, parse
@@ -142,13 +150,22 @@ class SafetensorsFile(Mapping[str, mx.array]):
         if self._decode_here:
             return _read_one(self.path, self.infos[name])
         if name not in self._lazy:
-            try:
-                self._lazy = cast(dict[str, mx.array], mx.load(str(self.path), format="safetensors"))
-            except (RuntimeError, ValueError) as error:
-                # Its reading of JSON is stricter in small things: half of a surrogate pair.
-                raise CheckpointError(f"{self.path} is damaged: {shown(error, 300)}; fetch it again") from None
+            self._lazy = self._load()
         # Handed out and let go of: an array that is kept here would keep its data once someone evaluates it.
         return self._lazy.pop(name)
+
+    def _load(self) -> dict[str, mx.array]:
+        try:
+            return cast(dict[str, mx.array], mx.load(str(self.path), format="safetensors"))
+        except (RuntimeError, ValueError) as error:
+            if "open file" in str(error):
+                # It opens a file several times, and says no more than that it could not.
+                if allow_more_files():
+                    return self._load()
+                open_file(self.path).close()
+                raise too_many_files(self.path) from None
+            # Its reading of JSON is stricter in small things: half of a surrogate pair.
+            raise CheckpointError(f"{self.path} is damaged: {shown(error, 300)}; fetch it again") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)

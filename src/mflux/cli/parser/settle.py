@@ -193,13 +193,17 @@ def read_prompt(args: argparse.Namespace, said: Said) -> str:
 
     source = "--prompt"
     try:
-        if args.prompt == "-" and not said.by_program:
+        # In settings it is a prompt, and nobody is there to type another.
+        if args.prompt == "-" and not said.by_program and "prompt" not in said.file:
             source = "standard input"
             if sys.stdin is None:
                 raise PromptFileReadError(
                     'there is no prompt: standard input is closed: say it with --prompt "…", or pipe it in'
                 )
-            prompt = sys.stdin.read().removeprefix("\ufeff").strip()
+            text = sys.stdin.read(_LARGEST + 1)
+            if len(text) > _LARGEST:
+                raise PromptFileReadError(f"{source} brings more than {size(_LARGEST)}: no prompt is as long")
+            prompt = text.removeprefix("\ufeff").strip()
         elif args.prompt_file is not None:
             source = f"the prompt file {args.prompt_file}"
             content = read_bounded(args.prompt_file, _LARGEST)

@@ -28,6 +28,7 @@ from mflux.models.common.lora.names import LoraNames
 from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
 from mflux.models.common.saved_model import FILE_NAME, record
+from mflux.text import shown
 from mflux.utils.paths import user_path
 
 
@@ -193,7 +194,8 @@ class Model:
                 kind = self.folder.config(component.folder).get("_class_name", component.published_class)
                 if kind != component.published_class:
                     raise CheckpointError(
-                        f"{self.root} holds a {kind}, not a {self.family.title} {component.name}: {_who_draws(kind)}"
+                        f"{self.root} holds a {shown(kind, 60)}, not a {self.family.title} {component.name}: "
+                        f"{_who_draws(kind)}"
                     )
         if self.latents is not None:
             self._check_latents(*self.latents)
@@ -204,7 +206,7 @@ class Model:
         if (*vae.latents, taken if token else None) == (channels, side, token):
             return
         has, pixels = vae.latents
-        also, ours = (f" and a transformer that takes {taken}", f", {token} a token") if token else ("", "")
+        also, ours = (f" and a transformer that takes {shown(taken, 60)}", f", {token} a token") if token else ("", "")
         raise CheckpointError(
             f"{self.root} holds an autoencoder with {has} latent channels for every {pixels} pixels of a side{also}; "
             f"{self.family.title}'s has {channels} for every {side}{ours}: put the folders of one model there"

@@ -19,6 +19,7 @@ from mflux.models.common.tokenizers.prompt_tokenizers import PromptTokenizer, cl
 from mflux.models.flux.family import FAMILY
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.transformer import FluxTransformer, latent_image_ids
+from mflux.text import shown
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class FluxPipeline(Pipeline):
         if channels != self.in_channels:
             # Fill takes 384, Depth and Canny take 128: what they add to the image's own would be missing.
             raise CheckpointError(
-                f"{self.root} holds a FLUX.1 transformer that takes {channels} channels a token, not "
+                f"{self.root} holds a FLUX.1 transformer that takes {shown(channels, 60)} channels a token, not "
                 f"{self.in_channels}: it draws from more than a prompt, and another command draws with it"
             )
 

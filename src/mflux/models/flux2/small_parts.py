@@ -18,6 +18,7 @@ from mflux.models.flux2.model.text_encoder import (
     SmallTextAdapter,
     SmallTextEncoder,
 )
+from mflux.text import shown
 
 ENCODER = "Qwen/Qwen3-0.6B"
 ADAPTER, ADAPTER_FILE = "AiArtLab/qwen3-0.6b-4b-adapter", "adapter_v14_bal.safetensors"
@@ -69,7 +70,8 @@ def _adapter_settings(metadata: Mapping[str, str], source: Path) -> dict[str, An
                 "--small-text-encoder out"
             )
     try:
-        int(metadata["drop_first"])
+        if not 0 <= int(metadata["drop_first"]) < int(metadata["len"]):
+            raise ValueError("drop_first")
         return {
             "hidden_states": len(SmallQwen3.hidden_states),
             "out_features": PROMPT_EMBEDS,
@@ -81,8 +83,8 @@ def _adapter_settings(metadata: Mapping[str, str], source: Path) -> dict[str, An
         }
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{source} does not say what it is made of ({error} makes no sense or is missing): fetch it again, or "
-            "leave --small-text-encoder out"
+            f"{source} does not say what it is made of ({shown(error, 100)} makes no sense or is missing): fetch it "
+            "again, or leave --small-text-encoder out"
         ) from None
 
 

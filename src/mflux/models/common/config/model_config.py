@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, UsageError
+from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.registry import MODELS
 from mflux.text import shown
 from mflux.utils.paths import is_there, user_path
@@ -34,6 +36,19 @@ _BUILT_SCHEDULES = {
     "invert_sigmas": False,
     "stochastic_sampling": False,
 }
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(ComponentConfig):
+    """What a `scheduler_config.json` says of the sigmas' shift; None where it says nothing."""
+
+    use_dynamic_shifting: bool | None = None
+    base_shift: float | None = field(default=None, metadata={"least": -20, "most": 20})
+    max_shift: float | None = field(default=None, metadata={"least": -20, "most": 20})
+    base_image_seq_len: int | None = None
+    max_image_seq_len: int | None = None
+    shift: float | None = field(default=None, metadata={"least": 0.001, "most": 1000})
+    shift_terminal: float | None = field(default=None, metadata={"least": 0, "most": 0.99})
 
 
 class _Precision:
@@ -144,9 +159,10 @@ class ModelConfig(ByName):
         for name, built in _BUILT_SCHEDULES.items():
             if scheduler.get(name) not in (None, built):
                 raise CheckpointError(
-                    f"scheduler_config.json asks for {name} {scheduler[name]!r} and only {built!r} is built: "
-                    "take another copy of this model"
+                    f"scheduler_config.json asks for {name} {shown(repr(scheduler[name]), 80)} and only {built!r} is "
+                    "built: take another copy of this model"
                 )
+        asked = ScheduleConfig.from_dict(scheduler, source="scheduler_config.json")
         config = copy.copy(self)
         names = {
             "use_dynamic_shifting": "requires_sigma_shift",
@@ -158,11 +174,16 @@ class ModelConfig(ByName):
             "shift_terminal": "sigma_shift_terminal",
         }
         for theirs, ours in names.items():
-            if scheduler.get(theirs) is not None:
-                setattr(config, ours, scheduler[theirs])
+            if (value := getattr(asked, theirs)) is not None:
+                setattr(config, ours, value)
         if "shift_terminal" in scheduler:
             # A schedule that is not to be stretched to its end says so with null.
-            config.sigma_shift_terminal = scheduler["shift_terminal"]
+            config.sigma_shift_terminal = asked.shift_terminal
+        if config.sigma_max_seq_len == config.sigma_base_seq_len:
+            raise CheckpointError(
+                f"scheduler_config.json has {config.sigma_base_seq_len} for both base_image_seq_len and "
+                "max_image_seq_len, which no line goes through: take another copy of this model"
+            )
         return config
 
     def x_embedder_input_dim(self) -> int:

@@ -29,10 +29,19 @@ def library(folders: Iterable[Path]) -> dict[str, Path]:
     """Every .safetensors file under these folders by its name without the ending; the first folder's comes first.
 
     The numbered shards of a model's transformer, which mflux ≤ 0.24 writes, are no LoRAs.
+
+    Raises:
+        UsageError: a folder cannot be looked into.
     """
     found: dict[str, Path] = {}
     for folder in folders:
-        for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            paths = sorted(folder.rglob("*.safetensors"))
+        except OSError as error:
+            raise UsageError(
+                f"cannot look for LoRAs in {shown(folder, 200)} ({error.strerror}): correct {VARIABLE}, or the folder"
+            ) from None
+        for path in paths:
             if path.is_file() and not (path.stem.isdigit() and path.parent.name == "transformer"):
                 found.setdefault(path.stem, path.resolve())
     return found

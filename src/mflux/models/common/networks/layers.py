@@ -21,19 +21,41 @@ Rotary = tuple[mx.array, mx.array]
 
 
 def embedded(embedding: nn.Module, ids: mx.array) -> mx.array:
-    """The rows of an embedding for token ids. MLX would read whatever lies behind the last one.
+    """The rows of an embedding for token ids.
 
     Raises:
         CheckpointError: there is no such row.
     """
-    rows = embedding.weight.shape[0]
-    least, most = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
-    if least < 0 or (most >= rows and ids.size):
+    if (wrong := _beyond(ids, embedding.weight.shape[0])) is not None:
         raise CheckpointError(
-            f"the tokenizer has a token {most:,} and the text encoder only {rows:,} of them: these folders "
-            "do not belong together; fetch the model again"
+            f"the tokenizer has a token {wrong:,} and the text encoder only {embedding.weight.shape[0]:,} of them: "
+            "these folders do not belong together; fetch the model again"
         )
     return embedding(ids)
+
+
+def looked_up(table: nn.Module, places: mx.array, *, what: str) -> mx.array:
+    """The rows of any other embedding. What reads a row by a number goes through here, or through `embedded`: MLX would
+    read whatever lies behind the last one.
+
+    Args:
+        what: the table's name, for the message.
+
+    Raises:
+        CheckpointError: there is no such row.
+    """
+    if (wrong := _beyond(places, table.weight.shape[0])) is not None:
+        raise CheckpointError(
+            f"config.json asks for row {wrong:,} of the {what}, which has {table.weight.shape[0]:,}: it belongs to "
+            "other weights; fetch the model again"
+        )
+    return table(places)
+
+
+def _beyond(places: mx.array, rows: int) -> int | None:
+    """The first number found that is no row's of so many, or None."""
+    least, most = (int(places.min()), int(places.max())) if places.size else (0, -1)
+    return least if least < 0 else most if most >= rows else None
 
 
 # By the names that published configurations use.

@@ -88,9 +88,11 @@ class Qwen25VLTextConfig(VLTextConfig):
         return [axis for axis, count in enumerate(self.mrope_section) for _ in range(count)]
 
     def check(self) -> str | None:
+        if problem := super().check():
+            return problem
         if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_size // 2:
             return f"mrope_section {list(self.mrope_section)} does not fit heads of {self.head_size}"
-        return super().check()
+        return None
 
 
 @dataclass(frozen=True)

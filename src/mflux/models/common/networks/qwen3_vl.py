@@ -16,7 +16,7 @@ from typing import Any
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
-from mflux.models.common.networks.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Rotary, gelu
+from mflux.models.common.networks.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, Rotary, gelu, looked_up
 from mflux.models.common.networks.qwen_vl import VLConfig, VLDecoder, VLModel, VLTextConfig
 from mflux.models.common.networks.vision import (
     Grid,
@@ -217,7 +217,8 @@ class Qwen3VLVisionModel(nn.Module):
         result = mx.array(0)
         for row, row_share in ((before, 1 - share), (after, share)):
             for column, column_share in ((before, 1 - share), (after, share)):
-                embedding = self.pos_embed(row[:, 0] * (last + 1) + column[:, 1])
+                places = row[:, 0] * (last + 1) + column[:, 1]
+                embedding = looked_up(self.pos_embed, places, what="vision tower's positions")
                 result = result + embedding * (row_share[:, :1] * column_share[:, 1:])
         return result
 

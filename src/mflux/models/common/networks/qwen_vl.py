@@ -16,6 +16,7 @@ from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.decoder import DecoderConfig, DecoderStack
 from mflux.models.common.networks.layers import Rotary, embedded, inverse_frequencies
 from mflux.models.common.networks.vision import Grid, VisionConfig, see
+from mflux.text import shown
 
 # ---- configuration
 
@@ -32,6 +33,11 @@ class VLTextConfig(DecoderConfig):
     def mrope_section(self) -> tuple[int, ...]:
         """How many frequencies belong to time, row and column."""
         return tuple(self.rope.get("mrope_section", self.sections))
+
+    def check(self) -> str | None:
+        if any(type(count) is not int or count < 0 for count in self.mrope_section):
+            return f"mrope_section {shown(list(self.mrope_section), 60)} is not a list of counts"
+        return super().check()
 
     @property
     @abstractmethod
@@ -57,6 +63,8 @@ class VLConfig(ComponentConfig):
             return f"this is a model of type {self.model_type!r}, and {self.reader} is of type {self.kind!r}"
         if self.vision_config.out_hidden_size != self.text_config.hidden_size:
             return "the vision tower's out_hidden_size is not the language model's hidden_size"
+        if self.image_token_id >= self.text_config.vocab_size:
+            return f"the image_token_id {self.image_token_id} is none of {self.text_config.vocab_size} tokens"
         return None
 
 

@@ -6,7 +6,11 @@ import math
 from typing import Any
 
 from mflux.backend import mx
+from mflux.errors import CheckpointError
 from mflux.models.common.schedulers.base_scheduler import BaseScheduler, ModelShift, ScheduleSettings
+
+# Of the exponential shift: FLUX.1's largest images are shifted by 12, and what is far beyond leaves float32.
+_FARTHEST = 30
 
 
 class LinearScheduler(BaseScheduler):
@@ -80,9 +84,19 @@ class LightningScheduler(LinearScheduler):
 
 
 def resolution_mu(model: ModelShift, image_seq_len: int) -> float:
-    """How far to shift for a picture of that many tokens: linear between the two lengths that the model was given."""
+    """How far to shift for an image of that many tokens: linear between the two lengths that the model was given.
+
+    Raises:
+        CheckpointError: so far that every noise level would be 1, or 0.
+    """
     slope = (model.sigma_max_shift - model.sigma_base_shift) / (model.sigma_max_seq_len - model.sigma_base_seq_len)
-    return model.sigma_base_shift + slope * (image_seq_len - model.sigma_base_seq_len)
+    mu = model.sigma_base_shift + slope * (image_seq_len - model.sigma_base_seq_len)
+    if not abs(mu) <= _FARTHEST:
+        raise CheckpointError(
+            f"scheduler_config.json shifts the noise levels by {mu:.3g} for an image of {image_seq_len} tokens, and "
+            f"{_FARTHEST} is the most: take another copy of this model, or another size"
+        )
+    return mu
 
 
 def shift_exponentially(sigmas: mx.array, mu: float) -> mx.array:
@@ -95,4 +109,6 @@ def stretch_to_terminal(sigmas: mx.array, terminal: float) -> mx.array:
     if sigmas.size == 1:
         return sigmas
     distance = 1 - sigmas
+    if not distance[-1].item():
+        return sigmas  # shifted so far that every level is 1: no stretch moves them
     return 1 - distance * ((1 - terminal) / distance[-1])

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.text import shown
 
@@ -24,6 +29,24 @@ LONGEST_PROMPT = 100_000
 _MOST_REPLACEMENTS = 8
 # Bytes of a text that stands for one character; Unicode's longest has 33.
 _LONGEST_REPLACEMENT = 256
+# Normalizers, pre-tokenizers and so on; published tokenizers have up to ten.
+_MOST_STEPS = 32
+# The library bounds one pattern at one place of a text, not several at all places. These are the published ones, of
+# CLIP, T5, Qwen2 and Llama 3.
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_KNOWN_PATTERNS = frozenset(
+    (" {2,}", r"\s+", _SPLIT % r"\p{N}", _SPLIT % r"\p{N}{1,3}",
+     r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+)  # fmt: skip
+# How long any other pattern may take with a prompt.
+PATIENCE_S = 20
+_ELSEWHERE = """
+import json, sys
+from tokenizers import Tokenizer
+tokenizer, text = json.load(sys.stdin)
+Tokenizer.from_str(tokenizer).encode(text)
+"""
 _LARGEST_ID = 2**31 - 1
 
 
@@ -117,6 +140,64 @@ def check_tokenizer(content: Mapping[str, Any], source: object) -> None:
             room = max(len(pattern) if isinstance(pattern, str) else 1, 1)
             if not isinstance(step["content"], str) or len(step["content"]) > room or replacements > _MOST_REPLACEMENTS:
                 raise CheckpointError(f"{source} was refused: its replacements would make a prompt grow without end")
+    if sum("type" in step for step in _work(content)) > _MOST_STEPS:
+        raise CheckpointError(f"{source} was refused: it has more than {_MOST_STEPS} steps; fetch it again")
+
+
+def _work(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The tables of a `tokenizer.json` that say what is done with a text, in whatever depth."""
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        yield from _steps([content.get(name)])
+
+
+def has_strange_patterns(content: Mapping[str, Any]) -> bool:
+    """Whether a parsed `tokenizer.json` has patterns that no published one has."""
+    patterns = (step["pattern"].get("Regex") for step in _work(content) if isinstance(step.get("pattern"), Mapping))
+    return any(pattern is not None and pattern not in _KNOWN_PATTERNS for pattern in patterns)
+
+
+def check_time(tokenizer: Any, text: str, source: object) -> None:
+    """See in another process, which can be ended, that a tokenizer comes to an end with a text.
+
+    Args:
+        tokenizer: the library's.
+
+    Raises:
+        CheckpointError: it does not within `PATIENCE_S`.
+    """
+    try:
+        subprocess.run(
+            [sys.executable, "-c", _ELSEWHERE],
+            input=json.dumps([tokenizer.to_str(), text]).encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=PATIENCE_S,
+            check=False,  # what goes wrong there is told when it goes wrong here
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(
+            f"{source} was refused: its patterns took more than {PATIENCE_S} seconds with this prompt, and no "
+            "published tokenizer has them; take another copy of the model"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{source} has patterns of its own, which cannot be tried here: {error}") from None
+
+
+def check_folder(folder: Path) -> bool:
+    """The `tokenizer.json` of a folder, if it has one, before another library reads it.
+
+    Returns:
+        `has_strange_patterns`.
+
+    Raises:
+        CheckpointError: as `check_tokenizer`.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return False
+    content = read_json(path)
+    check_tokenizer(content, path)
+    return has_strange_patterns(content)
 
 
 def check_character_map(text: object, source: object) -> None:

@@ -17,8 +17,10 @@ from mflux.errors import CheckpointError
 from mflux.models.common.tokenizers.checks import (
     check_pieces,
     check_prompt,
+    check_time,
     check_tokenizer,
     check_vocabulary,
+    has_strange_patterns,
     library_call,
 )
 from mflux.text import shown
@@ -44,9 +46,11 @@ class PromptTokenizer:
         end: int,
         pad: int,
         source: object = "the tokenizer",
+        strange: bool = False,
     ):
         self._tokenizer = tokenizer
         self._source = source
+        self._strange = strange
         self._prefix, self._end, self._pad = prefix, end, pad
 
     def encode(self, prompt: str, *, max_length: int) -> list[int]:
@@ -62,7 +66,7 @@ class PromptTokenizer:
         return len(self._prefix) + len(self._ids(prompt)) + 1 > max_length
 
     def _ids(self, prompt: str) -> list[int]:
-        return text_ids(self._tokenizer, prompt, self._source)
+        return text_ids(self._tokenizer, prompt, self._source, strange=self._strange)
 
     def _fit(self, ids: list[int], length: int) -> list[int]:
         ids = [*self._prefix, *ids][: length - 1] + [self._end]
@@ -72,8 +76,8 @@ class PromptTokenizer:
 class WholeTokenizer:
     """What `tokenizer.json` says, special tokens included, and nothing else."""
 
-    def __init__(self, tokenizer: Tokenizer, source: object = "the tokenizer"):
-        self._tokenizer, self._source = tokenizer, source
+    def __init__(self, tokenizer: Tokenizer, source: object = "the tokenizer", *, strange: bool = False):
+        self._tokenizer, self._source, self._strange = tokenizer, source, strange
 
     def encode(self, text: str, *, max_length: int) -> list[int]:
         """Ids of one text; what is too long is cut at its end, with the special tokens kept."""
@@ -89,17 +93,27 @@ class WholeTokenizer:
         return len(self._ids(text)) > max_length
 
     def _ids(self, text: str) -> list[int]:
-        return text_ids(self._tokenizer, text, self._source, special=True)
+        return text_ids(self._tokenizer, text, self._source, special=True, strange=self._strange)
 
 
-def text_ids(tokenizer: Tokenizer, text: str, source: object = "the tokenizer", *, special: bool = False) -> list[int]:
-    """Ids of a text, however many they are; `special` adds the tokens that the tokenizer's own template has.
+def text_ids(
+    tokenizer: Tokenizer,
+    text: str,
+    source: object = "the tokenizer",
+    *,
+    special: bool = False,
+    strange: bool = False,
+) -> list[int]:
+    """Ids of a text, however many they are; `special` adds the tokens that the tokenizer's own template has, `strange`
+    says that it has patterns of its own, see `check_time`.
 
     Raises:
         UsageError: it is not text, or longer than anyone needs.
         CheckpointError: the tokenizer's files were damaged in a way that only shows now.
     """
     check_prompt(text)
+    if strange:
+        check_time(tokenizer, text, source)
     with library_call(source, "cannot read this prompt"):
         return tokenizer.encode(text, add_special_tokens=special).ids
 
@@ -162,7 +176,8 @@ def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     special, _ = special_tokens(folder, _T5_SPECIAL)
     end, pad = (id_of(vocabulary, special[kind], folder) for kind in ("eos_token", "pad_token"))
-    return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad, source=folder)
+    strange = has_strange_patterns(content)
+    return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad, source=folder, strange=strange)
 
 
 def whole_tokenizer(folder: str | Path) -> WholeTokenizer:
@@ -178,7 +193,7 @@ def whole_tokenizer(folder: str | Path) -> WholeTokenizer:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    return WholeTokenizer(tokenizer, source=folder)
+    return WholeTokenizer(tokenizer, source=folder, strange=has_strange_patterns(content))
 
 
 def _character_map(normalizer: object) -> dict | None:

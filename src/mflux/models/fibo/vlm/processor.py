@@ -20,6 +20,7 @@ from mflux.models.common.networks.image_processors import VLImageProcessor
 from mflux.models.common.networks.qwen3_vl import Qwen3VLConfig
 from mflux.models.common.networks.qwen_vl import spread_image_tokens
 from mflux.models.common.networks.vision import Grid
+from mflux.models.common.tokenizers.checks import check_folder, check_prompt, check_time, library_call
 from mflux.models.fibo.vlm.packages import import_transformers
 from mflux.utils.image_util import ImageUtil
 
@@ -27,22 +28,30 @@ from mflux.utils.image_util import ImageUtil
 MIN_PIXELS, MAX_PIXELS = 256 * 28 * 28, 1024 * 28 * 28
 MEAN = STD = (0.5, 0.5, 0.5)
 
-# Qwen2-VL's conversations, for repositories without a chat template of their own: each turn between two marks, a
-# picture as one token between two others, and a system turn before everything where there is none.
-CHAT_TEMPLATE = (
-    "{% set newline = '\\n' %}"
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system' + newline + 'You are a helpful assistant.<|im_end|>' + newline }}"
-    "{% endif %}"
+# What Qwen2-VL's conversations begin with where there is no system turn.
+_USUAL_SYSTEM = "You are a helpful assistant."
+# A picture is one token between two others.
+_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+_MARKS = ("<|im_start|>", "<|im_end|>", _PICTURE)
+# The conversations of Qwen's vision models: each turn between two marks.
+_TURNS = (
     "{% for turn in messages %}"
     "{{ '<|im_start|>' + turn['role'] + newline }}"
     "{% if turn['content'] is string %}{{ turn['content'] }}{% else %}"
     "{% for part in turn['content'] %}"
-    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
+    "{{ '" + _PICTURE + "' if part['type'] == 'image' else part['text'] }}"
     "{% endfor %}{% endif %}"
     "{{ '<|im_end|>' + newline }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant' + newline }}{% endif %}"
+)
+# Qwen3-VL's, and Qwen2-VL's, which repositories without a template of their own have.
+_PLAIN_TEMPLATE = "{% set newline = '\\n' %}" + _TURNS
+CHAT_TEMPLATE = (
+    "{% set newline = '\\n' %}"
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system' + newline + '" + _USUAL_SYSTEM + "<|im_end|>' + newline }}"
+    "{% endif %}" + _TURNS
 )
 
 # Part of a message: {"type": "text", "text": …} or {"type": "image", "image": …}.
@@ -71,10 +80,11 @@ class FiboVLMProcessor:
         tokenizer: transformers' tokenizer, with a chat template.
     """
 
-    def __init__(self, tokenizer: Any, image_processor: VLImageProcessor, *, image_token: int):
+    def __init__(self, tokenizer: Any, image_processor: VLImageProcessor, *, image_token: int, strange: bool = False):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self._image_token = image_token
+        self._strange = strange
 
     @classmethod
     def from_folder(cls, folder: Path, config: Qwen3VLConfig) -> FiboVLMProcessor:
@@ -87,23 +97,11 @@ class FiboVLMProcessor:
         transformers = import_transformers()
         if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
             raise CheckpointError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
-        try:
+        strange = check_folder(folder)
+        with library_call(f"the tokenizer in {folder}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:
-            raise CheckpointError(f"the tokenizer in {folder} is damaged: {error}") from None
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = _separate_template(folder) or CHAT_TEMPLATE
-        vision = config.vision_config
-        image_processor = VLImageProcessor(
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            merge_size=vision.spatial_merge_size,
-            min_pixels=MIN_PIXELS,
-            max_pixels=MAX_PIXELS,
-            image_mean=MEAN,
-            image_std=STD,
-        )
-        return cls(tokenizer, image_processor, image_token=config.image_token_id)
+        tokenizer.chat_template = _own_template(folder, tokenizer.chat_template or _separate_template(folder))
+        return cls(tokenizer, image_processor(config), image_token=config.image_token_id, strange=strange)
 
     def __call__(self, messages: Sequence[Message]) -> Inputs:
         """Prepare a conversation that the model is to answer.
@@ -113,10 +111,14 @@ class FiboVLMProcessor:
 
         Raises:
             ImageError: a picture is too long and narrow to be seen.
-            UsageError: the text contains the token that stands for a picture.
+            UsageError: the text contains the token that stands for a picture, or is longer than anyone needs.
         """
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        check_prompt(text)
+        if self._strange:
+            check_time(self.tokenizer.backend_tokenizer, text, "the tokenizer")
+        with library_call("the tokenizer", "cannot read this prompt"):
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         parts = [part for turn in messages if not isinstance(turn["content"], str) for part in turn["content"]]
         pictures = [part["image"] for part in parts if part["type"] == "image"]
         if ids.count(self._image_token) != len(pictures):
@@ -135,6 +137,39 @@ class FiboVLMProcessor:
             ImageError: a picture is too long and narrow.
         """
         return self.image_processor.batch([ImageUtil.load_image(picture) for picture in pictures])
+
+
+def image_processor(config: Qwen3VLConfig) -> VLImageProcessor:
+    """How FIBO-VLM is shown images."""
+    vision = config.vision_config
+    return VLImageProcessor(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+        image_mean=MEAN,
+        image_std=STD,
+    )
+
+
+def _own_template(folder: Path, template: object) -> str:
+    """Which of the two templates here a model's own one says the same as. A template is a program, and a stranger's is
+    looked at, not run: both kinds have the same marks, and one the usual system turn.
+
+    Raises:
+        CheckpointError: it is of neither kind.
+    """
+    if template is None:
+        return CHAT_TEMPLATE
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if not isinstance(template, str) or "<think>" in template or not all(mark in template for mark in _MARKS):
+        raise CheckpointError(
+            f"{folder} has a chat template that is not of Qwen2-VL's or Qwen3-VL's kind, and only these are built: "
+            "take another copy of the model"
+        )
+    return CHAT_TEMPLATE if _USUAL_SYSTEM in template else _PLAIN_TEMPLATE
 
 
 def _separate_template(folder: Path) -> str | None:

@@ -16,7 +16,7 @@ from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.image_processors import ImageProcessor
-from mflux.models.common.networks.layers import ACTIVATIONS, Conv2d, Embedding, LayerNorm, Linear, silu
+from mflux.models.common.networks.layers import ACTIVATIONS, Conv2d, Embedding, LayerNorm, Linear, looked_up, silu
 from mflux.models.common.networks.text_encoders.clip import CLIPEncoder
 
 
@@ -52,7 +52,7 @@ class SiglipEmbeddings(nn.Module):
     def __call__(self, pixels: mx.array) -> mx.array:
         patches = self.patch_embedding(pixels.transpose(0, 2, 3, 1).astype(self.patch_embedding.weight.dtype))
         x = patches.flatten(1, 2)
-        return x + self.position_embedding(mx.arange(x.shape[1]))
+        return x + looked_up(self.position_embedding, mx.arange(x.shape[1]), what="positions")
 
 
 class SiglipTransformer(nn.Module):

@@ -14,11 +14,14 @@ import re
 import shutil
 import ssl
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -27,6 +30,7 @@ from urllib.parse import urlsplit
 
 from mflux.errors import DownloadError
 from mflux.text import shown, size
+from mflux.utils.progress import bar_class
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +39,16 @@ _TIMEOUT_S = 30
 # Connections in a row that bring nothing before the download gives up, and how long to wait between them.
 _ATTEMPTS = 3
 _PAUSE_S = 1.0
+# Connections in a row that bring less than `_LEAST_BYTES`: so it would take years.
+_CRUMBS = 20
+# Of the partial file, where another process takes it away each time.
+_OPENINGS = 100
 # A connection that brings less than so many bytes in so many seconds counts as one that brings nothing.
 _PATIENCE_S = 60
 _LEAST_BYTES = 64_000
+# Until an answer's headers are there, redirects included; and of an archive whose length nobody says, the most.
+_DEADLINE_S = 60
+_LARGEST = 20 * 10**9
 
 
 def cache_folder() -> Path:
@@ -93,7 +104,7 @@ def is_whole(path: Path) -> bool:
 @contextmanager
 def _locked(partial: Path) -> Iterator[BinaryIO]:
     """The partial file, open for appending, held by one process at a time."""
-    while True:
+    for _ in range(_OPENINGS):
         # A link would lead the bytes to somebody's file.
         if partial.is_symlink():
             partial.unlink()
@@ -115,6 +126,7 @@ def _locked(partial: Path) -> Iterator[BinaryIO]:
                 # The other process gave this very file its final name.
                 yield file
                 return
+    raise OSError(errno.EIO, "what is created there is another file the next moment")
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -137,7 +149,7 @@ def _adopt(target: Path, partial: Path, file: BinaryIO) -> None:
 
 def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
     """Append what is missing; the length that the server gives, if it does."""
-    failures = 0
+    failures = crumbs = 0
     began_again = 0
     while True:
         before = file.seek(0, os.SEEK_END)
@@ -174,7 +186,8 @@ def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
             reason = "the connection closed early"
         have = file.seek(0, os.SEEK_END)
         failures = failures + 1 if have <= before or slow else 0
-        if failures >= _ATTEMPTS or (failures and not have):
+        crumbs = crumbs + 1 if have - before < _LEAST_BYTES else 0
+        if failures >= _ATTEMPTS or (failures and not have) or crumbs >= _CRUMBS:
             begun = f"; {have / 1e6:,.0f} MB are kept and the same command carries on there" if have else ""
             host = urlsplit(url).hostname
             raise DownloadError(f"no connection to {host} ({reason}){begun}: check the network, or {remedy}")
@@ -186,6 +199,27 @@ class _TooSlow(Exception):
 
 
 def _open(url: str, start: int) -> HTTPResponse:
+    """The answer to a question, once its headers are there. urllib's own limit is on silence alone, and a header may
+    come letter by letter."""
+    answer: Future[HTTPResponse] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(_ask(url, start))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # A daemon, so that one that is still waiting does not keep the process.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(_DEADLINE_S)
+    except FutureTimeout:
+        if not answer.done():
+            raise _TooSlow(f"no whole answer came in {_DEADLINE_S} seconds") from None
+        raise
+
+
+def _ask(url: str, start: int) -> HTTPResponse:
     from mflux.utils.version_util import VersionUtil
 
     headers = {"User-Agent": f"mflux/{VersionUtil.get_mflux_version()}", "Accept-Encoding": "identity"}
@@ -205,8 +239,6 @@ def _open(url: str, start: int) -> HTTPResponse:
 
 def _receive(response: HTTPResponse, file: BinaryIO, start: int) -> int | None:
     """Write a response where it belongs; the length of the whole file, if the server says."""
-    from tqdm import tqdm
-
     content_range = response.headers.get("Content-Range", "")
     if response.status == 206 and re.match(rf"bytes {start}-", content_range):
         length = _total(content_range)
@@ -223,10 +255,12 @@ def _receive(response: HTTPResponse, file: BinaryIO, start: int) -> int | None:
             f"{free / 1e9:.1f} GB free: make room, or set MFLUX_CACHE_DIR to a folder on a larger disk"
         )
     name = Path(file.name).stem
-    with tqdm(total=length, initial=start, unit="B", unit_scale=True, unit_divisor=1000, desc=name) as progress:
+    with bar_class()(total=length, initial=start, unit="B", unit_scale=True, unit_divisor=1000, desc=name) as progress:
         since, came = time.monotonic(), 0
         # What there is, and not as much as was asked for: that could take days.
         while chunk := response.read1(_CHUNK):
+            if length is None and file.tell() > _LARGEST:
+                raise DownloadError(f"what comes does not end after {size(_LARGEST)}: try again later")
             file.write(chunk)
             progress.update(len(chunk))
             came += len(chunk)

@@ -19,6 +19,7 @@ from mflux.models.common.networks.layers import (
     Linear,
     attention,
     embedded,
+    looked_up,
     merge_heads,
     split_heads,
 )
@@ -115,7 +116,8 @@ class CLIPEmbeddings(nn.Module):
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def __call__(self, input_ids: mx.array) -> mx.array:
-        return embedded(self.token_embedding, input_ids) + self.position_embedding(mx.arange(input_ids.shape[1]))
+        places = mx.arange(input_ids.shape[1])
+        return embedded(self.token_embedding, input_ids) + looked_up(self.position_embedding, places, what="positions")
 
 
 class CLIPEncoder(nn.Module):

@@ -21,6 +21,7 @@ from mflux.models.common.networks.layers import (
     RMSNorm,
     attention,
     embedded,
+    looked_up,
     merge_heads,
     split_heads,
 )
@@ -54,6 +55,14 @@ class T5Config(ComponentConfig):
     def check(self) -> str | None:
         if self.activation not in ACTIVATIONS:
             return f"feed_forward_proj {self.feed_forward_proj!r} is not known"
+        one_by_one = self.relative_attention_num_buckets // 4
+        if one_by_one < 1:
+            return f"relative_attention_num_buckets {self.relative_attention_num_buckets} is less than 4"
+        if self.relative_attention_max_distance <= one_by_one:
+            return (
+                f"relative_attention_max_distance {self.relative_attention_max_distance} is none of more than the "
+                f"{one_by_one} that {self.relative_attention_num_buckets} buckets count one by one"
+            )
         return None
 
 
@@ -79,7 +88,8 @@ class T5Attention(nn.Module):
         """The learned bias for every pair of positions: (1, heads, L, L)."""
         positions = np.arange(length)
         buckets = relative_position_buckets(positions[None, :] - positions[:, None], self.buckets, self.max_distance)
-        return self.relative_attention_bias(mx.array(buckets)).transpose(2, 0, 1)[None]
+        bias = looked_up(self.relative_attention_bias, mx.array(buckets), what="bias on distances")
+        return bias.transpose(2, 0, 1)[None]
 
 
 def relative_position_buckets(distance: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
@@ -95,7 +105,9 @@ def relative_position_buckets(distance: np.ndarray, buckets: int, max_distance: 
     later = np.where(distance > 0, half, 0)
     distance = np.abs(distance)
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
-    far = exact + (ratio / np.float32(math.log(max_distance / exact)) * (half - exact)).astype(np.int32)
+    far = ratio / np.float32(math.log(max_distance / exact)) * (half - exact)
+    # Cut before it becomes a whole number, which has an end.
+    far = exact + np.minimum(far, half).astype(np.int32)
     return later + np.where(distance < exact, distance, np.minimum(far, half - 1))
 
 

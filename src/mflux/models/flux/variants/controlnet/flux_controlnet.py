@@ -22,6 +22,7 @@ from mflux.models.flux.model.controlnet import FluxControlNet
 from mflux.models.flux.model.transformer import latent_image_ids
 from mflux.models.flux.pipeline import FluxPipeline
 from mflux.models.flux.sources import needed, picture
+from mflux.text import shown
 from mflux.utils import values
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.metadata_reader import MetadataReader
@@ -59,7 +60,8 @@ class Flux1Controlnet(FluxPipeline):
         settings = self.folder_of(CONTROLNET).config(CONTROLNET.folder)
         if settings.get("_class_name", CONTROLNET.published_class) != CONTROLNET.published_class:
             raise CheckpointError(
-                f"{self.folder_of(CONTROLNET).root} holds a {settings['_class_name']}, not a ControlNet of FLUX.1"
+                f"{self.folder_of(CONTROLNET).root} holds a {shown(settings['_class_name'], 60)}, not a ControlNet of "
+                "FLUX.1"
             )
 
     def folder_of(self, component: Component) -> PublishedFolder:
