@@ -21,6 +21,7 @@ from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.readers.plain import HEAD, LARGEST_TEXT, what_else
 from mflux.checkpoints.readers.safetensors import read_header
 from mflux.errors import CheckpointError, OutputError
+from mflux.hub.library import huggingface
 from mflux.text import size
 
 _SHA256, _GIT_ID = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
@@ -48,9 +49,7 @@ class Broken:
 
 def cache_folder() -> Path:
     """Where huggingface_hub keeps what it fetched."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
+    return Path(huggingface().constants.HF_HUB_CACHE)
 
 
 def repository_in_cache(path: Path) -> Path | None:
