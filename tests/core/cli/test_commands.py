@@ -58,7 +58,7 @@ def test_a_mistyped_command_gets_the_nearest(cli, typed, meant):
 @pytest.mark.parametrize("typed, meant", [("schnel", "schnell"), ("Krea-Dve", "krea-dev")])
 def test_a_mistyped_model_gets_the_nearest(cli, in_folder, command, typed, meant):
     result = cli(command, "--model", typed, *(BASIC if command == "generate" else ["--path", "x"]))
-    assert result.status == 2 and f"the model {typed!r} is not known (did you mean {meant}?)" in result.errors[0]
+    assert result.status == 2 and f"no model and no folder {typed!r} (did you mean {meant}?)" in result.errors[0]
 
 
 @pytest.mark.parametrize("name", ["demo", "schnell", "dev"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mflux.cli.parser.parsers import Said
 from mflux.cli.terminal import say_line
-from mflux.errors import ModelConfigError, NotBuiltError, UsageError
+from mflux.errors import ModelConfigError, NotBuiltError, OtherModelError, UsageError
 from mflux.models.common.family import built
 from mflux.models.common.lora.library import settle_scales
 from mflux.models.common.lora.styles import style_path
@@ -250,6 +250,8 @@ def settle_model(
     args.base_model = args.base_model or recorded_base_model(args.model)
     try:
         meant = (stands_for or {}).get(key_of(args.model, args.base_model))
+    except OtherModelError:
+        raise
     except ModelConfigError:
         if default_model is None:
             raise

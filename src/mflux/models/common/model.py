@@ -27,8 +27,9 @@ from mflux.models.common.lora.library import find_loras
 from mflux.models.common.lora.names import LoraNames
 from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
+from mflux.models.common.on_disk import kind_on_disk
 from mflux.models.common.saved_model import FILE_NAME, record
-from mflux.utils.paths import user_path
+from mflux.utils.paths import is_file, is_folder, user_path
 
 
 class Model:
@@ -445,6 +446,9 @@ def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> 
         ModelConfigError: the name is no folder's and no repository's.
     """
     check_is_somewhere(name)
+    here = user_path(name) if str(name).strip() else Path()
+    if is_file(here):
+        raise CheckpointError(str(kind_on_disk(here)))
     # Most repositories also hold the transformer as one file in another layout.
     parts = [f"{component.folder}/" if component.folder else "" for component in components]
     files = [entry if "." in entry else f"{entry}/*" for entry in beside]
@@ -455,12 +459,17 @@ def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> 
 
     # What mflux 0.24 saved has no configurations.
     saved_by_024 = required("model.safetensors.index.json")
-    return resolve_model(name, files, required=required("config.json"), alternatives=[saved_by_024])
+    root = resolve_model(name, files, required=required("config.json"), alternatives=[saved_by_024])
+    if is_folder(here) and all(parts) and not any(is_folder(root / part) for part in parts):
+        raise CheckpointError(str(kind_on_disk(root)))
+    return root
 
 
 def _who_draws(kind: str) -> str:
     """Which command draws with a component of that published class, as the end of a sentence."""
     for family in families().values():
         if any(component.published_class == kind for component in family.components) and family.commands:
-            return f"mflux-{family.commands[0].name} draws with it"
-    return "another command draws with it"
+            command = family.commands[0]
+            key = next(key for key in command.models if key != "demo")
+            return f"mflux-{command.name} --base-model {key} draws with it"
+    return "this version does not build it, mflux --help lists those that are"

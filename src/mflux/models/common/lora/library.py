@@ -13,7 +13,7 @@ from pathlib import Path
 from mflux.errors import DownloadError, UsageError
 from mflux.text import shown
 from mflux.utils import values
-from mflux.utils.paths import user_path
+from mflux.utils.paths import snapshot_in, user_path
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def find_lora(name: str) -> Path:
         # A folder that happens to have the name is not what the library has.
         found = None if path.is_file() or like_a_path else _in_library(name)
         if found is not None or path.exists():
-            return found or path
+            return found or snapshot_in(path)
     except (OSError, UsageError, ValueError) as error:
         raise DownloadError(f"cannot look for the LoRA {name}: {error}") from None
     if "/" not in name and ":" not in name:

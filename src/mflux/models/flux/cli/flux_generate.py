@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mflux.cli.entry import command_for
+from mflux.cli.entry import asks_for_help, command_for, refuse_model
 from mflux.cli.generate import Generate
+from mflux.cli.terminal import run
 from mflux.models.flux.family import FAMILY
 
 COMMAND = Generate(
@@ -22,7 +23,11 @@ build_parser = COMMAND.build_parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    return (command_for(words) or COMMAND).main(words)
+    command = command_for(words)
+    if command is None and asks_for_help(words):
+        # Of a model that this command does not generate with, its help would say nothing.
+        return run(lambda _: refuse_model(COMMAND, words) or COMMAND.run(words), words)
+    return (command or COMMAND).main(words)
 
 
 if __name__ == "__main__":
