@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from mflux.errors import ModelConfigError, NotBuiltError, OtherModelError, Usage
 from mflux.models.common.family import built
 from mflux.models.common.lora.library import settle_scales
 from mflux.models.common.lora.styles import style_path
-from mflux.text import size
+from mflux.text import plain, size
 from mflux.utils import values
 from mflux.utils.paths import read_bounded
 from mflux.utils.scale_factor import ScaleFactor
@@ -199,13 +200,10 @@ def read_prompt(args: argparse.Namespace, said: Said) -> str:
                 raise PromptFileReadError(
                     'there is no prompt: standard input is closed: say it with --prompt "…", or pipe it in'
                 )
-            prompt = sys.stdin.read().removeprefix("\ufeff").strip()
+            prompt = _text_of(_standard_input(), source).strip()
         elif args.prompt_file is not None:
             source = f"the prompt file {args.prompt_file}"
-            content = read_bounded(args.prompt_file, _LARGEST)
-            if len(content) > _LARGEST:
-                raise PromptFileReadError(f"{source} has more than {size(_LARGEST)}: no prompt is as long")
-            prompt = content.decode("utf-8-sig").strip()
+            prompt = _text_of(read_bounded(args.prompt_file, _LARGEST), source).strip()
         else:
             prompt = args.prompt or ""
         # What the shell passed on in another encoding comes as surrogates.
@@ -216,7 +214,37 @@ def read_prompt(args: argparse.Namespace, said: Said) -> str:
         raise PromptFileReadError(f"{source} is not text in UTF-8: write the prompt in UTF-8") from None
     if not prompt.strip():
         raise PromptFileReadError(f"there is no prompt: {source} is empty")
-    return prompt
+    return plain(prompt)
+
+
+# What a text in UTF-16 or UTF-32 begins with; the longer one first, which begins like the shorter.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _standard_input() -> bytes | str:
+    """What is piped in. Its bytes, where it has any: its encoding is the shell's, and no pipe's."""
+    return sys.stdin.buffer.read(_LARGEST + 1) if hasattr(sys.stdin, "buffer") else sys.stdin.read(_LARGEST + 1)
+
+
+def _text_of(content: bytes | str, source: str) -> str:
+    """
+    Raises:
+        PromptFileReadError: it is longer than any prompt.
+        UnicodeError: it is not UTF-8, nor in another Unicode encoding that its mark tells.
+    """
+    from mflux.utils.exceptions import PromptFileReadError
+
+    if len(content) > _LARGEST:
+        raise PromptFileReadError(f"{source} has more than {size(_LARGEST)}: no prompt is as long")
+    if isinstance(content, str):
+        return content
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    return content.decode(encoding)
 
 
 def settle_model(

@@ -21,7 +21,7 @@ from mflux.models.common.tokenizers.checks import (
     check_vocabulary,
     library_call,
 )
-from mflux.text import shown
+from mflux.text import plain, shown
 
 # Contractions, words, single digits, and runs of anything else that is not space (Radford et al. 2021).
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -93,13 +93,15 @@ class WholeTokenizer:
 
 
 def text_ids(tokenizer: Tokenizer, text: str, source: object = "the tokenizer", *, special: bool = False) -> list[int]:
-    """Ids of a text, however many they are; `special` adds the tokens that the tokenizer's own template has.
+    """Ids of a text, in whichever of its forms (see `plain`), however many they are; `special` adds the tokens that the
+    tokenizer's own template has.
 
     Raises:
         UsageError: it is not text, or longer than anyone needs.
         CheckpointError: the tokenizer's files were damaged in a way that only shows now.
     """
     check_prompt(text)
+    text = plain(text)
     with library_call(source, "cannot read this prompt"):
         return tokenizer.encode(text, add_special_tokens=special).ids
 
