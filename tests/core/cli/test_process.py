@@ -11,6 +11,7 @@ import threading
 import pytest
 from PIL import Image
 
+import mflux
 from mflux.cli.process import signals_raise
 from mflux.cli.terminal import run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from mflux.callbacks.instances.memory_saver import MemorySaver
     from mflux.models.common.pipeline import Pipeline
     from mflux.utils.generated_image import GeneratedImage
+
+log = logging.getLogger(__name__)
 
 # Of a prompt's file: nobody's has more.
 _LARGEST = 16 << 20
@@ -172,6 +175,8 @@ def settle_seeds(args: argparse.Namespace, said: Said) -> None:
         args.seed = random.sample(range(10**9), args.auto_seeds)
     if args.seed is None:
         args.seed = [int(time.time())]
+        if not said.by_program:
+            log.info("seed %d, by the clock: --seed %d makes this image again", *args.seed * 2)
     if len(args.seed) > 1:
         add_to_name(args, "_seed_", "{seed}")
 
