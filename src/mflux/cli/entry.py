@@ -42,18 +42,20 @@ def asks_for_help(words: Sequence[str]) -> bool:
     return not {"--help", "-h"}.isdisjoint(words)
 
 
-def refuse_model(command: Generate, words: Sequence[str]) -> None:
-    """
+def help_for(command: Generate, words: Sequence[str] | None) -> None:
+    """Show a command's help, unless a model is named that it does not generate with.
+
     Raises:
         MfluxError: the model that a command line names is unknown, not built, or another kind of command's.
     """
     try:
-        key = _model_key(words)
+        key = _model_key(words or ())
     except UsageError:
         # A word is missing behind an option.
-        return
+        key = None
     if key is not None and built_key(key) not in command.models:
         raise UsageError(f"{command.command.prog} does not generate with {key}: see {built()[key]} --help")
+    command.run(words)
 
 
 def _model_key(words: Sequence[str]) -> str | None:

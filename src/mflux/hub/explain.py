@@ -47,8 +47,8 @@ def explain(hub: ModuleType, repository: Repository, error: Exception, *, asking
     # httpx in huggingface_hub 1, httpx2 in 2.
     transport = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     library = transport.__module__.partition(".")[0]
-    if asking and (proxy := unusable_proxy(library=library)):
-        return Failure(f"no connection to {endpoint}, because {proxy[0]}", proxy[1], unreachable=True)
+    if asking and (fault := unusable_proxy(library=library)):
+        return Failure(f"no connection to {endpoint}, because {fault[0]}", fault[1], unreachable=True)
     code = _errno(error)
     if code is not None and not asking:
         return explain_disk(hub, repository, code, reason)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import cast
 
 import numpy as np
 import PIL.Image
@@ -42,7 +43,7 @@ def read_mask(source: PIL.Image.Image | str | bytes | os.PathLike) -> PIL.Image.
     if (found := _by_colour(colours)) is not None:
         return found
     grey = colours.convert("L")
-    darkest, lightest = grey.getextrema()
+    darkest, lightest = _extremes(grey)
     if darkest == lightest:
         return _of_more_bits(source) or grey.point(lambda value: 255 if value > 127 else 0)
     # Labels, and greys that never become white.
@@ -59,7 +60,7 @@ def tell_what_it_selects(mask: np.ndarray, name: object) -> None:
 
 def _by_alpha(alpha: PIL.Image.Image, colours: PIL.Image.Image) -> PIL.Image.Image | None:
     """What a mask's transparency selects; None where it says nothing."""
-    lowest, highest = alpha.getextrema()
+    lowest, highest = _extremes(alpha)
     if highest - lowest < 64:
         return None
     # A brush may cover in part only.
@@ -114,6 +115,11 @@ def _of_more_bits(source: PIL.Image.Image | str | bytes | os.PathLike) -> PIL.Im
 def _deep(image: PIL.Image.Image) -> np.ndarray | None:
     upright = PIL.ImageOps.exif_transpose(image) if image.mode.startswith(("I", "F")) else None
     return None if upright is None else np.asarray(upright)
+
+
+def _extremes(image: PIL.Image.Image) -> tuple[int, int]:
+    """The smallest and the largest value of a picture in mode L."""
+    return cast(tuple[int, int], image.getextrema())
 
 
 def _sample(image: PIL.Image.Image) -> np.ndarray:

@@ -20,6 +20,7 @@ from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.hub import resolve_model
+from mflux.models.common.arguments import checked
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig, check_is_somewhere
 from mflux.models.common.family import STAGES, Component, Family, families, load_object
@@ -29,6 +30,7 @@ from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
 from mflux.models.common.on_disk import kind_on_disk
 from mflux.models.common.saved_model import FILE_NAME, record
+from mflux.text import shown
 from mflux.utils.paths import is_file, is_folder, user_path
 
 
@@ -76,6 +78,10 @@ class Model:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("mflux."):
+            for method in ("__init__", "generate_image"):
+                if method in cls.__dict__:
+                    setattr(cls, method, checked(cls.__dict__[method]))
         if "family" in cls.__dict__ and "components" not in cls.__dict__:
             cls.components = cls.family.components
         for component in cls.components:
@@ -83,6 +89,7 @@ class Model:
             lazy.__set_name__(cls, component.name)
             setattr(cls, component.name, lazy)
 
+    @checked
     def __init__(
         self,
         quantize: int | None = None,
@@ -92,6 +99,11 @@ class Model:
         bake_lora: bool = True,
         model_config: ModelConfig | None = None,
     ):
+        if model_config is not None and not isinstance(model_config, ModelConfig):
+            raise UsageError(
+                f"model_config is {shown(repr(model_config), 60)}, and has to be a ModelConfig: "
+                "ModelConfig.from_name gives one"
+            )
         asked = Quantization.asked(quantize)
         # Found before the model is, which may be a long download.
         loras = find_loras(lora_paths, lora_scales)
@@ -272,6 +284,7 @@ class Model:
             module.compute_in(self.compute_precision)
         return module
 
+    @checked
     def set_loras(self, paths: list[str] | None, scales: list[float] | None = None, bake: bool = True) -> None:
         """Apply other LoRAs than before, or none; components that LoRAs change are loaded anew when they are needed.
 
@@ -368,6 +381,7 @@ class Model:
 
     # ---- saving
 
+    @checked
     def save_model(self, base_path: str) -> None:
         """Write the model to a folder in the published layout, quantized if it is, with its LoRAs in the weights.
 

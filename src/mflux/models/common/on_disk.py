@@ -104,11 +104,13 @@ def adapter_kind(names: Iterable[str]) -> str | None:
 
 def _in_one_file(path: Path) -> tuple[str, str, list[str]] | None:
     """The family, the component and the family's models, of a file that is one component of a family's."""
-    from mflux.checkpoints.published import PublishedFolder
+    from mflux.checkpoints.published import Layout, PublishedFolder
 
     for family in families().values():
-        layout = load_object(family.layout) if family.layout else None
-        for part in layout.files if layout else ():
+        if family.layout is None:
+            continue
+        layout: Layout = load_object(family.layout)
+        for part in layout.files:
             try:
                 PublishedFolder(path.parent, replace(layout, published=None), files={part: path}).config(part)
             except (CheckpointError, TypeError):

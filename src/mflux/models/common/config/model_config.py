@@ -183,6 +183,9 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
     Raises:
         OtherModelError: the name is known to be another model's, or may well be.
     """
+    for value, argument in ((model_name, "model_name"), (base_model, "base_model")):
+        if value is not None and not isinstance(value, str):
+            raise ModelConfigError(f"{argument} is {shown(repr(value), 60)}, which is not text: give a model's name")
     base = None if base_model is None else _exact(base_model)
     if base_model is not None and base is None:
         raise InvalidBaseModel(f"the base model {base_model!r} is not known: choose one of {', '.join(MODELS)}")

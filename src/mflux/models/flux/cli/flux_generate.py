@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from mflux.cli.entry import asks_for_help, command_for, refuse_model
+from mflux.cli.entry import asks_for_help, command_for, help_for
 from mflux.cli.generate import Generate
 from mflux.cli.terminal import run
 from mflux.models.flux.family import FAMILY
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = command_for(words)
     if command is None and asks_for_help(words):
         # Of a model that this command does not generate with, its help would say nothing.
-        return run(lambda _: refuse_model(COMMAND, words) or COMMAND.run(words), words)
+        return run(partial(help_for, COMMAND), words)
     return (command or COMMAND).main(words)
 
 

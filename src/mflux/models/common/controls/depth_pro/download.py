@@ -140,8 +140,8 @@ def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
     """Append what is missing; the length that the server gives, if it does."""
     failures = 0
     began_again = 0
-    if proxy := unusable_proxy(library=None, scheme=urlsplit(url).scheme):
-        raise DownloadError(f"no connection to {urlsplit(url).hostname}, because {proxy[0]}: {proxy[1]}, or {remedy}")
+    if fault := unusable_proxy(library=None, scheme=urlsplit(url).scheme):
+        raise DownloadError(f"no connection to {urlsplit(url).hostname}, because {fault[0]}: {fault[1]}, or {remedy}")
     while True:
         before = file.seek(0, os.SEEK_END)
         slow = False
