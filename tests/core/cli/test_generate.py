@@ -835,7 +835,7 @@ def test_the_class_warns_about_a_negative_prompt(tiny_schnell, caplog):
     flux = Flux1(model_path=str(tiny_schnell))
     flux.generate_image(1, PROMPT, 1, 16, 16, negative_prompt="blue")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["--negative-prompt is ignored: FLUX.1 has no negative branch"]
+    assert warnings == ["the negative prompt is ignored: FLUX.1 has no negative branch"]
 
 
 def test_the_noise_is_mflux_s(tiny_schnell):

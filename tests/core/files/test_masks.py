@@ -134,8 +134,27 @@ def test_what_selects_nothing_or_everything_is_told(image, what, tmp_path, caplo
     ]
 
 
+@pytest.mark.parametrize("kind", ["grey", "black strokes", "red strokes", "a hole in a photo", "0 and 1", "16 bits"])
+def test_fibo_s_editing_reads_them_so(kind, tmp_path, caplog):
+    from mflux.models.fibo.sources import source_picture
+
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    MASKS[kind].save(tmp_path / "mask.png")
+    picture = np.asarray(source_picture(tmp_path / "photo.png", tmp_path / "mask.png"))
+    assert np.array_equal(picture, np.where(CHOSEN[..., None], np.uint8(128), PHOTO)) and not caplog.messages
+    Image.new("L", SIZE).save(tmp_path / "mask.png")
+    source_picture(tmp_path / "photo.png", tmp_path / "mask.png")
+    assert "selects nothing" in caplog.text
+
+
 def test_there_is_one_reader():
     """Whoever reads a mask of a user's reads it so."""
     sources = Path(__file__).parents[3] / "src" / "mflux"
-    others = [path for path in sources.rglob("*.py") if "composite_alpha=False" in path.read_text(encoding="utf-8")]
+    others = []
+    for path in sources.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "mask_path" in text or "masked_image_path" in text:
+            others += [
+                path.name for way in ("open_image(mask", "load_image(mask", "composite_alpha=False") if way in text
+            ]
     assert others == []

@@ -27,7 +27,7 @@ LEVELS = (
     ("callbacks",),
     ("models.common",),
     ("callbacks.instances", "models"),
-    ("commands", "import_paths"),
+    ("commands", "import_paths", "__main__"),
 )
 
 

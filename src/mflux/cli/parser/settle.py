@@ -323,6 +323,8 @@ def prepare_machine(args: argparse.Namespace, pipeline: Pipeline, pictures: int)
     if args.vae_tiling or args.vae_tile_size:
         pipeline.tiling_config = TilingConfig(vae_decode_tile_size=args.vae_tile_size or 512)
     pipeline.vae_full_precision = getattr(args, "vae_full_precision", False)
+    if pipeline.vae_full_precision and (args.vae_tiling or args.vae_tile_size):
+        log.warning("--vae-tiling is ignored: --vae-full-precision decodes the whole image at once")
     limit = int(args.mlx_cache_limit_gb * 1e9) if args.mlx_cache_limit_gb else None
     pipeline.callbacks.register(BatterySaver(args.battery_percentage_stop_limit))
     if args.stepwise_image_output_dir:

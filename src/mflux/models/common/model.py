@@ -6,6 +6,7 @@ is in `pipeline.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,8 @@ from mflux.models.common.on_disk import kind_on_disk
 from mflux.models.common.saved_model import FILE_NAME, record
 from mflux.text import shown
 from mflux.utils.paths import is_file, is_folder, user_path
+
+log = logging.getLogger(__name__)
 
 
 class Model:
@@ -128,6 +131,8 @@ class Model:
         self.keep = Keep()
         self.vae_full_precision = False
         self._take_loras(*loras, bake_lora)
+        if not bake_lora and not self.lora_paths:
+            log.warning("bake_lora (--no-bake-lora) is ignored: there is no LoRA")
         self.opened()
 
     def opened(self) -> None:

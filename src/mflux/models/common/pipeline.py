@@ -59,6 +59,7 @@ class Pipeline(Model):
             is passed.
         tiling_config: how the autoencoder divides an image; None: not at all.
         callbacks: what programs have called before, in and after the denoising loop.
+        negative_above: above which guidance a negative prompt counts; None: the family has none.
         shows_progress: whether the loop draws a bar on stderr.
     """
 
@@ -69,6 +70,7 @@ class Pipeline(Model):
     schedule: ClassVar[str] = "linear"
     tiling_config: tiling.TilingConfig | None = None
     shows_progress = False
+    negative_above: ClassVar[float | None] = None
 
     if TYPE_CHECKING:
         # Each class has its own, with other arguments; a program that knows a model by its name alone calls it.
