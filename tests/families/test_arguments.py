@@ -26,6 +26,10 @@ WRONG: dict[str, Any] = {
 }  # fmt: skip
 
 
+# What they may be besides is said there.
+CHECKED_BY_THEIR_CLASS = ("controls", "concept_attention", "heatmap_layer_indices")
+
+
 class Reached(Exception):
     """All arguments were taken."""
 
@@ -96,7 +100,7 @@ def test_where_several_are_meant_is_known():
             for name, parameter in inspect.signature(function).parameters.items():
                 kind = str(parameter.annotation)
                 if "list" in kind or "Sequence" in kind or "Path" in kind:
-                    assert name in CHECKS or name in ("controls", "concept_attention"), (cls, name, kind)
+                    assert name in CHECKS or name in CHECKED_BY_THEIR_CLASS, (cls, name, kind)
 
 
 @pytest.mark.parametrize("scales", [0.5, [0.5], np.float32(0.5), (0.5,)], ids=str)
