@@ -154,7 +154,6 @@ def test_there_is_one_reader():
     for path in sources.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if "mask_path" in text or "masked_image_path" in text:
-            others += [
-                path.name for way in ("open_image(mask", "load_image(mask", "composite_alpha=False") if way in text
-            ]
+            ways = ("open_image(mask", "load_image(mask", "composite_alpha=False")
+            others += [path.name for way in ways if way in text]
     assert others == []
