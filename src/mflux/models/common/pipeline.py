@@ -53,6 +53,9 @@ class Step:
 class Pipeline(Model):
     """Base of the classes that generate images; see `Model` for the arguments.
 
+    For one thread: MLX computes in the thread that made an array's stream, so that a second one could not generate with
+    the same model in any case, and nothing here, `prompt_cache` neither, is locked. A server has a queue before it.
+
     Attributes:
         latent_creator: has `create_noise`, `pack_latents` and `unpack_latents`, see `FluxLatentCreator`.
         schedule: the scheduler that follows the checkpoint's `scheduler_config.json`, which is used unless another one
