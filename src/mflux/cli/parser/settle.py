@@ -175,10 +175,14 @@ def settle_seeds(args: argparse.Namespace, said: Said) -> None:
         args.seed = random.sample(range(10**9), args.auto_seeds)
     if args.seed is None:
         args.seed = [int(time.time())]
-        if not said.by_program:
-            log.info("seed %d, by the clock: --seed %d makes this image again", *args.seed * 2)
     if len(args.seed) > 1:
         add_to_name(args, "_seed_", "{seed}")
+
+
+def tell_seed(args: argparse.Namespace, said: Said) -> None:
+    """Say which seed the clock chose, once all else is in order."""
+    if args.auto_seeds <= 0 and not said.was_set("seed"):
+        log.info("seed %d, by the clock: --seed %d makes this image again", args.seed[0], args.seed[0])
 
 
 def add_to_name(args: argparse.Namespace, words: str, placeholder: str) -> None:
