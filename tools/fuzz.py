@@ -405,7 +405,7 @@ def settings(folder: Path) -> None:
         "prompt": "a red circle", "negative_prompt": "x", "model": "schnell", "base_model": None, "width": 64,
         "height": 32, "seed": 3, "steps": 2, "guidance": 3.5, "scheduler": "linear", "quantize": 8, "bake_lora": True,
         "lora_paths": ["a.safetensors"], "lora_scales": [0.5], "image_path": None, "image_strength": None,
-        "generation_time_seconds": 1.5, "mflux_version": "1.0.0",
+        "generation_time_seconds": 1.5, "mflux_version": "0.25.0",
     }  # fmt: skip
     (folder / "x.metadata.json").write_text(json.dumps(said))
     for ending, kind in (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")):

@@ -8,16 +8,34 @@ add to it: `mflux.web`, `mflux.extras`.
 import os
 import sys
 
-if any(os.path.basename(word).startswith("mflux") for word in sys.orig_argv[1:3]):  # noqa: PTH119
-    # A command, as itself or behind -m. Ctrl-C may come while its imports run, before anything can catch it.
+if any(
+    os.path.basename(word).startswith("mflux")  # noqa: PTH119
+    for word in sys.orig_argv[1 : len(sys.orig_argv) - len(getattr(sys, "argv", ())) + 1]
+):
+    # What Python was started with, before the words for the program, is a command: as itself, or behind -m. Ctrl-C may
+    # come while its imports run, before anything can catch it.
     def _excepthook(kind, error, trace, *, show=sys.excepthook):
         # What is raised while a class is made has it for its cause.
         if not issubclass(kind, KeyboardInterrupt) and not isinstance(error.__cause__, KeyboardInterrupt):
             show(kind, error, trace)
-        elif sys.stderr is not None:
+            return
+        if sys.stderr is not None:
             print("error: stopped", file=sys.stderr)
+        # Python takes it for the program's own end, with the status that it has everywhere else.
+        raise SystemExit(130)
 
-    sys.excepthook = _excepthook
+    def _unraisablehook(unraisable, *, show=sys.unraisablehook):
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            show(unraisable)
+            return
+        # It came while an object was removed, where nothing can be raised: once more, when that is over.
+        import _signal
+        import _thread
+        import time
+
+        _thread.start_new_thread(lambda: (time.sleep(0.02), os.kill(os.getpid(), _signal.SIGINT)), ())
+
+    sys.excepthook, sys.unraisablehook = _excepthook, _unraisablehook
 
 from pathlib import Path
 from pkgutil import extend_path

@@ -50,6 +50,10 @@ class ModelConfigError(MfluxError, ValueError):
     exit_code = 2
 
 
+class OtherModelError(ModelConfigError):
+    """A name that recalls a known model, and is known to be another's, or may well be."""
+
+
 class InvalidBaseModel(ModelConfigError):
     """`base_model` names no known model."""
 

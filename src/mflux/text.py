@@ -37,6 +37,13 @@ def without_password(text: str) -> str:
     return _USER_INFORMATION.sub(r"\1…@", text)
 
 
+def plain(prompt: str) -> str:
+    """A prompt in the one form that all that mean the same share: lines end with a line feed, there are no byte-order
+    marks, and characters are composed (Unicode's NFC). Most tokenizers give each form ids of its own."""
+    text = prompt.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFC", text)
+
+
 def some(items: Iterable[object], most: int = 5, each: int = 120, *, counted: bool = False) -> str:
     """The first of several things: "a, b, c, …", or "a, b, c and 4 more"."""
     items = list(items)

@@ -87,10 +87,12 @@ def test_pip_refuses_a_core_with_another_hash(make, tmp_path):
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("python", ["3.11", "3.13"])
 @pytest.mark.parametrize("platform", ["aarch64-apple-darwin", "x86_64-manylinux_2_35", "aarch64-manylinux_2_35"])
-def test_no_platform_gets_anything_of_cuda(tools, project, platform, python, extra):
+def test_no_platform_gets_anything_of_cuda(tools, project, torch_index, platform, python, extra):
     words = ["pip", "compile", "--quiet", "--no-header", "--no-annotate", "pyproject.toml"]
     words += ["--python-platform", platform, "--python-version", python]
     words += ["--extra", extra] if extra else []
+    # The source in pyproject.toml is for the lock; here one names the index, as docs/install.md says.
+    words += ["--index", torch_index.url] if extra in ("torch-lite", "full") and "linux" in platform else []
     done = tools.run_uv(*words, folder=project, environment={"MACOSX_DEPLOYMENT_TARGET": "15.0"})
     versions = dict(line.split("==") for line in done.out.splitlines() if "==" in line)
     assert cuda_packages(versions) == []
@@ -101,3 +103,39 @@ def test_no_platform_gets_anything_of_cuda(tools, project, platform, python, ext
         assert len(versions) <= 22
     if "torch" in versions and "linux" in platform:
         assert versions["torch"].endswith("+cpu")
+
+
+NOWHERE = "http://127.0.0.1:9/cpu"
+USER = """
+[project]
+name = "user"
+version = "0"
+requires-python = ">=3.11"
+dependencies = ["mflux[torch-lite]", "torch"]
+
+[tool.uv]
+environments = ["sys_platform == 'linux'"]
+
+[tool.uv.sources]
+mflux = {{ path = "{path}" }}
+torch = {{ index = "mine" }}
+
+[[tool.uv.index]]
+name = "mine"
+url = "{url}"
+explicit = true
+"""
+
+
+def test_a_project_with_a_torch_index_of_its_own(tools, project, torch_index, tmp_path):
+    """It takes mflux from a path (or git): uv reads this project's sources too; these must not stand beside its own."""
+    pyproject = project / "pyproject.toml"
+    # Where nothing answers: nobody else is to ask there.
+    pyproject.write_text(pyproject.read_text().replace(torch_index.url, NOWHERE))
+    user = tmp_path / "user"
+    user.mkdir()
+    (user / "pyproject.toml").write_text(USER.format(path=project, url=torch_index.url))
+    tools.run_uv("lock", "--quiet", folder=user)
+    packages = tomllib.loads((user / "uv.lock").read_text())["package"]
+    (torch,) = (package for package in packages if package["name"] == "torch")
+    assert torch["source"]["registry"].rstrip("/") == torch_index.url

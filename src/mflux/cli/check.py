@@ -38,6 +38,13 @@ def build_parser() -> MfluxParser:
     return parser
 
 
+def with_command(words: Sequence[str]) -> list[str]:
+    """A command line with `model` where a model stands first: `mflux-check schnell` checks it."""
+    first = next((word for word in words if not word.startswith("-")), None)
+    plain = first is None or first == "model" or not {"--help", "-h", "--version"}.isdisjoint(words)
+    return list(words) if plain else ["model", *words]
+
+
 def check(argv: Sequence[str] | None) -> int:
     """
     Returns:
@@ -46,7 +53,7 @@ def check(argv: Sequence[str] | None) -> int:
     Raises:
         MfluxError: there is no such model, or something cannot be removed.
     """
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(with_command(sys.argv[1:] if argv is None else argv))
 
     from mflux.hub.cache import repair
     from mflux.models.common.checking import check_model
@@ -72,7 +79,7 @@ def check(argv: Sequence[str] | None) -> int:
     for line in done:
         say(f"fixed: {one_line(line)}")
     if report.broken and not args.fix:
-        say(f"fix: mflux-check model --fix {one_line(args.model_reference)}")
+        say(f"fix: mflux-check --fix {one_line(args.model_reference)}")
     if args.fix and report.holder is None:
         say("fixed: nothing, since only Hugging Face's cache is changed and this is a folder of your own")
     return 0 if report.passed else 1

@@ -175,6 +175,9 @@ def hugging_face_part() -> Part:
 
 
 def _hub_constants() -> Any:
+    from mflux.hub.library import drop_empty_settings
+
+    drop_empty_settings()
     import huggingface_hub.constants
 
     return huggingface_hub.constants

@@ -15,7 +15,8 @@ from mflux.cli import replay
 from mflux.cli.generate import Generate
 from mflux.cli.parser.parsers import Said
 from mflux.errors import MfluxError, UsageError
-from mflux.models.common.family import first_command
+from mflux.models.common.config.model_config import built_key
+from mflux.models.common.family import built, first_command
 from mflux.utils.paths import user_path
 
 
@@ -34,6 +35,27 @@ def command_for(words: Sequence[str]) -> Generate | None:
         return None
     found = getattr(importlib.import_module(command.module), "COMMAND", None)
     return found if isinstance(found, Generate) else None
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Whether a command line asks for a command's options."""
+    return not {"--help", "-h"}.isdisjoint(words)
+
+
+def help_for(command: Generate, words: Sequence[str] | None) -> None:
+    """Show a command's help, unless a model is named that it does not generate with.
+
+    Raises:
+        MfluxError: the model that a command line names is unknown, not built, or another kind of command's.
+    """
+    try:
+        key = _model_key(words or ())
+    except UsageError:
+        # A word is missing behind an option.
+        key = None
+    if key is not None and built_key(key) not in command.models:
+        raise UsageError(f"{command.command.prog} does not generate with {key}: see {built()[key]} --help")
+    command.run(words)
 
 
 def _model_key(words: Sequence[str]) -> str | None:

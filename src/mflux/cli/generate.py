@@ -245,6 +245,7 @@ class Generate:
         ):
             log.warning("--guidance is ignored: %s was made without guidance", args.model)
         memory = settle.prepare_machine(args, pipeline, len(plan.images))
+        settle.tell_seed(args, plan.said)
         for image in self.images(plan, pipeline):
             path = settle.save_picture(image, args, image.seed, self.pixels(image, args) if self.pixels else None)
             if self.after is not None:

@@ -84,6 +84,10 @@ def as_options(parser: MfluxParser, settings: Mapping[str, Any]) -> tuple[argpar
     Raises:
         UsageError: one of them is unknown, makes no sense, is missing, or excludes another.
     """
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"settings are {shown(repr(settings), 60)}, which is no table of names and values")
+    if odd := [name for name in settings if not isinstance(name, str)]:
+        raise UsageError(f"{parser.prog} has no setting {shown(repr(odd[0]), 60)}: names are text")
     args = argparse.Namespace()
     options = {action.dest: action for action in parser._actions if action.default is not argparse.SUPPRESS}
     for name, action in options.items():

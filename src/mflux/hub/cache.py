@@ -22,6 +22,7 @@ from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.readers.plain import HEAD, LARGEST_TEXT, what_else
 from mflux.checkpoints.readers.safetensors import read_header
 from mflux.errors import CheckpointError, OutputError
+from mflux.hub.library import huggingface
 from mflux.text import size
 from mflux.utils.atomic_files import remove_within, write_atomically
 
@@ -50,9 +51,7 @@ class Broken:
 
 def cache_folder() -> Path:
     """Where huggingface_hub keeps what it fetched."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
+    return Path(huggingface().constants.HF_HUB_CACHE)
 
 
 def repository_in_cache(path: Path) -> Path | None:

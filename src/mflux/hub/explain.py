@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from mflux.hub.names import Repository
+from mflux.hub.proxies import proxy_for, unusable_proxy
 from mflux.hub.secrets import without_secrets
 from mflux.text import shown, size
 
@@ -43,6 +44,11 @@ def explain(hub: ModuleType, repository: Repository, error: Exception, *, asking
         return _explain_answer(hub, repository, error)
 
     endpoint, reason = hub.constants.ENDPOINT, reason_of(error)
+    # httpx in huggingface_hub 1, httpx2 in 2.
+    transport = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    library = transport.__module__.partition(".")[0]
+    if asking and (fault := unusable_proxy(library=library)):
+        return Failure(f"no connection to {endpoint}, because {fault[0]}", fault[1], unreachable=True)
     code = _errno(error)
     if code is not None and not asking:
         return explain_disk(hub, repository, code, reason)
@@ -54,12 +60,12 @@ def explain(hub: ModuleType, repository: Repository, error: Exception, *, asking
         return Failure(
             f"the Hugging Face token cannot be sent ({reason})", "log in anew with `hf auth login`, or correct HF_TOKEN"
         )
-    # httpx in huggingface_hub 1, httpx2 in 2.
-    transport = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-    packages = ("huggingface_hub", "hf_xet", transport.__module__.partition(".")[0])
-    if isinstance(error, transport) and asking:
-        through = "the proxy" if type(error).__name__ == "ProxyError" else endpoint
-        return Failure(f"no connection to {through} ({reason})", f"check the network and {AGAIN}", unreachable=True)
+    packages = ("huggingface_hub", "hf_xet", library)
+    if asking and (isinstance(error, transport) or type(error).__name__ == "InvalidURL"):
+        proxy = proxy_for(endpoint)
+        through = f" through {proxy}" if proxy else ""
+        check = f"check the proxy, or {proxy.otherwise}," if proxy else "check the network"
+        return Failure(f"no connection to {endpoint}{through} ({reason})", f"{check} and {AGAIN}", unreachable=True)
     if isinstance(error, errors.FileMetadataError) or (asking and isinstance(error, (ValueError, KeyError, TypeError))):
         return Failure(
             f"{endpoint} does not answer like Hugging Face",

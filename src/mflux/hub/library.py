@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from types import ModuleType
 
 from mflux.errors import DownloadError
@@ -10,8 +11,19 @@ from mflux.hub.secrets import without_secrets
 from mflux.text import one_line
 from mflux.utils.progress import bar_class
 
+_ADDRESSES_AND_FOLDERS = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH")
+
+
+def drop_empty_settings() -> None:
+    """An empty variable means that none is set; huggingface_hub, which reads them while it is imported, would take it
+    for an address, or for this folder."""
+    for name in _ADDRESSES_AND_FOLDERS:
+        if name in os.environ and not os.environ[name].strip():
+            del os.environ[name]
+
 
 def huggingface() -> ModuleType:
+    drop_empty_settings()
     # Half a second to import: only those pay who get here.
     bar_class()
     try:

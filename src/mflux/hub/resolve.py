@@ -30,7 +30,7 @@ from mflux.hub.names import Repository, check_names, name_in_address
 from mflux.hub.secrets import without_secrets
 from mflux.text import shown, some, without_password
 from mflux.utils.atomic_files import remove_within
-from mflux.utils.paths import user_path
+from mflux.utils.paths import snapshot_in, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def resolve_model(
     try:
         path = user_path(text)
         if path.is_dir():
-            return path
+            return snapshot_in(path)
         is_file, in_folder = path.is_file(), path.parent.is_dir()
     except UsageError as error:
         raise DownloadError(str(error)) from None

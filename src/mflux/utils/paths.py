@@ -12,6 +12,9 @@ from mflux.text import shown
 # What an entry of Hugging Face's cache lies in: `…/models--org--name/snapshots/REVISION/…`.
 _IN_CACHE = re.compile(r"(?:^|[\\/])models--([^\\/]+?)--([^\\/]+)[\\/]snapshots[\\/][^\\/]+(?:[\\/](.+))?$")
 
+# The entry itself, in which a snapshot is found.
+_ENTRY = re.compile(r"(?:^|[\\/])models--([^\\/]+?)--([^\\/]+?)(?:[\\/]snapshots)?[\\/]?()$")
+
 
 def user_path(path: str | bytes | os.PathLike) -> Path:
     """The path that someone means: `~` and `~name` stand for a home folder, as in a shell.
@@ -44,6 +47,31 @@ def user_path(path: str | bytes | os.PathLike) -> Path:
     raise UsageError(f"cannot tell what {shown(path)} is: {reason}; write ./{shown(path)} for a file called so")
 
 
+def snapshot_in(folder: Path) -> Path:
+    """The folder to read of an entry of Hugging Face's cache, `models--org--name` or its `snapshots`, wherever it lies:
+    the snapshot that `refs/main` names, or the only one. Any other folder is itself.
+
+    Raises:
+        UsageError: there are several snapshots, or none, or the folder holds files without their names.
+    """
+    inner = folder.name in ("snapshots", "blobs", "refs")
+    entry = folder.parent if inner else folder
+    snapshots = entry / "snapshots"
+    if not is_folder(snapshots) or not (entry.name.startswith("models--") or is_folder(entry / "blobs")):
+        return folder
+    found = sorted(path for path in snapshots.iterdir() if is_folder(path))
+    if not found:
+        raise UsageError(f"{entry} is an entry of Hugging Face's cache without a snapshot: fetch the model again")
+    main = entry / "refs" / "main"
+    commit = read_bounded(main, 100).decode(errors="replace").strip() if is_file(main) else ""
+    named = next((path for path in found if path.name == commit), found[0] if len(found) == 1 else None)
+    if folder.name in ("blobs", "refs"):
+        raise UsageError(f"{folder} holds files without their names: give the folder {named or found[0]}")
+    if named is None:
+        raise UsageError(f"{folder} holds {len(found)} snapshots: give one of them, as {found[0]}")
+    return named
+
+
 def recorded_file(path: str | bytes | os.PathLike) -> str:
     """How a picture's settings name a file: without the folders that it lies in, which are nobody's business."""
     return _last_part(os.fsdecode(path))
@@ -56,7 +84,7 @@ def recorded_source(name: str | os.PathLike) -> str:
     name of a repository, or of a LoRA in a library, stays as it is.
     """
     text = os.fsdecode(name)
-    if found := _IN_CACHE.search(text):
+    if found := _IN_CACHE.search(text) or _ENTRY.search(text):
         org, repository, file = found.groups()
         return f"{org}/{repository}:{file}" if file else f"{org}/{repository}"
     if isinstance(name, os.PathLike) or text[:1] in ("/", "\\", "~", ".") or re.match(r"[A-Za-z]:[\\/]", text):

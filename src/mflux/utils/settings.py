@@ -14,6 +14,7 @@ from datetime import datetime
 from operator import attrgetter
 from typing import Any, Literal
 
+from mflux.text import plain
 from mflux.utils import values
 from mflux.utils.paths import recorded_file, recorded_source
 from mflux.utils.version_util import VersionUtil
@@ -34,9 +35,12 @@ def _strength(picture: Any) -> Any:
     return picture.image_strength if picture.image_path or picture.image_paths else None
 
 
-def _as_is(name: str) -> Callable[[Any], Any]:
-    """The attribute of a picture, None where it says nothing."""
-    return lambda picture: getattr(picture, name) or None
+def _prompt(picture: Any) -> Any:
+    return plain(picture.prompt) if isinstance(picture.prompt, str) else picture.prompt
+
+
+def _negative_prompt(picture: Any) -> Any:
+    return plain(picture.negative_prompt) if picture.negative_prompt else None
 
 
 def _source(name: str) -> Callable[[Any], Any]:
@@ -99,8 +103,8 @@ _LORA = ("lora", "lora_paths", "lora_style")
 
 # In the order in which they are written and shown.
 SETTINGS = (
-    Setting("prompt", "Prompt", lambda picture: picture.prompt, _TEXT, "--prompt", ("prompt_file",)),
-    Setting("negative_prompt", "Negative prompt", _as_is("negative_prompt"), _TEXT, "--negative-prompt"),
+    Setting("prompt", "Prompt", _prompt, _TEXT, "--prompt", ("prompt_file",)),
+    Setting("negative_prompt", "Negative prompt", _negative_prompt, _TEXT, "--negative-prompt"),
     Setting(
         "model",
         "Model",

@@ -14,7 +14,7 @@ import numbers
 import operator
 import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from mflux.errors import UsageError
@@ -247,6 +247,38 @@ def path(value: Any, name: str, *, optional: bool = False) -> Any:
         return user_path(value)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
+
+
+def paths(value: Any, name: str) -> list[Any]:
+    """Several paths as `user_path` has them; one counts as a list of one."""
+    return [path(one, name) for one in _several(value, name, (str, bytes, os.PathLike), "a path, nor a list of some")]
+
+
+def texts_or_paths(value: Any, name: str) -> list[str]:
+    """Several names or paths, as text as they are; one counts as a list of one."""
+    found = _several(value, name, (str, os.PathLike), "a name or path, nor a list of some")
+    return [text(os.fspath(one) if isinstance(one, os.PathLike) else one, f"one of {name}") for one in found]
+
+
+def reals(value: Any, name: str) -> list[float]:
+    """Several finite numbers; one counts as a list of one."""
+    found = _several(value, name, numbers.Real, "a number, nor a list of some")
+    return [real(one, f"a number in {name}") for one in found]
+
+
+def _several(value: Any, name: str, one: Any, what: str) -> list[Any]:
+    if isinstance(value, one) and not isinstance(value, bool):
+        return [value]
+    if isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping)):
+        return list(value)
+    raise UsageError(f"{name} is {_shown(value)}, which is neither {what}")
+
+
+def switch(value: Any, name: str) -> bool:
+    """True or False; a text such as "no" would be true."""
+    if type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise UsageError(f"{name} is {_shown(value)}, which is neither True nor False")
 
 
 def name(value: Any, argument: str) -> str:

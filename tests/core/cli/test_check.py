@@ -340,7 +340,7 @@ def test_a_broken_entry_is_told_and_removed_on_demand(cli, cached, name):
     assert (result.status, lines(result, "check")) == (1, ["fail"])
     (broken,) = lines(result, "broken")
     assert broken.startswith(f"{path} ") and told in broken
-    assert lines(result, "fix") == ["mflux-check model --fix org/schnell"]
+    assert lines(result, "fix") == ["mflux-check --fix org/schnell"]
     assert everything(cached.parent) == before, "a check changes nothing"
     result = cli("check", "model", "--fix", "org/schnell")
     assert result.status == 1, "it has to be fetched again"
@@ -453,3 +453,20 @@ def test_nothing_a_file_says_reaches_the_terminal_as_it_is(cli, in_folder):
 def test_python(tiny_dev):
     report = check_model(str(tiny_dev), "dev")
     assert report.passed and report.model == "dev" and report.root == tiny_dev and report.holder is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["demo"], ["model", "demo"], ["--fix", "demo"], ["--base-model", "demo", "demo"], ["demo", "--base-model", "demo"],
+     ["-v", "demo"], ["-v", "model", "demo"], ["model", "--fix", "demo"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_model_is_checked_with_and_without_the_word(cli, words):
+    result = cli("check", *words)
+    assert (result.status, result.out.splitlines()[:2]) == (0, ["check: pass", "model: demo"])
+
+
+@pytest.mark.parametrize("words", [[], ["--nonsense"], ["model"]])
+def test_no_model_to_check(cli, words):
+    result = cli("check", *words)
+    assert result.status == 2 and len(result.errors) == 1

@@ -249,7 +249,7 @@ def test_a_model_of_another_kind(refused, broken):
         model=broken,
         status=1,
         message=f"{broken} holds a QwenImageTransformer2DModel, not a FLUX.1 transformer: "
-        "mflux-generate-qwen draws with it",
+        "mflux-generate-qwen --base-model qwen-image draws with it",
     )
 
 
@@ -270,8 +270,8 @@ def test_an_empty_folder(refused, broken):
     refused(
         model=broken,
         status=1,
-        message=f"{broken}/transformer/config.json is missing: "
-        "the folder is not a complete model in the diffusers layout",
+        message=f"{broken} is an empty folder: give a folder of a model in the diffusers layout, a repository "
+        "(org/name), or a name that mflux --help lists",
     )
 
 

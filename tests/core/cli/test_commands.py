@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 import mflux
 from mflux.cli.commands import COMMANDS
-from mflux.cli.parser.parsers import MfluxParser
+from mflux.cli.parser.parsers import MfluxParser, Said
 from mflux.errors import UsageError
 from mflux.models.common.family import built
 from mflux.models.common.memory import release
@@ -57,7 +58,7 @@ def test_a_mistyped_command_gets_the_nearest(cli, typed, meant):
 @pytest.mark.parametrize("typed, meant", [("schnel", "schnell"), ("Krea-Dve", "krea-dev")])
 def test_a_mistyped_model_gets_the_nearest(cli, in_folder, command, typed, meant):
     result = cli(command, "--model", typed, *(BASIC if command == "generate" else ["--path", "x"]))
-    assert result.status == 2 and f"the model {typed!r} is not known (did you mean {meant}?)" in result.errors[0]
+    assert result.status == 2 and f"no model and no folder {typed!r} (did you mean {meant}?)" in result.errors[0]
 
 
 @pytest.mark.parametrize("name", ["demo", "schnell", "dev"])
@@ -221,3 +222,23 @@ def test_a_part_that_does_not_exist_is_not_released(tiny_schnell):
     assert "vae" in flux.loaded()
     release(flux, "vae")
     assert flux.loaded() == {}
+
+
+# ---- the version
+
+
+@pytest.mark.parametrize(
+    "version, is_old",
+    [("0.24.0", True), ("0.9.1", True), ("0.17", True), ("0.25.0.dev0", False), ("0.25.0", False), ("0.100.0", False),
+     ("1.0.0.dev0", False), ("unknown", False), ("", False), ("0", False), (None, False)],
+)  # fmt: skip
+def test_what_counts_as_made_by_024_or_older(version, is_old):
+    """This project's first version is 0.25.0; its checkouts called themselves 1.0.0.dev0 before."""
+    assert Said(file_version=version).is_old is is_old
+    assert not Said(file_version=mflux.__version__).is_old
+
+
+def test_the_version_is_one_that_programs_of_024_ask_for():
+    """They pin mflux<0.26 or <1.0; pip would put an older one in the place of another version."""
+    version = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["version"]
+    assert version.startswith("0.25.")

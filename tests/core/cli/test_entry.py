@@ -91,3 +91,20 @@ def test_what_is_wrong_is_said_by_the_command_that_it_was_handed_to(cli):
     result = cli("generate", "--model", "z-image-turbo", "--prompt", "x", "--nonsense")
     told = "unrecognized arguments: --nonsense (see mflux-generate-z-image-turbo --help)"
     assert (result.status, result.errors) == (2, [f"error: {told}"])
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("seedvr2-3b", "mflux-generate does not generate with seedvr2-3b: see mflux-upscale-seedvr2 --help"),
+        ("krea-2-raw", "krea-2-raw is not built yet in this version (the family krea2)"),
+        ("schnel", "there is no model and no folder 'schnel' (did you mean schnell?)"),
+        ("black-forest-labs/FLUX.2-dev", "the model 'black-forest-labs/FLUX.2-dev' is not known: 'flux2' in its name"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_for_a_model_that_it_does_not_generate_with(cli, model, told, flag):
+    """FLUX.1's help would be taken for that model's."""
+    result = cli("generate", "--model", model, flag)
+    assert result.status == 2 and not result.out
+    assert [line[7 : 7 + len(told)] for line in result.errors] == [told]

@@ -837,7 +837,7 @@ def test_the_class_warns_about_a_negative_prompt(tiny_schnell, caplog):
     flux = Flux1(model_path=str(tiny_schnell))
     flux.generate_image(1, PROMPT, 1, 16, 16, negative_prompt="blue")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["--negative-prompt is ignored: FLUX.1 has no negative branch"]
+    assert warnings == ["the negative prompt is ignored: FLUX.1 has no negative branch"]
 
 
 def test_the_noise_is_mflux_s(tiny_schnell):
@@ -859,3 +859,12 @@ def test_packing_and_unpacking():
     # Token by token: 16 channels of a 2 x 2 patch, the channel slowest.
     assert mx.array_equal(packed[1, 4].reshape(16, 2, 2), latents[1, :, 2:4, 2:4])
     assert mx.array_equal(FluxLatentCreator.unpack_latents(packed, height=32, width=48), latents)
+
+
+def test_a_seed_that_the_clock_chose_is_said(cli, in_folder):
+    words = ["--model", "demo", "--prompt", "x", "--steps", 1, "--width", 16, "--height", 16]
+    told = [line for line in cli("generate", *words, "--metadata").err.splitlines() if line.startswith("seed ")]
+    seed = json.loads(Path("image.metadata.json").read_text())["seed"]
+    assert told == [f"seed {seed}, by the clock: --seed {seed} makes this image again"]
+    assert "by the clock" not in cli("generate", *words, "--seed", 3).err
+    assert "by the clock" not in cli("generate", *words, "--auto-seeds", 2).err

@@ -11,6 +11,7 @@ import threading
 import pytest
 from PIL import Image
 
+import mflux
 from mflux.cli.process import signals_raise
 from mflux.cli.terminal import run
 
@@ -111,7 +112,7 @@ def test_what_somebody_has_set_stays():
 IMPORTING = """
 import builtins, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.orig_argv[:] = [sys.executable, "/somewhere/bin/" + sys.argv[1]]
+sys.orig_argv[:] = [sys.executable, "/somewhere/bin/" + sys.argv[1], *sys.argv[1:]]
 import mflux
 real = builtins.__import__
 def stop(name, *args, **kwargs):
@@ -128,7 +129,43 @@ sys.exit(main(["--version"]))
 def test_ctrl_c_while_a_command_is_imported(environment, at):
     call = [sys.executable, "-c", IMPORTING, "mflux-generate", at]
     done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "error: stopped\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: stopped\n")
+
+
+REMOVING = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.orig_argv[:] = [sys.executable, "-OO", "-m", "mflux"]
+sys.argv[:] = ["-m"]
+import mflux
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+Last()
+time.sleep(20)
+"""
+
+
+def test_ctrl_c_while_an_object_is_removed(environment):
+    """Python says "Exception ignored in" then, and goes on."""
+    done = subprocess.run([sys.executable, "-c", REMOVING], capture_output=True, text=True, env=environment, timeout=15)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: stopped\n")
+
+
+@pytest.mark.parametrize("options", [[], ["-OO"], ["-I"], ["-OO", "-I", "-X", "utf8"]], ids=" ".join)
+def test_python_m(options, tmp_path, environment):
+    """For who has the package and not its commands on the PATH; from any folder."""
+    where = [sys.executable, *options, "-c", "import mflux; print(mflux.__path__[0])"]
+    if subprocess.run(where, capture_output=True, text=True, env=environment).stdout.strip() != mflux.__path__[0]:
+        pytest.skip("-I sees installed packages only, and another checkout is installed")
+    words = ["generate", "--model", "demo", "--prompt", "x", "--steps", "1", "--seed", "1"]
+    runs = [(["--version"], 0, "mflux "), (["--help"], 0, "usage: mflux COMMAND"), (["nonsense"], 2, "")]
+    for arguments, status, said in [*runs, (words, 0, "image.png")]:
+        call = [sys.executable, *options, "-m", "mflux", *arguments]
+        done = subprocess.run(call, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == status and done.stdout.startswith(said), done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_program_of_somebody_keeps_its_traceback(environment):

@@ -13,9 +13,10 @@ import pytest
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import load_component
 from mflux.errors import CheckpointError, DownloadError, UsageError
+from mflux.models.common.family import families, load_object
 from mflux.models.common.lora.adapters import Adapter, Kronecker, LoraLinear, LowRank, dense, linear_layers, merged
 from mflux.models.common.lora.library import find_lora, library, settle_scales
-from mflux.models.common.lora.names import Spelling, spelled
+from mflux.models.common.lora.names import DOTTED, JOINED, Spelling, spelled
 from mflux.models.common.lora.reading import Loras
 from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
 from mflux.models.flux.lora_names import LORA
@@ -255,6 +256,136 @@ def test_lokr(match, skeletons, tiny_schnell, tmp_path, stem, layers, form, magn
         assert np.allclose(np.array(wrapped[layer](mx.array(x))), x @ (weight + part).T + bias, atol=2e-5), layer
 
 
+def beside(loras: Loras, folder: Path) -> dict[str, LoraLinear]:
+    """The layers that compute adapters beside their weights."""
+    module = loras.apply(
+        "transformer", lambda adjust: load_component(FluxTransformer, folder / "transformer"), bake=False
+    )
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLinear)}
+
+
+@pytest.mark.parametrize("rank", [2, 20], ids=["small", "larger than the whole"])
+@pytest.mark.parametrize("form", ["plain", "no alpha", "tucker", "magnitudes"])
+@pytest.mark.parametrize(
+    ("stem", "layers"),
+    [("lycoris_transformer_blocks_0_attn_to_q", IMAGE[:1]), ("lora_unet_single_blocks_0_linear1", SINGLE)],
+)
+def test_loha(match, skeletons, tiny_schnell, tmp_path, stem, layers, form, rank):
+    """(w1_a · w1_b) ∘ (w2_a · w2_b) · alpha / rank, as LyCORIS writes it; baked, and computed beside the weights."""
+    sizes = linear_layers(skeletons["transformer"])
+    height, alpha, scale = sum(sizes[layer][0] for layer in layers), 3.0, 0.7
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32) / shape[-1] ** 0.5
+
+    tensors: dict[str, np.ndarray] = {} if form == "no alpha" else {"alpha": np.float32(alpha)}
+    change = np.ones((height, WIDTH))
+    for number in (1, 2):
+        if form == "tucker":
+            a, b, core = draw(rank, height), draw(rank, WIDTH), draw(rank, rank, 1, 1)
+            tensors |= {f"hada_w{number}_a": a, f"hada_w{number}_b": b, f"hada_t{number}": core}
+            change = change * (a.T @ core[:, :, 0, 0] @ b)
+        else:
+            a, b = draw(height, rank), draw(rank, WIDTH)
+            tensors |= {f"hada_w{number}_a": a, f"hada_w{number}_b": b}
+            change = change * (a @ b)
+    change = change * (1 if form == "no alpha" else alpha / rank)
+    stored = mx.load(str(next((tiny_schnell / "transformer").glob("*.safetensors"))))
+    if form == "magnitudes":
+        weight = np.concatenate([np.array(stored[f"{layer}.weight"]) for layer in layers])
+        lengths = np.linalg.norm(weight + change, axis=1, keepdims=True)
+        tensors["dora_scale"] = (lengths * random.uniform(0.7, 1.3, lengths.shape)).astype(np.float32)
+        change = (weight + change) * tensors["dora_scale"] / lengths - weight
+    path = write(tmp_path / "a.safetensors", {f"{stem}.{part}": mx.array(value) for part, value in tensors.items()})
+    want = rows_of(scale * change, layers, skeletons)
+    found = changed(match(path, scale), tiny_schnell)
+    assert found.keys() == want.keys()
+    wrapped = beside(match(path, scale), tiny_schnell)
+    assert wrapped.keys() == want.keys()
+    x = draw(2, 5, WIDTH)
+    for layer, part in want.items():
+        assert np.abs(part).max() > 1e-3
+        assert np.allclose(found[layer], part, atol=1e-5), layer
+        weight, bias = (np.array(stored[f"{layer}.{leaf}"]) for leaf in ("weight", "bias"))
+        assert np.allclose(np.array(wrapped[layer](mx.array(x))), x @ (weight + part).T + bias, atol=5e-5), layer
+
+
+MAGNITUDES = (
+    "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default",
+    "lora_magnitude_vector.default.weight", "dora_scale",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAGNITUDES)
+@pytest.mark.parametrize("columns", [False, True])
+def test_dora_in_peft_s_layout(match, tiny_schnell, tmp_path, name, columns):
+    """m · (W + s·B·A) / |W + s·B·A|, row by row (Liu et al. 2024); PEFT's m has one axis."""
+    layer = IMAGE[0]
+    stored = mx.load(str(next((tiny_schnell / "transformer").glob("*.safetensors"))))
+    weight = np.array(stored[f"{layer}.weight"])
+    tensors = pair()
+    down, up = map(np.array, tensors.values())
+    whole = weight + 2.0 * up @ down
+    lengths = np.linalg.norm(whole, axis=1)
+    magnitude = (lengths * np.random.default_rng(1).uniform(0.7, 1.3, lengths.shape)).astype(np.float32)
+    shape = (WIDTH, 1) if columns else (WIDTH,)
+    tensors |= {f"{TO_Q}.{name}": mx.array(magnitude.reshape(shape))}
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})}
+    path = write(tmp_path / "a.safetensors", tensors, metadata)
+    want = magnitude[:, None] * whole / lengths[:, None]
+    assert np.allclose(changed(match(path), tiny_schnell)[layer], want - weight, atol=1e-5)
+    x = np.array(noise(3, 5, WIDTH))
+    got = beside(match(path), tiny_schnell)[layer](mx.array(x))
+    assert np.allclose(np.array(got), x @ want.T + np.array(stored[f"{layer}.bias"]), atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hada_w1_b": None}, f" is incomplete: {TO_Q} has no hada_w1_b"),
+        ({"hada_w2_a": None}, f" is incomplete: {TO_Q} has no hada_w2_a"),
+        ({"hada_w1_b": (3, WIDTH)}, f" is damaged: the factors of {TO_Q}'s hada_w1 do not fit"),
+        ({"hada_w2_b": (2, WIDTH + 1)}, f" is damaged: the two products of {TO_Q} differ in shape"),
+        ({"hada_t1": (2, 3, 1, 1)}, f" is damaged: {TO_Q}.hada_t1 does not fit its factors"),
+        ({"hada_w1_a": (33, 2), "hada_w2_a": (33, 2)}, f" does not fit this model: {TO_Q} changes a matrix"),
+        ({"lora_A.weight": (2, WIDTH), "lora_B.weight": (WIDTH, 2)}, f" changes {TO_Q} twice: as LoHa and as LoRA"),
+        ({"lokr_w1": (2, 2)}, f" changes {TO_Q} twice: as LoHa and as LoKr"),
+    ],
+)
+def test_a_damaged_loha(match, tmp_path, change, told):
+    shapes = {"hada_w1_a": (WIDTH, 2), "hada_w1_b": (2, WIDTH), "hada_w2_a": (WIDTH, 2), "hada_w2_b": (2, WIDTH)}
+    tensors = {f"{TO_Q}.{part}": noise(5, *shape) for part, shape in (shapes | change).items() if shape}
+    assert refused(match, tmp_path, tensors).startswith(told)
+
+
+def test_changes_of_norms_in_lycoris_layout(match, tiny_schnell, tmp_path):
+    """Its module of norms adds `w_norm` and `b_norm` to what is there, as ComfyUI's `diff` and `diff_b`."""
+    layer = "transformer_blocks.0.attn.norm_q"
+    stored = mx.load(str(next((tiny_schnell / "transformer").glob("*.safetensors"))))
+    value = noise(3, *stored[f"{layer}.weight"].shape)
+    path = write(tmp_path / "a.safetensors", {f"lycoris_{layer.replace('.', '_')}.w_norm": value})
+    loras = match(path, 0.5)
+    module = loras.apply(
+        "transformer",
+        lambda adjust: load_component(FluxTransformer, tiny_schnell / "transformer", adjust=adjust),
+        bake=True,
+    )
+    found = module.transformer_blocks[0].attn.norm_q.weight
+    assert np.allclose(np.array(found), np.array(stored[f"{layer}.weight"] + 0.5 * value), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [name for name, family in families().items() if family.lora])
+def test_every_family_knows_every_prefix(family):
+    """What one family's files may have before a name, every family's may."""
+    names = load_object(families()[family].lora)
+    found = spelled(names.spellings, {"transformer": {"blocks.0.attn": (2, 2)}})
+    wanted = {f"{prefix}blocks.0.attn" for prefix in DOTTED} | {f"{prefix}blocks_0_attn" for prefix in JOINED}
+    assert wanted <= found.keys()
+    own = [one.prefixes for one in names.spellings if one.component == "transformer" and one.prefixes is not None]
+    assert own == []
+
+
 # ---- biases
 
 
@@ -463,10 +594,28 @@ def test_a_damaged_file(match, tmp_path, change, told):
     assert refused(match, tmp_path, tensors).startswith(told)
 
 
-@pytest.mark.parametrize("name", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale"])
-def test_dora_in_peft_layout(match, tmp_path, name):
-    told = refused(match, tmp_path, pair() | {f"{TO_Q}.{name}": mx.ones((WIDTH, 1))})
-    assert told.startswith(" is a DoRA in PEFT's layout, which is not built in this version")
+OTHER_KINDS = {
+    "OFT or BOFT": ("oft_blocks", "oft_R.weight", "oft_r", "boft_R", "oft_diag"),
+    "GLoRA": ("a1.weight", "b2.weight"),
+    "(IA)³": ("ia3_l", "on_input"),
+    "AdaLoRA": ("lora_E",),
+    "VeRA": ("vera_lambda_b",),
+    "FourierFT": ("fourierft_spectrum",),
+    "HRA": ("hra_u",),
+    "Bone or MiSS": ("bone_block",),
+    "LoRA with a middle factor (LoCon with CP)": ("lora_mid.weight",),
+    "whole weights in place of the model's": ("set_weight", "reshape_weight"),
+}
+
+
+@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind, parts in OTHER_KINDS.items() for part in parts])
+@pytest.mark.parametrize("stem", [TO_Q, "lora_unet_double_blocks_0_img_attn_qkv"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_kind_that_is_not_built_is_refused_by_its_name(match, tmp_path, kind, part, stem, mixed):
+    """Also where other layers have a LoRA: half of a change is not what was trained."""
+    tensors = {f"{stem}.{part}": mx.zeros((2, 2))} | (pair() if mixed else {})
+    told = f" holds {kind} ({stem}.{part}), which this version does not apply: take a LoRA, LoHa, LoKr or DoRA of it"
+    assert refused(match, tmp_path, tensors) == told
 
 
 @pytest.mark.parametrize("metadata", ["{", "[]", '{"lora_alpha": "x"}'])
@@ -488,10 +637,10 @@ def test_a_layer_that_two_layouts_change(match, tiny_schnell, tmp_path):
 
 
 def test_what_belongs_to_no_layer_is_told(match, tmp_path, caplog):
-    extra = {"lora_te2_encoder_block_0_layer_0.alpha": mx.array(1.0), f"{TO_Q}.hada_w1_a": mx.zeros((2, 2))}
+    extra = {"lora_te2_encoder_block_0_layer_0.alpha": mx.array(1.0), f"{TO_Q}.strange": mx.zeros((2, 2))}
     match(write(tmp_path / "a.safetensors", pair() | extra))
     assert caplog.messages == [
-        f"a.safetensors: 2 of 4 tensors belong to no layer: lora_te2_encoder_block_0_layer_0.alpha, {TO_Q}.hada_w1_a"
+        f"a.safetensors: 2 of 4 tensors belong to no layer: lora_te2_encoder_block_0_layer_0.alpha, {TO_Q}.strange"
     ]
 
 

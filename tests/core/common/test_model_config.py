@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from mflux.errors import InvalidBaseModel, MfluxError, ModelConfigError, UsageError
+from mflux import hub
+from mflux.cli.commands import COMMANDS
+from mflux.errors import InvalidBaseModel, MfluxError, ModelConfigError, OtherModelError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, DEFAULT_STEPS, built_key, key_of
-from mflux.models.common.family import built
+from mflux.models.common.family import built, families
 from mflux.models.common.registry import MODELS
 
 FACTS = json.loads((Path(__file__).parents[2] / "data" / "surface" / "models.json").read_text())
@@ -109,8 +113,19 @@ def test_what_a_caller_changes_is_its_own():
         ("/home/schnell/models/flux-dev", "dev"),  # only the last part tells
         ("someone/Dev-Mix", "dev"),
         ("someone/devilish-schnell", "schnell"),
-        ("someone/developed", "dev"),  # within a word, for want of better
-        ("someone/devilish-dev", "dev"),
+        ("someone/my-dev-4-bit", "dev"),
+        ("someone/flux-dev-anime-v2", "dev"),
+        ("someone/FLUX.1-Fill-dev-mflux-q8-lora01", "dev-fill"),  # all its words, in any order
+        ("someone/FLUX.1-Kontext-dev-8bit", "dev-kontext"),
+        ("someone/FLUX.2-klein-4B-8bit", "flux2-klein-4b"),
+        ("someone/FLUX.2-klein-base-9b-fp8", "flux2-klein-base-9b"),
+        ("Qwen/Qwen-Image", "qwen-image"),
+        ("Qwen/Qwen-Image-Edit", "qwen-image-edit"),
+        ("someone/Qwen-Image-2512-8bit", "qwen-image"),
+        ("someone/qwen-8bit", "qwen-image"),
+        ("someone/Z-Image-Base-bf16", "z-image"),
+        ("someone/FIBO-mflux-8bit", "fibo"),
+        ("someone/fibo_lite_q8", "fibo-lite"),
         ("/cache/hub/models--black-forest-labs--FLUX.1-schnell/snapshots/0123abc", "schnell"),
     ],
 )
@@ -122,10 +137,83 @@ def test_a_name_may_tell(name, key):
     assert key_of(name) == key
 
 
-@pytest.mark.parametrize("name", ["nonsense", "someone/model", "/home/dev/models/mine", "", "/", "demolition"])
+@pytest.mark.parametrize("name", ["nonsense", "someone/model", "/home/dev/models/mine", "", "demolition"])
 def test_a_name_that_tells_nothing(name):
     with pytest.raises(ModelConfigError, match="is not known: use --model with demo"):
         ModelConfig.from_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "recalled"),
+    [
+        ("black-forest-labs/FLUX.2-dev", "flux2", "dev"),
+        ("black-forest-labs/FLUX.2-pro", "flux2", None),
+        ("someone/flux2-dev-8bit", "flux2", "dev"),
+        ("HiDream-ai/HiDream-I1-Dev", "hidream", "dev"),
+        ("Lightricks/LTX-Video-0.9.7-dev", "ltx", "dev"),
+        ("black-forest-labs/FLUX.1-Canny-dev", "canny", "dev"),
+        ("someone/FLUX.1-dev-ControlNet-Union-Pro", "controlnet", "dev"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2.5", None),
+        ("Qwen/Qwen3-4B", "qwen3", None),
+        ("Qwen/Qwen-VL", "vl", "qwen-image"),
+        ("Qwen/Qwen-7B", "7b", "qwen-image"),
+        ("Qwen/Qwen-Image-Layered", "layered", "qwen-image"),
+        ("someone/Qwen-Image-2.0", "2.0", "qwen-image"),
+        ("someone/Z-Image-Edit", "edit", "z-image"),
+        ("someone/Z-Image-Omni-Base", "omni", "z-image"),
+        ("someone/Z-Image-2", "2", "z-image"),
+        ("briaai/FIBO-vlm", "vlm", "fibo"),
+        ("someone/FLUX.2-klein-32B", "32b", "flux2-klein-4b"),
+        ("someone/devilish-dev", "devilish", "dev"),
+        ("someone/contact-lens", "contact", "lens-turbo"),
+        ("stabilityai/stable-diffusion-3.5-large", "stable", None),
+        ("/cache/models--black-forest-labs--FLUX.2-dev/snapshots/0123abc", "flux2", "dev"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_another_model_s(name, word, recalled):
+    """It is refused by its name, lest something be fetched, and no command sends to another that sends back."""
+    with pytest.raises(OtherModelError) as caught:
+        key_of(name)
+    also = f", though it recalls {recalled};" if recalled else ";"
+    assert f"is not known: {word!r} in its name says that it is another{also}" in str(caught.value)
+    # Whoever knows better says so.
+    assert key_of(name, "dev") == "dev"
+
+
+GENERATING = [command.name for family in families().values() for command in family.commands if command.pipeline]
+OTHERS = ("black-forest-labs/FLUX.2-dev", "Qwen/Qwen-Image-Layered", "someone/devilish-dev")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("command", GENERATING + ["save"])
+def test_no_command_takes_another_model_for_its_own(command, name, cli, in_folder, monkeypatch):
+    monkeypatch.setattr(hub.resolve, "_fetch", lambda repository: pytest.fail(f"{repository} would be fetched"))
+    Image.new("RGB", (16, 16)).save("a.png")
+    parser = importlib.import_module(COMMANDS[command].module).build_parser()
+    needed = []
+    for action in parser._actions:
+        if action.required and action.dest != "model":
+            needed += [action.option_strings[0], "canny:a.png" if action.dest == "control" else "a.png"]
+    result = cli(command, "--model", name, *needed)
+    assert result.status == 2 and len(result.errors) == 1
+    assert "in its name says that it is another" in result.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "base_model", "key"),
+    [("demo", "z-image", None), ("demo", "schnell", None), ("schnell", "z-image", None), ("z-image", "dev", None),
+     ("schnell", "dev", "schnell"), ("demo", "demo", "demo"), ("black-forest-labs/FLUX.1-dev", "dev-fill", "dev"),
+     ("Tongyi-MAI/Z-Image", "qwen-image", None)],
+)  # fmt: skip
+def test_a_base_model_of_a_model_of_its_own(model, base_model, key):
+    """It says nothing there; what contradicts it is not ignored."""
+    if key is not None:
+        assert key_of(model, base_model) == key
+        return
+    with pytest.raises(
+        ModelConfigError, match=f"{model} is a model of its own, which does not derive from {base_model}"
+    ):
+        key_of(model, base_model)
 
 
 def test_no_name():

@@ -27,7 +27,7 @@ LEVELS = (
     ("callbacks",),
     ("models.common",),
     ("callbacks.instances", "models"),
-    ("commands", "programs", "import_paths"),
+    ("commands", "programs", "import_paths", "__main__"),
 )
 
 

@@ -509,7 +509,7 @@ TINY = (
             ("transformer", {"in_channels": 16}, "16"),
             ("text_encoder", {"hidden_size": 64}, "different models"),
             ("vae", {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]}, "8 pixels"),
-            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "mflux-generate draws"),
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "mflux-generate --base-model schnell draws"),
             ("transformer", {"guidance_embeds": True}, "guidance_embeds"),
             ("text_encoder", {"bos_token_id": 320}, "none of 320 tokens"),
         ),

@@ -583,7 +583,7 @@ def test_a_picture_of_024_is_drawn_with_its_schedule(cli, in_folder, model):
     assert not np.array_equal(pixels(linear), pixels(plain))
     assert np.array_equal(pixels(replayed(cli, command, model, OLD)), pixels(linear))
     # What is newer has the checkpoint's, unless its settings say another.
-    new = OLD | {"mflux_version": "1.0.0"}
+    new = OLD | {"mflux_version": "0.25.0"}
     assert np.array_equal(pixels(replayed(cli, command, model, new)), pixels(plain))
     assert np.array_equal(pixels(replayed(cli, command, model, new | {"scheduler": "linear"})), pixels(linear))
     # And what is said holds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,9 @@ class Said:
     @property
     def is_old(self) -> bool:
         """Whether the earlier image was made with mflux 0.24 or an older version."""
-        return self.file_version is not None and self.file_version.startswith("0.")
+        numbers = re.match(r"(\d{1,9})\.(\d{1,9})", self.file_version or "")
+        # 0.25.0 is the first that is not.
+        return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 25)
 
 
 class _NotTyped:

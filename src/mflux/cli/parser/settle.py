@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from mflux.cli.parser.parsers import Said
 from mflux.cli.terminal import say_line
-from mflux.errors import ModelConfigError, NotBuiltError, UsageError
+from mflux.errors import ModelConfigError, NotBuiltError, OtherModelError, UsageError
 from mflux.models.common.family import built
 from mflux.models.common.lora.library import settle_scales
 from mflux.models.common.lora.styles import style_path
-from mflux.text import size
+from mflux.text import plain, size
 from mflux.utils import values
 from mflux.utils.paths import read_bounded
 from mflux.utils.scale_factor import ScaleFactor
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from mflux.callbacks.instances.memory_saver import MemorySaver
     from mflux.models.common.pipeline import Pipeline
     from mflux.utils.generated_image import GeneratedImage
+
+log = logging.getLogger(__name__)
 
 # Of a prompt's file: nobody's has more.
 _LARGEST = 16 << 20
@@ -175,6 +179,12 @@ def settle_seeds(args: argparse.Namespace, said: Said) -> None:
         add_to_name(args, "_seed_", "{seed}")
 
 
+def tell_seed(args: argparse.Namespace, said: Said) -> None:
+    """Say which seed the clock chose, once all else is in order."""
+    if args.auto_seeds <= 0 and not said.was_set("seed"):
+        log.info("seed %d, by the clock: --seed %d makes this image again", args.seed[0], args.seed[0])
+
+
 def add_to_name(args: argparse.Namespace, words: str, placeholder: str) -> None:
     """Let `--output` give each of several pictures a name, unless it does."""
     output = Path(args.output)
@@ -200,16 +210,10 @@ def read_prompt(args: argparse.Namespace, said: Said) -> str:
                 raise PromptFileReadError(
                     'there is no prompt: standard input is closed: say it with --prompt "…", or pipe it in'
                 )
-            text = sys.stdin.read(_LARGEST + 1)
-            if len(text) > _LARGEST:
-                raise PromptFileReadError(f"{source} brings more than {size(_LARGEST)}: no prompt is as long")
-            prompt = text.removeprefix("\ufeff").strip()
+            prompt = _text_of(_standard_input(), source).strip()
         elif args.prompt_file is not None:
             source = f"the prompt file {args.prompt_file}"
-            content = read_bounded(args.prompt_file, _LARGEST)
-            if len(content) > _LARGEST:
-                raise PromptFileReadError(f"{source} has more than {size(_LARGEST)}: no prompt is as long")
-            prompt = content.decode("utf-8-sig").strip()
+            prompt = _text_of(read_bounded(args.prompt_file, _LARGEST), source).strip()
         else:
             prompt = args.prompt or ""
         # What the shell passed on in another encoding comes as surrogates.
@@ -220,7 +224,37 @@ def read_prompt(args: argparse.Namespace, said: Said) -> str:
         raise PromptFileReadError(f"{source} is not text in UTF-8: write the prompt in UTF-8") from None
     if not prompt.strip():
         raise PromptFileReadError(f"there is no prompt: {source} is empty")
-    return prompt
+    return plain(prompt)
+
+
+# What a text in UTF-16 or UTF-32 begins with; the longer one first, which begins like the shorter.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _standard_input() -> bytes | str:
+    """What is piped in. Its bytes, where it has any: its encoding is the shell's, and no pipe's."""
+    return sys.stdin.buffer.read(_LARGEST + 1) if hasattr(sys.stdin, "buffer") else sys.stdin.read(_LARGEST + 1)
+
+
+def _text_of(content: bytes | str, source: str) -> str:
+    """
+    Raises:
+        PromptFileReadError: it is longer than any prompt.
+        UnicodeError: it is not UTF-8, nor in another Unicode encoding that its mark tells.
+    """
+    from mflux.utils.exceptions import PromptFileReadError
+
+    if len(content) > _LARGEST:
+        raise PromptFileReadError(f"{source} has more than {size(_LARGEST)}: no prompt is as long")
+    if isinstance(content, str):
+        return content
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    return content.decode(encoding)
 
 
 def settle_model(
@@ -254,6 +288,8 @@ def settle_model(
     args.base_model = args.base_model or recorded_base_model(args.model)
     try:
         meant = (stands_for or {}).get(key_of(args.model, args.base_model))
+    except OtherModelError:
+        raise
     except ModelConfigError:
         if default_model is None:
             raise
@@ -292,6 +328,8 @@ def prepare_machine(args: argparse.Namespace, pipeline: Pipeline, pictures: int)
     if args.vae_tiling or args.vae_tile_size:
         pipeline.tiling_config = TilingConfig(vae_decode_tile_size=args.vae_tile_size or 512)
     pipeline.vae_full_precision = getattr(args, "vae_full_precision", False)
+    if pipeline.vae_full_precision and (args.vae_tiling or args.vae_tile_size):
+        log.warning("--vae-tiling is ignored: --vae-full-precision decodes the whole image at once")
     limit = int(args.mlx_cache_limit_gb * 1e9) if args.mlx_cache_limit_gb else None
     pipeline.callbacks.register(BatterySaver(args.battery_percentage_stop_limit))
     if args.stepwise_image_output_dir:

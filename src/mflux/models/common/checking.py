@@ -27,7 +27,7 @@ from mflux.models.common.pipeline import Pipeline
 from mflux.models.common.registry import MODELS
 from mflux.models.common.saved_model import FILE_NAME, recorded_base_model
 from mflux.text import some
-from mflux.utils.paths import user_path
+from mflux.utils.paths import snapshot_in, user_path
 
 _SENDS_NOTHING = "a check sends nothing: draw with it once, which fetches it"
 # What mflux 0.24 wrote into its files' headers.
@@ -101,7 +101,7 @@ def _root(reference: str) -> tuple[Path | None, str]:
     # pathlib's own test raises for a name that is too long.
     try:
         if path.exists():
-            return path, reference
+            return snapshot_in(path), reference
     except OSError as error:
         raise DownloadError(f"cannot look for {path}: {error.strerror or error}") from None
     if is_builtin(reference):

@@ -6,7 +6,7 @@ import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
-from mflux.errors import UsageError
+from mflux.errors import ModelConfigError, UsageError
 from mflux.models.common.config.model_config import ModelConfig, built_key, is_builtin
 from mflux.models.common.family import family_of
 from mflux.models.common.saved_model import recorded_base_model
@@ -44,6 +44,29 @@ def load(
         DownloadError: the weights cannot be had.
         CheckpointError: the folder is not a model of this kind.
     """
+    try:
+        return _load(name, quantize, model_path, lora_paths, lora_scales, base_model, settings)
+    except ModelConfigError as error:
+        # It speaks of options, for who types a command.
+        error.args = (as_arguments(str(error)),)
+        raise
+
+
+def as_arguments(message: str) -> str:
+    """A sentence about a model's name, for who called `load`."""
+    message = message.replace("use --model with demo", "name demo").replace("say --model", "load")
+    return message.replace("--base-model", "base_model").replace("--lora (lora_paths in Python)", "lora_paths")
+
+
+def _load(
+    name: Any,
+    quantize: Any,
+    model_path: Any,
+    lora_paths: Any,
+    lora_scales: Any,
+    base_model: Any,
+    settings: dict[str, Any],
+) -> Pipeline:
     name = values.name(name, "name")
     base_model = values.text(base_model, "base_model", optional=True) or recorded_base_model(name)
     key = built_key(name, base_model)

@@ -6,6 +6,7 @@ is in `pipeline.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
@@ -20,6 +21,7 @@ from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.hub import resolve_model
+from mflux.models.common.arguments import checked
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig, check_is_somewhere
 from mflux.models.common.family import STAGES, Component, Family, families, load_object
@@ -27,9 +29,12 @@ from mflux.models.common.lora.library import find_loras
 from mflux.models.common.lora.names import LoraNames
 from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
+from mflux.models.common.on_disk import kind_on_disk
 from mflux.models.common.saved_model import FILE_NAME, record
 from mflux.text import shown
-from mflux.utils.paths import user_path
+from mflux.utils.paths import is_file, is_folder, user_path
+
+log = logging.getLogger(__name__)
 
 
 class Model:
@@ -87,6 +92,10 @@ class Model:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("mflux."):
+            for method in ("__init__", "generate_image"):
+                if method in cls.__dict__:
+                    setattr(cls, method, checked(cls.__dict__[method]))
         if "family" in cls.__dict__ and "components" not in cls.__dict__:
             cls.components = cls.family.components
         for component in cls.components:
@@ -94,6 +103,7 @@ class Model:
             lazy.__set_name__(cls, component.name)
             setattr(cls, component.name, lazy)
 
+    @checked
     def __init__(
         self,
         quantize: int | None = None,
@@ -103,6 +113,11 @@ class Model:
         bake_lora: bool = True,
         model_config: ModelConfig | None = None,
     ):
+        if model_config is not None and not isinstance(model_config, ModelConfig):
+            raise UsageError(
+                f"model_config is {shown(repr(model_config), 60)}, and has to be a ModelConfig: "
+                "ModelConfig.from_name gives one"
+            )
         asked = Quantization.asked(quantize)
         # Found before the model is, which may be a long download.
         loras = find_loras(lora_paths, lora_scales)
@@ -124,6 +139,8 @@ class Model:
         self._quantize = quantize
         self.prompt_cache = Encoded()
         self._take_loras(*loras, bake_lora)
+        if not bake_lora and not self.lora_paths:
+            log.warning("bake_lora (--no-bake-lora) is ignored: there is no LoRA")
         self.opened()
 
     def opened(self) -> None:
@@ -302,6 +319,7 @@ class Model:
             module.compute_in(self.compute_precision)
         return module
 
+    @checked
     def set_loras(self, paths: list[str] | None, scales: list[float] | None = None, bake: bool = True) -> None:
         """Apply other LoRAs than before, or none; components that LoRAs change are loaded anew when they are needed.
 
@@ -408,6 +426,7 @@ class Model:
 
     # ---- saving
 
+    @checked
     def save_model(self, base_path: str) -> None:
         """Write the model to a folder in the published layout, quantized if it is, with its LoRAs in the weights.
 
@@ -486,6 +505,9 @@ def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> 
         ModelConfigError: the name is no folder's and no repository's.
     """
     check_is_somewhere(name)
+    here = user_path(name) if str(name).strip() else Path()
+    if is_file(here):
+        raise CheckpointError(str(kind_on_disk(here)))
     # Most repositories also hold the transformer as one file in another layout.
     parts = [f"{component.folder}/" if component.folder else "" for component in components]
     files = [entry if "." in entry else f"{entry}/*" for entry in beside]
@@ -496,12 +518,17 @@ def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> 
 
     # What mflux 0.24 saved has no configurations.
     saved_by_024 = required("model.safetensors.index.json")
-    return resolve_model(name, files, required=required("config.json"), alternatives=[saved_by_024])
+    root = resolve_model(name, files, required=required("config.json"), alternatives=[saved_by_024])
+    if is_folder(here) and all(parts) and not any(is_folder(root / part) for part in parts):
+        raise CheckpointError(str(kind_on_disk(root)))
+    return root
 
 
 def _who_draws(kind: str) -> str:
     """Which command draws with a component of that published class, as the end of a sentence."""
     for family in families().values():
         if any(component.published_class == kind for component in family.components) and family.commands:
-            return f"mflux-{family.commands[0].name} draws with it"
-    return "another command draws with it"
+            command = family.commands[0]
+            key = next(key for key in command.models if key != "demo")
+            return f"mflux-{command.name} --base-model {key} draws with it"
+    return "this version does not build it, mflux --help lists those that are"

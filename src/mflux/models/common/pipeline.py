@@ -58,6 +58,9 @@ class Step:
 class Pipeline(Model):
     """Base of the classes that generate images; see `Model` for the arguments.
 
+    For one thread: MLX computes in the thread that made an array's stream, so that a second one could not generate with
+    the same model in any case, and nothing here, `prompt_cache` neither, is locked. A server has a queue before it.
+
     Attributes:
         latent_creator: has `create_noise`, `pack_latents` and `unpack_latents`, see `FluxLatentCreator`.
         schedule: the scheduler that follows the checkpoint's `scheduler_config.json`, which is used unless another one
@@ -65,6 +68,7 @@ class Pipeline(Model):
         tiling_config: how the autoencoder divides an image; None: not at all.
         tokenizers: by the names that mflux 0.24 has for them.
         callbacks: what programs have called before, in and after the denoising loop.
+        negative_above: above which guidance a negative prompt counts; None: the family has none.
         shows_progress: whether the loop draws a bar on stderr.
     """
 
@@ -76,6 +80,7 @@ class Pipeline(Model):
     tiling_config: tiling.TilingConfig | None = None
     tokenizers: Mapping[str, Any] = {}
     shows_progress = False
+    negative_above: ClassVar[float | None] = None
 
     if TYPE_CHECKING:
         # Each class has its own, with other arguments; a program that knows a model by its name alone calls it.

@@ -13,7 +13,7 @@ from typing import Any
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, OutputError, UsageError
 from mflux.models.common.registry import MODELS
-from mflux.utils.paths import is_folder, is_there, user_path
+from mflux.utils.paths import is_folder, is_there, snapshot_in, user_path
 
 FILE_NAME = "mflux_model.json"
 # Where mflux-save puts models when no --path is given, as in mflux 0.24.
@@ -28,8 +28,8 @@ def recorded_base_model(model: str | None) -> str | None:
     if model is None:
         return None
     try:
-        record = read_json(user_path(model) / FILE_NAME)
-    except (CheckpointError, UsageError):
+        record = read_json(snapshot_in(user_path(model)) / FILE_NAME)
+    except (CheckpointError, UsageError, OSError):
         # UsageError: what no path can be.
         return None
     # mflux 0.24 left base_model empty for a built-in model.

@@ -9,8 +9,8 @@ from mflux.models.common.lora.names import LoraNames, Spelling
 
 LORA = LoraNames(
     (
-        Spelling("transformer", ("transformer.", "", "base_model.model.", "diffusion_model.")),
-        Spelling("transformer", ("lora_transformer_", "lycoris_", "lycoris__", "lora_unet_"), joint="_"),
+        Spelling("transformer"),
+        Spelling("transformer", joint="_"),
     ),
     # One name of each layout, for the sentence that says which there are.
     {

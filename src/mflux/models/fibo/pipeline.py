@@ -28,6 +28,7 @@ class FiboPipeline(Pipeline):
     """The arguments are `Model`'s, in mflux 0.24's order; it had no LoRAs for FIBO."""
 
     family = FAMILY
+    negative_above = 1.0
     latent_creator = FiboLatentCreator
     latents = (48, 16, 48)
     text_encoder: LazyComponent[SmolLM3TextEncoder]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 
 from mflux.errors import UsageError
 from mflux.utils.image_util import ImageUtil, open_image
+from mflux.utils.masks import read_mask, tell_what_it_selects
 
 _GREY = (128, 128, 128)
 
 
-def source_picture(image: Path | str, mask: Path | str | None = None) -> PIL.Image.Image:
-    """A picture in RGB, grey where a mask is white.
+def source_picture(image: Path | str, mask: Path | str | None = None, *, tell: bool = True) -> PIL.Image.Image:
+    """A picture in RGB, grey where a mask is white, see `read_mask`.
+
+    Args:
+        tell: whether to warn of a mask that selects nothing or everything.
 
     Raises:
         ImageError: one of them cannot be read.
@@ -22,12 +27,14 @@ def source_picture(image: Path | str, mask: Path | str | None = None) -> PIL.Ima
     picture = ImageUtil.load_image(image)
     if mask is None:
         return picture
-    white = open_image(mask).convert("L")
+    white = read_mask(mask)
     if white.size != picture.size:
         raise UsageError(
             f"the mask has {white.width} x {white.height} pixels and the picture {picture.width} x {picture.height}: "
             "--mask-path wants one of the picture's size"
         )
+    if tell:
+        tell_what_it_selects(np.asarray(white) > 127, mask)
     return PIL.Image.composite(PIL.Image.new("RGB", picture.size, _GREY), picture, white)
 
 

@@ -54,23 +54,13 @@ MFLUX = {
 
 # The text encoder that diffusers lets a LoRA change is CLIP; parts for T5 are reported and left out.
 _SPELLINGS = (
-    Spelling("transformer", ("transformer.", "", "base_model.model.", "diffusion_model.")),
-    Spelling("transformer", ("lora_transformer_", "lycoris_", "lycoris__", "lora_unet_"), joint="_"),
-    Spelling("transformer", ("transformer.", "", "base_model.model."), MFLUX),
-    Spelling(
-        "transformer",
-        ("diffusion_model.", "", "base_model.model.", "transformer."),
-        BLACK_FOREST_LABS,
-        swapped=SWAPPED,
-    ),
-    Spelling(
-        "transformer",
-        ("lora_unet_", "lycoris_", "lycoris__"),
-        BLACK_FOREST_LABS,
-        joint="_",
-        swapped=SWAPPED,
-    ),
-    Spelling("transformer", ("", "diffusion_model."), XLABS),
+    Spelling("transformer"),
+    Spelling("transformer", joint="_"),
+    Spelling("transformer", table=MFLUX),
+    Spelling("transformer", table=MFLUX, joint="_"),
+    Spelling("transformer", table=BLACK_FOREST_LABS, swapped=SWAPPED),
+    Spelling("transformer", table=BLACK_FOREST_LABS, joint="_", swapped=SWAPPED),
+    Spelling("transformer", table=XLABS),
     Spelling("text_encoder", ("text_encoder.", "text_encoders.clip_l.transformer.")),
     Spelling("text_encoder", ("lora_te1_", "lora_te_"), joint="_"),
 )

@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 
 from mflux.backend import mx
@@ -13,6 +14,7 @@ from mflux.errors import UsageError
 from mflux.models.common.sizes import MEGAPIXEL, down, shrunk
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.utils.image_util import ImageUtil, oriented_size
+from mflux.utils.masks import read_mask, tell_what_it_selects
 from mflux.utils.scale_factor import GRID
 
 log = logging.getLogger(__name__)
@@ -50,10 +52,11 @@ def picture(image: Path | str | PIL.Image.Image, width: int, height: int) -> PIL
 
 
 def mask(image: Path | str | PIL.Image.Image, width: int, height: int) -> mx.array:
-    """A mask at that size: (1, 1, height, width), 1 where it is rather white, to be painted, and 0 where not. What is
-    transparent in its file counts as it is painted."""
-    grey = ImageUtil.load_image(image, composite_alpha=False).convert("L")
-    return ImageUtil.to_array(ImageUtil.scale_to_dimensions(grey, width, height), is_mask=True)
+    """A mask at that size: (1, 1, height, width), 1 where something is to be painted, and 0 where not, see
+    `read_mask`."""
+    found = ImageUtil.to_array(ImageUtil.scale_to_dimensions(read_mask(image), width, height), is_mask=True)
+    tell_what_it_selects(np.array(found), image if isinstance(image, str | os.PathLike) else "given")
+    return found
 
 
 def pack_mask(mask: mx.array) -> mx.array:

@@ -38,17 +38,14 @@ CUT = {f"sformer_blocks.{{i}}.{layer}": (f"{DOUBLE}.{layer}",) for layer in (
     "attn.to_add_out", "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out",
 )}  # fmt: skip
 
-_DOTTED = ("transformer.", "", "base_model.model.", "diffusion_model.", "lycoris.", "lycoris_.", "lora_unet.")
-_JOINT = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris__")
-
 _SPELLINGS = (
-    Spelling("transformer", _DOTTED),
-    Spelling("transformer", _JOINT, joint="_"),
-    Spelling("transformer", _DOTTED, BLACK_FOREST_LABS, swapped=SWAPPED),
-    Spelling("transformer", _JOINT, BLACK_FOREST_LABS, joint="_", swapped=SWAPPED),
-    Spelling("transformer", _DOTTED, MFLUX),
-    Spelling("transformer", _JOINT, MFLUX, joint="_"),
-    Spelling("transformer", _DOTTED, CUT),
+    Spelling("transformer"),
+    Spelling("transformer", joint="_"),
+    Spelling("transformer", table=BLACK_FOREST_LABS, swapped=SWAPPED),
+    Spelling("transformer", table=BLACK_FOREST_LABS, joint="_", swapped=SWAPPED),
+    Spelling("transformer", table=MFLUX),
+    Spelling("transformer", table=MFLUX, joint="_"),
+    Spelling("transformer", table=CUT),
 )
 
 # One name of each layout, for the sentence that says which there are.

@@ -28,6 +28,7 @@ class QwenPipeline(Pipeline):
     """
 
     family = FAMILY
+    negative_above = 1.0
     components: ClassVar[tuple[Component, ...]] = ()
     latent_creator = QwenLatentCreator
     latents = (16, 8, 64)

@@ -29,17 +29,14 @@ DOTTED = {
     f"{name}.{{i}}.attention.to.{part}": (f"{name}.{{i}}.attention.to_{part}",) for name in _BLOCKS for part in "qkv"
 }
 
-_PREFIXES = ("transformer.", "", "base_model.model.", "diffusion_model.", "model.diffusion_model.")
-_JOINED = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris__")
-
 LORA = LoraNames(
     spellings=(
-        Spelling("transformer", _PREFIXES),
-        Spelling("transformer", _JOINED, joint="_"),
-        Spelling("transformer", _PREFIXES, ORIGINAL | NORMS | DOTTED),
-        Spelling("transformer", _JOINED, ORIGINAL | NORMS, joint="_"),
-        Spelling("transformer", _PREFIXES, FUSED, repeats=True),
-        Spelling("transformer", _JOINED, FUSED, joint="_", repeats=True),
+        Spelling("transformer"),
+        Spelling("transformer", joint="_"),
+        Spelling("transformer", table=ORIGINAL | NORMS | DOTTED),
+        Spelling("transformer", table=ORIGINAL | NORMS, joint="_"),
+        Spelling("transformer", table=FUSED, repeats=True),
+        Spelling("transformer", table=FUSED, joint="_", repeats=True),
     ),
     # One name of each layout, for the sentence that says which there are.
     layouts={

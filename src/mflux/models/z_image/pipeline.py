@@ -39,6 +39,7 @@ class ZImagePipeline(Pipeline):
     family = FAMILY
     latent_creator = ZImageLatentCreator
     default_model = "z-image-turbo"
+    negative_above = 0.0
     latents = (16, 8, 16)
     text_encoder: LazyComponent[ZImageTextEncoder]
     transformer: LazyComponent[ZImageTransformer]
@@ -96,8 +97,6 @@ class ZImagePipeline(Pipeline):
         """What is taken for it: Turbo was made without."""
         if self.registered.supports_guidance:
             return GUIDANCE if asked is None else asked
-        if asked:
-            log.warning("guidance is ignored: Z-Image-Turbo was made without")
         return 0.0
 
     def inputs(self, sigma: mx.array, prompt_embeds: mx.array) -> tuple[mx.Dtype, mx.array]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, UsageError
+from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, OtherModelError, UsageError
 from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.config.inferred import told
 from mflux.models.common.registry import MODELS
 from mflux.text import shown
 from mflux.utils.paths import is_there, user_path
@@ -198,7 +199,14 @@ class ModelConfig(ByName):
 
 
 def key_of(model_name: str | None, base_model: str | None = None) -> str:
-    """The registry key that a model's name, or its `base_model`, stands for; see `ModelConfig.from_name`."""
+    """The registry key that a model's name, or its `base_model`, stands for; see `ModelConfig.from_name`.
+
+    Raises:
+        OtherModelError: the name is known to be another model's, or may well be.
+    """
+    for value, argument in ((model_name, "model_name"), (base_model, "base_model")):
+        if value is not None and not isinstance(value, str):
+            raise ModelConfigError(f"{argument} is {shown(repr(value), 60)}, which is not text: give a model's name")
     base = None if base_model is None else _exact(base_model)
     if base_model is not None and base is None:
         raise InvalidBaseModel(f"the base model {base_model!r} is not known: choose one of {', '.join(MODELS)}")
@@ -207,13 +215,35 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
             raise ModelConfigError(f"no model was named: {suggestion()}")
         return base
     if (key := _exact(model_name)) is not None:
+        if base is not None and "demo" not in (key, base) and MODELS[base]["family"] == MODELS[key]["family"]:
+            return key
+        if base not in (None, key):
+            raise ModelConfigError(
+                f"{model_name} is a model of its own, which does not derive from {base}: leave --base-model out, or "
+                f"say --model {base}"
+            )
         return key
     if base is not None:
         return base
-    if (key := _inferred(model_name)) is not None:
-        return key
+    found = told(model_name)
+    if found.key is not None:
+        return found.key
+    from mflux.models.common.on_disk import kind_on_disk
+
+    if (here := kind_on_disk(model_name)) is not None:
+        raise ModelConfigError(here)
+    if not found.is_known and _nearest(model_name):
+        # A mistyped name.
+        check_is_somewhere(model_name)
+    needed = f"what derives from a model that is known needs --base-model, as {_base_models()}"
+    if found.other is not None:
+        recalled = f", though it recalls {found.recalled}" if found.recalled else ""
+        raise OtherModelError(
+            f"the model {shown(model_name)!r} is not known: {found.other!r} in its name says that it is another"
+            f"{recalled}; mflux --help lists those that are built, and {needed}"
+        )
     raise ModelConfigError(
-        f"the model {model_name!r} is not known{_nearest(model_name)}: {suggestion()}; "
+        f"the model {shown(model_name, 300)!r} is not known{_nearest(model_name)}: {suggestion()}; "
         f"a repository or folder whose name does not tell needs --base-model, as {_base_models()}"
     )
 
@@ -289,24 +319,6 @@ def _exact(name: str) -> str | None:
         key=lambda key: "controlnet_model" in MODELS[key],
     )
     return found[0] if found else None
-
-
-def _inferred(name: str) -> str | None:
-    """The model whose alias stands in the last part of a path or repository: as a word if possible, the longest first.
-
-    In Hugging Face's cache the last part is a commit; there it is the repository's name that tells.
-    """
-    parts = re.split(r"[/\\]", name.rstrip("/\\").lower())
-    last = next((part for part in parts if part.startswith("models--")), parts[-1])
-    found = []
-    for order, (key, model) in enumerate(MODELS.items()):
-        if key == "demo":
-            continue
-        for alias in model["aliases"]:
-            for place in re.finditer(re.escape(alias.lower()), last):
-                inside_a_word = last[: place.start()][-1:].isalpha() or last[place.end() :][:1].isalpha()
-                found.append((inside_a_word, -len(alias), order, key))
-    return min(found)[3] if found else None
 
 
 def _build(priority: int, settings: dict[str, Any]) -> ModelConfig:

@@ -23,9 +23,15 @@ _PARTS = {
     "up": r"\.(lora_B((?!\.bias$)\.\w+)*|lora_up(\.weight)?|lora(_linear_layer)?\.up\.weight|up\.weight)",
     "bias": r"\.lora_B(\.\w+)*\.bias",
     "alpha": r"\.alpha",
-    "diff": r"\.diff",
-    "diff_b": r"\.diff_b",
-    "magnitude": r"\.dora_scale",
+    "diff": r"\.(diff|w_norm)",
+    "diff_b": r"\.(diff_b|b_norm)",
+    "magnitude": r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)",
+    "h1_a": r"\.hada_w1_a",
+    "h1_b": r"\.hada_w1_b",
+    "h2_a": r"\.hada_w2_a",
+    "h2_b": r"\.hada_w2_b",
+    "ht1": r"\.hada_t1",
+    "ht2": r"\.hada_t2",
     "w1": r"\.lokr_w1",
     "w1_a": r"\.lokr_w1_a",
     "w1_b": r"\.lokr_w1_b",
@@ -35,7 +41,28 @@ _PARTS = {
     "t2": r"\.lokr_t2",
 }
 _PATTERNS = {part: re.compile(rf"(.+?)(?:{ending})") for part, ending in _PARTS.items()}
-_PEFT_FACTOR = re.compile(r"\.lora_[AB](\.|$)")
+# Kinds of adapters that are not built, by what stands in the names of their tensors.
+_OTHER_KINDS = {
+    "OFT or BOFT": r"\.(b?oft_\w+|oft_diag)(\.|$)",
+    "GLoRA": r"\.(a1|a2|b1|b2)\.weight$",
+    "(IA)³": r"\.(ia3_l(\.|$)|on_input$)",
+    "AdaLoRA": r"\.lora_E(\.|$)",
+    "VeRA": r"\.?vera_(lambda_[bd]|[AB])(\.|$)",
+    "FourierFT": r"\.fourierft_\w+(\.|$)",
+    "HRA": r"\.hra_u(\.|$)",
+    "Bone or MiSS": r"\.(bone_\w+|miss_\w+)(\.|$)",
+    "VB-LoRA": r"\.?vblora_\w+(\.|$)",
+    "RandLoRA": r"\.?randlora_\w+(\.|$)",
+    "SHiRA": r"\.shira_\w+(\.|$)",
+    "C3A": r"\.c3a_\w+(\.|$)",
+    "LoRA with a middle factor (LoCon with CP)": r"\.lora_mid(\.|$)",
+    "whole weights in place of the model's": r"\.(set_weight|reshape_weight)$",
+}
+
+
+def other_kind(name: str) -> str | None:
+    """What kind of adapter a tensor of that name belongs to, if it is one that is not built."""
+    return next((kind for kind, pattern in _OTHER_KINDS.items() if re.search(pattern, name)), None)
 
 
 def parse_name(name: str) -> tuple[str | None, str | None]:
@@ -65,13 +92,18 @@ class Entry:
         self.stem = stem
         self.shapes = {part: self._shape(name) for part, name in parts.items()}
         self.kronecker = any(part[0] in "wt" for part in parts)
-        self.has_product = self.kronecker or not parts.keys().isdisjoint(("down", "up", "diff"))
+        self.hadamard = any(part[0] == "h" for part in parts)
+        self.has_product = self.kronecker or self.hadamard or not parts.keys().isdisjoint(("down", "up", "diff"))
         self.strength = 1.0
         if "diff" in parts:
             self._check_difference()
         elif self.has_product:
             self._check_is_matrix()
-            rank = self._check_kronecker() if self.kronecker else self._check_low_rank()
+            self._check_is_one_kind()
+            if self.hadamard:
+                rank: int | None = self._check_hadamard()
+            else:
+                rank = self._check_kronecker() if self.kronecker else self._check_low_rank()
             self.strength = self._strength(rank, settings)
         self._check_magnitude()
         self._check_bias()
@@ -80,8 +112,10 @@ class Entry:
         def read() -> tuple[LowRank | Kronecker | Difference, mx.array | None]:
             if "diff" in self.parts:
                 return Difference(self._tensor("diff").reshape(self.target.shape), rows), None
-            product: Kronecker | LowRank
-            if self.kronecker:
+            product: Kronecker | LowRank | Difference
+            if self.hadamard:
+                product = self._hadamard(rows)
+            elif self.kronecker:
                 product = Kronecker(self._factor("w1"), self._factor("w2"), rows)
             else:
                 product = LowRank(self._matrix("down"), self._matrix("up"), rows)
@@ -146,14 +180,44 @@ class Entry:
             if part not in self.parts:
                 have = self.parts[other]
                 raise CheckpointError(f"{self.path} is incomplete: it has {have} without its {part} part")
-        if "magnitude" in self.parts and any(_PEFT_FACTOR.search(name) for name in self.parts.values()):
-            raise peft.dora(self.path)
         (rank, width), (height, inner) = self._flat("down"), self._flat("up")
         if rank != inner:
             raise CheckpointError(
                 f"{self.path} is damaged: {self.parts['down']} has the rank {rank} and {self.parts['up']} {inner}"
             )
         self._check_shape((height, width))
+        return rank
+
+    def _check_is_one_kind(self) -> None:
+        """A layer is changed by one product: LyCORIS and PEFT write no others, and half of a change is none."""
+        kinds = {"w": "LoKr", "t": "LoKr", "h": "LoHa"}
+        found = {kinds.get(part[0], "LoRA") for part in self.parts if part in ("down", "up") or part[0] in kinds}
+        if len(found) > 1:
+            raise CheckpointError(f"{self.path} changes {self.stem} twice: as {' and as '.join(sorted(found))}")
+
+    def _check_hadamard(self) -> int:
+        """LoHa (Yeh et al. 2023): (w1_a · w1_b) ∘ (w2_a · w2_b)."""
+        rank, sides = 0, []
+        for side, core in (("h1", "ht1"), ("h2", "ht2")):
+            for half in "ab":
+                if f"{side}_{half}" not in self.parts:
+                    raise CheckpointError(f"{self.path} is incomplete: {self.stem} has no hada_w{side[1]}_{half}")
+            (height, inner), (rank, width) = self._flat(f"{side}_a"), self._flat(f"{side}_b")
+            if core in self.parts:
+                # Here the first factor lies on its side.
+                inner, height = height, inner
+                shape = self.shapes[core]
+                if len(shape) < 2 or shape[:2] != (inner, rank):
+                    raise CheckpointError(f"{self.path} is damaged: {self.parts[core]} does not fit its factors")
+                width *= math.prod(shape[2:])
+            elif inner != rank:
+                raise CheckpointError(
+                    f"{self.path} is damaged: the factors of {self.stem}'s hada_w{side[1]} do not fit"
+                )
+            sides.append((height, width))
+        if sides[0] != sides[1]:
+            raise CheckpointError(f"{self.path} is damaged: the two products of {self.stem} differ in shape")
+        self._check_shape(sides[0])
         return rank
 
     def _check_kronecker(self) -> int | None:
@@ -216,7 +280,8 @@ class Entry:
 
     def _strength(self, rank: int | None, settings: peft.Settings) -> float:
         if "alpha" not in self.parts:
-            strength = peft.strength(self.stem, self.target.component, rank, settings, kronecker=self.kronecker)
+            by_settings = self.kronecker or self.hadamard
+            strength = peft.strength(self.stem, self.target.component, rank, settings, kronecker=by_settings)
         elif rank is None:
             # Both factors of a Kronecker product in full: LyCORIS takes alpha for the rank then.
             return 1.0
@@ -244,6 +309,26 @@ class Entry:
 
     def _matrix(self, part: str) -> mx.array:
         return self._tensor(part).reshape(self._flat(part))
+
+    def _hadamard(self, rows: Rows | None) -> LowRank | Difference:
+        """The elementwise product of two products as one product of matrices, (ranks, in) and (out, ranks), in float32:
+        each column of one first factor times each of the other's, and rows of the second factors likewise. Where these
+        would be larger than the whole, that stands for them."""
+        (a1, b1), (a2, b2) = (self._side(side, core) for side, core in (("h1", "ht1"), ("h2", "ht2")))
+        height, width = self.target.shape
+        if a1.shape[1] * a2.shape[1] * (height + width) >= height * width:
+            return Difference((a1 @ b1) * (a2 @ b2), rows)
+        up = (a1[:, :, None] * a2[:, None, :]).reshape(height, -1)
+        return LowRank((b1[:, None, :] * b2[None, :, :]).reshape(-1, width), up, rows)
+
+    def _side(self, side: str, core: str) -> tuple[mx.array, mx.array]:
+        a, b = (self._matrix(f"{side}_{half}").astype(mx.float32) for half in "ab")
+        if core not in self.parts:
+            return a, b
+        values = self._tensor(core).astype(mx.float32)
+        inner, outer = values.shape[:2]
+        places = mx.einsum("ijk,jr->irk", values.reshape(inner, outer, -1), b)
+        return a.T, places.reshape(inner, -1)
 
     def _factor(self, side: str) -> mx.array:
         """w1 or w2, multiplied out of its own factors if need be, in float32."""

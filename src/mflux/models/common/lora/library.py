@@ -13,7 +13,7 @@ from pathlib import Path
 from mflux.errors import DownloadError, UsageError
 from mflux.text import shown
 from mflux.utils import values
-from mflux.utils.paths import user_path
+from mflux.utils.paths import snapshot_in, user_path
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def find_lora(name: str) -> Path:
         # A folder that happens to have the name is not what the library has.
         found = None if path.is_file() or like_a_path else _in_library(name)
         if found is not None or path.exists():
-            return found or path
+            return found or snapshot_in(path)
     except (OSError, UsageError, ValueError) as error:
         raise DownloadError(f"cannot look for the LoRA {name}: {error}") from None
     if "/" not in name and ":" not in name:
@@ -130,15 +130,11 @@ def find_loras(
     """What a program asks for: names, the files that they mean, see `find_lora`, and a scale for each.
 
     Raises:
-        UsageError: one of both is no list, a scale is no number, or there are more scales than names.
+        UsageError: a name is no text, a scale is no number, or there are more scales than names.
         DownloadError: a LoRA cannot be had.
     """
-    for argument, value in (("lora_paths", names), ("lora_scales", scales)):
-        # Of a text each letter would be one.
-        if value is not None and (isinstance(value, (str, bytes)) or not isinstance(value, Collection)):
-            raise UsageError(f"{argument} is {shown(repr(value), 60)}, which is not a list: put it in brackets")
-    said = [str(name) for name in names or ()]
-    settled = settle_scales([values.real(scale, "a scale in lora_scales") for scale in scales or ()], len(said))
+    said = [] if names is None else values.texts_or_paths(names, "lora_paths")
+    settled = settle_scales([] if scales is None else values.reals(scales, "lora_scales"), len(said))
     return said, [find_lora(name) for name in said], settled
 
 

@@ -8,6 +8,14 @@ from typing import Any
 
 from mflux.models.common.lora.adapters import Rows
 
+# What may stand before a layer's name, in the files of one tool or another; the same for all families. Behind those
+# of the second kind the parts of a name are joined by underscores.
+DOTTED = (
+    "transformer.", "", "base_model.model.", "base_model.model.transformer.", "diffusion_model.",
+    "model.diffusion_model.", "lycoris.", "lycoris_.", "lora_unet.",
+)  # fmt: skip
+JOINED = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris__")
+
 
 @dataclass(frozen=True)
 class Spelling:
@@ -15,7 +23,7 @@ class Spelling:
 
     Attributes:
         component: whose layers: "transformer", "text_encoder".
-        prefixes: what may stand before a name.
+        prefixes: what may stand before a name; None: `DOTTED` or `JOINED`.
         table: name in the file → the layers whose rows it holds, one below the other; `{i}` stands for a block's
             number. Without a table the layers' own names are meant.
         joint: what stands between the parts of a name instead of a dot.
@@ -25,7 +33,7 @@ class Spelling:
     """
 
     component: str
-    prefixes: tuple[str, ...]
+    prefixes: tuple[str, ...] | None = None
     table: Mapping[str, tuple[str, ...]] | None = None
     joint: str = "."
     swapped: tuple[str, ...] = ()
@@ -63,6 +71,9 @@ def spelled(spellings: Sequence[Spelling], layers: Mapping[str, Mapping[str, tup
     names: dict[str, Target] = {}
     for spelling in spellings:
         own = layers.get(spelling.component, {})
+        prefixes = spelling.prefixes
+        if prefixes is None:
+            prefixes = DOTTED if spelling.joint == "." else JOINED
         table = spelling.table
         if table is None:
             table = {layer: (layer,) for layer in own}
@@ -87,7 +98,7 @@ def spelled(spellings: Sequence[Spelling], layers: Mapping[str, Mapping[str, tup
                 shape = (start, *own[concrete[0]][1:])
                 target = Target(spelling.component, tuple(parts), shape, spelling.repeats)
                 written = name.replace("{i}", str(number)).replace(".", spelling.joint)
-                for prefix in spelling.prefixes:
+                for prefix in prefixes:
                     names.setdefault(prefix + written, target)
     return names
 

@@ -84,10 +84,3 @@ def strength(stem: str, component: str, rank: int | None, settings: Settings, *,
     if divisor is None or not divisor > 0:
         return math.inf
     return alpha / (math.sqrt(divisor) if found.get("use_rslora") else divisor)
-
-
-def dora(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is a DoRA in PEFT's layout, which is not built in this version: take a plain LoRA, or a DoRA in "
-        "LyCORIS' layout"
-    )

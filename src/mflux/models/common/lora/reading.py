@@ -18,13 +18,12 @@ from mflux.checkpoints.readers.opening import open_checkpoint
 from mflux.errors import CheckpointError
 from mflux.models.common.lora import peft
 from mflux.models.common.lora.adapters import Adapter, linear_layers, merged, merged_bias, norm_layers, wrap
-from mflux.models.common.lora.entry import Entry, parse_name
+from mflux.models.common.lora.entry import Entry, other_kind, parse_name
 from mflux.models.common.lora.names import Spelling, Target, spelled
 from mflux.text import shown, some
 
 log = logging.getLogger(__name__)
 
-_PEFT_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.|$)")
 _DOTTED_FACTOR = re.compile(r"\.lora\.(down|up)\.weight$")
 
 
@@ -123,8 +122,6 @@ def read_lora(
     groups: dict[str, dict[str, str]] = {}
     left = []
     for name in file:
-        if _PEFT_MAGNITUDE.search(name):
-            raise peft.dora(path)
         stem, part = parse_name(name)
         if stem is not None and part is not None and stem in names:
             if part in groups.setdefault(stem, {}):
@@ -134,6 +131,12 @@ def read_lora(
             left.append(name)
     for stem in [stem for stem, parts in groups.items() if not parts.keys() - {"alpha", "magnitude", "bias"}]:
         left += groups.pop(stem).values()
+    others = {kind: name for name in reversed(list(file)) if (kind := other_kind(name)) is not None}
+    if others:
+        kinds = some([f"{kind} ({shown(name)})" for kind, name in others.items()], 3)
+        raise CheckpointError(
+            f"{path} holds {kinds}, which this version does not apply: take a LoRA, LoHa, LoKr or DoRA of it"
+        )
     if not groups:
         examples = "; ".join(f"{layout}: {name}" for layout, name in layouts.items())
         raise CheckpointError(

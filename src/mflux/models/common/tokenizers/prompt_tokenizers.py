@@ -23,7 +23,7 @@ from mflux.models.common.tokenizers.checks import (
     has_strange_patterns,
     library_call,
 )
-from mflux.text import shown
+from mflux.text import plain, shown
 
 # Contractions, words, single digits, and runs of anything else that is not space (Radford et al. 2021).
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -104,14 +104,18 @@ def text_ids(
     special: bool = False,
     strange: bool = False,
 ) -> list[int]:
-    """Ids of a text, however many they are; `special` adds the tokens that the tokenizer's own template has, `strange`
-    says that it has patterns of its own, see `check_time`.
+    """Ids of a text, in whichever of its forms (see `plain`), however many they are.
+
+    Args:
+        special: add the tokens that the tokenizer's own template has.
+        strange: the tokenizer has patterns of its own, see `check_time`.
 
     Raises:
         UsageError: it is not text, or longer than anyone needs.
         CheckpointError: the tokenizer's files were damaged in a way that only shows now.
     """
     check_prompt(text)
+    text = plain(text)
     if strange:
         check_time(tokenizer, text, source)
     with library_call(source, "cannot read this prompt"):

@@ -74,7 +74,7 @@ def rewrite(args: argparse.Namespace, words: str) -> str | Callable[[], str]:
     from mflux.models.fibo.sources import source_picture
 
     # Also where there is nothing to rewrite: a mask that does not fit is told before anything is loaded.
-    picture = source_picture(args.image_path, args.masked_image_path)
+    picture = source_picture(args.image_path, args.masked_image_path, tell=False)
     if as_object(words) is not None:
         check_edit(words)
         return words

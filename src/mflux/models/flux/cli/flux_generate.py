@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from mflux.cli.entry import command_for
+from mflux.cli.entry import asks_for_help, command_for, help_for
 from mflux.cli.generate import Generate
+from mflux.cli.terminal import run
 from mflux.models.flux.cli.options import CONDITIONAL, IGNORED
 from mflux.models.flux.family import FAMILY
 
@@ -24,7 +26,11 @@ build_parser = COMMAND.build_parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    return (command_for(words) or COMMAND).main(words)
+    command = command_for(words)
+    if command is None and asks_for_help(words):
+        # Of a model that this command does not generate with, its help would say nothing.
+        return run(partial(help_for, COMMAND), words)
+    return (command or COMMAND).main(words)
 
 
 if __name__ == "__main__":

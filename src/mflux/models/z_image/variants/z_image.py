@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from mflux.models.common.pipeline import refuse_pid
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.pipeline import ZImagePipeline
 from mflux.utils.generated_image import GeneratedImage
-
-log = logging.getLogger(__name__)
 
 
 class ZImage(ZImagePipeline):
@@ -61,8 +58,6 @@ class ZImage(ZImagePipeline):
 
         # 1. Encode the prompts
         encoded = self.encode_prompts(*([prompt, negative_prompt or ""] if config.guidance > 0 else [prompt]))
-        if negative_prompt and config.guidance <= 0:
-            log.warning("the negative prompt is ignored: without guidance it has no part in the picture")
 
         # 2. Make the latents to start from: noise, or an image with noise over it
         latents = self.start(config, ZImageLatentCreator.create_noise(seed, config.height, config.width))

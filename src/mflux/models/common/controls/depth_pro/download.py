@@ -29,6 +29,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from mflux.errors import DownloadError
+from mflux.hub.proxies import proxy_for, unusable_proxy
 from mflux.text import shown, size
 from mflux.utils.progress import bar_class
 
@@ -151,6 +152,8 @@ def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
     """Append what is missing; the length that the server gives, if it does."""
     failures = crumbs = 0
     began_again = 0
+    if fault := unusable_proxy(library=None, scheme=urlsplit(url).scheme):
+        raise DownloadError(f"no connection to {urlsplit(url).hostname}, because {fault[0]}: {fault[1]}, or {remedy}")
     while True:
         before = file.seek(0, os.SEEK_END)
         slow = False
@@ -189,8 +192,9 @@ def _fetch(url: str, file: BinaryIO, remedy: str) -> int | None:
         crumbs = crumbs + 1 if have - before < _LEAST_BYTES else 0
         if failures >= _ATTEMPTS or (failures and not have) or crumbs >= _CRUMBS:
             begun = f"; {have / 1e6:,.0f} MB are kept and the same command carries on there" if have else ""
-            host = urlsplit(url).hostname
-            raise DownloadError(f"no connection to {host} ({reason}){begun}: check the network, or {remedy}")
+            host, proxy = urlsplit(url).hostname, proxy_for(url)
+            through, check = (f" through {proxy}", f"the proxy, {proxy.otherwise}") if proxy else ("", "the network")
+            raise DownloadError(f"no connection to {host}{through} ({reason}){begun}: check {check}, or {remedy}")
         time.sleep(_PAUSE_S * failures)
 
 

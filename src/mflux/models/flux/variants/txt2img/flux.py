@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from mflux.models.common.pipeline import refuse_pid
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.pipeline import FluxPipeline
 from mflux.utils.generated_image import GeneratedImage
-
-log = logging.getLogger(__name__)
 
 
 class Flux1(FluxPipeline):
@@ -53,8 +50,6 @@ class Flux1(FluxPipeline):
             StopImageGenerationException: Ctrl-C, or a callback, stopped it.
         """
         refuse_pid(pid_decode, pid_degrade_sigma)
-        if negative_prompt:
-            log.warning("--negative-prompt is ignored: FLUX.1 has no negative branch")
         config = self.settings(
             seed=seed,
             prompt=prompt,

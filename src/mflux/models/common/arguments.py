@@ -1,0 +1,116 @@
+"""What the arguments of all families' classes may be, by their names: one table, looked at before anything else.
+
+A class's own checks, of bounds and of what goes together, come after. Where several things are meant, one counts as a
+list of one: of a text, each letter would be one otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+from mflux.utils import values
+
+log = logging.getLogger(__name__)
+
+Check = Callable[[Any, str], Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _optional(check: Check) -> Check:
+    return lambda value, name: None if value is None else check(value, name)
+
+
+_PATH, _PATHS, _REALS, _TEXT = (_optional(check) for check in (values.path, values.paths, values.reals, values.text))
+
+
+def _switch_or_real(value: Any, name: str) -> float:
+    return float(value) if isinstance(value, bool) else values.real(value, name)
+
+
+CHECKS: Mapping[str, Check] = {
+    "cfg_normalization": _switch_or_real,
+    "cfg_truncation": values.real,
+    "model_path": _optional(values.name),
+    "lora_paths": _optional(values.texts_or_paths),
+    "lora_scales": _REALS,
+    "paths": _optional(values.texts_or_paths),
+    "scales": _REALS,
+    "negative_prompt": _TEXT,
+    "concept": _TEXT,
+    "scheduler": _TEXT,
+    "image_path": _PATH,
+    "left_image_path": _PATH,
+    "right_image_path": _PATH,
+    "masked_image_path": _PATH,
+    "mask_path": _PATH,
+    "depth_image_path": _PATH,
+    "controlnet_image_path": _PATH,
+    "image_paths": _PATHS,
+    "redux_image_paths": _PATHS,
+    "redux_image_strengths": _REALS,
+    "base_path": values.path,
+}
+
+
+def _title(model: Any) -> str:
+    return str(model.registered.model_name).rpartition("/")[2]
+
+
+def without_effect(model: Any, given: Mapping[str, Any], all_of_them: Mapping[str, Any]) -> Iterator[str]:
+    """The settings of an image that have no effect as the others are, a sentence for each: one place for all families.
+
+    Args:
+        model: a pipeline; its `negative_above` says above which guidance a negative prompt counts.
+        given: the arguments that the caller said.
+        all_of_them: these, and what is taken for the others.
+    """
+    asked = all_of_them.get("guidance")
+    guidance = model.guidance_of(asked) if hasattr(model, "guidance_of") else asked
+    if given.get("guidance") and guidance == 0:
+        yield f"guidance is ignored: {_title(model)} was made without"
+    above = model.negative_above
+    is_unguided = above is None or (isinstance(guidance, (int, float)) and guidance <= above)
+    if given.get("negative_prompt"):
+        if above is None:
+            yield f"the negative prompt is ignored: {model.family.title} has no negative branch"
+        elif is_unguided:
+            yield f"the negative prompt is ignored: without guidance above {above:g} it has no part in the image"
+    for name, nothing in (("cfg_normalization", (0, None)), ("cfg_truncation", (1, None))):
+        if name in given and given[name] not in nothing and is_unguided:
+            yield f"{name} is ignored: without guidance above {above:g} it has no part in the image"
+    if given.get("image_strength") and "image_path" in all_of_them and all_of_them["image_path"] is None:
+        yield "image_strength is ignored: there is no image_path, of which it says how much to keep"
+
+
+def checked(function: F) -> F:
+    """A method whose arguments are what `CHECKS` has for their names; those that are to be a `bool` are switches.
+
+    Raises:
+        UsageError: (when it is called) one is not; it is named.
+    """
+    signature = inspect.signature(function)
+    checks = {name: CHECKS[name] for name in signature.parameters if name in CHECKS}
+    switches = [name for name, parameter in signature.parameters.items() if parameter.annotation in ("bool", bool)]
+    checks |= dict.fromkeys(switches, values.switch)
+
+    @functools.wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        # What is missing or beyond is Python's own affair, and told by it.
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)
+        for name in checks.keys() & bound.arguments.keys():
+            bound.arguments[name] = checks[name](bound.arguments[name], name)
+        if function.__name__ == "generate_image":
+            given = bound.arguments.copy()
+            bound.apply_defaults()
+            for line in without_effect(given.pop("self"), given, bound.arguments):
+                log.warning("%s", line)
+        return function(*bound.args, **bound.kwargs)
+
+    return cast(F, method)

@@ -1,0 +1,192 @@
+"""What a file or folder is that is no model by itself, as a person would say it. Reads first bytes and headers only."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from mflux.checkpoints.folders import SUFFIXES, read_json
+from mflux.checkpoints.readers.plain import HEAD, open_file, what_else
+from mflux.errors import CheckpointError, UsageError
+from mflux.models.common.family import families, load_object
+from mflux.models.common.registry import MODELS
+from mflux.text import shown, some
+from mflux.utils.paths import is_file, is_folder, snapshot_in, user_path
+
+# First bytes → what begins so. RIFF and ISO media say further on what they are.
+_MAGIC = (
+    (b"\x89PNG", "a picture (PNG)"), (b"\xff\xd8\xff", "a picture (JPEG)"), (b"GIF8", "a picture (GIF)"),
+    (b"BM", "a picture (BMP)"), (b"II*\0", "a picture (TIFF)"), (b"MM\0*", "a picture (TIFF)"),
+    (b"GGUF", "a GGUF file"), (b"\x1f\x8b", "an archive (gzip)"), (b"7z\xbc\xaf", "an archive (7z)"),
+    (b"Rar!", "an archive (RAR)"), (b"%PDF", "a PDF"), (b"\x93NUMPY", "an array of numpy's"),
+)  # fmt: skip
+_PICTURE = "a picture"
+_MODEL = "a folder of a model in the diffusers layout, a repository (org/name), or a name that mflux --help lists"
+# What stands in the names of an adapter's tensors → what the adapter is called.
+_ADAPTERS = {
+    r"\.hada_(w[12]_[ab]|t[12])$": "a LoHa",
+    r"\.lokr_w[12](_[ab])?$": "a LoKr",
+    r"\.(b?oft_\w+|oft_diag)(\.|$)": "an OFT",
+    r"\.(a1|a2|b1|b2)\.weight$": "a GLoRA",
+    r"\.(ia3_l(\.|$)|on_input$)": "an (IA)³",
+    r"\.(lora_[AB]|lora_(down|up)|lora\.(down|up))(\.|$)": "a LoRA",
+}
+
+
+def kind_on_disk(name: str | os.PathLike[str]) -> str | None:
+    """What lies under a model's name here and how to go on from there, as a sentence; None if nothing does."""
+    try:
+        path = snapshot_in(user_path(name))
+        if is_folder(path):
+            what, remedy = _folder(path)
+        elif is_file(path):
+            what, remedy = _file(path)
+        else:
+            return None
+    except UsageError as error:
+        # Or it is what no path can be.
+        return str(error) if is_folder(name) else None
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return f"{shown(path, 300)} {what}: {remedy}"
+
+
+def _file(path: Path) -> tuple[str, str]:
+    with open_file(path) as file:
+        head = file.read(HEAD)
+    if other := what_else(head):
+        what, _, remedy = other.partition(": ")
+        return what, remedy or f"give {_MODEL}"
+    if kind := _kind(head):
+        if kind.startswith(_PICTURE):
+            return f"is {kind}, no model", "a picture to start from is said with --image (image_path in Python)"
+        return f"is {kind}", f"give {_MODEL}"
+    if head[8:9] == b"{":
+        return _safetensors(path)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return "is a file of PyTorch's", f"turn it into safetensors with mflux-convert, or give {_MODEL}"
+    if head.isascii():
+        return "is a text file, no model", f"give {_MODEL}"
+    return "is no file of weights that is known", f"give {_MODEL}"
+
+
+def _kind(head: bytes) -> str | None:
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "a picture (WebP)"
+    if head[4:8] == b"ftyp":
+        return "a picture (AVIF or HEIC)" if head[8:12] in (b"avif", b"heic", b"mif1", b"heix") else "a film"
+    return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
+
+
+def _safetensors(path: Path) -> tuple[str, str]:
+    from mflux.checkpoints.readers.safetensors import read_header
+
+    names = list(read_header(path)[0])
+    if kind := adapter_kind(names):
+        return f"is {kind}, no model", "name it with --lora (lora_paths in Python), beside the model it was made for"
+    if found := _in_one_file(path):
+        title, part, keys = found
+        return f"is a {part} of {title} in one file", _say(keys)
+    return (
+        f"holds {len(names)} tensors, whose names ({some(sorted(names), 3)}) belong to no model that is built",
+        f"give {_MODEL}",
+    )
+
+
+def adapter_kind(names: Iterable[str]) -> str | None:
+    """What a file with tensors of these names is called if it is an adapter, such as "a LoHa"."""
+    found = {kind for name in names for part, kind in _ADAPTERS.items() if re.search(part, name)}
+    return next((kind for kind in _ADAPTERS.values() if kind in found), None)
+
+
+def _in_one_file(path: Path) -> tuple[str, str, list[str]] | None:
+    """The family, the component and the family's models, of a file that is one component of a family's."""
+    from mflux.checkpoints.published import Layout, PublishedFolder
+
+    for family in families().values():
+        if family.layout is None:
+            continue
+        layout: Layout = load_object(family.layout)
+        for part in layout.files:
+            try:
+                PublishedFolder(path.parent, replace(layout, published=None), files={part: path}).config(part)
+            except (CheckpointError, TypeError):
+                continue
+            return family.title, part.replace("_", " "), _keys(family.title)
+    return None
+
+
+def _folder(path: Path) -> tuple[str, str]:
+    entries = sorted(entry.name for entry in path.iterdir())
+    if not entries:
+        return "is an empty folder", f"give {_MODEL}"
+    for part in ("transformer", "unet"):
+        config = path / part / "config.json"
+        if is_file(config) and isinstance(kind := read_json(config).get("_class_name"), str):
+            return _of_class(kind)
+    if is_file(path / "model_index.json") and isinstance(
+        kind := read_json(path / "model_index.json").get("_class_name"), str
+    ):
+        return _of_class(kind)
+    if is_file(path / "adapter_config.json"):
+        return "holds a LoRA of PEFT's, no model", "name it with --lora (lora_paths in Python), beside a model"
+    if is_file(path / "config.json"):
+        config_of = read_json(path / "config.json")
+        architectures = config_of.get("architectures") or [config_of.get("model_type")]
+        kind = config_of.get("_class_name") or (architectures[0] if isinstance(architectures, list) else None)
+        if isinstance(kind, str) and is_file(path.parent / "model_index.json"):
+            return f"is one component of a model ({shown(kind)})", f"give the whole folder, {path.parent}"
+        if isinstance(kind, str):
+            return _of_class(kind)
+    inner = [name for name in entries if name.startswith("models--")]
+    if inner:
+        return "is a cache of Hugging Face's with several repositories", f"give one of them, as {path / inner[0]}"
+    files = [path / name for name in entries if is_file(path / name)]
+    weights = [file for file in files if file.suffix in (*SUFFIXES, ".gguf")]
+    if len(weights) == 1 and weights[0].suffix != ".bin":
+        what, remedy = _file(weights[0])
+        return f"holds {weights[0].name}, which {what}", remedy
+    if weights:
+        kinds = sorted({file.suffix for file in weights})
+        return f"holds {len(weights)} {some(kinds)} files and no model in the diffusers layout", "give one of the files"
+    deeper = [name for name in entries if is_file(path / name / "model_index.json")]
+    if deeper:
+        return "is no model itself", f"give the folder in it that is one, {path / deeper[0]}"
+    if set(entries) <= {
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "scheduler",
+    }:
+        return "is a model without configurations or weights", "fetch it again"
+    return f"is no model: it holds {some(entries, 3, counted=True)}", f"give {_MODEL}"
+
+
+def _of_class(kind: str) -> tuple[str, str]:
+    for family in families().values():
+        titles = {component.published_class for component in family.components if component.stage == "denoise"} - {""}
+        stem = {re.sub(r"Transformer2DModel$", "", title) for title in titles}
+        if kind in titles or any(re.match(rf"{one}(Img2Img|Inpaint|Edit\w*)?Pipeline$", kind) for one in stem if one):
+            return f"holds a model of {family.title} ({shown(kind)}), and its name does not tell which", _say(
+                _keys(family.title)
+            )
+    return (
+        f"holds a model of another kind ({shown(kind)}), which this version does not build",
+        "mflux --help lists the models that are built",
+    )
+
+
+def _keys(title: str) -> list[str]:
+    family = next(family for family in families().values() if family.title == title)
+    return list(dict.fromkeys(key for command in family.commands for key in command.models if key != "demo"))
+
+
+def _say(keys: list[str]) -> str:
+    short = [key for key in keys if "controlnet" not in key and "custom_transformer_model" not in MODELS[key]]
+    return f"say which model it derives from with --base-model, one of {', '.join(short or keys)}"
