@@ -596,7 +596,7 @@ def test_a_prompt_without_end(tmp_path):
         call = [sys.executable, "-c", program, "--model", "schnell", "--prompt", "-"]
         done = subprocess.run(call, stdin=zeros, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: standard input brings more than")
+    assert done.stderr.startswith("error: standard input has more than")
 
 
 def test_a_prompt_in_settings_is_not_standard_input(in_folder, cli, monkeypatch):

@@ -17,6 +17,7 @@ from mflux.checkpoints.loading import fill, load_component
 from mflux.checkpoints.quantization import BITS, Quantization, inferred, layers, pack, packed_specs
 from mflux.cli.convert import convert
 from mflux.errors import CheckpointError, UsageError
+from mflux.models.common.networks.layers import Linear
 from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.flux.model.transformer import FluxTransformer
@@ -89,8 +90,8 @@ def test_odd_widths_are_kept_and_counted(wide, tiny_schnell, caplog):
     block = module.encoder.block[0].layer
     assert isinstance(module.shared, nn.QuantizedEmbedding)
     assert isinstance(block[0].SelfAttention.q, nn.QuantizedLinear)
-    assert type(block[0].SelfAttention.o) is nn.Linear
-    assert type(block[1].DenseReluDense.wo) is nn.Linear
+    assert type(block[0].SelfAttention.o) is Linear
+    assert type(block[1].DenseReluDense.wo) is Linear
     plain = load_component(T5Encoder, wide / "text_encoder_2")
     assert mx.array_equal(block[1].DenseReluDense.wo.weight, plain.encoder.block[0].layer[1].DenseReluDense.wo.weight)
     caplog.clear()

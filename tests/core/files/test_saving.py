@@ -141,7 +141,7 @@ def test_a_record_that_tells_nothing(cli, in_folder, record):
     Path("mine/mflux_model.json").write_text(record)
     result = cli("generate", "--model", "mine", "--prompt", "x")
     assert result.status == 2
-    assert "the model 'mine' is not known" in result.err
+    assert result.err.startswith("error: mine is no model: it holds mflux_model.json: give ")
 
 
 # ---- where it goes

@@ -109,9 +109,11 @@ class FluxPipeline(Pipeline):
         if image_ids is None:
             image_ids = latent_image_ids(config.height // 16, config.width // 16)
         guidance = mx.array([config.guidance]) if self.model_config.supports_guidance else None
+        # Loaded before the loop, whose bar counts steps.
+        predict = self.predicting(config)
 
         def velocity(latents: mx.array, sigma: mx.array, **more: Any) -> mx.array:
-            return self.predicting(config)(
+            return predict(
                 latents.astype(prompt.embeds.dtype),
                 sigma=sigma[None],
                 prompt_embeds=prompt.embeds,

@@ -317,7 +317,7 @@ class Entry:
         (a1, b1), (a2, b2) = (self._side(side, core) for side, core in (("h1", "ht1"), ("h2", "ht2")))
         height, width = self.target.shape
         if a1.shape[1] * a2.shape[1] * (height + width) >= height * width:
-            return Difference((a1 @ b1) * (a2 @ b2), rows)
+            return Difference(product(a1, b1.T) * product(a2, b2.T), rows)
         up = (a1[:, :, None] * a2[:, None, :]).reshape(height, -1)
         return LowRank((b1[:, None, :] * b2[None, :, :]).reshape(-1, width), up, rows)
 
