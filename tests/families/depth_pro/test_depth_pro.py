@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from support.small_depth_pro import TINY, published, vit, write_model
 
 from mflux.backend import mx, nn
+from mflux.cpu import work
 from mflux.errors import CheckpointError, ImageError, UsageError
-from mflux.models.common.controls.depth_pro import network as depth_pro_model
 from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
 from mflux.models.common.controls.depth_pro.network import (
     DepthProConfig,
@@ -278,7 +278,7 @@ def test_verbose_says_what_was_found(model, photo, capsys):
 
 def test_published_network_fits_together(monkeypatch):
     # As on a GPU, nothing is evaluated: MLX works out the shapes alone, so the 3.8 GB network takes no memory.
-    monkeypatch.setattr(depth_pro_model, "has_gpu", lambda: True)
+    monkeypatch.setattr(work, "has_gpu", lambda: True)
     network = DepthProForDepthEstimation(DepthProConfig())
     depth, degrees = network(mx.zeros((1, 1536, 1536, 3)))
     assert depth.shape == (1, 1536, 1536) and degrees.shape == (1,)

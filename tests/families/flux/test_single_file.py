@@ -10,7 +10,7 @@ from support.tiny import write_checkpoint
 
 from mflux.backend import mx, tree_flatten
 from mflux.checkpoints.loading import FolderTensors
-from mflux.errors import CheckpointError, DownloadError
+from mflux.errors import CheckpointError
 from mflux.models.common.config import ModelConfig
 from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
@@ -177,5 +177,5 @@ def test_redux_takes_the_rest_from_the_model_it_stands_on(model, tmp_path, monke
 def test_another_file_is_refused_as_before(tmp_path):
     file = tmp_path / "flux1-dev.ckpt"
     file.write_bytes(b"nothing")
-    with pytest.raises(DownloadError, match="is a file: give the folder of a model in the diffusers layout"):
+    with pytest.raises(CheckpointError, match="is a text file, no model: give a folder of a model in the diffusers"):
         Flux1(model_path=str(file), model_config=ModelConfig.dev())

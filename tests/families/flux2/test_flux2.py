@@ -409,7 +409,9 @@ def test_a_picture_of_mflux_024_is_drawn_with_the_schedule_it_had(cli, in_folder
     }  # fmt: skip
     write_json(in_folder / "old.json", settings)
     call = ("generate-flux2-edit", "--model", model, "--base-model", "flux2-klein-4b")
-    old = cli(*call, "-C", "old.json")
+    # A path is the user's to say.
+    assert "its image_path names" in cli(*call, "-C", "old.json").err.replace("image_paths", "image_path")
+    old = cli(*call, "-C", "old.json", "--image-paths", photo)
     assert old.status == 0, old.err
     words = ("--seed", 1, "--steps", 2, "--width", 32, "--height", 32, "--image-paths", photo)
     assert np.array_equal(pixels(old.paths[0]), pixels(cli(*call, "--prompt", PROMPT, *words).paths[0]))

@@ -52,6 +52,8 @@ _MODEL_INDEX = {
     "vae": ["diffusers", "AutoencoderKLQwenImage"],
 }
 _HEAD = 128
+# <|image_pad|>.
+_IMAGE_TOKEN = 151_655
 
 
 def _scheduler(_: PublishedFolder) -> dict[str, Any]:
@@ -106,6 +108,8 @@ def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
+        # The tokenizer has the last word; a smaller vocabulary than the published one has no such token.
+        "image_token_id": min(_IMAGE_TOKEN, text["vocab_size"] - 1),
         "text_config": text,
         "vision_config": vision,
         "tie_word_embeddings": False,
