@@ -43,6 +43,7 @@ CHECKS: Mapping[str, Check] = {
     "concept": _TEXT,
     "scheduler": _TEXT,
     "image_path": _PATH,
+    "image_strength": _optional(lambda value, name: values.real(value, name, least=0, most=1)),
     "left_image_path": _PATH,
     "right_image_path": _PATH,
     "masked_image_path": _PATH,
@@ -82,7 +83,9 @@ def without_effect(model: Any, given: Mapping[str, Any], all_of_them: Mapping[st
     for name, nothing in (("cfg_normalization", (0, None)), ("cfg_truncation", (1, None))):
         if name in given and given[name] not in nothing and is_unguided:
             yield f"{name} is ignored: without guidance above {above:g} it has no part in the image"
-    if given.get("image_strength") and "image_path" in all_of_them and all_of_them["image_path"] is None:
+    if given.get("image_strength") and model.sees_image:
+        yield "image_strength is ignored: the model sees the image in every step, and starts from noise"
+    elif given.get("image_strength") and "image_path" in all_of_them and all_of_them["image_path"] is None:
         yield "image_strength is ignored: there is no image_path, of which it says how much to keep"
 
 

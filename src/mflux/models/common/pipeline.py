@@ -26,7 +26,6 @@ from mflux.models.common.noise import check_seed
 from mflux.models.common.replaced import called
 from mflux.models.common.room import check_room
 from mflux.models.common.tokenizers.checks import check_prompt
-from mflux.utils import values
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -63,6 +62,7 @@ class Pipeline(Model):
 
     Attributes:
         latent_creator: has `create_noise`, `pack_latents` and `unpack_latents`, see `FluxLatentCreator`.
+        sees_image: whether the model sees the image in every step and starts from noise, so that a strength has no use.
         schedule: the scheduler that follows the checkpoint's `scheduler_config.json`, which is used unless another one
             is passed.
         tiling_config: how the autoencoder divides an image; None: not at all.
@@ -76,6 +76,7 @@ class Pipeline(Model):
     transformer: LazyComponent[Any]
     vae: LazyComponent[Any]
     latent_creator: ClassVar[Any]
+    sees_image: ClassVar[bool] = False
     schedule: ClassVar[str] = "linear"
     tiling_config: tiling.TilingConfig | None = None
     tokenizers: Mapping[str, Any] = {}
@@ -357,16 +358,6 @@ def refuse_pid(decode: bool, degrade_sigma: float) -> None:
     """
     if decode or degrade_sigma:
         raise NotBuiltError("PiD decoding is not built yet in this version: leave pid_decode (--pid-decode) out")
-
-
-def ignore_strength(strength: float | None) -> None:
-    """Say that a strength has no use where the model sees the image in every step, and starts from noise.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if values.real(strength, "image_strength", least=0, most=1, optional=True):
-        log.warning("image_strength is ignored: the model sees the image in every step, and starts from noise")
 
 
 def not_finite(what: str) -> MfluxError:

@@ -84,7 +84,7 @@ def _transformer(tensors: Renamed) -> dict[str, Any]:
 def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     layer = "model.layers.0"
     width = tensors.rows("model.norm.weight")
-    text = {
+    text: dict[str, Any] = {
         "model_type": "qwen2_5_vl_text",
         "vocab_size": tensors.rows("model.embed_tokens.weight"),
         "hidden_size": width,

@@ -11,7 +11,6 @@ import PIL.Image
 from mflux.backend import mx
 from mflux.errors import UsageError
 from mflux.models.common.memory import digest_of, give_back_memory
-from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.pipeline import FluxPipeline
 from mflux.utils.generated_image import GeneratedImage
@@ -26,6 +25,8 @@ class Flux1Depth(FluxPipeline):
     Attributes:
         depth_pro: a program's own Depth Pro, which it keeps; None has one loaded for each image and let go.
     """
+
+    sees_image = True
 
     default_model = "dev-depth"
     in_channels = 128
@@ -60,7 +61,6 @@ class Flux1Depth(FluxPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        ignore_strength(image_strength)
         if depth_image_path is None and image_path is None:
             raise UsageError(
                 "this model draws from depth: use image_path (--image-path) for a picture whose depth is found, or "

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.models.common.config.config import Config
-from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.pipeline import FluxPipeline
 from mflux.models.flux.sources import mask, needed, pack_mask, picture
@@ -46,6 +45,8 @@ class FillPipeline(FluxPipeline):
 class Flux1Fill(FillPipeline):
     """FLUX.1-Fill-dev, and anything of that architecture in the diffusers layout; see `Model`."""
 
+    sees_image = True
+
     def generate_image(
         self,
         seed: int,
@@ -74,7 +75,6 @@ class Flux1Fill(FillPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        ignore_strength(image_strength)
         config = self.settings(
             seed=seed,
             prompt=prompt,

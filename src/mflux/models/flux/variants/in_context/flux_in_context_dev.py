@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mflux.backend import mx
 from mflux.models.common.networks.layers import parts_of
-from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.pipeline import FluxPipeline
 from mflux.models.flux.sources import needed
@@ -19,6 +18,8 @@ class Flux1InContextDev(FluxPipeline):
     Source: Huang et al. 2024, https://arxiv.org/abs/2410.23775. The LoRA is the caller's; without one the two images
     have little to do with each other.
     """
+
+    sees_image = True
 
     default_model = "dev"
 
@@ -49,7 +50,6 @@ class Flux1InContextDev(FluxPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        ignore_strength(image_strength)
         config = self.settings(
             seed=seed,
             prompt=prompt,

@@ -11,7 +11,6 @@ from mflux.errors import UsageError
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.family import Component
 from mflux.models.common.model import resolve
-from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.sources import mask, needed, picture
 from mflux.models.flux.variants.fill.flux_fill import FillPipeline
 from mflux.utils.generated_image import GeneratedImage
@@ -25,6 +24,8 @@ class Flux1InContextFill(FillPipeline):
     https://github.com/nftblackmagic/catvton-flux, whose transformer takes the place of Fill's where the model is
     dev-fill-catvton and no folder is given.
     """
+
+    sees_image = True
 
     def resolve_folder(self, model_path: str | None, model_config: ModelConfig) -> Path:
         # In place of Fill's, which would be a long download for nothing.
@@ -71,7 +72,6 @@ class Flux1InContextFill(FillPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        ignore_strength(image_strength)
         if (right_image_path is None) != (masked_image_path is None):
             raise UsageError("right_image_path and masked_image_path go together: one says where the other is painted")
         config = self.settings(

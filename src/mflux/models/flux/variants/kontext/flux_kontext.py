@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux.backend import mx
-from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.transformer import latent_image_ids
 from mflux.models.flux.pipeline import FluxPipeline
@@ -18,6 +17,8 @@ class Flux1Kontext(FluxPipeline):
 
     Source: Black Forest Labs 2025, https://arxiv.org/abs/2506.15742. Reference: diffusers' `FluxKontextPipeline`.
     """
+
+    sees_image = True
 
     default_model = "dev-kontext"
 
@@ -46,7 +47,6 @@ class Flux1Kontext(FluxPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        ignore_strength(image_strength)
         source = needed(image_path, "image_path (--image)")
         if height is None and width is None:
             width, height = fitted_size(source)

@@ -10,7 +10,6 @@ from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.memory import LazyComponent, digest_of
-from mflux.models.common.pipeline import ignore_strength
 from mflux.models.flux.family import FAMILY, IMAGE_EMBEDDER, IMAGE_ENCODER
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.redux import ReduxEmbedder, SiglipConfig, SiglipProcessor, SiglipVision
@@ -28,6 +27,8 @@ class Flux1Redux(FluxPipeline):
 
     Reference: diffusers' `FluxPriorReduxPipeline`, whose prompt embeds `FluxPipeline` draws with.
     """
+
+    sees_image = True
 
     default_model = "dev-redux"
     repository = _BASE
@@ -71,7 +72,6 @@ class Flux1Redux(FluxPipeline):
         Raises:
             as `Flux1.generate_image`.
         """
-        ignore_strength(image_strength)
         paths = list(redux_image_paths or ())
         strengths = settle_strengths(redux_image_strengths, len(paths))
         config = self.settings(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from mflux.backend import mx
 from mflux.errors import ImageError
 from mflux.models.common.networks.autoencoders import tiling
-from mflux.models.common.pipeline import ignore_strength
 from mflux.models.common.sizes import MEGAPIXEL, shrunk
 from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
 from mflux.models.flux2.model.transformer import grid_ids
@@ -28,6 +27,8 @@ class Flux2KleinEdit(KleinPipeline):
 
     Reference classes: diffusers' `Flux2KleinPipeline`, and `Flux2KleinKVPipeline` for klein 9B KV.
     """
+
+    sees_image = True
 
     def generate_image(
         self,
@@ -52,7 +53,6 @@ class Flux2KleinEdit(KleinPipeline):
             use_kv_cache: whether the images pass through the model once instead of in each step; None for what the
                 model was trained for. It is faster, and right for klein 9B KV only.
         """
-        ignore_strength(image_strength)
         image_paths = list(image_paths or ())
         config = self.settings(
             seed=seed,
