@@ -39,7 +39,7 @@ _LEAST_BYTES = 64_000
 DEADLINE_S, ALL_QUESTIONS_S = 60, 600
 LONGEST_WAIT_S = 60
 # A listing of ten thousand files has three megabytes.
-LARGEST_ANSWER, MOST_ANSWERS, MOST_REDIRECTS = 32 << 20, 1000, 10
+LARGEST_ANSWER, MOST_ANSWERS, MOST_PAGES, MOST_REDIRECTS = 32 << 20, 1000, 50, 10
 
 # The folders that huggingface_hub makes for a repository.
 _PARTS = ("blobs", "refs", "snapshots", "trees", ".no_exist")
@@ -58,6 +58,8 @@ class _Fetch:
         answers: how many there were.
         pages: the addresses of listings that were asked.
         lengths: bytes of files, by their addresses' paths, as announced.
+        until: when the server has to have answered what was asked since its last answer. Second tries, and what
+            huggingface_hub asks by itself, have what the first question left.
     """
 
     hub: ModuleType
@@ -65,6 +67,7 @@ class _Fetch:
     answers: int = 0
     pages: set[str] = field(default_factory=set)
     lengths: dict[str, int] = field(default_factory=dict)
+    until: float | None = None
 
     @property
     def endpoint(self) -> str:
@@ -145,7 +148,9 @@ def _before(request: Any) -> None:
     # What is unpacked from an answer has no length that is known before.
     request.headers["accept-encoding"] = "identity"
     _deadline.began = time.monotonic()
-    _deadline.until = _deadline.began + DEADLINE_S
+    if fetch.until is None:
+        fetch.until = _deadline.began + DEADLINE_S
+    _deadline.until = fetch.until
 
 
 def _after(response: Any) -> None:
@@ -153,6 +158,7 @@ def _after(response: Any) -> None:
     try:
         if fetch is not None:
             _check(fetch, response)
+            fetch.until = None
     finally:
         _deadline.until = None
 
@@ -279,6 +285,8 @@ def _check_pages(fetch: _Fetch, response: Any) -> None:
     following = response.links.get("next", {}).get("url")
     if following is None:
         return
+    if len(fetch.pages) >= MOST_PAGES:
+        raise DownloadError(f"{_told(fetch)} does not come to an end, after {MOST_PAGES} pages: {_ELSEWHERE}")
     following = urljoin(str(response.url), following)
     if following in fetch.pages or not _is_own(fetch, following):
         raise DownloadError(f"{_told(fetch)} lists a repository in pages that lead nowhere: {_ELSEWHERE}")

@@ -7,9 +7,13 @@ import time
 from email.utils import formatdate
 from hashlib import sha1
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from support.fake_hub import SHARDS, WANTED, FakeHub, Program, files_under, model_files
+
+from mflux.errors import DownloadError
+from mflux.hub import guard
 
 OUTSIDE = "../../../../../planted"
 COMMIT = sha1(b"a commit").hexdigest()
@@ -254,7 +258,7 @@ DEADLINES = "; ".join(
     [
         "import mflux.hub.guard as g",
         "g.DEADLINE_S, g.LARGEST_ANSWER = 2, 100_000",
-        "g.MOST_ANSWERS, g.ALL_QUESTIONS_S = 50, 3",
+        "g.MOST_PAGES, g.ALL_QUESTIONS_S = 8, 3",
     ]
 )
 
@@ -355,7 +359,7 @@ NO_END = {
     "pages that lead to themselves": (
         pages(lambda request: f"http://{request.headers['Host']}{request.path}"), "in pages that lead nowhere"),
     "pages that lead to another": (pages(lambda request: "http://127.0.0.1:1/x"), "in pages that lead nowhere"),
-    "pages without end": (pages(counting), "does not come to an end"),
+    "pages without end": (pages(counting), "does not come to an end, after 8 pages"),
     "pages that take their time": (later, "does not come to an end within 3 seconds"),
     "redirects without end": (redirected, "redirect"),
     "a wait of a day": (waits(Retry_After="86400"), "asks to wait 86,400 seconds"),
@@ -373,6 +377,31 @@ def test_a_server_that_comes_to_no_end(hub, start, change, told):
     assert outcome.error and told in outcome.error.lower() + outcome.error, outcome.error
     assert outcome.error.isprintable() and len(outcome.error) < 500
     assert time.monotonic() - began < 40
+
+
+def test_second_tries_and_other_questions_have_what_the_first_left(monkeypatch):
+    hub = ModuleType("hub")
+    hub.constants = SimpleNamespace(ENDPOINT="http://127.0.0.1:1")
+    monkeypatch.setattr(guard, "_install", lambda hub: None)
+    now = [1000.0]
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+
+    def ask(path):
+        request = SimpleNamespace(url=f"{hub.constants.ENDPOINT}{path}", method="GET", headers={})
+        guard._before(request)
+        return guard._left(None)
+
+    with guard.guarded(hub):
+        assert ask("/api/agent-harnesses") == 60
+        now[0] += 45
+        assert ask("/api/models/org/model") == 15
+        now[0] += 20
+        for again in range(2):
+            with pytest.raises(DownloadError, match="no whole answer in 60 seconds"), guard._in_time("host"):
+                assert ask(f"/api/models/org/model?{again}") == 0.001
+        monkeypatch.setattr(guard, "_check", lambda fetch, response: None)
+        guard._after(None)
+        assert ask("/api/models/org/model") == 60
 
 
 def test_a_file_without_a_length(hub, start):
