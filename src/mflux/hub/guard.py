@@ -193,7 +193,7 @@ def _check(fetch: _Fetch, response: Any) -> None:
     if fetch.asked > ALL_QUESTIONS_S:
         raise DownloadError(f"{told} does not come to an end within {ALL_QUESTIONS_S} seconds: {_ELSEWHERE}")
     if own and response.status_code == 200:
-        _check_answer(told, response.content)
+        _check_answer(told, request.url.path, response.content)
         _check_pages(fetch, response)
 
 
@@ -261,12 +261,26 @@ def _asked_to_wait(response: Any) -> float:
     return max(waits, default=0)
 
 
-def _check_answer(told: str, content: bytes) -> None:
-    """Sums in an answer: of the commit, and of files, under whose sums they are kept."""
+class NotTheHub(ValueError):
+    """An answer that Hugging Face gives nobody."""
+
+
+def _check_answer(told: str, path: str, content: bytes) -> None:
+    """An answer's shape, where mflux and huggingface_hub rely on it, and its sums: of the commit, and of files, under
+    whose sums they are kept.
+
+    Raises:
+        NotTheHub: it has another shape.
+        DownloadError: a sum is none.
+    """
     try:
         answer = parse(content)
-    except NotJSON:
-        return  # huggingface_hub says so
+    except NotJSON as error:
+        raise NotTheHub(f"what came {error}") from None
+    if re.search(r"/api/models/[^/]+/[^/]+(/revision/[^/]+)?/?$", path):
+        _check_repository(answer)
+    elif "/tree/" in path:
+        _check_listing(answer)
     entries = answer if isinstance(answer, list) else [answer]
     if isinstance(answer, dict) and isinstance(answer.get("siblings"), list):
         entries += answer["siblings"]
@@ -277,6 +291,31 @@ def _check_answer(told: str, content: bytes) -> None:
         for found in sums:
             if found is not None and not is_sum(found):
                 raise _no_hub(told, f"names the commit or file {shown(found, 60)}")
+
+
+def _check_repository(answer: Any) -> None:
+    files = answer.get("siblings") if isinstance(answer, dict) else None
+    if not isinstance(answer, dict) or answer.get("sha") is None or not isinstance(files, (list, type(None))):
+        raise NotTheHub("what came describes no repository")
+    _check_texts(files or [], "rfilename")
+
+
+def _check_listing(answer: Any) -> None:
+    if not isinstance(answer, list):
+        raise NotTheHub("what came is no list of files")
+    _check_texts(answer, "path", "type")
+    for entry in answer:
+        large = entry.get("lfs") or {}
+        sizes = [entry.get("size"), *([large.get("size")] if isinstance(large, dict) else [""])]
+        if any(number is not None and (type(number) is not int or number < 0) for number in sizes):
+            raise NotTheHub("a file in what came has no length")
+
+
+def _check_texts(entries: list[Any], *names: str) -> None:
+    if not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in names) for entry in entries
+    ):
+        raise NotTheHub("a file in what came has no name")
 
 
 def _check_pages(fetch: _Fetch, response: Any) -> None:

@@ -252,6 +252,58 @@ def test_a_redirect_takes_no_token_along(hub, start, what):
         other.server.server_close()
 
 
+# ---- other shapes
+
+
+def instead(kind, body):
+    def change(request, status, given, headers):
+        return (status, body, headers) if f"/{kind}/" in request.path and status == 200 else (status, given, headers)
+
+    return change
+
+
+def told_as(**values):
+    return with_json("revision", lambda answer: answer | values)
+
+
+SHAPES = {
+    "a list": instead("revision", b"[]"),
+    "a number": instead("revision", b"5"),
+    "nothing": instead("revision", b""),
+    "null": instead("revision", b"null"),
+    "a page": instead("revision", b"<html>"),
+    "brackets": instead("revision", b"[" * 200_000),
+    "braces": instead("revision", b'{"a":' * 200_000),
+    "no commit": with_json("revision", lambda answer: {name: answer[name] for name in answer if name != "sha"}),
+    "a commit of nothing": told_as(sha=None),
+    "files as text": told_as(siblings="abc"),
+    "files as a table": told_as(siblings={"a": 1}),
+    "a file's name as a number": told_as(siblings=[{"rfilename": 3}]),
+    "a file without a name": told_as(siblings=[{}]),
+    "a file that is text": told_as(siblings=["a"]),
+    "a card of text": told_as(cardData="x", lastModified=3, safetensors=[3], config=5, transformersInfo=3),
+    "a list that is a table": instead("tree", b"{}"),
+    "a list of numbers": instead("tree", b"[3]"),
+    "a list of brackets": instead("tree", b"[" * 200_000),
+    "a listed name": with_json("tree", lambda _: [TREE[0] | {"path": 5}]),
+    "a listed kind": with_json("tree", lambda _: [TREE[0] | {"type": None}]),
+    "a listed length": with_json("tree", lambda _: [TREE[0] | {"size": "x"}]),
+    "a listed length below nothing": with_json("tree", lambda _: [TREE[0] | {"size": -1}]),
+    "a listed sum of text": with_json("tree", lambda _: [TREE[0] | {"lfs": "x"}]),
+}
+
+
+def test_answers_of_other_shapes(hub, start):
+    program = start()
+    for name, change in SHAPES.items():
+        hub.change = change
+        outcome = program.call("fetch_file", "org/model", FILE)
+        if "list" in name.split() and name != "a list" and not any("/tree/" in line for line in outcome.requests):
+            continue
+        assert outcome.error and "does not answer like Hugging Face" in outcome.error, (name, outcome.error)
+        assert outcome.error.isprintable() and "check HF_ENDPOINT" in outcome.error, name
+
+
 # ---- no end
 
 DEADLINES = "; ".join(
