@@ -480,6 +480,24 @@ def make_ready(cache: Path, name: str) -> None:
         raise DownloadError(f"cannot clear up {holder}: {error.strerror or error}; remove it") from None
 
 
+def check_files(holder: Path) -> None:
+    """See that what huggingface_hub opens by itself is a file: a pipe would keep it waiting for ever.
+
+    Args:
+        holder: the repository's folder in Hugging Face's cache.
+
+    Raises:
+        DownloadError: something else is there.
+    """
+    locks = holder.parent / ".locks" / holder.name
+    begun = [path for path in (holder / "blobs").glob("*") if "." in path.name]
+    opened = [path for folder in (holder / "refs", holder / "trees", holder / ".no_exist", locks)
+              for path in folder.rglob("*")]  # fmt: skip
+    for path in (*begun, *opened, holder.parent / "CACHEDIR.TAG"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DownloadError(f"{path} is neither a file nor a folder, but a pipe or a device: remove it")
+
+
 def _remove_links(folder: Path, *, folders_alone: bool = False) -> None:
     for parent, folders, names in os.walk(folder):
         for entry in (Path(parent, name) for name in (folders if folders_alone else [*folders, *names])):
