@@ -55,7 +55,7 @@ def check(argv: Sequence[str] | None) -> int:
     """
     args = build_parser().parse_args(with_command(sys.argv[1:] if argv is None else argv))
 
-    from mflux.hub.cache import repair
+    from mflux.hub.cache import repair, repository_in_cache
     from mflux.models.common.checking import check_model
 
     report = check_model(args.model_reference, args.base_model)
@@ -81,7 +81,9 @@ def check(argv: Sequence[str] | None) -> int:
     if report.broken and not args.fix:
         say(f"fix: mflux-check --fix {one_line(args.model_reference)}")
     if args.fix and report.holder is None:
-        say("fixed: nothing, since only Hugging Face's cache is changed and this is a folder of your own")
+        link = repository_in_cache(report.root, linked=True) if report.root else None
+        own = f"{one_line(link)} is a link to another place" if link else "this is a folder of your own"
+        say(f"fixed: nothing, since only Hugging Face's cache is changed and {own}")
     return 0 if report.passed else 1
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say
+from mflux.errors import DownloadError
 from mflux.text import one_line, size
 from mflux.utils.memory import machine_memory
 
@@ -78,7 +79,7 @@ def _safely(ask: Callable[[], Part]) -> Part:
         return ask()
     except Exception as error:
         text = one_line(error) or "no reason given"
-        return {"error": text if type(error) is RuntimeError else f"{type(error).__name__}: {text}"}
+        return {"error": text if type(error) in (RuntimeError, DownloadError) else f"{type(error).__name__}: {text}"}
 
 
 # ---- what there is
@@ -175,9 +176,9 @@ def hugging_face_part() -> Part:
 
 
 def _hub_constants() -> Any:
-    from mflux.hub.library import drop_empty_settings
+    from mflux.hub.library import check_settings
 
-    drop_empty_settings()
+    check_settings()
     import huggingface_hub.constants
 
     return huggingface_hub.constants

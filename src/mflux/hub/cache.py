@@ -54,12 +54,17 @@ def cache_folder() -> Path:
     return Path(huggingface().constants.HF_HUB_CACHE)
 
 
-def repository_in_cache(path: Path) -> Path | None:
-    """The `models--org--name` folder of the cache that a path lies in, or None if it lies elsewhere."""
+def repository_in_cache(path: Path, *, linked: bool = False) -> Path | None:
+    """The `models--org--name` folder of the cache that a path lies in, or None if it lies elsewhere.
+
+    Args:
+        linked: look for one that is itself a link, which is not the cache's own, instead of a folder.
+    """
     cache = cache_folder().resolve()
     for folder in (path, *path.parents):
         # The folder that holds a file, not what its link leads to.
-        if folder.name.startswith("models--") and folder.parent.resolve() == cache and not folder.is_symlink():
+        named = folder.name.startswith("models--") and folder.parent.resolve() == cache
+        if named and folder.is_symlink() == linked:
             return folder
     return None
 

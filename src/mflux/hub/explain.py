@@ -12,12 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mflux.hub.guard import NotTheHub
 from mflux.hub.names import Repository
 from mflux.hub.proxies import proxy_for, unusable_proxy
 from mflux.hub.secrets import without_secrets
 from mflux.text import shown, size
 
 AGAIN = "run the same command again"
+# What huggingface_hub ends in when it reads an answer of another shape than it expects.
+_MISREAD = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def explain(hub: ModuleType, repository: Repository, error: Exception, *, asking
         through = f" through {proxy}" if proxy else ""
         check = f"check the proxy, or {proxy.otherwise}," if proxy else "check the network"
         return Failure(f"no connection to {endpoint}{through} ({reason})", f"{check} and {AGAIN}", unreachable=True)
-    if isinstance(error, errors.FileMetadataError) or (asking and isinstance(error, (ValueError, KeyError, TypeError))):
+    if isinstance(error, (errors.FileMetadataError, NotTheHub)) or (asking and isinstance(error, _MISREAD)):
         return Failure(
             f"{endpoint} does not answer like Hugging Face",
             "check HF_ENDPOINT, and whether the network wants a sign-in or a proxy",

@@ -39,7 +39,7 @@ _LEAST_BYTES = 64_000
 DEADLINE_S, ALL_QUESTIONS_S = 60, 600
 LONGEST_WAIT_S = 60
 # A listing of ten thousand files has three megabytes.
-LARGEST_ANSWER, MOST_ANSWERS, MOST_REDIRECTS = 32 << 20, 1000, 10
+LARGEST_ANSWER, MOST_ANSWERS, MOST_PAGES, MOST_REDIRECTS = 32 << 20, 1000, 50, 10
 
 # The folders that huggingface_hub makes for a repository.
 _PARTS = ("blobs", "refs", "snapshots", "trees", ".no_exist")
@@ -58,6 +58,8 @@ class _Fetch:
         answers: how many there were.
         pages: the addresses of listings that were asked.
         lengths: bytes of files, by their addresses' paths, as announced.
+        until: when the server has to have answered what was asked since its last answer. Second tries, and what
+            huggingface_hub asks by itself, have what the first question left.
     """
 
     hub: ModuleType
@@ -65,6 +67,7 @@ class _Fetch:
     answers: int = 0
     pages: set[str] = field(default_factory=set)
     lengths: dict[str, int] = field(default_factory=dict)
+    until: float | None = None
 
     @property
     def endpoint(self) -> str:
@@ -145,7 +148,9 @@ def _before(request: Any) -> None:
     # What is unpacked from an answer has no length that is known before.
     request.headers["accept-encoding"] = "identity"
     _deadline.began = time.monotonic()
-    _deadline.until = _deadline.began + DEADLINE_S
+    if fetch.until is None:
+        fetch.until = _deadline.began + DEADLINE_S
+    _deadline.until = fetch.until
 
 
 def _after(response: Any) -> None:
@@ -153,6 +158,7 @@ def _after(response: Any) -> None:
     try:
         if fetch is not None:
             _check(fetch, response)
+            fetch.until = None
     finally:
         _deadline.until = None
 
@@ -187,7 +193,7 @@ def _check(fetch: _Fetch, response: Any) -> None:
     if fetch.asked > ALL_QUESTIONS_S:
         raise DownloadError(f"{told} does not come to an end within {ALL_QUESTIONS_S} seconds: {_ELSEWHERE}")
     if own and response.status_code == 200:
-        _check_answer(told, response.content)
+        _check_answer(told, request.url.path, response.content)
         _check_pages(fetch, response)
 
 
@@ -255,12 +261,26 @@ def _asked_to_wait(response: Any) -> float:
     return max(waits, default=0)
 
 
-def _check_answer(told: str, content: bytes) -> None:
-    """Sums in an answer: of the commit, and of files, under whose sums they are kept."""
+class NotTheHub(ValueError):
+    """An answer that Hugging Face gives nobody."""
+
+
+def _check_answer(told: str, path: str, content: bytes) -> None:
+    """An answer's shape, where mflux and huggingface_hub rely on it, and its sums: of the commit, and of files, under
+    whose sums they are kept.
+
+    Raises:
+        NotTheHub: it has another shape.
+        DownloadError: a sum is none.
+    """
     try:
         answer = parse(content)
-    except NotJSON:
-        return  # huggingface_hub says so
+    except NotJSON as error:
+        raise NotTheHub(f"what came {error}") from None
+    if re.search(r"/api/models/[^/]+/[^/]+(/revision/[^/]+)?/?$", path):
+        _check_repository(answer)
+    elif "/tree/" in path:
+        _check_listing(answer)
     entries = answer if isinstance(answer, list) else [answer]
     if isinstance(answer, dict) and isinstance(answer.get("siblings"), list):
         entries += answer["siblings"]
@@ -273,12 +293,39 @@ def _check_answer(told: str, content: bytes) -> None:
                 raise _no_hub(told, f"names the commit or file {shown(found, 60)}")
 
 
+def _check_repository(answer: Any) -> None:
+    files = answer.get("siblings") if isinstance(answer, dict) else None
+    if not isinstance(answer, dict) or answer.get("sha") is None or not isinstance(files, (list, type(None))):
+        raise NotTheHub("what came describes no repository")
+    _check_texts(files or [], "rfilename")
+
+
+def _check_listing(answer: Any) -> None:
+    if not isinstance(answer, list):
+        raise NotTheHub("what came is no list of files")
+    _check_texts(answer, "path", "type")
+    for entry in answer:
+        large = entry.get("lfs") or {}
+        sizes = [entry.get("size"), *([large.get("size")] if isinstance(large, dict) else [""])]
+        if any(number is not None and (type(number) is not int or number < 0) for number in sizes):
+            raise NotTheHub("a file in what came has no length")
+
+
+def _check_texts(entries: list[Any], *names: str) -> None:
+    if not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in names) for entry in entries
+    ):
+        raise NotTheHub("a file in what came has no name")
+
+
 def _check_pages(fetch: _Fetch, response: Any) -> None:
     """A list of pages leads on, and to this host."""
     fetch.pages.add(str(response.url))
     following = response.links.get("next", {}).get("url")
     if following is None:
         return
+    if len(fetch.pages) >= MOST_PAGES:
+        raise DownloadError(f"{_told(fetch)} does not come to an end, after {MOST_PAGES} pages: {_ELSEWHERE}")
     following = urljoin(str(response.url), following)
     if following in fetch.pages or not _is_own(fetch, following):
         raise DownloadError(f"{_told(fetch)} lists a repository in pages that lead nowhere: {_ELSEWHERE}")
@@ -431,6 +478,24 @@ def make_ready(cache: Path, name: str) -> None:
         _remove_links(holder / "snapshots", folders_alone=True)
     except OSError as error:
         raise DownloadError(f"cannot clear up {holder}: {error.strerror or error}; remove it") from None
+
+
+def check_files(holder: Path) -> None:
+    """See that what huggingface_hub opens by itself is a file: a pipe would keep it waiting for ever.
+
+    Args:
+        holder: the repository's folder in Hugging Face's cache.
+
+    Raises:
+        DownloadError: something else is there.
+    """
+    locks = holder.parent / ".locks" / holder.name
+    begun = [path for path in (holder / "blobs").glob("*") if "." in path.name]
+    opened = [path for folder in (holder / "refs", holder / "trees", holder / ".no_exist", locks)
+              for path in folder.rglob("*")]  # fmt: skip
+    for path in (*begun, *opened, holder.parent / "CACHEDIR.TAG"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise DownloadError(f"{path} is neither a file nor a folder, but a pipe or a device: remove it")
 
 
 def _remove_links(folder: Path, *, folders_alone: bool = False) -> None:

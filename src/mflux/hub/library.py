@@ -8,22 +8,45 @@ from types import ModuleType
 
 from mflux.errors import DownloadError
 from mflux.hub.secrets import without_secrets
-from mflux.text import one_line
+from mflux.text import one_line, shown
 from mflux.utils.progress import bar_class
 
-_ADDRESSES_AND_FOLDERS = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH")
+logger = logging.getLogger(__name__)
+
+_FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH", "HF_XET_CACHE", "XDG_CACHE_HOME")
+_SECONDS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
 
 
-def drop_empty_settings() -> None:
-    """An empty variable means that none is set; huggingface_hub, which reads them while it is imported, would take it
-    for an address, or for this folder."""
-    for name in _ADDRESSES_AND_FOLDERS:
+def check_settings() -> None:
+    """huggingface_hub reads its variables while it is imported. An empty one means that none is set; it would take it
+    for an address, or for this folder. Of one that is no number of seconds, the usual number holds.
+
+    Raises:
+        DownloadError: one leads to the folder of a user whom this machine does not know.
+    """
+    for name in ("HF_ENDPOINT", *_FOLDERS):
         if name in os.environ and not os.environ[name].strip():
             del os.environ[name]
+    for name in _SECONDS:
+        try:
+            int(os.environ.get(name, "0"))
+        except ValueError:
+            logger.warning(
+                "%s is %s, which is no number of seconds: it is left out; correct or unset it",
+                name,
+                shown(repr(os.environ.pop(name)), 60),
+            )
+    for name in _FOLDERS:
+        value = os.environ.get(name, "")
+        if os.path.expandvars(os.path.expanduser(value)).startswith("~"):  # noqa: PTH111
+            user = value.partition("/")[0]
+            raise DownloadError(
+                f"{name} is {shown(value, 200)}, and no home folder of {shown(user, 60)} is known: write the whole path"
+            )
 
 
 def huggingface() -> ModuleType:
-    drop_empty_settings()
+    check_settings()
     # Half a second to import: only those pay who get here.
     bar_class()
     try:

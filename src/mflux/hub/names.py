@@ -55,6 +55,18 @@ def check_names(hub: ModuleType, repository: Repository) -> None:
             "tag or commit"
         )
     try:
+        _ = urlsplit(hub.constants.ENDPOINT).port
+    except ValueError:
+        # With such a one huggingface_hub cannot even read its cache.
+        check_endpoint(hub)
+
+
+def check_endpoint(hub: ModuleType) -> None:
+    """
+    Raises:
+        DownloadError: HF_ENDPOINT is no address.
+    """
+    try:
         address = urlsplit(hub.constants.ENDPOINT)
         sound = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
     except ValueError:

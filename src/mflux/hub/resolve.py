@@ -24,9 +24,9 @@ from mflux.checkpoints.folders import shards_of
 from mflux.checkpoints.readers.plain import HEAD, what_else
 from mflux.errors import CheckpointError, DownloadError, UsageError
 from mflux.hub.explain import AGAIN, explain, explain_disk, reason_of
-from mflux.hub.guard import guarded, make_ready
+from mflux.hub.guard import check_files, guarded, make_ready
 from mflux.hub.library import huggingface
-from mflux.hub.names import Repository, check_names, name_in_address
+from mflux.hub.names import Repository, check_endpoint, check_names, name_in_address
 from mflux.hub.secrets import without_secrets
 from mflux.text import shown, some, without_password
 from mflux.utils.atomic_files import remove_within
@@ -316,6 +316,7 @@ def _clear_begun(hub: ModuleType, repository: Repository, *, all_of_it: bool) ->
 
 def _ask(hub: ModuleType, repository: Repository) -> tuple[str | None, list[str] | None]:
     """The commit that a revision stands for and the names of its files; None where the Hub keeps the names back."""
+    check_endpoint(hub)
     info = hub.HfApi().model_info(
         repository.id,
         revision=repository.revision or hub.constants.DEFAULT_REVISION,
@@ -350,6 +351,7 @@ def _check_contents(hub: ModuleType, repository: Repository, names: list[str], w
 
 def _cached(hub: ModuleType, repository: Repository) -> Path | None:
     """The cached copy of a revision, complete or not. Nothing is sent."""
+    check_files(_holder(hub, repository))
     try:
         folder = Path(hub.snapshot_download(repository.id, revision=repository.revision, local_files_only=True))
     except hub.errors.LocalEntryNotFoundError as error:

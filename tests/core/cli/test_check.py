@@ -424,6 +424,16 @@ def test_nothing_outside_the_cache_is_touched(cli, cached, tmp_path, tiny_schnel
     assert everything(own) == before
 
 
+def test_a_repository_that_is_a_link_is_told_as_one(cli, cached, tmp_path):
+    cached.rename(tmp_path / "elsewhere")
+    cached.symlink_to(tmp_path / "elsewhere")
+    for reference in ("org/schnell", cached):
+        result = cli("check", "model", "--fix", reference)
+        assert lines(result, "fixed") == [
+            f"nothing, since only Hugging Face's cache is changed and {cached} is a link to another place"
+        ], result.out
+
+
 def test_blobs_that_are_a_link_are_not_followed(cli, cached, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (cached / "blobs").rename(elsewhere)

@@ -259,3 +259,52 @@ def test_steps_without_end(t5):
     change(t5 / "tokenizer.json", lambda content: content.update(pre_tokenizer=steps_of([r"\\s+"] * 40)))
     with pytest.raises(CheckpointError, match="more than 32 steps"):
         t5_tokenizer(t5)
+
+
+def template(single, pair=(), tokens=None):
+    return {"type": "TemplateProcessing", "single": single, "pair": list(pair), "special_tokens": tokens or {}}
+
+
+def in_sequence(kind, steps):
+    return {"type": "Sequence", kind: steps}
+
+
+WHOLE = {"Sequence": {"id": "A", "type_id": 0}}
+SECOND = {"Sequence": {"id": "B", "type_id": 0}}
+END = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+MANY_IDS = {"</s>": {"id": "</s>", "ids": [1] * 100_000, "tokens": ["</s>"] * 100_000}}
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GROWS = {
+    "the prompt 20,000 times": ("post_processor", template([WHOLE] * 20_000)),
+    "the prompt some times": ("post_processor", template([WHOLE] * 5)),
+    "the prompt doubled again and again": ("post_processor", in_sequence("processors", [template([WHOLE] * 2)] * 5)),
+    "a template of ends": ("post_processor", template([WHOLE, *[END] * 100_000])),
+    "a template for two texts": ("post_processor", template([WHOLE], [WHOLE] * 50_000)),
+    "an end of many tokens": ("post_processor", template([WHOLE, END], tokens=MANY_IDS)),
+    "a long beginning": ("normalizer", PREPEND | {"prepend": "x" * 5_000_000}),
+    "a beginning of a word": ("normalizer", PREPEND | {"prepend": "x" * 900}),
+    "many beginnings": ("normalizer", in_sequence("normalizers", [PREPEND] * 20)),
+    "bytes of bytes": ("normalizer", in_sequence("normalizers", [{"type": "ByteLevel"}] * 10)),
+    "bytes of bytes, split": ("pre_tokenizer", in_sequence("pretokenizers", [BYTES] * 10)),
+    "a long decoder": ("decoder", {"type": "WordPiece", "prefix": "#" * 5_000_000, "cleanup": True}),
+    "a long pattern": ("pre_tokenizer", steps_of(["a|" * 1_000_000 + "b"])),
+}
+
+
+@pytest.mark.parametrize(("part", "step"), GROWS.values(), ids=GROWS)
+def test_steps_that_multiply_a_prompt(t5, part, step):
+    change(t5 / "tokenizer.json", lambda content: content.update({part: step}))
+    with pytest.raises(CheckpointError, match="tokenizer.json was refused: .*(grow without end|is the most)"):
+        t5_tokenizer(t5)
+
+
+def test_steps_as_they_are_published(t5):
+    ends = {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}
+    published = {
+        "normalizer": in_sequence("normalizers", [PREPEND, {"type": "NFKC"}]),
+        "pre_tokenizer": in_sequence("pretokenizers", [steps_of([r"\s+"]), BYTES]),
+        "post_processor": in_sequence("processors", [BYTES, template([WHOLE, END], [WHOLE, SECOND, END], ends)]),
+        "decoder": BYTES,
+    }
+    checks.check_tokenizer(json.loads((t5 / "tokenizer.json").read_text()) | published, "x")

@@ -7,9 +7,13 @@ import time
 from email.utils import formatdate
 from hashlib import sha1
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from support.fake_hub import SHARDS, WANTED, FakeHub, Program, files_under, model_files
+
+from mflux.errors import DownloadError
+from mflux.hub import guard
 
 OUTSIDE = "../../../../../planted"
 COMMIT = sha1(b"a commit").hexdigest()
@@ -248,13 +252,65 @@ def test_a_redirect_takes_no_token_along(hub, start, what):
         other.server.server_close()
 
 
+# ---- other shapes
+
+
+def instead(kind, body):
+    def change(request, status, given, headers):
+        return (status, body, headers) if f"/{kind}/" in request.path and status == 200 else (status, given, headers)
+
+    return change
+
+
+def told_as(**values):
+    return with_json("revision", lambda answer: answer | values)
+
+
+SHAPES = {
+    "a list": instead("revision", b"[]"),
+    "a number": instead("revision", b"5"),
+    "nothing": instead("revision", b""),
+    "null": instead("revision", b"null"),
+    "a page": instead("revision", b"<html>"),
+    "brackets": instead("revision", b"[" * 200_000),
+    "braces": instead("revision", b'{"a":' * 200_000),
+    "no commit": with_json("revision", lambda answer: {name: answer[name] for name in answer if name != "sha"}),
+    "a commit of nothing": told_as(sha=None),
+    "files as text": told_as(siblings="abc"),
+    "files as a table": told_as(siblings={"a": 1}),
+    "a file's name as a number": told_as(siblings=[{"rfilename": 3}]),
+    "a file without a name": told_as(siblings=[{}]),
+    "a file that is text": told_as(siblings=["a"]),
+    "a card of text": told_as(cardData="x", lastModified=3, safetensors=[3], config=5, transformersInfo=3),
+    "a list that is a table": instead("tree", b"{}"),
+    "a list of numbers": instead("tree", b"[3]"),
+    "a list of brackets": instead("tree", b"[" * 200_000),
+    "a listed name": with_json("tree", lambda _: [TREE[0] | {"path": 5}]),
+    "a listed kind": with_json("tree", lambda _: [TREE[0] | {"type": None}]),
+    "a listed length": with_json("tree", lambda _: [TREE[0] | {"size": "x"}]),
+    "a listed length below nothing": with_json("tree", lambda _: [TREE[0] | {"size": -1}]),
+    "a listed sum of text": with_json("tree", lambda _: [TREE[0] | {"lfs": "x"}]),
+}
+
+
+def test_answers_of_other_shapes(hub, start):
+    program = start()
+    for name, change in SHAPES.items():
+        hub.change = change
+        outcome = program.call("fetch_file", "org/model", FILE)
+        if "list" in name.split() and name != "a list" and not any("/tree/" in line for line in outcome.requests):
+            continue
+        assert outcome.error and "does not answer like Hugging Face" in outcome.error, (name, outcome.error)
+        assert outcome.error.isprintable() and "check HF_ENDPOINT" in outcome.error, name
+
+
 # ---- no end
 
 DEADLINES = "; ".join(
     [
         "import mflux.hub.guard as g",
         "g.DEADLINE_S, g.LARGEST_ANSWER = 2, 100_000",
-        "g.MOST_ANSWERS, g.ALL_QUESTIONS_S = 50, 3",
+        "g.MOST_PAGES, g.ALL_QUESTIONS_S = 8, 3",
     ]
 )
 
@@ -355,7 +411,7 @@ NO_END = {
     "pages that lead to themselves": (
         pages(lambda request: f"http://{request.headers['Host']}{request.path}"), "in pages that lead nowhere"),
     "pages that lead to another": (pages(lambda request: "http://127.0.0.1:1/x"), "in pages that lead nowhere"),
-    "pages without end": (pages(counting), "does not come to an end"),
+    "pages without end": (pages(counting), "does not come to an end, after 8 pages"),
     "pages that take their time": (later, "does not come to an end within 3 seconds"),
     "redirects without end": (redirected, "redirect"),
     "a wait of a day": (waits(Retry_After="86400"), "asks to wait 86,400 seconds"),
@@ -373,6 +429,31 @@ def test_a_server_that_comes_to_no_end(hub, start, change, told):
     assert outcome.error and told in outcome.error.lower() + outcome.error, outcome.error
     assert outcome.error.isprintable() and len(outcome.error) < 500
     assert time.monotonic() - began < 40
+
+
+def test_second_tries_and_other_questions_have_what_the_first_left(monkeypatch):
+    hub = ModuleType("hub")
+    hub.constants = SimpleNamespace(ENDPOINT="http://127.0.0.1:1")
+    monkeypatch.setattr(guard, "_install", lambda hub: None)
+    now = [1000.0]
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+
+    def ask(path):
+        request = SimpleNamespace(url=f"{hub.constants.ENDPOINT}{path}", method="GET", headers={})
+        guard._before(request)
+        return guard._left(None)
+
+    with guard.guarded(hub):
+        assert ask("/api/agent-harnesses") == 60
+        now[0] += 45
+        assert ask("/api/models/org/model") == 15
+        now[0] += 20
+        for again in range(2):
+            with pytest.raises(DownloadError, match="no whole answer in 60 seconds"), guard._in_time("host"):
+                assert ask(f"/api/models/org/model?{again}") == 0.001
+        monkeypatch.setattr(guard, "_check", lambda fetch, response: None)
+        guard._after(None)
+        assert ask("/api/models/org/model") == 60
 
 
 def test_a_file_without_a_length(hub, start):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -592,14 +593,63 @@ def test_a_token_that_cannot_be_read(start, tmp_path):
             "unset it",
         ),
         (
-            {"HF_HUB_DOWNLOAD_TIMEOUT": "soon"},
-            "huggingface_hub cannot use one of the HF_ environment variables (invalid literal for int() with base 10: "
-            "'soon'): correct or unset it",
+            {"HF_ENDPOINT": "http://127.0.0.1:99999"},
+            "HF_ENDPOINT is 'http://127.0.0.1:99999', which is not an address: set it to one that starts with "
+            "https://, or unset it",
         ),
     ],
 )
 def test_settings_that_make_no_sense(settings, message, start, tmp_path):
     assert start(tmp_path, **settings).resolve("org/any").error == message
+
+
+NO_FOLDERS = ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH", "HF_XET_CACHE"]
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
+def test_a_folder_of_somebody_unknown(name, start, tmp_path):
+    assert start(tmp_path, **{name: "~nobody9/x"}).resolve("org/any").error == (
+        f"{name} is ~nobody9/x, and no home folder of ~nobody9 is known: write the whole path"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_ENDPOINT", "nonsense"),
+        ("HF_ENDPOINT", "http://"),
+        ("HF_ENDPOINT", "ftp://127.0.0.1/x"),
+        ("HF_HUB_ETAG_TIMEOUT", "x"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "soon"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_and_a_complete_copy(name, value, hub, online, start, home):
+    hub.add("org/set")
+    folder = online.resolve("org/set").path
+    outcome = start(home, **{name: value}).resolve("org/set")
+    assert outcome.path == folder and outcome.stderr.count("\n") == 1
+    assert f"{name} is {value.rstrip('/')!r}, which is no" in outcome.stderr.replace("not an address", "no address")
+
+
+PIPES = ["refs/main", "trees/{commit}.json", ".no_exist/{commit}/x.json", "blobs/0.incomplete", "../CACHEDIR.TAG"]
+
+
+@pytest.mark.parametrize("place", [*PIPES, "../.locks/models--org--piped/0.lock"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_where_a_file_is_opened(place, linked, hub, start, tmp_path):
+    repository = hub.add("org/piped")
+    start(tmp_path).resolve("org/piped")
+    commit, _ = repository.at("main")
+    path = Path(os.path.normpath(tmp_path / "hub" / "models--org--piped" / place.format(commit=commit)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "pipe" if linked else path)
+    if linked:
+        path.symlink_to(tmp_path / "pipe")
+    for settings in ({}, {"HF_HUB_OFFLINE": "1"}):
+        assert start(tmp_path, **settings).resolve("org/piped").error == (
+            f"{path} is neither a file nor a folder, but a pipe or a device: remove it"
+        )
 
 
 # Single files.

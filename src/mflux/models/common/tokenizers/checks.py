@@ -29,8 +29,14 @@ LONGEST_PROMPT = 100_000
 _MOST_REPLACEMENTS = 8
 # Bytes of a text that stands for one character; Unicode's longest has 33.
 _LONGEST_REPLACEMENT = 256
-# Normalizers, pre-tokenizers and so on; published tokenizers have up to ten.
+# Normalizers, pre-tokenizers and so on; published tokenizers have up to ten. No list among them is longer.
 _MOST_STEPS = 32
+# Put before each part of a text; the published one is "▁".
+_LONGEST_BEGINNING = 8
+# Steps that write each byte as a character, and so can double a text; published tokenizers have one.
+_MOST_BYTE_LEVELS = 2
+# Places of templates that a whole prompt is put into: one where there is one text, two where there are two.
+_MOST_INSERTIONS = 4
 # The library bounds one pattern at one place of a text, not several at all places. These are the published ones, of
 # CLIP, T5, Qwen2 and Llama 3.
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -142,6 +148,35 @@ def check_tokenizer(content: Mapping[str, Any], source: object) -> None:
                 raise CheckpointError(f"{source} was refused: its replacements would make a prompt grow without end")
     if sum("type" in step for step in _work(content)) > _MOST_STEPS:
         raise CheckpointError(f"{source} was refused: it has more than {_MOST_STEPS} steps; fetch it again")
+    _check_growth(content, source)
+
+
+def _check_growth(content: Mapping[str, Any], source: object) -> None:
+    """What the steps add to a text, replacements aside.
+
+    Raises:
+        CheckpointError: a text or list is longer than any published one, or together they can multiply a prompt.
+    """
+    beginnings = insertions = byte_levels = 0
+    for step in _work(content):
+        for name, value in step.items():
+            most = LONGEST_PIECE if isinstance(value, str) else _MOST_STEPS
+            if name != "precompiled_charsmap" and isinstance(value, (str, list)) and len(value) > most:
+                what = "characters" if isinstance(value, str) else "entries"
+                raise CheckpointError(
+                    f"{source} was refused: {shown(name, 60)} in its steps has {len(value):,} {what}, and {most:,} is "
+                    "the most; fetch it again"
+                )
+        beginning = step.get("prepend")
+        beginnings += isinstance(beginning, str)
+        insertions += "Sequence" in step
+        too_long = isinstance(beginning, str) and len(beginning) > _LONGEST_BEGINNING
+        if too_long or beginnings > _MOST_REPLACEMENTS or insertions > _MOST_INSERTIONS:
+            raise CheckpointError(f"{source} was refused: its steps would make a prompt grow without end")
+    for name in ("normalizer", "pre_tokenizer"):
+        byte_levels += sum(step.get("type") == "ByteLevel" for step in _steps([content.get(name)]))
+    if byte_levels > _MOST_BYTE_LEVELS:
+        raise CheckpointError(f"{source} was refused: its steps would make a prompt grow without end")
 
 
 def _work(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
