@@ -27,7 +27,7 @@ WRONG: dict[str, Any] = {
 
 
 # What they may be besides is said there.
-CHECKED_BY_THEIR_CLASS = ("controls", "concept_attention", "heatmap_layer_indices")
+CHECKED_BY_THEIR_CLASS = ("controls", "concept_attention", "heatmap_layer_indices", "heatmap_timesteps")
 
 
 class Reached(Exception):

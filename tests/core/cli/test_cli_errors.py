@@ -295,7 +295,7 @@ def test_an_empty_prompt(refused):
 
 
 def test_a_prompt_in_another_encoding(refused):
-    message = "--prompt is not text in UTF-8: write the prompt in UTF-8"
+    message = "--prompt is not text in UTF-8: save it as UTF-8"
     refused(basic=["--prompt", "caf\udce9"], status=2, message=message)
 
 
@@ -311,7 +311,7 @@ def test_a_prompt_file(refused, tmp_path):
     path.write_text(" \n")
     refused(basic=basic, status=2, message=f"there is no prompt: the prompt file {path} is empty")
     path.write_bytes("café".encode("latin-1"))
-    refused(basic=basic, status=2, message=f"the prompt file {path} is not text in UTF-8: write the prompt in UTF-8")
+    refused(basic=basic, status=2, message=f"the prompt file {path} is not text in UTF-8: save it as UTF-8")
     message = f"cannot read the prompt file {tmp_path}: Is a directory"
     refused(basic=["--prompt-file", tmp_path], status=2, message=message)
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
+from mflux.models.common.tokenizers.checks import check_prompt
 from mflux.utils import values
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,11 @@ def _switch_or_real(value: Any, name: str) -> float:
     return float(value) if isinstance(value, bool) else values.real(value, name)
 
 
+def _prompt(value: Any, name: str) -> str:
+    check_prompt(value, name)
+    return cast(str, value)
+
+
 CHECKS: Mapping[str, Check] = {
     "cfg_normalization": _switch_or_real,
     "cfg_truncation": values.real,
@@ -39,8 +45,9 @@ CHECKS: Mapping[str, Check] = {
     "lora_scales": _REALS,
     "paths": _optional(values.texts_or_paths),
     "scales": _REALS,
-    "negative_prompt": _TEXT,
-    "concept": _TEXT,
+    "prompt": _prompt,
+    "negative_prompt": _optional(_prompt),
+    "concept": _optional(_prompt),
     "scheduler": _TEXT,
     "image_path": _PATH,
     "left_image_path": _PATH,
