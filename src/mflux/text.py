@@ -25,6 +25,21 @@ def shown(text: object, most: int = 120) -> str:
     return short if short.isprintable() else "".join(map(_visible, short))
 
 
+def brief(text: str, most: int, word: int) -> str:
+    """A message with its beginning and its end, whatever it quotes: what has no space in it is cut to `word`."""
+    if len(text) > word:
+        text = re.sub(rf"\S{{{word + 1},}}", lambda found: f"{found[0][: word // 2]}…{found[0][-word // 4 :]}", text)
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"
+
+
+def written(value: object) -> str:
+    """`repr`, which fails for numbers of thousands of digits, and may for objects of anyone's."""
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+
+
 def one_line(text: object, most: int = 2000) -> str:
     """A whole message as one line of a terminal, its line breaks as spaces, and addresses without passwords."""
     # Cut first: a megabyte is not worth splitting.

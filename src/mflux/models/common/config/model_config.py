@@ -13,7 +13,7 @@ from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, Ot
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.config.inferred import told
 from mflux.models.common.registry import MODELS
-from mflux.text import shown
+from mflux.text import shown, written
 from mflux.utils.paths import is_there, user_path
 
 if TYPE_CHECKING:
@@ -198,6 +198,17 @@ class ModelConfig(ByName):
         return "canny" in (self.controlnet_model or "").lower()
 
 
+def check_model_config(value: object) -> None:
+    """
+    Raises:
+        UsageError: it is no `ModelConfig`.
+    """
+    if not isinstance(value, ModelConfig):
+        raise UsageError(
+            f"model_config is {shown(written(value), 60)}, and has to be a ModelConfig: ModelConfig.from_name gives one"
+        )
+
+
 def key_of(model_name: str | None, base_model: str | None = None) -> str:
     """The registry key that a model's name, or its `base_model`, stands for; see `ModelConfig.from_name`.
 
@@ -206,7 +217,7 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
     """
     for value, argument in ((model_name, "model_name"), (base_model, "base_model")):
         if value is not None and not isinstance(value, str):
-            raise ModelConfigError(f"{argument} is {shown(repr(value), 60)}, which is not text: give a model's name")
+            raise ModelConfigError(f"{argument} is {shown(written(value), 60)}, which is not text: give a model's name")
     base = None if base_model is None else _exact(base_model)
     if base_model is not None and base is None:
         raise InvalidBaseModel(f"the base model {base_model!r} is not known: choose one of {', '.join(MODELS)}")
@@ -343,9 +354,9 @@ AVAILABLE_MODELS: dict[str, ModelConfig] = {
 
 def constructor_name(key: str) -> str:
     """What the method of `ModelConfig` is called that gives a model, by its key in the registry."""
-    for written, said in (("krea-2", "krea2"), ("ideogram-4", "ideogram4"), ("qwen-image-2.1", "qwen-image-21")):
-        if key.startswith(written):
-            key = key.replace(written, said, 1)
+    for spelling, said in (("krea-2", "krea2"), ("ideogram-4", "ideogram4"), ("qwen-image-2.1", "qwen-image-21")):
+        if key.startswith(spelling):
+            key = key.replace(spelling, said, 1)
     return re.sub(r"[-.]", "_", key)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
-from mflux.text import is_text, shown
+from mflux.text import is_text, shown, written
 
 # Published vocabularies have pieces of up to some 250 characters; from megabytes on the library's recursion ends the
 # process.
@@ -78,7 +78,7 @@ def check_prompt(prompt: str, name: str = "prompt") -> None:
     """
     spoken = name.replace("_", " ")
     if not isinstance(prompt, str):
-        raise UsageError(f"a {spoken} is a text, not {shown(repr(prompt), 60)}")
+        raise UsageError(f"a {spoken} is a text, not {shown(written(prompt), 60)}")
     if len(prompt) > LONGEST_PROMPT:
         raise UsageError(
             f"the {spoken} has {len(prompt):,} characters and at most {LONGEST_PROMPT:,} can be read: cut it"
