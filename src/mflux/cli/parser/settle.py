@@ -129,6 +129,9 @@ def settle_paths(args: argparse.Namespace, sources: Sequence[str]) -> None:
         if value := getattr(args, name, None):
             paths = [values.path(one, _option(name)) for one in (value if isinstance(value, list) else [value])]
             setattr(args, name, paths if isinstance(value, list) else paths[0])
+    folder = getattr(args, "stepwise_image_output_dir", None)
+    if folder is not None and not folder.strip():
+        raise UsageError("--stepwise-image-output-dir is empty: name a folder, or leave it out")
     for name in ("output", "stepwise_image_output_dir", "model"):
         # A model may be a name or a repository: only what begins like a path is one.
         if (value := getattr(args, name, None)) and value.startswith("~"):
