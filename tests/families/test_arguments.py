@@ -147,7 +147,9 @@ def test_settings_of_a_plan(settings):
         COMMAND.plan(settings)
 
 
-@pytest.mark.parametrize("name", ["nonsense", "schnel", "someone/thing", "black-forest-labs/FLUX.2-dev"])
+@pytest.mark.parametrize(
+    "name", ["nonsense", "schnel", "someone/thing", "black-forest-labs/FLUX.2-dev", "a/flux-dev-lora"]
+)
 def test_load_speaks_of_its_own_arguments(name):
     with pytest.raises(ModelConfigError) as caught:
         mflux.load(name)

@@ -817,3 +817,9 @@ def test_a_reader_that_goes_away(tmp_path):
         errors = process.stderr.read().decode()
         assert process.wait(30) == 1
     assert errors == ""
+
+
+def test_the_settings_of_a_folder(cli, tmp_path):
+    result = cli("info", tmp_path)
+    told = f"error: {tmp_path} is a folder: name a picture in it, or a .metadata.json"
+    assert (result.status, result.errors) == (1, [told])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, OtherModelError, UsageError
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.config.inferred import told
+from mflux.models.common.config.inferred import is_lora, told
 from mflux.models.common.registry import MODELS
 from mflux.text import shown, written
 from mflux.utils.paths import is_there, user_path
@@ -236,6 +236,12 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
         return key
     if base is not None:
         return base
+    is_repository = model_name.count("/") == 1 and model_name[0] not in "./~"
+    if is_repository and is_lora(model_name) and not is_there(user_path(model_name)):
+        raise ModelConfigError(
+            f"{shown(model_name)} is a LoRA by its name, no model: use --lora {shown(model_name)}, and --model with "
+            "what it was made for"
+        )
     found = told(model_name)
     if found.key is not None:
         return found.key
@@ -287,6 +293,10 @@ def _nearest(name: str) -> str:
 
     names = [alias for key in built() for alias in MODELS[key]["aliases"]]
     near = difflib.get_close_matches(name.lower(), names, n=1)
+    # A word too many is no mistyped letter.
+    key = told(name).key
+    if key in names and not difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.85):
+        near = [key]
     return f" (did you mean {near[0]}?)" if near else ""
 
 
