@@ -704,7 +704,7 @@ def test_info_about_what_carries_nothing(cli, in_folder):
         "plain.png": "plain.png carries no settings: it was not made with mflux, or with --no-metadata",
         "none.png": "the image none.png does not exist: check its path",
         "text.txt": "the image text.txt is not a picture that can be read: give a PNG, JPEG or WebP",
-        ".": "the image . cannot be read (Is a directory): check the file, or give another",
+        ".": ". is a folder: name a picture in it, or a .metadata.json",
     }
     for name, message in told.items():
         result = cli("info", name)

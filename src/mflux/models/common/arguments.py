@@ -27,9 +27,8 @@ def _optional(check: Check) -> Check:
     return lambda value, name: None if value is None else check(value, name)
 
 
-_PATH, _PATHS, _REAL, _REALS, _TEXT = map(
-    _optional, (values.path, values.paths, values.real, values.reals, values.text)
-)
+_PATH, _PATHS, _TEXT = _optional(values.path), _optional(values.paths), _optional(values.text)
+_REAL, _REALS = _optional(values.real), _optional(values.reals)
 
 
 _SWITCHES = {"bool": values.switch, bool: values.switch, "bool | None": _optional(values.switch)}

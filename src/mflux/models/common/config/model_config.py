@@ -295,7 +295,11 @@ def _nearest(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), names, n=1)
     # A word too many is no mistyped letter.
     key = told(name).key
-    if key in names and not difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.85):
+    if (
+        name.lower().startswith("flux")
+        and key in names
+        and not difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.85)
+    ):
         near = [key]
     return f" (did you mean {near[0]}?)" if near else ""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mflux.backend import mx, nn
 from mflux.errors import CheckpointError
@@ -192,7 +192,7 @@ class LoraLinear(nn.Module):
                 weight = weight + change
             lora.apply(lambda value: value.astype(dtype))
             # Two factors may be finite whose product is not: that is computed where it may be so.
-            sizes = [float(mx.abs(value).max().item()) for value in lora.parameters().values()]
+            sizes = [cast(float, mx.abs(value).max().item()) for value in lora.parameters().values()]
             if not math.prod(sizes) < _LARGE:
                 adapter.check(lora.matrix())
             self.loras.append(lora)
