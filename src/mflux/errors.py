@@ -6,8 +6,10 @@ class. Anything that is not a `MfluxError` is a bug in mflux.
 
 from __future__ import annotations
 
-from mflux.text import shown
+from mflux.text import brief, shown
 
+# What somebody typed, a path or a value, is quoted at most so long.
+_LONGEST_WORD = 500
 # Of a message: it names some of the tensors that are missing, and never all.
 _LONGEST = 2500
 
@@ -16,6 +18,9 @@ class MfluxError(Exception):
     """Base of all expected failures. The message says what is wrong with this input and what to do next."""
 
     exit_code = 1
+
+    def __init__(self, *args: object):
+        super().__init__(*(brief(arg, _LONGEST, _LONGEST_WORD) if isinstance(arg, str) else arg for arg in args))
 
 
 class UsageError(MfluxError):
@@ -26,6 +31,10 @@ class UsageError(MfluxError):
 
 class MissingExtraError(MfluxError, ImportError):
     """A feature needs a package that an optional extra brings and that is not installed."""
+
+    def __init__(self, *args: object, name: str | None = None):
+        super().__init__(*args)
+        self.name = name
 
 
 class CheckpointError(MfluxError):

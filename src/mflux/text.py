@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sized
 
 # What holds an emoji or a word of some scripts together; the other invisible characters can reorder a line.
 _JOINERS = "\u200c\u200d"
+# Letters and marks that are drawn as nothing: joiners, fillers, selectors of a variant, the blank of Braille.
+_UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0").union(
+    map(chr, range(0xFE00, 0xFE10)), map(chr, range(0xE0100, 0xE01F0))
+)
 # What stands before the host of an address: a name and a password, or a token.
 _USER_INFORMATION = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/]*@")
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
@@ -19,6 +23,21 @@ def shown(text: object, most: int = 120) -> str:
     text = str(text)
     short = text if len(text) <= most else text[: most - 1] + "…"
     return short if short.isprintable() else "".join(map(_visible, short))
+
+
+def brief(text: str, most: int, word: int) -> str:
+    """A message with its beginning and its end, whatever it quotes: what has no space in it is cut to `word`."""
+    if len(text) > word:
+        text = re.sub(rf"\S{{{word + 1},}}", lambda found: f"{found[0][: word // 2]}…{found[0][-word // 4 :]}", text)
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"
+
+
+def written(value: object) -> str:
+    """`repr`, which fails for numbers of thousands of digits, and may for objects of anyone's."""
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
 
 
 def one_line(text: object, most: int = 2000) -> str:
@@ -42,6 +61,20 @@ def plain(prompt: str) -> str:
     marks, and characters are composed (Unicode's NFC). Most tokenizers give each form ids of its own."""
     text = prompt.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
     return unicodedata.normalize("NFC", text)
+
+
+def is_text(text: str) -> bool:
+    """Whether a prompt can have been read as what it was written in: a NUL is what UTF-16 without a mark leaves, an
+    unpaired surrogate what a shell hands over in another encoding."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is seen: spaces, also those of no width, marks of direction, fillers."""
+    return all(
+        character.isspace() or character in _UNSEEN or unicodedata.category(character) in ("Cc", "Cf", "Zs")
+        for character in text
+    )
 
 
 def some(items: Iterable[object], most: int = 5, each: int = 120, *, counted: bool = False) -> str:

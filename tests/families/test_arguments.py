@@ -20,9 +20,19 @@ from mflux.models.common.config import ModelConfig
 from mflux.models.common.family import families, load_object
 from mflux.models.common.pipeline import Pipeline
 
+
+class Unruly:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
 WRONG: dict[str, Any] = {
     "a text": "photo.pn", "a number": 4.5, "below zero": -1, "a list": ["a"], "an empty list": [], "a table": {"a": 1},
     "a switch": True, "bytes": b"x", "an object": object(),
+    "an array": np.array([1, 2]), "an array of none": np.array(3),
+    "beyond a float": 10**400,
+    "beyond writing": 10**5000, "a tuple": (), "a long text": "x" * 100_000, "a long list": [1] * 5000,
+    "an unruly object": Unruly(),
 }  # fmt: skip
 
 
@@ -64,7 +74,7 @@ def test_each_argument_of_each_class(tiny, monkeypatch):
             except Reached:
                 pass
             except MfluxError as error:
-                if "\n" in str(error):
+                if "\n" in str(error) or len(str(error)) > 2500:
                     wrong.append((name, kind, str(error)))
             except Exception as error:
                 wrong.append((name, kind, repr(error)))
@@ -137,7 +147,9 @@ def test_settings_of_a_plan(settings):
         COMMAND.plan(settings)
 
 
-@pytest.mark.parametrize("name", ["nonsense", "schnel", "someone/thing", "black-forest-labs/FLUX.2-dev"])
+@pytest.mark.parametrize(
+    "name", ["nonsense", "schnel", "someone/thing", "black-forest-labs/FLUX.2-dev", "a/flux-dev-lora"]
+)
 def test_load_speaks_of_its_own_arguments(name):
     with pytest.raises(ModelConfigError) as caught:
         mflux.load(name)
@@ -149,3 +161,76 @@ def test_load_of_what_lies_on_the_disk(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ModelConfigError, match=r"is a picture \(PNG\), no model: a picture to start from is said with"):
         mflux.load(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("use_kv_cache", "photo.png"), ("height", ()), ("height", False), ("height", 0), ("width", ""), ("quantize", ""),
+     ("quantize", np.array(3)), ("pid_degrade_sigma", ""), ("pid_degrade_sigma", np.array([1, 2]))],
+    ids=lambda value: repr(value)[:20],
+)  # fmt: skip
+@EVERY_TINY
+def test_nothing_is_taken_for_nothing(tiny, monkeypatch, name, value):
+    """What Python counts as false, or true, is no setting for that."""
+
+    def reached(*_: object, **__: object) -> None:
+        raise Reached
+
+    cls, made, drawn = sound(tiny)
+    if name in inspect.signature(cls).parameters:
+        with pytest.raises(UsageError, match=name):
+            cls(**made | {name: value})
+    elif name in inspect.signature(cls.generate_image).parameters:
+        model = cls(**made)
+        monkeypatch.setattr(Pipeline, "denoise", reached)
+        with pytest.raises(UsageError, match=f"{name}|a side|must be at least|16"):
+            model.generate_image(**drawn | {name: value})
+
+
+class Hooks:
+    call_in_loop = 3
+
+
+class Listener:
+    def call_after_loop(self, **_: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "callback", [3, None, "x", object(), Hooks(), Listener, 10**5000, Unruly()], ids=lambda value: type(value).__name__
+)
+def test_a_callback_that_nobody_would_call(callback):
+    from mflux.callbacks.callback_registry import CallbackRegistry
+
+    registry = CallbackRegistry()
+    with pytest.raises(UsageError):
+        registry.register(callback)
+    assert not registry.in_loop and not registry.after_loop
+    registry.register(Listener())
+    assert len(registry.after_loop) == 1
+
+
+@pytest.mark.parametrize("name", ["callbacks", "model_config"])
+def test_what_a_program_takes_away(name, tiny_schnell):
+    from mflux.models.flux.variants.txt2img.flux import Flux1
+
+    model = Flux1(model_path=str(tiny_schnell), model_config=ModelConfig.schnell())
+    setattr(model, name, None)
+    with pytest.raises(UsageError, match=name):
+        model.generate_image(seed=1, prompt="x", num_inference_steps=1, width=16, height=16)
+
+
+def test_what_programs_of_mflux_call():
+    from mflux.models.common.config.config import Config
+    from mflux.programs.defaults import get_lora_path
+    from mflux.programs.weights import FluxWeightDefinition, WeightLoader
+
+    part = FluxWeightDefinition.get_components()[0]
+    calls = [
+        (get_lora_path, ([],)), (get_lora_path, (None,)), (WeightLoader.load_single_local, (None, None)),
+        (WeightLoader.load_single_local, (part, None)), (WeightLoader.load_single, (None, "a/b")), (Config, (None,)),
+        (ModelConfig.from_name, ("x" * 5000,)), (mflux.load, ("x" * 5000,)),
+    ]  # fmt: skip
+    for function, arguments in calls:
+        with pytest.raises(MfluxError) as caught:
+            function(*arguments)
+        assert len(str(caught.value)) < 2500

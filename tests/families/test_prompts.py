@@ -154,8 +154,54 @@ def test_python(in_folder, tiny_schnell):
     assert settings_of(in_folder / "a.png")["prompt"] == PROMPT
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"a caf\xe9", b"\xfe\xff\xd8\0"])
-def test_what_is_in_no_unicode_encoding(content, cli, in_folder, tiny_schnell):
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\0", b"a caf\xe9", b"\xfe\xff\xd8\0", "a cat".encode("utf-16-le"), "a cat".encode("utf-16-be"), b"a\0b"],
+)
+def test_what_is_in_no_unicode_encoding(content, cli, in_folder, tiny_schnell, monkeypatch, capsys):
     (in_folder / "prompt.txt").write_bytes(content)
     result = cli("generate", "--model", tiny_schnell, "--prompt-file", "prompt.txt")
-    assert result.status and "is not text in UTF-8" in result.errors[0]
+    assert result.status and "is not text in UTF-8: save it as UTF-8" in result.errors[0]
+    if b"\0" not in content:
+        return
+    # The same from wherever it comes.
+    text = content.decode("latin-1")
+    (in_folder / "a.json").write_text(json.dumps({"prompt": text}))
+    for words in (["--prompt", text], ["-C", "a.json"]):
+        result = cli("generate", "--model", tiny_schnell, *words)
+        assert result.status and "is not text in UTF-8: save it as UTF-8" in result.errors[0], words
+    from mflux.cli.main import main
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+    assert main(["generate", "--model", str(tiny_schnell), "--prompt", "-"])
+    assert "standard input is not text in UTF-8: save it as UTF-8" in capsys.readouterr().err
+
+
+@EVERY_TINY
+def test_python_refuses_what_is_no_text(tiny):
+    import inspect
+
+    from mflux.errors import UsageError
+    from mflux.models.common.config import ModelConfig
+
+    folder = tiny.folder()
+    model = tiny.case.pipeline_class()(
+        model_path=str(folder), model_config=ModelConfig.from_name(str(folder), tiny.case.base_model)
+    )
+    known = inspect.signature(model.generate_image).parameters
+    size = {"seed": 1, "num_inference_steps": 1, "width": 64, "height": 32, "prompt": tiny.case.prompt}
+    sound = {name: value for name, value in size.items() if name in known} | dict(tiny.case.generate)
+    for name in {"prompt", "negative_prompt", "concept"} & known.keys():
+        for text in ("a\0b", "a\ud800"):
+            with pytest.raises(UsageError, match=f"the {name.replace('_', ' ')} is not text in UTF-8"):
+                model.generate_image(**sound | {name: text})
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200b", " \u2060\ufeff\n", "\u3164", "\ufe0f\u200d", "\u00ad", "\u2800 "], ids=ascii
+)
+def test_what_nobody_sees_is_no_prompt(text, cli, in_folder, tiny_schnell):
+    (in_folder / "prompt.txt").write_text(text, encoding="utf-8")
+    for words in (["--prompt", text], ["--prompt-file", "prompt.txt"]):
+        result = cli("generate", "--model", tiny_schnell, *words)
+        assert result.status and result.errors[0].endswith("is empty")

@@ -6,6 +6,8 @@ import inspect
 from io import StringIO
 from typing import TYPE_CHECKING, Any, Self
 
+from mflux.errors import UsageError
+from mflux.text import shown, written
 from mflux.utils.progress import bar_class
 
 if TYPE_CHECKING:
@@ -28,10 +30,23 @@ class CallbackRegistry:
         self.interrupt: list[Any] = []
 
     def register(self, callback: Any) -> None:
-        """Add an object that has one or more of the methods in `mflux.callbacks.callback`."""
-        for moment in _MOMENTS:
-            if hasattr(callback, f"call_{moment}"):
-                getattr(self, moment).append(callback)
+        """Add an object that has one or more of the methods in `mflux.callbacks.callback`.
+
+        Raises:
+            UsageError: it has none, or is a class that needs an object.
+        """
+        name = shown(written(callback), 60)
+        methods = {moment: f"call_{moment}" for moment in _MOMENTS if hasattr(callback, f"call_{moment}")}
+        if not methods:
+            known = ", ".join(f"call_{moment}" for moment in _MOMENTS)
+            raise UsageError(f"the callback {name} has none of the methods that are called: {known}")
+        for method in methods.values():
+            if isinstance(callback, type) and inspect.isfunction(inspect.getattr_static(callback, method)):
+                raise UsageError(f"the callback {name} is a class: register an object, {callback.__name__}(…)")
+            if not callable(getattr(callback, method)):
+                raise UsageError(f"the {method} of the callback {name} cannot be called: it has to be a method")
+        for moment in methods:
+            getattr(self, moment).append(callback)
 
     # mflux 0.24's way to the lists.
 

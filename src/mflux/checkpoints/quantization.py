@@ -14,7 +14,7 @@ from typing import Any
 from mflux import cpu
 from mflux.backend import mx, nn, tree_unflatten
 from mflux.errors import CheckpointError, UsageError
-from mflux.text import shown
+from mflux.text import shown, written
 
 BITS = (3, 4, 5, 6, 8)
 _GROUP_SIZES = (32, 64, 128)
@@ -40,7 +40,8 @@ class Quantization:
             UsageError: MLX has no such number of bits.
         """
         if bits is not None and bits not in BITS:
-            raise UsageError(f"cannot quantize to {bits} bits: there are {', '.join(map(str, BITS))}")
+            known = ", ".join(map(str, BITS))
+            raise UsageError(f"cannot quantize to {shown(written(bits), 40)} bits: there are {known}")
         return None if bits is None else Quantization(bits)
 
     @staticmethod

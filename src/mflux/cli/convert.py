@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from math import prod
@@ -13,7 +14,7 @@ from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say, say_line
 from mflux.errors import OutputError, UsageError
 from mflux.text import some
-from mflux.utils.paths import is_there, user_path
+from mflux.utils.paths import is_folder, is_there, user_path
 from mflux.utils.progress import bar_class
 from mflux.utils.values import QUANTIZE_CHOICES
 
@@ -87,6 +88,9 @@ def convert(
     from mflux.checkpoints.writing import SafetensorsWriter
 
     quantization = Quantization.asked(quantize)
+    given = os.fsdecode(destination)
+    if given.endswith(("/", os.sep)) or is_folder(user_path(given)):
+        raise UsageError(f"{given} is a folder: name the file to write, as {Path(given) / 'model.safetensors'}")
     destination = _with_suffix(user_path(destination))
     if is_there(destination) and not force:
         raise OutputError(f"{destination} exists already: choose another name, or --force to replace it")

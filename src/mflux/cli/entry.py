@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -18,6 +19,8 @@ from mflux.errors import MfluxError, UsageError
 from mflux.models.common.config.model_config import built_key
 from mflux.models.common.family import built, first_command
 from mflux.utils.paths import user_path
+
+log = logging.getLogger(__name__)
 
 
 def command_for(words: Sequence[str]) -> Generate | None:
@@ -43,19 +46,15 @@ def asks_for_help(words: Sequence[str]) -> bool:
 
 
 def help_for(command: Generate, words: Sequence[str] | None) -> None:
-    """Show a command's help, unless a model is named that it does not generate with.
-
-    Raises:
-        MfluxError: the model that a command line names is unknown, not built, or another kind of command's.
-    """
+    """Show a command's help. Of a model that is unknown, not built, or another kind of command's, a warning says so
+    first: the help says nothing of that one."""
     try:
         key = _model_key(words or ())
-    except UsageError:
-        # A word is missing behind an option.
-        key = None
-    if key is not None and built_key(key) not in command.models:
-        raise UsageError(f"{command.command.prog} does not generate with {key}: see {built()[key]} --help")
-    command.run(words)
+        if key is not None and built_key(key) not in command.models:
+            log.warning("%s does not generate with %s: see %s --help", command.command.prog, key, built()[key])
+    except MfluxError as error:
+        log.warning("%s", error)
+    command.run(["--help"])
 
 
 def _model_key(words: Sequence[str]) -> str | None:

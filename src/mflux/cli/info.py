@@ -8,8 +8,11 @@ from typing import Any
 
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say
+from mflux.errors import ImageError
 from mflux.models.common.family import all_settings
 from mflux.text import shown
+from mflux.utils.paths import is_folder
+from mflux.utils.values import path
 
 # Long prompts are shown whole; what a hostile file holds is not.
 _MOST = 20_000
@@ -31,6 +34,8 @@ def show(argv: Sequence[str] | None) -> None:
 
     from mflux.utils.metadata_reader import read_settings
 
+    if is_folder(path(args.image_path, "the picture")):
+        raise ImageError(f"{shown(args.image_path, 300)} is a folder: name a picture in it, or a .metadata.json")
     for line in lines(read_settings(args.image_path)):
         say(line)
 

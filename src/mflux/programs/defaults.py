@@ -10,6 +10,7 @@ from mflux.errors import ModelConfigError, UsageError
 from mflux.models.common.controls.depth_pro.download import cache_folder
 from mflux.models.common.lora.styles import STYLE_REPOSITORY, STYLES, style_path
 from mflux.models.common.registry import MODELS
+from mflux.text import shown, written
 from mflux.utils.scale_factor import GRID
 
 BATTERY_PERCENTAGE_STOP_LIMIT = 5
@@ -74,8 +75,9 @@ def get_lora_path(simple_name: str) -> str:
     Raises:
         UnknownStyleError: there is none of that name.
     """
-    if simple_name not in STYLES:
-        raise UnknownStyleError(f"there is no style {simple_name!r}: there are {', '.join(sorted(STYLES))}")
+    if not isinstance(simple_name, str) or simple_name not in STYLES:
+        known = ", ".join(sorted(STYLES))
+        raise UnknownStyleError(f"there is no style {shown(written(simple_name))}: there are {known}")
     return style_path(simple_name)
 
 

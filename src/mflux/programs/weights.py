@@ -18,7 +18,8 @@ from mflux.errors import CheckpointError, UsageError
 from mflux.hub import resolve_model
 from mflux.models.common.family import Component, Family, families
 from mflux.models.common.model import open_folder, resolve
-from mflux.utils.paths import user_path
+from mflux.text import shown, written
+from mflux.utils.values import path
 
 # mflux 0.24's names for components that have others here.
 _NAMES = {"t5_text_encoder": "t5_encoder", "clip_text_encoder": "clip_encoder"}
@@ -194,6 +195,7 @@ class WeightLoader:
             DownloadError: it cannot be had.
             CheckpointError: it is damaged.
         """
+        _refuse_changes(component)
         if component.family is None or component.part is None:
             raise UsageError(f"{component.name}: what it is of says get_components() of a weight definition")
         return WeightLoader.load_single_local(component, resolve(repo_id, [component.part], component.family.beside))
@@ -207,7 +209,7 @@ class WeightLoader:
             UsageError: it is a definition that changes its tensors.
         """
         _refuse_changes(component)
-        root = user_path(root_path)
+        root = path(root_path, "root_path")
         if component.family is None:
             return LoadedWeights({component.name: _nested(FolderTensors(root / component.hf_subdir))}, MetaData())
         folder = open_folder(root, component.family)
@@ -224,6 +226,11 @@ class WeightLoader:
 
 def _refuse_changes(*components: ComponentDefinition) -> None:
     for component in components:
+        if not isinstance(component, ComponentDefinition):
+            raise UsageError(
+                f"{shown(written(component), 60)} is no ComponentDefinition: get_components() of a weight definition "
+                "gives some"
+            )
         if component.changes:
             raise UsageError(
                 f"the component {component.name} is defined with {', '.join(component.changes)}: tensors are given as "

@@ -11,6 +11,7 @@ Where a mask is no black-and-white picture, it follows from what it is:
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import cast
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 _SAMPLE = 512
 # Values of a channel from black and white by which one may differ and still be that.
 _NEAR = 48
+# Of the logarithms of two shapes; rounding a side of a small image makes less.
+_CLEARLY = 0.05
 
 
 def read_mask(source: PIL.Image.Image | str | bytes | os.PathLike) -> PIL.Image.Image:
@@ -56,6 +59,16 @@ def tell_what_it_selects(mask: np.ndarray, name: object) -> None:
         log.warning("the mask %s selects nothing, so nothing is painted: make white what is to be painted anew", name)
     elif mask.all():
         log.warning("the mask %s selects everything, so nothing of the image is kept: make black what is to stay", name)
+
+
+def tell_of_its_shape(mask: tuple[int, int], image: tuple[int, int], name: object) -> None:
+    """Warn where a mask, (width, height), has clearly not the image's shape, which it is stretched to."""
+    if abs(math.log(mask[0] * image[1] / (mask[1] * image[0]))) > _CLEARLY:
+        log.warning(
+            "the mask %s has %d x %d pixels and the image %d x %d, which is another shape: it is stretched, so that "
+            "what it selects is elsewhere; make one of the image's size",
+            name, *mask, *image,
+        )  # fmt: skip
 
 
 def _by_alpha(alpha: PIL.Image.Image, colours: PIL.Image.Image) -> PIL.Image.Image | None:

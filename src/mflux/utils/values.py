@@ -15,9 +15,11 @@ import operator
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
 from mflux.errors import UsageError
+from mflux.text import shown, written
 from mflux.utils.paths import user_path
 from mflux.utils.scale_factor import GRID, LARGEST, ScaleFactor
 
@@ -69,7 +71,7 @@ class _Number(Kind):
     def of_value(self, value: Any) -> Any:
         value = self._plain(value)
         if bound := self._beyond(value):
-            raise Wrong(f"is {value}: it must be {bound[1]}")
+            raise Wrong(f"is {shown(written(value), 40)}: it must be {bound[1]}")
         return value
 
     @abstractmethod
@@ -126,7 +128,10 @@ class Real(_Number):
     def _plain(self, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise Wrong(f"is {_shown(value)}, which is not a number")
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise Wrong(f"is {_shown(value)}, which is not a finite number") from None
         if not math.isfinite(value):
             raise Wrong(f"is {value}, which is not a finite number")
         return value
@@ -270,7 +275,9 @@ def _several(value: Any, name: str, one: Any, what: str) -> list[Any]:
     if isinstance(value, one) and not isinstance(value, bool):
         return [value]
     if isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping)):
-        return list(value)
+        # An array of no dimension has a length that it cannot tell.
+        with suppress(TypeError):
+            return list(value)
     raise UsageError(f"{name} is {_shown(value)}, which is neither {what}")
 
 
@@ -294,12 +301,11 @@ def indices(value: Any, count: int, name: str, of: str) -> list[int]:
         raise UsageError(f"{name} is {_shown(value)}, which is not a list of whole numbers")
     chosen = sorted({argument(Whole().of_value, one, name) for one in value or ()})
     if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
-        wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
+        wrong = shown(written(chosen[0] if chosen[0] < 0 else chosen[-1]), 40)
         raise UsageError(f"{name} says {wrong}, and the {of} are 0 to {count - 1}")
     return chosen
 
 
 def _shown(value: Any) -> str:
     """A value in a message, with its type where that is what is wrong."""
-    written = repr(value)
-    return f"{written if len(written) <= 40 else written[:39] + '…'} ({type(value).__name__})"
+    return f"{shown(written(value), 40)} ({type(value).__name__})"

@@ -295,7 +295,7 @@ def test_an_empty_prompt(refused):
 
 
 def test_a_prompt_in_another_encoding(refused):
-    message = "--prompt is not text in UTF-8: write the prompt in UTF-8"
+    message = "--prompt is not text in UTF-8: save it as UTF-8"
     refused(basic=["--prompt", "caf\udce9"], status=2, message=message)
 
 
@@ -311,7 +311,7 @@ def test_a_prompt_file(refused, tmp_path):
     path.write_text(" \n")
     refused(basic=basic, status=2, message=f"there is no prompt: the prompt file {path} is empty")
     path.write_bytes("café".encode("latin-1"))
-    refused(basic=basic, status=2, message=f"the prompt file {path} is not text in UTF-8: write the prompt in UTF-8")
+    refused(basic=basic, status=2, message=f"the prompt file {path} is not text in UTF-8: save it as UTF-8")
     message = f"cannot read the prompt file {tmp_path}: Is a directory"
     refused(basic=["--prompt-file", tmp_path], status=2, message=message)
 
@@ -704,7 +704,7 @@ def test_info_about_what_carries_nothing(cli, in_folder):
         "plain.png": "plain.png carries no settings: it was not made with mflux, or with --no-metadata",
         "none.png": "the image none.png does not exist: check its path",
         "text.txt": "the image text.txt is not a picture that can be read: give a PNG, JPEG or WebP",
-        ".": "the image . cannot be read (Is a directory): check the file, or give another",
+        ".": ". is a folder: name a picture in it, or a .metadata.json",
     }
     for name, message in told.items():
         result = cli("info", name)
@@ -817,3 +817,9 @@ def test_a_reader_that_goes_away(tmp_path):
         errors = process.stderr.read().decode()
         assert process.wait(30) == 1
     assert errors == ""
+
+
+def test_the_settings_of_a_folder(cli, tmp_path):
+    result = cli("info", tmp_path)
+    told = f"error: {tmp_path} is a folder: name a picture in it, or a .metadata.json"
+    assert (result.status, result.errors) == (1, [told])

@@ -285,3 +285,12 @@ def test_names_that_are_no_files(cli, tmp_path, monkeypatch, name):
     result = cli("convert", name, "other.safetensors")
     assert result.status in (1, 2) and len(result.errors) == 1, result.err
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("ending", ["", "/"])
+def test_a_folder_as_the_destination(source, tmp_path, capfd, ending):
+    (tmp_path / "there").mkdir()
+    before = left_over(tmp_path)
+    assert "there" in failing([source, f"{tmp_path / 'there'}{ending}"], capfd, 2)
+    assert "is a folder: name the file to write" in failing([source, f"{tmp_path / 'new'}/"], capfd, 2)
+    assert left_over(tmp_path) == before

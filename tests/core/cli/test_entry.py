@@ -103,8 +103,33 @@ def test_what_is_wrong_is_said_by_the_command_that_it_was_handed_to(cli):
     ],
 )
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_for_a_model_that_it_does_not_generate_with(cli, model, told, flag):
+def test_help_for_a_model_that_it_does_not_generate_with(cli, capsys, model, told, flag):
     """FLUX.1's help would be taken for that model's."""
-    result = cli("generate", "--model", model, flag)
-    assert result.status == 2 and not result.out
-    assert [line[7 : 7 + len(told)] for line in result.errors] == [told]
+    with pytest.raises(SystemExit) as ended:
+        cli("generate", "--model", model, flag)
+    out, err = capsys.readouterr()
+    assert not ended.value.code and out.startswith("usage: mflux-generate ")
+    assert err.startswith(f"warning: {told}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--model"], ["--steps", "many"], ["--nonsense"], ["--model", "schnell", "--width", "x"], ["a", "b"],
+     ["--model", "z-image-turbo", "--steps", "many"], ["--prompt"], ["-C", "missing.json"]],
+    ids=" ".join,
+)  # fmt: skip
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_never_fails(cli, capsys, in_folder, words, flag):
+    for typed in ([*words, flag], [flag, *words]):
+        with pytest.raises(SystemExit) as ended:
+            cli("generate", *typed)
+        assert not ended.value.code and capsys.readouterr().out.startswith("usage: mflux-generate")
+
+
+@pytest.mark.parametrize("folder", ["", " "])
+def test_a_folder_for_steps_without_a_name(cli, folder):
+    result = cli("generate", "--model", "demo", "--prompt", "x", "--stepwise-image-output-dir", folder)
+    assert (result.status, result.err) == (
+        2,
+        "error: --stepwise-image-output-dir is empty: name a folder, or leave it out\n",
+    )

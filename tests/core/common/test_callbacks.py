@@ -12,7 +12,7 @@ from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.callbacks.instances import battery_saver
 from mflux.callbacks.instances.battery_saver import BatterySaver, battery_percentage, parse_pmset
 from mflux.callbacks.instances.memory_saver import MemorySaver
-from mflux.errors import MfluxError
+from mflux.errors import MfluxError, UsageError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.config import Config
 from mflux.models.common.networks.autoencoders.tiling import TilingConfig
@@ -91,9 +91,10 @@ def test_each_is_called_in_order_with_what_it_is_promised():
     ]
 
 
-def test_what_hooks_into_nothing_is_not_called():
+def test_what_hooks_into_nothing_is_refused():
     registry = CallbackRegistry()
-    registry.register(object())
+    with pytest.raises(UsageError, match="has none of the methods that are called"):
+        registry.register(object())
     assert vars(registry) == {"before_loop": [], "in_loop": [], "after_loop": [], "interrupt": []}
 
 

@@ -1018,3 +1018,66 @@ def test_a_library_that_is_not_there(cli, monkeypatch, tmp_path):
     assert result.errors == ["error: none of the folders of --paths is there: check their paths"]
     result = cli("lora-library")
     assert result.status == 2 and len(result.errors) == 1
+
+
+# ---- what makes numbers that are not finite, and who is blamed for it
+
+
+def _huge(form: str) -> dict[str, mx.array]:
+    tensors = pair()
+    if form == "alpha":
+        return tensors | {f"{TO_Q}.alpha": mx.array(3e38)}
+    if form == "factors":
+        return {name: value * 1e30 for name, value in tensors.items()}
+    if form == "lokr":
+        return {f"{TO_Q}.lokr_w1": mx.full((2, 2), 1e30), f"{TO_Q}.lokr_w2": mx.full((16, 16), 1e30)}
+    if form == "diff":
+        return {f"{TO_Q}.diff": mx.full((WIDTH, WIDTH), 3e38)}
+    return tensors | {f"{TO_Q}.lora_B.bias": mx.full((WIDTH,), 3e38)}
+
+
+@pytest.mark.parametrize("form", ["alpha", "factors", "lokr", "diff", "bias"])
+@pytest.mark.parametrize("bake", [True, False])
+def test_a_lora_beyond_numbers_is_blamed_by_its_name(match, tiny_schnell, tmp_path, form, bake):
+    path = write(tmp_path / "loud.safetensors", _huge(form))
+    folder = tiny_schnell / "transformer"
+    with pytest.raises(CheckpointError, match=r"the LoRA .*loud\.safetensors at the scale 4 .*lower its scale"):
+        match(path, 4.0).apply(
+            "transformer", lambda adjust: load_component(FluxTransformer, folder, adjust=adjust), bake=bake
+        )
+
+
+def test_what_was_not_finite_before_is_not_the_lora_s(match, tiny_schnell, tmp_path):
+    weight = mx.array([[float("nan"), 1.0]])
+    adapter = Adapter(1.0, 1.0, lambda: (LowRank(mx.ones((1, 2)), mx.ones((1, 1))), None))
+    assert merged(weight, [adapter]).shape == weight.shape
+
+
+@pytest.mark.parametrize("ending", ["lora_A.weight", "lora_B.weight"])
+def test_complex_numbers(match, tmp_path, ending):
+    tensors = pair()
+    tensors[f"{TO_Q}.{ending}"] = tensors[f"{TO_Q}.{ending}"].astype(mx.complex64)
+    assert "holds complex numbers" in refused(match, tmp_path, tensors)
+
+
+@pytest.mark.parametrize("side", ["w1", "w2"])
+def test_a_factor_in_full_and_by_factors(match, tmp_path, side):
+    sizes = {"w1": 2, "w2": 16}
+    tensors = {f"{TO_Q}.lokr_{name}": noise(1, size, size) for name, size in sizes.items()}
+    tensors |= {
+        f"{TO_Q}.lokr_{side}_a": noise(2, sizes[side], 1),
+        f"{TO_Q}.lokr_{side}_b": noise(3, 1, sizes[side]),
+    }
+    assert f"twice: as {TO_Q}.lokr_{side} and as {TO_Q}.lokr_{side}_a" in refused(match, tmp_path, tensors)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["unet.", "model.", "net.", "pipe.dit.", "module.", "_orig_mod.", "base_model.model.diffusion_model.",
+     "model.transformer.", "transformer.module.", "lora_dit_"],
+)  # fmt: skip
+def test_more_that_may_stand_before_a_name(skeletons, prefix):
+    names = spelled(LORA.spellings, {part: linear_layers(module) for part, module in skeletons.items()})
+    layer = "transformer_blocks.0.attn.to_q"
+    written = layer.replace(".", "_") if prefix.endswith("dit_") else layer
+    assert names[prefix + written].parts == ((layer, None),)

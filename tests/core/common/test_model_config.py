@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -297,3 +298,35 @@ def test_precision_belongs_to_class_and_instance():
     from mflux.backend import compute_dtype, mx
 
     assert ModelConfig.precision == ModelConfig.dev().precision == compute_dtype(mx.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("black-forest-labs/FLUX.1-Depth-dev-lora", True), ("someone/FLUX.1-dev-LoRA-AntiBlur", True),
+        ("someone/qwen-image-loras@main", True), ("someone/flux-dev-lora-merged", False),
+        ("someone/FLUX.1-Fill-dev-mflux-q8-lora01", False), ("./models/flux-dev-lora", False),
+    ],
+)  # fmt: skip
+def test_a_repository_that_calls_itself_a_lora(name, is_one):
+    if not is_one:
+        assert key_of(name)
+        return
+    with pytest.raises(ModelConfigError, match=re.escape(f"is a LoRA by its name, no model: use --lora {name}")):
+        key_of(name)
+    assert key_of(name, "dev") == "dev"
+
+
+@pytest.mark.parametrize("rest", ["", "/", "/tree/main", "/tree/main/transformer", "/blob/main/README.md"])
+def test_an_address_tells_as_its_repository(rest):
+    assert key_of(f"https://huggingface.co/black-forest-labs/FLUX.1-dev{rest}") == "dev"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("flux-dev", "dev"), ("flux-schnell", "schnell"), ("flux1-fill-dev", "dev-fill")]
+)
+def test_a_name_with_more_words_than_an_alias(name, near):
+    from mflux.models.common.config.model_config import check_is_somewhere
+
+    with pytest.raises(ModelConfigError, match=re.escape(f"(did you mean {near}?)")):
+        check_is_somewhere(name)

@@ -147,6 +147,23 @@ def test_fibo_s_editing_reads_them_so(kind, tmp_path, caplog):
     assert "selects nothing" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("size", "is_other"),
+    [((64, 48), False), ((128, 96), False), ((65, 48), False), ((63, 47), False), ((48, 64), True), ((64, 64), True),
+     ((640, 360), True)],
+)  # fmt: skip
+def test_a_mask_of_another_shape(size, is_other, tmp_path, caplog):
+    MASKS["grey"].resize(size).save(tmp_path / "mask.png")
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    for photo in (tmp_path / "photo.png", Image.fromarray(PHOTO)):
+        caplog.clear()
+        mask(tmp_path / "mask.png", *SIZE, photo)
+        told = (
+            f"the mask {tmp_path / 'mask.png'} has {size[0]} x {size[1]} pixels and the image 64 x 48, which is another"
+        )
+        assert [message.startswith(told) for message in caplog.messages] == [True] * is_other
+
+
 def test_there_is_one_reader():
     """Whoever reads a mask of a user's reads it so."""
     sources = Path(__file__).parents[3] / "src" / "mflux"

@@ -34,7 +34,10 @@ def reader(read) -> fuzz.Reader:
 def test_what_counts_as_a_find(tmp_path):
     def refuse(text):
         def read(_):
-            raise MfluxError(text)
+            error = MfluxError()
+            # As a class could that cuts nothing.
+            error.args = (text,)
+            raise error
 
         return reader(read)
 

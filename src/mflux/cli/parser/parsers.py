@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,12 @@ class MfluxParser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Said]:
         """Parse, and tell what was typed."""
+        words = list(sys.argv[1:] if argv is None else argv)
+        asked = words[: words.index("--")] if "--" in words else words
+        # Help never fails, whatever else stands in the line; a command of several says which one's help is meant.
+        if not {"--help", "-h"}.isdisjoint(asked) and self.add_help and self._subparsers is None:
+            self.print_help()
+            self.exit()
         blank = argparse.Namespace(**dict.fromkeys(self._typed_options(), _NOT_TYPED))
         args = super().parse_args(argv, blank)
         typed = {name for name, value in vars(args).items() if value is not _NOT_TYPED and value is not None}

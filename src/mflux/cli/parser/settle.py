@@ -17,7 +17,7 @@ from mflux.errors import ModelConfigError, NotBuiltError, OtherModelError, Usage
 from mflux.models.common.family import built
 from mflux.models.common.lora.library import settle_scales
 from mflux.models.common.lora.styles import style_path
-from mflux.text import plain, size
+from mflux.text import is_blank, is_text, plain, size
 from mflux.utils import values
 from mflux.utils.paths import read_bounded
 from mflux.utils.scale_factor import ScaleFactor
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 # Of a prompt's file: nobody's has more.
 _LARGEST = 16 << 20
+_NO_TEXT = "is not text in UTF-8: save it as UTF-8"
 
 
 _NO_PID = "PiD decoding is not built yet in this version: leave --pid-decode out"
@@ -128,6 +129,9 @@ def settle_paths(args: argparse.Namespace, sources: Sequence[str]) -> None:
         if value := getattr(args, name, None):
             paths = [values.path(one, _option(name)) for one in (value if isinstance(value, list) else [value])]
             setattr(args, name, paths if isinstance(value, list) else paths[0])
+    folder = getattr(args, "stepwise_image_output_dir", None)
+    if folder is not None and not folder.strip():
+        raise UsageError("--stepwise-image-output-dir is empty: name a folder, or leave it out")
     for name in ("output", "stepwise_image_output_dir", "model"):
         # A model may be a name or a repository: only what begins like a path is one.
         if (value := getattr(args, name, None)) and value.startswith("~"):
@@ -216,13 +220,13 @@ def read_prompt(args: argparse.Namespace, said: Said) -> str:
             prompt = _text_of(read_bounded(args.prompt_file, _LARGEST), source).strip()
         else:
             prompt = args.prompt or ""
-        # What the shell passed on in another encoding comes as surrogates.
-        prompt.encode()
     except OSError as error:
         raise PromptFileReadError(f"cannot read {source}: {error.strerror or error}") from None
     except UnicodeError:
-        raise PromptFileReadError(f"{source} is not text in UTF-8: write the prompt in UTF-8") from None
-    if not prompt.strip():
+        raise PromptFileReadError(f"{source} {_NO_TEXT}") from None
+    if not is_text(prompt):
+        raise PromptFileReadError(f"{source} {_NO_TEXT}")
+    if is_blank(prompt):
         raise PromptFileReadError(f"there is no prompt: {source} is empty")
     return plain(prompt)
 

@@ -12,6 +12,9 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
+from mflux.errors import UsageError
+from mflux.models.common.tokenizers.checks import check_prompt
+from mflux.text import shown, written
 from mflux.utils import values
 
 log = logging.getLogger(__name__)
@@ -24,23 +27,46 @@ def _optional(check: Check) -> Check:
     return lambda value, name: None if value is None else check(value, name)
 
 
-_PATH, _PATHS, _REALS, _TEXT = (_optional(check) for check in (values.path, values.paths, values.reals, values.text))
+_PATH, _PATHS, _TEXT = _optional(values.path), _optional(values.paths), _optional(values.text)
+_REAL, _REALS = _optional(values.real), _optional(values.reals)
+
+
+_SWITCHES = {"bool": values.switch, bool: values.switch, "bool | None": _optional(values.switch)}
 
 
 def _switch_or_real(value: Any, name: str) -> float:
     return float(value) if isinstance(value, bool) else values.real(value, name)
 
 
+def _dtype(value: Any, name: str) -> Any:
+    if type(value).__name__ != "Dtype":
+        raise UsageError(f"{name} is {shown(written(value), 60)}: it is mx.float16 or None")
+    return value
+
+
+def _prompt(value: Any, name: str) -> str:
+    check_prompt(value, name)
+    return cast(str, value)
+
+
 CHECKS: Mapping[str, Check] = {
     "cfg_normalization": _switch_or_real,
     "cfg_truncation": values.real,
     "model_path": _optional(values.name),
+    "compute_precision": _optional(_dtype),
+    "controlnet_path": _optional(values.name),
     "lora_paths": _optional(values.texts_or_paths),
     "lora_scales": _REALS,
+    "quantize": _optional(values.whole),
+    "guidance": _REAL,
+    "pid_degrade_sigma": values.real,
+    "height": values.side,
+    "width": values.side,
     "paths": _optional(values.texts_or_paths),
     "scales": _REALS,
-    "negative_prompt": _TEXT,
-    "concept": _TEXT,
+    "prompt": _prompt,
+    "negative_prompt": _optional(_prompt),
+    "concept": _optional(_prompt),
     "scheduler": _TEXT,
     "image_path": _PATH,
     "image_strength": _optional(lambda value, name: values.real(value, name, least=0, most=1)),
@@ -97,8 +123,9 @@ def checked(function: F) -> F:
     """
     signature = inspect.signature(function)
     checks = {name: CHECKS[name] for name in signature.parameters if name in CHECKS}
-    switches = [name for name, parameter in signature.parameters.items() if parameter.annotation in ("bool", bool)]
-    checks |= dict.fromkeys(switches, values.switch)
+    for name, parameter in signature.parameters.items():
+        if parameter.annotation in _SWITCHES:
+            checks[name] = _SWITCHES[parameter.annotation]
 
     @functools.wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:

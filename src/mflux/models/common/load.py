@@ -55,6 +55,7 @@ def load(
 def as_arguments(message: str) -> str:
     """A sentence about a model's name, for who called `load`."""
     message = message.replace("use --model with demo", "name demo").replace("say --model", "load")
+    message = message.replace("use --lora", "say lora_paths:").replace("and --model with", "and load")
     return message.replace("--base-model", "base_model").replace("--lora (lora_paths in Python)", "lora_paths")
 
 

@@ -23,7 +23,12 @@ from mflux.errors import CheckpointError, UsageError
 from mflux.hub import resolve_model
 from mflux.models.common.arguments import checked
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.config.model_config import AVAILABLE_MODELS, ModelConfig, check_is_somewhere
+from mflux.models.common.config.model_config import (
+    AVAILABLE_MODELS,
+    ModelConfig,
+    check_is_somewhere,
+    check_model_config,
+)
 from mflux.models.common.family import STAGES, Component, Family, families, load_object
 from mflux.models.common.lora.library import find_loras
 from mflux.models.common.lora.names import LoraNames
@@ -113,11 +118,8 @@ class Model:
         bake_lora: bool = True,
         model_config: ModelConfig | None = None,
     ):
-        if model_config is not None and not isinstance(model_config, ModelConfig):
-            raise UsageError(
-                f"model_config is {shown(repr(model_config), 60)}, and has to be a ModelConfig: "
-                "ModelConfig.from_name gives one"
-            )
+        if model_config is not None:
+            check_model_config(model_config)
         asked = Quantization.asked(quantize)
         # Found before the model is, which may be a long download.
         loras = find_loras(lora_paths, lora_scales)

@@ -26,6 +26,7 @@ from mflux.models.common.noise import check_seed
 from mflux.models.common.replaced import called
 from mflux.models.common.room import check_room
 from mflux.models.common.tokenizers.checks import check_prompt
+from mflux.text import shown, written
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -252,6 +253,11 @@ class Pipeline(Model):
             MfluxError: the latents are no longer finite.
         """
         number = config.init_time_step
+        if not hasattr(self.callbacks, "start"):
+            raise UsageError(
+                f"the model's callbacks are {shown(written(self.callbacks), 60)}, and have to be a CallbackRegistry: "
+                "leave them as they are, and register what is to be called"
+            )
         with (
             self.callbacks.start(seed, prompt, config, shows_progress=self.shows_progress) as context,
             closing(self.steps(config, latents, velocity, after_step)) as steps,

@@ -14,7 +14,7 @@ from mflux.errors import UsageError
 from mflux.models.common.sizes import MEGAPIXEL, down, shrunk
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.utils.image_util import ImageUtil, oriented_size
-from mflux.utils.masks import read_mask, tell_what_it_selects
+from mflux.utils.masks import read_mask, tell_of_its_shape, tell_what_it_selects
 from mflux.utils.scale_factor import GRID
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,17 @@ def picture(image: Path | str | PIL.Image.Image, width: int, height: int) -> PIL
     return ImageUtil.scale_to_dimensions(ImageUtil.load_image(image), width, height)
 
 
-def mask(image: Path | str | PIL.Image.Image, width: int, height: int) -> mx.array:
+def mask(
+    image: Path | str | PIL.Image.Image, width: int, height: int, of: Path | str | PIL.Image.Image | None = None
+) -> mx.array:
     """A mask at that size: (1, 1, height, width), 1 where something is to be painted, and 0 where not, see
-    `read_mask`."""
-    found = ImageUtil.to_array(ImageUtil.scale_to_dimensions(read_mask(image), width, height), is_mask=True)
-    tell_what_it_selects(np.array(found), image if isinstance(image, str | os.PathLike) else "given")
+    `read_mask`; `of` is the picture that it belongs to."""
+    selected = read_mask(image)
+    name = image if isinstance(image, str | os.PathLike) else "given"
+    if of is not None:
+        tell_of_its_shape(selected.size, of.size if isinstance(of, PIL.Image.Image) else oriented_size(of), name)
+    found = ImageUtil.to_array(ImageUtil.scale_to_dimensions(selected, width, height), is_mask=True)
+    tell_what_it_selects(np.array(found), name)
     return found
 
 

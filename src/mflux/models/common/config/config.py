@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mflux.errors import UsageError
-from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.config.model_config import ModelConfig, check_model_config
+from mflux.text import shown, written
 from mflux.utils import values
 from mflux.utils.scale_factor import GRID, LARGEST
 
@@ -46,6 +47,7 @@ class Config:
     ):
         from mflux.utils.dimension_resolver import DimensionResolver
 
+        check_model_config(model_config)
         num_inference_steps = values.whole(num_inference_steps, "num_inference_steps (--steps)", least=1, most=10_000)
         image_strength = values.real(image_strength, "image_strength", least=0, most=1, optional=True)
         guidance = values.real(guidance, "guidance", least=0, optional=True)
@@ -135,9 +137,9 @@ def on_grid(size: int, name: str) -> int:
         UsageError: it is below 16 or above 16384.
     """
     if size < GRID:
-        raise UsageError(f"a {name} of {size} is too small: it must be at least {GRID}")
+        raise UsageError(f"a {name} of {shown(written(size), 40)} is too small: it must be at least {GRID}")
     if size > LARGEST:
-        raise UsageError(f"a {name} of {size} is too large: it must be at most {LARGEST}")
+        raise UsageError(f"a {name} of {shown(written(size), 40)} is too large: it must be at most {LARGEST}")
     rounded = size - size % GRID
     if rounded != size:
         log.warning("a %s of %d is not a multiple of %d: %d is taken", name, size, GRID, rounded)

@@ -45,6 +45,7 @@ siglip speech t2v tagger thinking tokenizer transcribe tts upscale upscaler vae 
 """
 _NEUTRAL, _OF_OTHERS = frozenset(_SAYING_NOTHING.split()), frozenset(_OTHERS.split())
 _OTHER_WORDS = _OF_OTHERS | frozenset(_OTHER_USES.split())
+_MERGED = ("merge", "merged", "fused", "baked", "with", "mflux", "mlx", "diffusers")
 _SIZE = re.compile(r"\d+(\.\d+)?b")
 
 
@@ -71,6 +72,9 @@ class Told:
 def told(name: str) -> Told:
     """What the last part of a path or repository tells. In Hugging Face's cache that is a commit; there it is the
     repository's name that counts."""
+    if "://" in name:
+        # What a browser shows of a repository, with a folder of it behind.
+        name = re.sub(r"/(tree|blob|resolve)/.*$", "", name)
     parts = re.split(r"[/\\]", name.rstrip("/\\").lower())
     last = next((part.rpartition("--")[2] for part in parts if part.startswith("models--")), parts[-1])
     words = _words(last.partition("@")[0])
@@ -84,6 +88,12 @@ def told(name: str) -> Told:
         if rejected.recalled is None:
             rejected = Told(other=other, recalled=key)
     return rejected
+
+
+def is_lora(name: str) -> bool:
+    """Whether a repository's name says that it is a LoRA, and not a model that one was merged into."""
+    words = set(_words(name.rpartition("/")[2].partition("@")[0].lower()))
+    return not words.isdisjoint(("lora", "loras")) and words.isdisjoint(_MERGED)
 
 
 def _other_s(words: list[str], alias: tuple[str, ...], key: str) -> str | None:

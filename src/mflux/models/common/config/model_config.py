@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mflux.errors import CheckpointError, InvalidBaseModel, ModelConfigError, OtherModelError, UsageError
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.config.inferred import told
+from mflux.models.common.config.inferred import is_lora, told
 from mflux.models.common.registry import MODELS
-from mflux.text import shown
+from mflux.text import shown, written
 from mflux.utils.paths import is_there, user_path
 
 if TYPE_CHECKING:
@@ -198,6 +198,17 @@ class ModelConfig(ByName):
         return "canny" in (self.controlnet_model or "").lower()
 
 
+def check_model_config(value: object) -> None:
+    """
+    Raises:
+        UsageError: it is no `ModelConfig`.
+    """
+    if not isinstance(value, ModelConfig):
+        raise UsageError(
+            f"model_config is {shown(written(value), 60)}, and has to be a ModelConfig: ModelConfig.from_name gives one"
+        )
+
+
 def key_of(model_name: str | None, base_model: str | None = None) -> str:
     """The registry key that a model's name, or its `base_model`, stands for; see `ModelConfig.from_name`.
 
@@ -206,7 +217,7 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
     """
     for value, argument in ((model_name, "model_name"), (base_model, "base_model")):
         if value is not None and not isinstance(value, str):
-            raise ModelConfigError(f"{argument} is {shown(repr(value), 60)}, which is not text: give a model's name")
+            raise ModelConfigError(f"{argument} is {shown(written(value), 60)}, which is not text: give a model's name")
     base = None if base_model is None else _exact(base_model)
     if base_model is not None and base is None:
         raise InvalidBaseModel(f"the base model {base_model!r} is not known: choose one of {', '.join(MODELS)}")
@@ -225,6 +236,12 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
         return key
     if base is not None:
         return base
+    is_repository = model_name.count("/") == 1 and model_name[0] not in "./~"
+    if is_repository and is_lora(model_name) and not is_there(user_path(model_name)):
+        raise ModelConfigError(
+            f"{shown(model_name)} is a LoRA by its name, no model: use --lora {shown(model_name)}, and --model with "
+            "what it was made for"
+        )
     found = told(model_name)
     if found.key is not None:
         return found.key
@@ -276,6 +293,14 @@ def _nearest(name: str) -> str:
 
     names = [alias for key in built() for alias in MODELS[key]["aliases"]]
     near = difflib.get_close_matches(name.lower(), names, n=1)
+    # A word too many is no mistyped letter.
+    key = told(name).key
+    if (
+        name.lower().startswith("flux")
+        and key in names
+        and not difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.85)
+    ):
+        near = [key]
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -343,9 +368,9 @@ AVAILABLE_MODELS: dict[str, ModelConfig] = {
 
 def constructor_name(key: str) -> str:
     """What the method of `ModelConfig` is called that gives a model, by its key in the registry."""
-    for written, said in (("krea-2", "krea2"), ("ideogram-4", "ideogram4"), ("qwen-image-2.1", "qwen-image-21")):
-        if key.startswith(written):
-            key = key.replace(written, said, 1)
+    for spelling, said in (("krea-2", "krea2"), ("ideogram-4", "ideogram4"), ("qwen-image-2.1", "qwen-image-21")):
+        if key.startswith(spelling):
+            key = key.replace(spelling, said, 1)
     return re.sub(r"[-.]", "_", key)
 
 

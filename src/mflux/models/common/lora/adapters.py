@@ -7,12 +7,17 @@ with either in LyCORIS' files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mflux.backend import mx, nn
+from mflux.errors import CheckpointError
 from mflux.models.common.networks.layers import product
+
+# No weights are as large; from here on products leave float32.
+_LARGE = 1e30
 
 Rows = tuple[tuple[int, int], ...]
 
@@ -28,12 +33,29 @@ class Adapter:
             or None; where the whole change is no matrix, because the weights are none (a norm's), a `Difference`. None
             for nothing.
         read_bias: gives what is added to the layer's bias (out,), as it is but for the scale; None for nothing.
+        source: the file, for messages.
     """
 
     scale: float
     strength: float
     read: Callable[[], tuple[LowRank | Kronecker | Difference, mx.array | None]] | None
     read_bias: Callable[[], mx.array] | None = None
+    source: object = "the LoRA"
+
+    def check(self, after: mx.array, before: mx.array | None = None) -> None:
+        """
+        Args:
+            after: what the adapter leaves, or its own numbers.
+            before: what it was added to, which may be at fault itself.
+
+        Raises:
+            CheckpointError: it leads to numbers that are not finite.
+        """
+        if not _usable(after) and (before is None or _usable(before)):
+            raise CheckpointError(
+                f"the LoRA {self.source} at the scale {self.scale:g} leads to numbers that are not finite, which "
+                "would make every picture black: lower its scale, or take another one"
+            )
 
 
 class LowRank(nn.Module):
@@ -88,6 +110,11 @@ class Difference(nn.Module):
         return product(x, self.up)
 
 
+def _usable(value: mx.array) -> bool:
+    """Whether no number is NaN, infinite, or so large that the first product is."""
+    return bool((mx.abs(value.astype(mx.float32)) < _LARGE).all().item())
+
+
 def chosen(matrix: mx.array, rows: Rows) -> mx.array:
     """The named ranges of rows, one below the other."""
     return mx.concatenate([matrix[start:stop] for start, stop in rows])
@@ -105,7 +132,8 @@ def merged(weight: mx.array, adapters: Iterable[Adapter]) -> mx.array:
             change = adapter.strength * lora.matrix()
             if magnitude is not None:
                 change = (weight + change) * _factors(weight + change, magnitude) - weight
-            weight = weight + adapter.scale * change
+            before, weight = weight, weight + adapter.scale * change
+            adapter.check(weight, before)
     return weight
 
 
@@ -114,7 +142,8 @@ def merged_bias(bias: mx.array, adapters: Iterable[Adapter]) -> mx.array:
     bias = bias.astype(mx.float32)
     for adapter in adapters:
         if adapter.scale and adapter.read_bias is not None:
-            bias = bias + adapter.scale * adapter.read_bias()
+            before, bias = bias, bias + adapter.scale * adapter.read_bias()
+            adapter.check(bias, before)
     return bias
 
 
@@ -162,6 +191,10 @@ class LoraLinear(nn.Module):
                     change = adapter.scale * ((weight + change) * factors - weight)
                 weight = weight + change
             lora.apply(lambda value: value.astype(dtype))
+            # Two factors may be finite whose product is not: that is computed where it may be so.
+            sizes = [cast(float, mx.abs(value).max().item()) for value in lora.parameters().values()]
+            if not math.prod(sizes) < _LARGE:
+                adapter.check(lora.matrix())
             self.loras.append(lora)
             self.factors.append(factors.astype(dtype))
             self._scales.append(None if magnitude is None else adapter.scale)

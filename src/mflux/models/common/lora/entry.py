@@ -137,14 +137,18 @@ class Entry:
             return bias if rows is None else mx.concatenate([bias[start:stop] for start, stop in rows])
 
         has_bias = "bias" in self.parts or "diff_b" in self.parts
-        return Adapter(scale, self.strength, read if self.has_product else None, read_bias if has_bias else None)
+        readers = (read if self.has_product else None, read_bias if has_bias else None)
+        return Adapter(scale, self.strength, *readers, source=self.path)
 
     # ---- what is checked before anything is read
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        shape = self.file.describe(name).shape
+        described = self.file.describe(name)
+        shape = described.shape
         if shape is None:
             raise CheckpointError(f"{self.path}: {name} is no plain tensor: turn the file with mflux-convert")
+        if described.stored.startswith("complex"):
+            raise CheckpointError(f"{self.path}: {name} holds complex numbers, and a LoRA's are real: take another one")
         return shape
 
     def _flat(self, part: str) -> tuple[int, int]:
@@ -192,6 +196,12 @@ class Entry:
         """A layer is changed by one product: LyCORIS and PEFT write no others, and half of a change is none."""
         kinds = {"w": "LoKr", "t": "LoKr", "h": "LoHa"}
         found = {kinds.get(part[0], "LoRA") for part in self.parts if part in ("down", "up") or part[0] in kinds}
+        for side in ("w1", "w2"):
+            factors = self.parts.keys() & {f"{side}_a", f"{side}_b"}
+            if side in self.parts and factors:
+                raise CheckpointError(
+                    f"{self.path} changes {self.stem} twice: as {self.parts[side]} and as {self.parts[min(factors)]}"
+                )
         if len(found) > 1:
             raise CheckpointError(f"{self.path} changes {self.stem} twice: as {' and as '.join(sorted(found))}")
 

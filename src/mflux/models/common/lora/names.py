@@ -12,9 +12,10 @@ from mflux.models.common.lora.adapters import Rows
 # of the second kind the parts of a name are joined by underscores.
 DOTTED = (
     "transformer.", "", "base_model.model.", "base_model.model.transformer.", "diffusion_model.",
-    "model.diffusion_model.", "lycoris.", "lycoris_.", "lora_unet.",
+    "model.diffusion_model.", "lycoris.", "lycoris_.", "lora_unet.", "base_model.model.diffusion_model.",
+    "model.transformer.", "transformer.module.", "pipe.dit.", "unet.", "model.", "net.", "module.", "_orig_mod.",
 )  # fmt: skip
-JOINED = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris__")
+JOINED = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris__", "lora_dit_")
 
 
 @dataclass(frozen=True)

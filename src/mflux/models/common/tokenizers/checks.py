@@ -18,7 +18,7 @@ from typing import Any
 
 from mflux.checkpoints.folders import read_json
 from mflux.errors import CheckpointError, UsageError
-from mflux.text import shown
+from mflux.text import is_text, shown, written
 
 # Published vocabularies have pieces of up to some 250 characters; from megabytes on the library's recursion ends the
 # process.
@@ -74,22 +74,23 @@ def library_call(source: object, what: str = "is damaged") -> Iterator[None]:
         raise CheckpointError(f"{source} {what}: {shown(error, 300)}; fetch it again") from None
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, name: str = "prompt") -> None:
     """
+    Args:
+        name: of the argument.
+
     Raises:
         UsageError: the prompt is no text, or longer than anyone needs.
     """
+    spoken = name.replace("_", " ")
     if not isinstance(prompt, str):
-        raise UsageError(f"a prompt is a text, not {shown(repr(prompt), 60)}")
+        raise UsageError(f"a {spoken} is a text, not {shown(written(prompt), 60)}")
     if len(prompt) > LONGEST_PROMPT:
         raise UsageError(
-            f"the prompt has {len(prompt):,} characters and at most {LONGEST_PROMPT:,} can be read: cut it"
+            f"the {spoken} has {len(prompt):,} characters and at most {LONGEST_PROMPT:,} can be read: cut it"
         )
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        # What a shell hands over when the bytes on its command line are in another encoding.
-        raise UsageError("the prompt holds bytes that are not UTF-8 text: type it anew") from None
+    if not is_text(prompt):
+        raise UsageError(f"the {spoken} is not text in UTF-8: save it as UTF-8, or type it anew")
 
 
 def check_pieces(pieces: Iterable[object], source: object) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mflux.errors import OutputError, UsageError
 from mflux.models.fibo.vlm.packages import check_installed
-from mflux.text import lines_shown
+from mflux.text import is_text, lines_shown
 from mflux.utils.paths import is_folder
 from mflux.utils.values import QUANTIZE_CHOICES, Real, Whole, seed
 
@@ -79,10 +79,8 @@ def words(text: str, option: str) -> str:
     Raises:
         UsageError: it is not UTF-8.
     """
-    try:
-        text.encode()
-    except UnicodeError:
-        raise UsageError(f"{option} is not text in UTF-8") from None
+    if not is_text(text):
+        raise UsageError(f"{option} is not text in UTF-8: save it as UTF-8, or type it anew")
     return text
 
 

@@ -87,6 +87,6 @@ class Flux1Fill(FillPipeline):
             scheduler=scheduler,
         )
         pixels = ImageUtil.to_array(picture(image_path, config.width, config.height))
-        white = mask(masked_image_path, config.width, config.height)
+        white = mask(masked_image_path, config.width, config.height, image_path)
         latents = self.fill(config, pixels, white, seed=seed, prompt=prompt)
         return self.make_image(config, latents, seed=seed, prompt=prompt, masked_image_path=masked_image_path)

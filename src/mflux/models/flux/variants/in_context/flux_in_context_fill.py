@@ -91,8 +91,8 @@ class Flux1InContextFill(FillPipeline):
         if right_image_path is None or masked_image_path is None:
             right, white = mx.zeros_like(left), mx.ones((1, 1, config.height, size[0]))
         else:
-            right, white = ImageUtil.to_array(picture(right_image_path, *size)), mask(masked_image_path, *size)
-
+            right = ImageUtil.to_array(picture(right_image_path, *size))
+            white = mask(masked_image_path, *size, right_image_path)
         pixels = mx.concatenate([left, right], axis=-1)
         white = mx.concatenate([mx.zeros_like(white), white], axis=-1)
         latents = self.fill(config, pixels, white, seed=seed, prompt=prompt)

@@ -123,8 +123,8 @@ class QwenImageEdit(QwenPipeline):
             seed=seed,
             prompt=prompt,
             num_inference_steps=num_inference_steps,
-            height=height or natural_height,
-            width=width or natural_width,
+            height=natural_height if height is None else height,
+            width=natural_width if width is None else width,
             guidance=guidance,
             scheduler=scheduler,
         )
