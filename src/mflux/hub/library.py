@@ -9,6 +9,7 @@ from types import ModuleType
 from mflux.errors import DownloadError
 from mflux.hub.secrets import without_secrets
 from mflux.text import one_line, shown
+from mflux.utils.paths import is_homeless
 from mflux.utils.progress import bar_class
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def check_settings() -> None:
             )
     for name in _FOLDERS:
         value = os.environ.get(name, "")
-        if os.path.expandvars(os.path.expanduser(value)).startswith("~"):  # noqa: PTH111
+        if is_homeless(os.path.expandvars(value)):
             user = value.partition("/")[0]
             raise DownloadError(
                 f"{name} is {shown(value, 200)}, and no home folder of {shown(user, 60)} is known: write the whole path"

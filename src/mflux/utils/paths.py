@@ -16,6 +16,11 @@ _IN_CACHE = re.compile(r"(?:^|[\\/])models--([^\\/]+?)--([^\\/]+)[\\/]snapshots[
 _ENTRY = re.compile(r"(?:^|[\\/])models--([^\\/]+?)--([^\\/]+?)(?:[\\/]snapshots)?[\\/]?()$")
 
 
+def is_homeless(path: str) -> bool:
+    """Whether a path begins with the home folder of a user whom this machine does not know."""
+    return os.path.expanduser(path).startswith("~")  # noqa: PTH111
+
+
 def user_path(path: str | bytes | os.PathLike) -> Path:
     """The path that someone means: `~` and `~name` stand for a home folder, as in a shell.
 
