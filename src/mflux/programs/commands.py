@@ -100,7 +100,7 @@ def offered(module: ModuleType, name: str) -> Any:
             return steps
         if name in _TABLES:
             return _TABLES[name](command)
-    elif hasattr(module, "build_parser") and name in ("IGNORED_OPTIONS", "CONDITIONAL_OPTIONS"):
+    elif "build_parser" in vars(module) and name in ("IGNORED_OPTIONS", "CONDITIONAL_OPTIONS"):
         # All of its options have an effect.
         return {}
     raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")

@@ -289,8 +289,8 @@ def test_scans_are_counted_before_a_picture_is_decoded(tmp_path, monkeypatch):
     assert open_image(tmp_path / "told.jpg").size == (9, 9)
     many = in_scans(tmp_path / "many.jpg", 2000)
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
-    with PIL.Image.open(many) as image:
-        for source in (many, many.open("rb"), image):
+    with PIL.Image.open(many) as image, many.open("rb") as file:
+        for source in (many, file, image):
             with pytest.raises(ImageError, match=r"comes in more than 100 scans"):
                 open_image(source)
     with pytest.raises(ImageError, match=r"comes in more than 100 scans"):

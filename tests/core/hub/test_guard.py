@@ -397,8 +397,9 @@ def redirected(request, status, body, headers):
     return 302, b"", {"Location": request.path + "x"}
 
 
-def waits(**headers):
-    return lambda request, status, body, given: (429, b"", {n.replace("_", "-"): v for n, v in headers.items()})
+def waits(headers):
+    """An answer that asks to wait; `headers` is called for each, as a date depends on when it is written."""
+    return lambda request, status, body, given: (429, b"", headers())
 
 
 NO_END = {
@@ -414,9 +415,9 @@ NO_END = {
     "pages without end": (pages(counting), "does not come to an end, after 8 pages"),
     "pages that take their time": (later, "does not come to an end within 3 seconds"),
     "redirects without end": (redirected, "redirect"),
-    "a wait of a day": (waits(Retry_After="86400"), "asks to wait 86,400 seconds"),
-    "a wait until tomorrow": (waits(Retry_After=formatdate(time.time() + 86400)), "asks to wait 86,"),
-    "a limit for a day": (waits(RateLimit='"api";r=0;t=86400'), "asks to wait 86,400 seconds"),
+    "a wait of a day": (waits(lambda: {"Retry-After": "86400"}), "asks to wait 86,400 seconds"),
+    "a wait until tomorrow": (waits(lambda: {"Retry-After": formatdate(time.time() + 86400)}), "asks to wait 86,"),
+    "a limit for a day": (waits(lambda: {"RateLimit": '"api";r=0;t=86400'}), "asks to wait 86,400 seconds"),
 }  # fmt: skip
 
 
