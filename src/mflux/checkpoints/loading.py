@@ -19,7 +19,8 @@ from typing import Any, TypeVar, cast
 from mflux.backend import compute_dtype, has_gpu, mx, nn, settle_compiling, tree_flatten
 from mflux.checkpoints.folders import read_json, weight_files
 from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack, planned
-from mflux.checkpoints.readers.safetensors import SafetensorsFile
+from mflux.checkpoints.stored.opened import open_container, understood
+from mflux.checkpoints.stored.tensors import Understood, spec
 from mflux.errors import CheckpointError
 from mflux.text import count, shown, some
 
@@ -47,27 +48,20 @@ class FileDifferences:
     optional_prefix: str = ""
 
 
-class FolderTensors(Mapping[str, mx.array]):
-    """The tensors of a folder: one safetensors file, the shards that an index names, or the files that are given."""
+class FolderTensors(Understood):
+    """The tensors of a folder: one safetensors file, the shards that an index names, or the files that are given, of
+    whichever kind they are.
 
-    def __init__(self, folder: str | Path, files: Sequence[Path] | None = None):
+    Args:
+        packs: False gives dense what the files store in other ways than mflux does.
+    """
+
+    def __init__(self, folder: str | Path, files: Sequence[Path] | None = None, *, packs: bool = True):
         self.folder = Path(folder)
-        self.files = {path: SafetensorsFile(path) for path in files or weight_files(self.folder, (".safetensors",))}
-        self._where: dict[str, SafetensorsFile] = {}
-        for file in self.files.values():
-            for name in file:
-                if name in self._where:
-                    raise CheckpointError(f"{self.folder}: the tensor {shown(name)} stands in two files")
-                self._where[name] = file
-
-    def __getitem__(self, name: str) -> mx.array:
-        return self._where[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
+        paths = files or weight_files(self.folder, (".safetensors",))
+        self.files = {path: open_container(path) for path in paths}
+        found = understood(list(self.files.values()), files[0] if files else self.folder, packs=packs)
+        super().__init__(found.stored, found.plain, packs=packs, source=found.source)
 
 
 def load_component(
@@ -186,6 +180,7 @@ def fill(
             holds numbers that are not finite.
     """
     settle_compiling()
+    whole_layers = layers(module)
     packed, parameters, plan = _settled(module, tensors, source, stored)
     if quantization is not None and packed:
         # A few layers may have more, see `planned`.
@@ -193,6 +188,15 @@ def fill(
         if bits != quantization.bits:
             log.warning("%s is stored in %d bits: it stays so, not in %d", source, bits, quantization.bits)
         quantization = None
+    # Scales of eleven digits: bfloat16 would cost some, and float32 would only be larger.
+    sixteen = {
+        f"{path}.{leaf}"
+        for path in packed
+        for leaf in ("scales", "biases")
+        if (key := plan.get(f"{path}.{leaf}"))
+        and spec(tensors, key).dtype == mx.float16
+        and not isinstance(whole_layers[path], nn.Embedding)
+    }
     turns = layout_turns(module)
     to_pack: dict[str, Quantization] = {}
     if quantization is not None:
@@ -206,7 +210,7 @@ def fill(
             log.info("quantize %d layers to %d bits%s", number, bits, _kept(len(narrow), quantization))
 
     def store(name: str, value: mx.array) -> None:
-        if not keep_dtypes and mx.issubdtype(value.dtype, mx.floating):
+        if not keep_dtypes and mx.issubdtype(value.dtype, mx.floating) and name not in sixteen:
             value = value.astype(dtype or compute_dtype(value.dtype))
         _assign(module, name, value)
         pending.append(_Read(key, value))
@@ -256,7 +260,7 @@ def fit(
     _, parameters, plan = _settled(module, tensors, source, stored)
     turns = layout_turns(module)
     for name, key in plan.items():
-        _fitting(module, source, key, tensors[key], parameters[name], turns.get(name))
+        _fitting(module, source, key, spec(tensors, key), parameters[name], turns.get(name))
 
 
 def _settled(
@@ -389,8 +393,9 @@ def _packed_layers(
         name = next((name for name in (path, path.removeprefix(prefix)) if f"{name}.scales" in tensors), None)
         if name is None or f"{name}.weight" not in tensors:
             continue
-        shapes = tensors[f"{name}.weight"].shape, tensors[f"{name}.scales"].shape
-        quantization = inferred(layer.weight.shape[-1], *shapes)
+        scales = spec(tensors, f"{name}.scales")
+        shapes = spec(tensors, f"{name}.weight").shape, scales.shape
+        quantization = inferred(layer.weight.shape[-1], *shapes, floats=scales.dtype == mx.uint8)
         if quantization is None:
             raise _misfit(
                 module,

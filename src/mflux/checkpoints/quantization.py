@@ -22,14 +22,18 @@ _GROUP_SIZES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Quantization:
-    """How many bits a weight has, and how many weights share a scale."""
+    """How many bits a weight has, how many weights share a scale, and in which of MLX's forms: "affine" is a scale and
+    an offset, the others are small floating-point numbers, whose scale is one byte."""
 
     bits: int
     group_size: int = 64
+    mode: str = "affine"
 
     @property
     def is_known(self) -> bool:
         """Whether MLX has it."""
+        if self.mode != "affine":
+            return self in FLOATS
         return self.bits in (2, *BITS) and self.group_size in _GROUP_SIZES
 
     @staticmethod
@@ -61,7 +65,7 @@ class Quantization:
         if entry is None:
             return None
         try:
-            found = Quantization(int(entry["bits"]), int(entry["group_size"]))
+            found = Quantization(int(entry["bits"]), int(entry["group_size"]), entry.get("mode", "affine"))
         except (TypeError, KeyError, ValueError, OverflowError):
             found = None
         if found is None or not found.is_known:
@@ -71,13 +75,18 @@ class Quantization:
         return found
 
 
+# MLX's floating-point forms. Nothing is quantized to them here: they are what some files hold.
+FLOATS = (Quantization(8, 32, "mxfp8"), Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4"))
+
+
 class QuantizedLinear(nn.QuantizedLinear):
     """MLX's, with its product by `mflux.cpu` on a CPU, where MLX's own takes a hundred times as long as a dense one."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.biases is None or not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
-            return super().__call__(x)
-        y = cpu.quantized_product(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
+        if not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
+            # Scales may have more digits than x, and MLX's result has theirs.
+            return super().__call__(x).astype(x.dtype)
+        y = cpu.quantized_product(x, self.weight, self.scales, self.biases, self.group_size, self.bits, self.mode)
         return y + self.bias if "bias" in self else y
 
 
@@ -85,9 +94,9 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     """MLX's, which unpacks the rows that are asked for; as a linear layer it is a `QuantizedLinear`."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        if self.biases is None or not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
-            return super().as_linear(x)
-        return cpu.quantized_product(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
+        if not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
+            return super().as_linear(x).astype(x.dtype)
+        return cpu.quantized_product(x, self.weight, self.scales, self.biases, self.group_size, self.bits, self.mode)
 
 
 def layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -131,18 +140,25 @@ def divides(width: int, group_size: int) -> bool:
     return width > 0 and width % group_size == 0
 
 
-def inferred(width: int, packed: tuple[int, ...], scales: tuple[int, ...]) -> Quantization | None:
+def inferred(
+    width: int, packed: tuple[int, ...], scales: tuple[int, ...], *, floats: bool = False
+) -> Quantization | None:
     """What a stored layer was quantized to, from its shapes; None where they make no sense.
 
     Args:
         width: weights in a row before it was packed.
         packed: the shape of the packed weight, (rows, width · bits / 32).
         scales: the shape of the scales, (rows, width / group size).
+        floats: whether it is one of `FLOATS`, whose scales are bytes.
     """
     if len(packed) != 2 or len(scales) != 2 or packed[0] != scales[0] or not scales[1] or width % scales[1]:
         return None
     bits, rest = divmod(32 * packed[1], width)
-    found = Quantization(bits, width // scales[1])
+    group_size = width // scales[1]
+    if floats:
+        known = (form for form in FLOATS if (form.bits, form.group_size) == (bits, group_size))
+        return None if rest else next(known, None)
+    found = Quantization(bits, group_size)
     return None if rest or not found.is_known else found
 
 
@@ -155,14 +171,18 @@ def make_room(module: nn.Module, plan: Mapping[str, Quantization]) -> None:
     found = layers(module)
     packed = {
         path: (
-            QuantizedLinear.from_linear(found[path], quantization.group_size, quantization.bits)
+            QuantizedLinear.from_linear(found[path], *_as_mlx_has_it(quantization))
             if isinstance(found[path], nn.Linear)
-            else QuantizedEmbedding.from_embedding(found[path], quantization.group_size, quantization.bits)
+            else QuantizedEmbedding.from_embedding(found[path], *_as_mlx_has_it(quantization))
         )
         for path, quantization in plan.items()
     }
     if packed:
         module.update_modules(tree_unflatten(list(packed.items())))
+
+
+def _as_mlx_has_it(quantization: Quantization) -> tuple[int, int, str]:
+    return quantization.group_size, quantization.bits, quantization.mode
 
 
 def pack(weight: mx.array, quantization: Quantization) -> dict[str, mx.array]:

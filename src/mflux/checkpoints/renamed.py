@@ -14,6 +14,7 @@ from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.quantization import Quantization, inferred
+from mflux.checkpoints.stored.tensors import spec
 from mflux.errors import CheckpointError
 
 # Patterns and what they become, applied in order.
@@ -67,15 +68,18 @@ class Renamed(Mapping[str, mx.array]):
 
     def __getitem__(self, name: str) -> mx.array:
         place = self._places[name]
-        value = self._tensors[place.name]
-        if place.rows is not None:
-            if value.ndim == 0 or value.shape[0] % place.of:
-                shape = list(value.shape)
-                raise CheckpointError(f"{self._source}: {place.name} of shape {shape} does not divide into {place.of}")
-            unit = value.shape[0] // place.of
-            parts = [value[start * unit : stop * unit] for start, stop in place.rows]
-            value = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        value = self._part(place, self._tensors[place.name])
         return value if self._change is None else self._change(name, value)
+
+    def _part(self, place: Place, value: mx.array) -> mx.array:
+        if place.rows is None:
+            return value
+        if value.ndim == 0 or value.shape[0] % place.of:
+            shape = list(value.shape)
+            raise CheckpointError(f"{self._source}: {place.name} of shape {shape} does not divide into {place.of}")
+        unit = value.shape[0] // place.of
+        parts = [value[start * unit : stop * unit] for start, stop in place.rows]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -83,12 +87,19 @@ class Renamed(Mapping[str, mx.array]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def spec(self, name: str) -> mx.array:
+        """As `self[name]`, without its numbers: nothing of it is read."""
+        place = self._places[name]
+        value = spec(self._tensors, place.name)
+        value = self._part(place, mx.zeros(value.shape, value.dtype))
+        return value if self._change is None else self._change(name, value)
+
     def rows(self, name: str) -> int:
-        return self[name].shape[0]
+        return self.spec(name).shape[0]
 
     def width(self, layer: str) -> int:
         """How many weights a row of a layer has, quantized or not."""
-        columns = self[f"{layer}.weight"].shape[-1]
+        columns = self.spec(f"{layer}.weight").shape[-1]
         if f"{layer}.scales" not in self:
             return columns
         if self.quantization is None:
@@ -104,8 +115,9 @@ class Renamed(Mapping[str, mx.array]):
         """What the layers are quantized to, as far as the shape of a square one tells."""
         for weight, rows in self._square:
             if f"{weight}.scales" in self and f"{weight}.weight" in self and rows in self:
-                width = self[rows].shape[0]
-                return inferred(width, self[f"{weight}.weight"].shape, self[f"{weight}.scales"].shape)
+                return inferred(
+                    self.rows(rows), self.spec(f"{weight}.weight").shape, self.spec(f"{weight}.scales").shape
+                )
         return None
 
 

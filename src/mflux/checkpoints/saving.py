@@ -16,6 +16,7 @@ from typing import Any
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import published_turns
 from mflux.checkpoints.quantization import Quantization, divides, packed_specs, raised
+from mflux.checkpoints.stored.tensors import spec
 from mflux.checkpoints.readers.plain import open_file
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import OutputError
@@ -99,13 +100,15 @@ def _with_quantization(config: Mapping[str, Any], module: nn.Module) -> dict[str
     quantized in another way ("mixed")."""
     noted = {name: value for name, value in config.items() if name != "quantization"}
     kinds = Counter(
-        (layer.bits, layer.group_size)
+        Quantization(layer.bits, layer.group_size, layer.mode)
         for _, layer in module.named_modules()
         if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
     )
     if kinds:
-        bits, group_size = kinds.most_common(1)[0][0]
-        noted["quantization"] = {"bits": bits, "group_size": group_size} | ({"mixed": True} if len(kinds) > 1 else {})
+        most = kinds.most_common(1)[0][0]
+        noted["quantization"] = {"bits": most.bits, "group_size": most.group_size}
+        noted["quantization"] |= {} if most.mode == "affine" else {"mode": most.mode}
+        noted["quantization"] |= {"mixed": True} if len(kinds) > 1 else {}
     return noted
 
 
@@ -117,7 +120,8 @@ def estimated_bytes(
     `least_bits` is its class's, see `raised`.
     """
     total = 0
-    for name, value in tensors.items():
+    for name in tensors:
+        value = spec(tensors, name)
         specs = {"weight": (value.dtype, value.shape)}
         if (
             quantization is not None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,6 @@ def quantized_serves(x: mx.array, weight: mx.array, bits: int, mode: str) -> boo
     rows = x.size // max(x.shape[-1], 1)
     return (
         is_here(x)
-        and mode == "affine"
         and (bits == 8 or bits in _PIECES)
         and rows > 1
         and x.size * len(weight) >= _LEAST_QUANTIZED
@@ -103,22 +103,34 @@ def quantized_serves(x: mx.array, weight: mx.array, bits: int, mode: str) -> boo
 
 
 def quantized_product(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    group_size: int,
+    bits: int,
+    mode: str = "affine",
 ) -> mx.array:
-    """x (…, in) times the transpose of a quantized weight (out, in), `ROOM` bytes of it dense at a time and thread."""
+    """x (…, in) times the transpose of a quantized weight (out, in), `ROOM` bytes of it dense at a time and thread.
+
+    Args:
+        biases: None of MLX's floating-point forms.
+    """
+    form = {"group_size": group_size, "bits": bits, "mode": mode}
 
     def plain(x: mx.array) -> mx.array:
-        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits)
+        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **form).astype(x.dtype)
 
     def blocks() -> tuple[int, Callable[[int, int], np.ndarray]]:
         """How many rows of the weight fit at once, and what gives some of them, dense."""
-        mx.eval(weight, scales, biases)
-        packed, factors, offsets = np.asarray(weight), _numbers(scales), _numbers(biases)
-        columns = x.shape[-1]
+        mx.eval(weight)
+        packed, columns = np.asarray(weight), x.shape[-1]
+        factors = _numbers(scales) if mode == "affine" else _scales(mode)[np.asarray(scales)]
+        offsets = None if biases is None else _numbers(biases)
 
         def dense(start: int, stop: int) -> np.ndarray:
             here, out = slice(start, stop), spare((stop - start, columns))
-            _unpack(packed[here], factors[here], offsets[here], group_size, bits, out)
+            _unpack(packed[here], factors[here], None if offsets is None else offsets[here], form, out)
             return out
 
         return max(1, min(len(weight), work.ROOM // (4 * columns))), dense
@@ -138,7 +150,8 @@ def quantized_product(
         return [differentiable(back, back_plain)(cotangent)]
 
     def back_plain(cotangent: mx.array) -> mx.array:
-        return mx.quantized_matmul(cotangent, weight, scales, biases, transpose=False, group_size=group_size, bits=bits)
+        product = mx.quantized_matmul(cotangent, weight, scales, biases, transpose=False, **form)
+        return product.astype(cotangent.dtype)
 
     def back(cotangent: mx.array) -> mx.array:
         step, dense = blocks()
@@ -162,18 +175,40 @@ def _numbers(array: mx.array) -> np.ndarray:
 
 
 def _unpack(
-    packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, group_size: int, bits: int, out: np.ndarray
+    packed: np.ndarray, scales: np.ndarray, biases: np.ndarray | None, form: Mapping[str, Any], out: np.ndarray
 ) -> None:
     """Rows of a quantized weight, dense: each number times its group's scale, plus its group's bias."""
-    numbers = packed.view(np.uint8)
-    groups = out.reshape(len(out), -1, group_size)
-    if bits == 8:
+    numbers, bits = packed.view(np.uint8), form["bits"]
+    groups = out.reshape(len(out), -1, form["group_size"])
+    if bits == 8 and biases is not None:
         np.multiply(numbers.reshape(groups.shape), scales[..., None], out=groups)
     else:
-        table = _table(bits)
-        np.take(table, _pieces(numbers, bits), out=out.view(table.dtype), mode="clip")
+        table = _table(bits) if biases is not None else _float_table(form["mode"])
+        pieces = numbers if bits == 8 else _pieces(numbers, bits)
+        np.take(table, pieces, out=out.view(table.dtype), mode="clip")
         np.multiply(groups, scales[..., None], out=groups)
-    np.add(groups, biases[..., None], out=groups)
+    if biases is not None:
+        np.add(groups, biases[..., None], out=groups)
+
+
+@cache
+def _float_table(mode: str) -> np.ndarray:
+    """For each byte of a floating-point form its weights, as one element to copy: one of eight bits, or two of four."""
+    if mode == "mxfp8":
+        return np.array(mx.from_fp8(mx.arange(256, dtype=mx.uint8), mx.float32))
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    values = np.concatenate([magnitudes, -magnitudes])
+    codes = np.arange(256)
+    return np.stack([values[codes & 15], values[codes >> 4]], axis=-1).view(np.float64)[:, 0].copy()
+
+
+@cache
+def _scales(mode: str) -> np.ndarray:
+    """For each byte of a scale its factor: a power of two, or (nvfp4) a float8."""
+    if mode == "nvfp4":
+        return _float_table("mxfp8")
+    # The last is no number.
+    return np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 
 
 @cache

@@ -37,6 +37,12 @@ _WIDTHS = {
 }  # fmt: skip
 # What MLX itself does not read, or hands out as raw bytes.
 _DECODED_HERE = ("F64", "F8_E4M3", "F8_E5M2")
+# What tensors come out as.
+_RESULTS = {"F64": mx.float32, "F8_E4M3": mx.float32, "F8_E5M2": mx.float32}
+_MLX_NAMES = {
+    "BOOL": "bool_", "U8": "uint8", "I8": "int8", "F16": "float16", "BF16": "bfloat16", "U16": "uint16", "I16": "int16",
+    "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64", "I64": "int64", "C64": "complex64",
+}  # fmt: skip
 _LARGEST_HEADER = 100_000_000
 # What MLX counts with.
 _LARGEST_SIDE = 2**31 - 1
@@ -154,6 +160,22 @@ class SafetensorsFile(Mapping[str, mx.array]):
         # Handed out and let go of: an array that is kept here would keep its data once someone evaluates it.
         return self._lazy.pop(name)
 
+    def spec(self, name: str) -> mx.array:
+        """An array of the dtype and shape that a tensor comes out with, and no numbers: nothing is read."""
+        info = self.infos[name]
+        return mx.zeros(info.shape, _RESULTS.get(info.dtype) or getattr(mx, _MLX_NAMES[info.dtype]))
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor's bytes, uint8.
+
+        Raises:
+            CheckpointError: the file was changed, or became shorter.
+        """
+        import numpy as np
+
+        self._unchanged.check()
+        return np.frombuffer(_bytes_of(self.path, self.infos[name]), np.uint8)
+
     def _load(self) -> dict[str, mx.array]:
         try:
             return cast(dict[str, mx.array], mx.load(str(self.path), format="safetensors"))
@@ -174,14 +196,19 @@ class SafetensorsFile(Mapping[str, mx.array]):
         return len(self.infos)
 
 
-def _read_one(path: Path, info: TensorInfo) -> mx.array:
-    import numpy as np
-
+def _bytes_of(path: Path, info: TensorInfo) -> bytes:
     with open_file(path) as file:
         file.seek(info.start)
         data = file.read(info.end - info.start)
     if len(data) != info.end - info.start:
         raise CheckpointError(f"{path} is truncated: it became shorter while it was read; fetch it again")
+    return data
+
+
+def _read_one(path: Path, info: TensorInfo) -> mx.array:
+    import numpy as np
+
+    data = _bytes_of(path, info)
     if info.dtype == "F64":
         return mx.array(np.frombuffer(data, "<f8").astype(np.float32)).reshape(info.shape)
     if info.dtype in ("F8_E4M3", "F8_E5M2"):

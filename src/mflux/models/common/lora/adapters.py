@@ -224,10 +224,15 @@ def dense(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
     """A layer's weights (out, in) in float32, whatever they are stored as."""
     weight = linear.weight
     if isinstance(linear, nn.QuantizedLinear):
-        weight = mx.dequantize(
-            weight, linear.scales, linear.biases, group_size=linear.group_size, bits=linear.bits, mode=linear.mode
-        )
+        # In float32 from the start: a product in sixteen bits would cost digits.
+        factors = [None if part is None else _in_float32(part) for part in (linear.scales, linear.biases)]
+        form = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+        weight = mx.dequantize(weight, *factors, **form, dtype=mx.float32)
     return weight.astype(mx.float32)
+
+
+def _in_float32(part: mx.array) -> mx.array:
+    return part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part
 
 
 def linear_layers(module: nn.Module) -> dict[str, tuple[int, ...]]:
