@@ -33,6 +33,7 @@ EXTRAS: dict[str, Extra] = {
     "vlm": Extra(
         ("transformers", "jinja2"), "FIBO-VLM: mflux-inspire-fibo, mflux-refine-fibo, words for mflux-generate-fibo"
     ),
+    "gguf": Extra(("gguf",), "GGUF files with weights of the IQ1, IQ2, IQ3 and TQ1 types"),
 }
 EXTRAS["full"] = Extra(
     tuple(dict.fromkeys(package for extra in EXTRAS.values() for package in extra.packages)), "all of the above"

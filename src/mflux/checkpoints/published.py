@@ -11,8 +11,11 @@ from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.quantization import Quantization
-from mflux.checkpoints.readers.safetensors import read_header
+from mflux.checkpoints.readers.gguf import MAGIC
+from mflux.checkpoints.readers.plain import open_file
+from mflux.checkpoints.readers.zip_records import LOCAL_MAGIC
 from mflux.checkpoints.renamed import Names, Renamed, renamed
+from mflux.checkpoints.stored.tensors import Chosen
 from mflux.errors import CheckpointError
 from mflux.utils.paths import is_file, user_path
 
@@ -38,6 +41,9 @@ class Layout:
         reshape: changes a tensor by its published name, once its kernel's axes are in place.
         takes_overrides: whether what the registry says of a transformer are settings of its `config.json`, also where
             no shape tells them.
+        changes: component → what changes a tensor of its single file, by its published name.
+        inside: a component's names in a file that holds several begin with one of these.
+        models: which of the family's models a transformer may be, from its configuration, the likeliest first.
     """
 
     title: str
@@ -53,30 +59,59 @@ class Layout:
     zeros: Mapping[str, str] = field(default_factory=dict)
     reshape: Callable[[str, mx.array], mx.array] | None = None
     takes_overrides: bool = True
+    inside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    models: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    changes: Mapping[str, Callable[[str, mx.array], mx.array]] = field(default_factory=dict)
 
-    def component_in(self, path: str | Path) -> tuple[str, Path] | None:
-        """The component that a path's file is, with the file; None if it is no file of safetensors, or none may be.
+    def parts_in(self, path: str | Path) -> dict[str, Path]:
+        """The components that a path's file is or holds, each with the file; none if it is no file of weights, or none
+        may be.
 
         A file of names that are not known counts as the first that may be one, which then says what is missing.
         """
         file = user_path(path)
-        if not self.files or not is_file(file):
-            return None
+        if not self.files or not is_file(file) or not _may_hold_weights(file):
+            return {}
         try:
-            tensors, _ = read_header(file)
+            tensors = FolderTensors(file.parent, [file])
         except CheckpointError:
-            # A damaged one is read again, and says so.
-            return (next(iter(self.files)), file) if file.suffix == ".safetensors" else None
-        for part, names in self.files.items():
-            if names(tensors) is not None:
-                return part, file
-        for part in self.files:
-            try:
-                self.configs[part](Renamed(FolderTensors(file.parent, [file])))
-                return part, file
-            except (KeyError, IndexError, ZeroDivisionError, CheckpointError):
-                continue
-        return next(iter(self.files)), file
+            # Read again, and says so.
+            return {next(iter(self.files)): file}
+        found = [part for part in self.files if self.settings_in(part, tensors) is not None]
+        return dict.fromkeys(found or [next(iter(self.files))], file)
+
+    def settings_in(self, part: str, tensors: Mapping[str, mx.array]) -> dict[str, Any] | None:
+        """What the `config.json` of a component says that is among these tensors of one file; None if it is not."""
+        try:
+            return self.configs[part](self.renamed(part, self.chosen(part, tensors), ""))
+        except (KeyError, IndexError, ZeroDivisionError, CheckpointError):
+            return None
+
+    def chosen(self, part: str, tensors: Mapping[str, mx.array]) -> Mapping[str, mx.array]:
+        """Those tensors of a file that belong to a component, without the prefix that says so."""
+        for prefix in self.inside.get(part, ()):
+            names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+            if names:
+                return Chosen(tensors, names)
+        others = tuple(prefix for other, known in self.inside.items() if other != part for prefix in known)
+        if others and any(name.startswith(others + _BESIDE) for name in tensors):
+            return Chosen(tensors, {name: name for name in tensors if not name.startswith(others + _BESIDE)})
+        return tensors
+
+    def renamed(self, part: str, tensors: Mapping[str, mx.array], source: object) -> Renamed:
+        """A component's tensors in one file, by their published names."""
+        change = self.changes.get(part)
+        return renamed(tensors, self.files[part], source=source, square=self.square, change=change)
+
+
+# What a checkpoint holds beside its components.
+_BESIDE = ("text_encoders.", "cond_stage_model.", "conditioner.", "first_stage_model.", "model_ema.")
+
+
+def _may_hold_weights(file: Path) -> bool:
+    with open_file(file) as opened:
+        head = opened.read(9)
+    return head.startswith((MAGIC, LOCAL_MAGIC, b"\x80")) or head[8:] == b"{" or file.suffix in (".safetensors", ".gguf")
 
 
 class PublishedFolder:
@@ -89,6 +124,7 @@ class PublishedFolder:
         layout: which components may be single files, and how these look; none by default.
         files: component → the one file that holds it, where that lies elsewhere.
         overrides: settings of a component that only its model's name tells, where the folder has no configuration.
+        packs: False gives dense what a file stores in other ways than mflux does, for whoever packs it anew.
     """
 
     def __init__(
@@ -98,7 +134,9 @@ class PublishedFolder:
         *,
         files: Mapping[str, Path] | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        packs: bool = True,
     ):
+        self.packs = packs
         self.root = root
         self.layout = layout or Layout("")
         self.overrides = dict(overrides or {})
@@ -132,10 +170,12 @@ class PublishedFolder:
                 f"{self.root} holds no {part} of {self.layout.title}: put {self.layout.wanted[part]} there, or a "
                 f"folder {part} with its config.json"
             )
-        found = FolderTensors(self.root / part, [file] if file else None)
+        found: Mapping[str, mx.array] = FolderTensors(self.root / part, [file] if file else None, packs=self.packs)
         if part not in self.layout.files:
             return Renamed(found)
-        return renamed(found, self.layout.files[part], source=file or self.root / part, square=self.layout.square)
+        if file is not None:
+            found = self.layout.chosen(part, found)
+        return self.layout.renamed(part, found, file or self.root / part)
 
     def lacking(self) -> dict[str, dict[str, Any]]:
         """The settings that a published model has and this folder does not, by their paths."""

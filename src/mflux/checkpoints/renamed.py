@@ -115,9 +115,9 @@ class Renamed(Mapping[str, mx.array]):
         """What the layers are quantized to, as far as the shape of a square one tells."""
         for weight, rows in self._square:
             if f"{weight}.scales" in self and f"{weight}.weight" in self and rows in self:
-                return inferred(
-                    self.rows(rows), self.spec(f"{weight}.weight").shape, self.spec(f"{weight}.scales").shape
-                )
+                scales = self.spec(f"{weight}.scales")
+                packed = self.spec(f"{weight}.weight").shape
+                return inferred(self.rows(rows), packed, scales.shape, floats=scales.dtype == mx.uint8)
         return None
 
 
@@ -148,6 +148,24 @@ def by_patterns(*patterns: tuple[str, str], left_out: str | None = None) -> Name
         return {
             _translated(name, patterns): Place(name) for name in names if not (left_out and re.match(left_out, name))
         }
+
+    return places
+
+
+def where(marker: str, names: Names) -> Names:
+    """Names that a file has if one of its own fits a pattern."""
+
+    def places(found: Iterable[str]) -> dict[str, Place] | None:
+        return names(found) if any(re.search(marker, name) for name in found) else None
+
+    return places
+
+
+def either(*known: Names) -> Names:
+    """Names of several layouts, of which a file has the first that fits, or else the published ones."""
+
+    def places(found: Iterable[str]) -> dict[str, Place] | None:
+        return next((told for names in known if (told := names(found)) is not None), None)
 
     return places
 

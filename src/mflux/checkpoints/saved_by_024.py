@@ -24,6 +24,7 @@ def open_folder(
     *,
     files: Mapping[str, Path] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    packs: bool = True,
 ) -> PublishedFolder:
     """A model's folder, of whichever layout it is; the arguments are those of `PublishedFolder`."""
     part = root / "transformer"
@@ -31,7 +32,7 @@ def open_folder(
         (part / "model.safetensors.index.json").is_file() or (part / "0.safetensors").is_file()
     )
     kind = FolderOf024 if layout.names and written else PublishedFolder
-    return kind(root, layout, files=files, overrides=overrides)
+    return kind(root, layout, files=files, overrides=overrides, packs=packs)
 
 
 class FolderOf024(PublishedFolder):

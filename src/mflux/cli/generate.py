@@ -45,7 +45,7 @@ class Generate:
             whose name and settings do not tell; None where there is no such model.
         stands_for: which of its models is meant by another model's key: {"dev": "dev-controlnet-canny"}.
         default_size: what is taken where no size is said, for the help.
-        leave_out: groups of options that it lacks: "image", "lora", "pid", "prompt", "settings" (`-C`); or
+        leave_out: groups of options that it lacks: "image", "lora", "parts", "pid", "prompt", "settings" (`-C`); or
             "lora_style" alone.
         defaults: other defaults than the common ones, by destination: {"scheduler": …, "model": …, "width": 1024}.
             A width and height that are numbers make both options plain numbers of pixels.
@@ -106,6 +106,8 @@ class Generate:
             known += " The model demo comes with mflux and needs no download."
         parser = CommandLineParser(prog=self.command.prog, description=self.description, epilog=known)
         groups.add_model_options(parser)
+        if "parts" not in self.leave_out:
+            groups.add_part_options(parser)
         if "prompt" not in self.leave_out:
             groups.add_prompt_options(parser)
         guidance = "the model's" if self.guidance is None else str(self.guidance)
@@ -284,6 +286,8 @@ class Generate:
             "model_path": None if is_builtin(args.model) else args.model,
             "model_config": config,
         }
+        if "parts" not in self.leave_out:
+            arguments |= {name: getattr(args, name) for name in ("text_encoder_paths", "vae_path")}
         if "lora" not in self.leave_out:
             names = ("lora_paths", "lora_scales", "bake_lora")
             arguments |= {name: getattr(args, name) for name in names}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mflux.cli.parser.groups import add_lora_options, add_model_options
+from mflux.cli.parser.groups import add_lora_options, add_model_options, add_part_options
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.parser.settle import refuse_what_is_not_built, settle_loras, settle_paths
 from mflux.cli.terminal import run, say_line
@@ -22,6 +22,7 @@ def build_parser() -> MfluxParser:
         epilog=f"Models: {', '.join(built())}, and folders and repositories that derive from them.",
     )
     add_model_options(parser, required=True)
+    add_part_options(parser)
     parser.add_argument(
         "--path",
         type=Path,
@@ -70,6 +71,8 @@ def save(argv: Sequence[str] | None) -> None:
         args.quantize,
         model_config=ModelConfig.from_name(args.model, args.base_model),
         model_path=model_path,
+        text_encoder_paths=args.text_encoder_paths,
+        vae_path=args.vae_path,
         **loras,
     )
     if parent is None:

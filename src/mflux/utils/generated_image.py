@@ -30,6 +30,8 @@ class GeneratedImage:
 
     # The folder or repository that the weights were taken from, None for a built-in model's own; set by the pipeline.
     model_path: str | None = None
+    text_encoder_paths: list[str] | None = None
+    vae_path: str | None = None
     # Whether the prompt, a JSON object, goes beside the picture as `name.json`; set by the pipeline.
     prompt_beside: bool = False
     # What was found in the source image and generated after, where that is so; set by the pipeline.

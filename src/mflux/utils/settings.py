@@ -130,6 +130,8 @@ SETTINGS = (
     Setting("precision", "Precision", lambda picture: str(picture.precision)),
     Setting("compute_precision", "Compute precision", None, _TEXT, "--compute-precision"),
     Setting("vae_full_precision", "Whole autoencoder in float32", None, _SWITCH, "--vae-full-precision"),
+    Setting("text_encoder_paths", "Text encoders", _source("text_encoder_paths"), _TEXTS, "--text-encoder", **_SOURCE),
+    Setting("vae_path", "Autoencoder", _source("vae_path"), _TEXT, "--vae", **_SOURCE),
     Setting("lora_paths", "LoRAs", _source("lora_paths"), _TEXTS, "--lora", _LORA, **_SOURCE),
     Setting("lora_scales", "LoRA scales", _floats("lora_scales"), _REALS, "--lora-scales", _LORA),
     Setting("bake_lora", "LoRAs in the weights", None, _SWITCH, "--bake-lora"),

@@ -17,7 +17,7 @@ from mflux.checkpoints.readers.pytorch import PytorchFile
 from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.checkpoints.stored.blocks import FORMS
 from mflux.checkpoints.stored.kinds import told_apart
-from mflux.checkpoints.stored.tensors import Blocks, Stored, Understood, spec
+from mflux.checkpoints.stored.tensors import Blocks, Chosen, Stored, Understood, spec
 from mflux.errors import CheckpointError
 from mflux.optional import require
 from mflux.text import shown
@@ -58,12 +58,14 @@ def understood(files: list[Container], source: object, *, packs: bool = True) ->
     Raises:
         CheckpointError: a tensor stands in two files, or is packed in a way that is not read.
     """
-    where: dict[str, Container] = {}
+    where: dict[str, Container | Chosen] = {}
     for file in files:
-        for name in file:
+        wrapper = file.wrapper if isinstance(file, PytorchFile) else ""
+        names = {name.removeprefix(wrapper): name for name in file}
+        for name in names:
             if name in where:
                 raise CheckpointError(f"{source}: the tensor {shown(name)} stands in two files")
-            where[name] = file
+            where[name] = file if isinstance(file, GgufFile) or not wrapper else Chosen(file, names)
     safetensors = {name: file for name, file in where.items() if isinstance(file, SafetensorsFile)}
     stored, beside = told_apart(safetensors, source)
     plain: dict[str, Mapping[str, mx.array]] = {}

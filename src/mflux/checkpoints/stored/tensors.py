@@ -217,6 +217,29 @@ class Understood(Mapping[str, mx.array]):
             )  # fmt: skip
 
 
+class Chosen(Mapping[str, mx.array]):
+    """Some of the tensors of a mapping, by other names.
+
+    Args:
+        names: the name here → the name there.
+    """
+
+    def __init__(self, tensors: Mapping[str, mx.array], names: Mapping[str, str]):
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> mx.array:
+        return self._tensors[self._names[name]]
+
+    def spec(self, name: str) -> mx.array:
+        return spec(self._tensors, self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def _bears_16_bits(scales: mx.array, biases: mx.array) -> bool:
     """Whether float16 has eleven digits of all of these: the least that it has so many of is 6.1e-5."""
     least = mx.where(scales == 0, 1, mx.abs(scales)).min()

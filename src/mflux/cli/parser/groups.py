@@ -13,7 +13,7 @@ from mflux.utils.values import Real, Whole
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", "-m", required=required, help="a model's name, a Hugging Face repository (org/name), or a folder"
+        "--model", "-m", required=required, help="a model's name, a Hugging Face repository (org/name), a folder, or a file"
     )
     group.add_argument(
         "--base-model", help="the model it derives from, when the repository's or folder's name does not tell"
@@ -21,6 +21,18 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False
     group.add_argument(
         "--quantize", "-q", type=int, choices=values.QUANTIZE_CHOICES, help="bits per weight to quantize to"
     )
+
+
+def add_part_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parts of the model")
+    group.add_argument(
+        "--text-encoder",
+        dest="text_encoder_paths",
+        action="append",
+        metavar="PATH",
+        help="a text encoder instead of the model's own: a file (safetensors, GGUF), a folder or org/name; repeatable",
+    )
+    group.add_argument("--vae", dest="vae_path", metavar="PATH", help="an autoencoder instead of the model's own")
 
 
 def add_lora_options(parser: argparse.ArgumentParser, *, style: bool = True) -> None:

@@ -53,6 +53,8 @@ CHECKS: Mapping[str, Check] = {
     "cfg_normalization": _switch_or_real,
     "cfg_truncation": values.real,
     "model_path": _optional(values.name),
+    "text_encoder_paths": _optional(values.texts_or_paths),
+    "vae_path": _optional(values.name),
     "compute_precision": _optional(_dtype),
     "controlnet_path": _optional(values.name),
     "lora_paths": _optional(values.texts_or_paths),

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from mflux.backend import has_gpu, mx, named_arrays, nn
 from mflux.checkpoints import saved_by_024
-from mflux.checkpoints.loading import build, load_component
+from mflux.checkpoints.loading import FolderTensors, build, load_component
 from mflux.checkpoints.published import Alone, Layout, PublishedFolder
 from mflux.checkpoints.quantization import Quantization
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
@@ -56,6 +56,9 @@ class Model:
         bake_lora: add them to the weights while these load; weights that are stored quantized stay as they are, and
             LoRAs are computed beside them in each step.
         model_config: which model; the class's `default_model` by default.
+        text_encoder_paths: text encoders to take instead of the model's own, each a file, a folder with its
+            `config.json`, or a Hugging Face repository that is one.
+        vae_path: an autoencoder to take instead, likewise.
 
     Attributes:
         family: the family whose table describes the model.
@@ -82,6 +85,8 @@ class Model:
     prompt_cache: dict[Any, Any]
     keep = Keep()
     model_path: str | None = None
+    text_encoder_paths: list[str] | None = None
+    vae_path: str | None = None
     lora_paths: list[str] | None = None
     lora_scales: list[float] | None = None
     bake_lora = True
@@ -117,10 +122,14 @@ class Model:
         lora_scales: list[float] | None = None,
         bake_lora: bool = True,
         model_config: ModelConfig | None = None,
+        *,
+        text_encoder_paths: list[str] | None = None,
+        vae_path: str | None = None,
     ):
         if model_config is not None:
             check_model_config(model_config)
         asked = Quantization.asked(quantize)
+        self._packs = asked is None
         # Found before the model is, which may be a long download.
         loras = find_loras(lora_paths, lora_scales)
         self.registered = model_config or ModelConfig.from_name(self.default_model)
@@ -129,9 +138,14 @@ class Model:
         self._sources: dict[str, str] = {}
         # Components that are one file elsewhere.
         self._files: dict[str, Path] = {}
+        self.text_encoder_paths, self.vae_path = text_encoder_paths, vae_path
+        for name in text_encoder_paths or ():
+            self._take_part(name, [one for one in self.components if "text_encoder" in one.folder])
+        if vae_path is not None:
+            self._take_part(vae_path, [one for one in self.components if one.folder == "vae"])
         self.root = self.resolve_folder(model_path, self.registered)
         overrides = {"transformer": self.registered.transformer_overrides}
-        self.folder = open_folder(self.root, self.family, overrides=overrides, files=self._files)
+        self.folder = open_folder(self.root, self.family, overrides=overrides, files=self._files, packs=self._packs)
         self.check_folder()
         self.model_path = model_path
         self.model_config = self.registered.with_scheduler(self.folder.scheduler())
@@ -144,6 +158,46 @@ class Model:
         if not bake_lora and not self.lora_paths:
             log.warning("bake_lora (--no-bake-lora) is ignored: there is no LoRA")
         self.opened()
+
+    def _take_part(self, name: str, fitting: list[Component]) -> None:
+        """Take a component from elsewhere.
+
+        Args:
+            name: a file, a folder or a repository.
+            fitting: the components that it may be.
+
+        Raises:
+            DownloadError: it cannot be had.
+            CheckpointError: it is none of them.
+        """
+        layout, path = layout_of(self.family), user_path(name)
+        what = " or ".join(component.folder.replace("_", " ") for component in fitting) or "such part"
+        if is_file(path):
+            tensors = FolderTensors(path.parent, [path])
+            fits = [
+                one for one in fitting
+                if one.folder in layout.files and layout.settings_in(one.folder, tensors) is not None
+            ]  # fmt: skip
+            if not fits:
+                raise CheckpointError(
+                    f"{shown(path, 300)} holds no {what} of {self.family.title}, or none whose names are known: take "
+                    "another file, or a folder with its config.json"
+                )
+            for component in fits:
+                self._files[component.folder] = path
+                self._sources[component.folder] = name
+            return
+        found: list[tuple[Component, PublishedFolder]] = []
+        for component in fitting:
+            root = resolve(name, [replace(component, folder="")], ())
+            folder = Alone(root, packs=self._packs)
+            if _is_one(component, folder):
+                found.append((component, folder))
+        if len(found) != 1:
+            raise CheckpointError(f"{shown(name, 300)} holds no {what} of {self.family.title}: take another")
+        component, folder = found[0]
+        self._folders[component.name] = folder
+        self._sources[component.folder] = name
 
     def opened(self) -> None:
         """Read what a class needs beside its components, once the folder is known to be sound."""
@@ -190,18 +244,20 @@ class Model:
         if model_path is None:
             return self.repository or model_config.model_name
         layout = layout_of(self.family)
-        single = layout.component_in(model_path)
-        if single is None:
+        found = layout.parts_in(model_path)
+        if not found:
             return model_path
-        part, file = single
-        # Says what is wrong with the file before all else is downloaded.
-        PublishedFolder(file.parent, replace(layout, published=None), files={part: file}).config(part)
-        self._files[part] = file
+        for part, file in found.items():
+            # Says what is wrong with the file before all else is downloaded.
+            PublishedFolder(file.parent, replace(layout, published=None), files={part: file}).config(part)
+        # What was given for a part alone is meant.
+        self._files = found | self._files
         return self.repository or model_config.base_model or model_config.model_name
 
     def own_components(self) -> list[Component]:
         """Those that the model's folder has to have."""
-        return [component for component in self.components if component.repository is None]
+        elsewhere = self._folders
+        return [one for one in self.components if one.repository is None and one.name not in elsewhere]
 
     def check_folder(self) -> None:
         """
@@ -210,7 +266,7 @@ class Model:
         """
         for component in self.components:
             if component.published_class and component.repository is None and self.folder.has(component.folder):
-                kind = self.folder.config(component.folder).get("_class_name", component.published_class)
+                kind = self.folder_of(component).config(component.folder).get("_class_name", component.published_class)
                 if kind != component.published_class:
                     raise CheckpointError(
                         f"{self.root} holds a {shown(kind, 60)}, not a {self.family.title} {component.name}: "
@@ -241,6 +297,8 @@ class Model:
         Raises:
             DownloadError: the repository cannot be had.
         """
+        if component.name in self._folders:
+            return self._folders[component.name]
         if component.repository is None or self.folder.has(component.folder):
             return self.folder
         name = getattr(self.model_config, component.repository, None) or component.repository
@@ -257,7 +315,8 @@ class Model:
         """
         if component.name not in self._folders:
             root = resolve(name, [replace(component, folder="") if at_root else component], component.beside)
-            self._folders[component.name] = Alone(root) if at_root else PublishedFolder(root)
+            kind = Alone if at_root else PublishedFolder
+            self._folders[component.name] = kind(root, packs=self._packs)
             self._sources[component.folder] = name
         return self._folders[component.name]
 
@@ -477,6 +536,18 @@ class Model:
                 },
             )
             write_json(target / FILE_NAME, content)
+
+
+def _is_one(component: Component, folder: PublishedFolder) -> bool:
+    """Whether a folder is a component: by what its configuration says, or by whether its tensors fit."""
+    config = folder.config("")
+    if component.published_class and "_class_name" in config:
+        return bool(component.published_class == config["_class_name"])
+    try:
+        load_component(component.module_class(), folder.root, config=config, tensors=folder.tensors(""), read=False)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _load(component: Component, model: Model) -> nn.Module:

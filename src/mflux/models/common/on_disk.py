@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mflux.checkpoints.folders import SUFFIXES, read_json
+from mflux.checkpoints.readers.gguf import MAGIC
 from mflux.checkpoints.readers.plain import HEAD, open_file, what_else
 from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.family import families, load_object
@@ -20,7 +22,7 @@ from mflux.utils.paths import is_file, is_folder, snapshot_in, user_path
 _MAGIC = (
     (b"\x89PNG", "a picture (PNG)"), (b"\xff\xd8\xff", "a picture (JPEG)"), (b"GIF8", "a picture (GIF)"),
     (b"BM", "a picture (BMP)"), (b"II*\0", "a picture (TIFF)"), (b"MM\0*", "a picture (TIFF)"),
-    (b"GGUF", "a GGUF file"), (b"\x1f\x8b", "an archive (gzip)"), (b"7z\xbc\xaf", "an archive (7z)"),
+    (b"\x1f\x8b", "an archive (gzip)"), (b"7z\xbc\xaf", "an archive (7z)"),
     (b"Rar!", "an archive (RAR)"), (b"%PDF", "a PDF"), (b"\x93NUMPY", "an array of numpy's"),
 )  # fmt: skip
 _PICTURE = "a picture"
@@ -33,6 +35,16 @@ _ADAPTERS = {
     r"\.(a1|a2|b1|b2)\.weight$": "a GLoRA",
     r"\.(ia3_l(\.|$)|on_input$)": "an (IA)³",
     r"\.(lora_[AB]|lora_(down|up)|lora\.(down|up))(\.|$)": "a LoRA",
+}
+
+
+# Models of other kinds, by names of their tensors.
+_OTHER_MODELS = {
+    "a checkpoint of Stable Diffusion 3": r"(^|\.)joint_blocks\.0\.",
+    "a checkpoint of SDXL": r"(^|\.)(label_emb\.0\.0|conditioner\.embedders\.1)\.",
+    "a checkpoint of Stable Diffusion 1 or 2": r"(^|\.)input_blocks\.0\.0\.weight$",
+    "a ControlNet": r"(^|\.)(controlnet_|control_model|zero_convs|input_hint_block)",
+    "a language model": r"^(blk\.\d+\.attn_q|model\.layers\.\d+\.self_attn\.q_proj|token_embd)\.",
 }
 
 
@@ -64,10 +76,8 @@ def _file(path: Path) -> tuple[str, str]:
         if kind.startswith(_PICTURE):
             return f"is {kind}, no model", "a picture to start from is said with --image (image_path in Python)"
         return f"is {kind}", f"give {_MODEL}"
-    if head[8:9] == b"{":
-        return _safetensors(path)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return "is a file of PyTorch's", f"turn it into safetensors with mflux-convert, or give {_MODEL}"
+    if head[8:9] == b"{" or head.startswith(MAGIC) or head[:2] == b"PK" or head[:1] == b"\x80":
+        return _weights(path)
     if head.isascii():
         return "is a text file, no model", f"give {_MODEL}"
     return "is no file of weights that is known", f"give {_MODEL}"
@@ -81,15 +91,23 @@ def _kind(head: bytes) -> str | None:
     return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
 
 
-def _safetensors(path: Path) -> tuple[str, str]:
-    from mflux.checkpoints.readers.safetensors import read_header
+def _weights(path: Path) -> tuple[str, str]:
+    from mflux.checkpoints.loading import FolderTensors
 
-    names = list(read_header(path)[0])
+    names = list(FolderTensors(path.parent, [path]))
     if kind := adapter_kind(names):
         return f"is {kind}, no model", "name it with --lora (lora_paths in Python), beside the model it was made for"
-    if found := _in_one_file(path):
-        title, part, keys = found
-        return f"is a {part} of {title} in one file", _say(keys)
+    if found := in_one_file(path):
+        parts = " and ".join(part.replace("_", " ") for part in found.parts)
+        if "transformer" in found.parts:
+            return f"is a {parts} of {found.title} in one file", _say(list(found.keys))
+        return (
+            f"is a {parts} of {found.title} in one file, no whole model",
+            "say it with --vae or --text-encoder, beside a model",
+        )
+    for known, pattern in _OTHER_MODELS.items():
+        if any(re.search(pattern, name) for name in names):
+            return f"is {known}", "mflux --help lists the models that are built"
     return (
         f"holds {len(names)} tensors, whose names ({some(sorted(names), 3)}) belong to no model that is built",
         f"give {_MODEL}",
@@ -102,21 +120,73 @@ def adapter_kind(names: Iterable[str]) -> str | None:
     return next((kind for kind in _ADAPTERS.values() if kind in found), None)
 
 
-def _in_one_file(path: Path) -> tuple[str, str, list[str]] | None:
-    """The family, the component and the family's models, of a file that is one component of a family's."""
-    from mflux.checkpoints.published import Layout, PublishedFolder
+@dataclass(frozen=True)
+class InOneFile:
+    """What a file of weights is.
 
+    Attributes:
+        title: the family.
+        parts: its components that are in the file, by their folders.
+        keys: the registry's models that it may be, the likeliest first; of the family where it holds no transformer.
+        config: what the transformer's `config.json` would say; empty without one.
+    """
+
+    title: str
+    parts: tuple[str, ...]
+    keys: tuple[str, ...]
+    config: Mapping[str, Any]
+
+
+def in_one_file(path: Path) -> InOneFile | None:
+    """What a file of weights is whose tensors tell it; None where none of a family's components is in it.
+
+    Raises:
+        CheckpointError: it is damaged, or packed in a way that is not read.
+    """
+    from mflux.checkpoints.loading import FolderTensors
+    from mflux.checkpoints.published import Layout
+
+    tensors = FolderTensors(path.parent, [path])
+    found: InOneFile | None = None
     for family in families().values():
         if family.layout is None:
             continue
         layout: Layout = load_object(family.layout)
-        for part in layout.files:
-            try:
-                PublishedFolder(path.parent, replace(layout, published=None), files={part: path}).config(part)
-            except (CheckpointError, TypeError):
-                continue
-            return family.title, part.replace("_", " "), _keys(family.title)
-    return None
+        configs = {part: layout.settings_in(part, tensors) for part in layout.files}
+        parts = tuple(part for part, config in configs.items() if config is not None)
+        if not parts:
+            continue
+        config = configs.get("transformer") or {}
+        keys = tuple(layout.models(config)) if layout.models and config else tuple(_keys(family.title))
+        # Several families share text encoders and autoencoders.
+        if "transformer" in parts or found is None:
+            found = InOneFile(family.title, parts, keys, config)
+        if "transformer" in parts:
+            break
+    return found
+
+
+def models_of(name: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The registry's models that a file's tensors, or a folder's transformer, may be, the likeliest first; none where
+    nothing lies there, or it tells nothing."""
+    try:
+        path = snapshot_in(user_path(name))
+        if is_file(path):
+            found = in_one_file(path)
+            return found.keys if found is not None and "transformer" in found.parts else ()
+        config = path / "transformer" / "config.json"
+        return _models_of_config(read_json(config)) if is_file(config) else ()
+    except (CheckpointError, UsageError, OSError):
+        return ()
+
+
+def _models_of_config(config: Mapping[str, Any]) -> tuple[str, ...]:
+    for family in families().values():
+        classes = {component.published_class for component in family.components if component.folder == "transformer"}
+        if family.layout is not None and config.get("_class_name") in classes - {""}:
+            models = load_object(family.layout).models
+            return tuple(models(config)) if models else ()
+    return ()
 
 
 def _folder(path: Path) -> tuple[str, str]:

@@ -354,6 +354,7 @@ class Pipeline(Model):
             **settings | about,
         )
         image.model_path = self.model_path
+        image.text_encoder_paths, image.vae_path = self.text_encoder_paths, self.vae_path
         return image
 
 

@@ -43,8 +43,15 @@ class FiboPipeline(Pipeline):
         lora_paths: list[str] | None = None,
         lora_scales: list[float] | None = None,
         bake_lora: bool = True,
+        *,
+        text_encoder_paths: list[str] | None = None,
+        vae_path: str | None = None,
     ):
-        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+        super().__init__(
+            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config,
+            text_encoder_paths=text_encoder_paths,
+            vae_path=vae_path,
+        )
 
     def opened(self) -> None:
         self.tokenizers: dict[str, WholeTokenizer] = {"fibo": whole_tokenizer(self.root / "tokenizer")}

@@ -5,10 +5,11 @@ The configurations follow from the shapes, and where no shape tells, they are th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mflux.checkpoints.published import Layout, PublishedFolder
-from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns
+from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns, either, where
 from mflux.models.common.lora.black_forest_labs import NORMS, SWAPPED
 from mflux.models.common.networks.autoencoders import kl_024
 from mflux.models.flux.lora_names import BLACK_FOREST_LABS
@@ -160,9 +161,56 @@ _SINGLE_FILE = Table(
     leaves={"scale": "weight"},
 )
 
+# llama.cpp's names of T5, which GGUF files have.
+_T5_GGUF = where(
+    r"^enc\.blk\.",
+    by_patterns(
+        (r"^token_embd\.", "shared."),
+        (r"^enc\.output_norm\.", "encoder.final_layer_norm."),
+        (r"^enc\.blk\.(\d+)\.attn_rel_b\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+        (r"^enc\.blk\.(\d+)\.attn_([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+        (r"^enc\.blk\.(\d+)\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
+        (r"^enc\.blk\.(\d+)\.ffn_gate\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+        (r"^enc\.blk\.(\d+)\.ffn_up\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+        (r"^enc\.blk\.(\d+)\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+        (r"^enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+    ),
+)
+# CLIP as transformers saved it before it left out the model's name, and what a whole CLIP holds beside it.
+_CLIP_FILE = by_patterns(
+    (r"^(?!text_model\.)(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),
+    left_out=r"(logit_scale|text_projection|vision_model|visual_projection)",
+)
+_T5_FILE = either(_T5_GGUF, by_patterns(left_out="spiece_model"))
+
+
+def _models(transformer: Mapping[str, Any]) -> tuple[str, ...]:
+    """Kontext and Krea cannot be told from dev."""
+    if not transformer.get("guidance_embeds"):
+        return ("schnell", "schnell-controlnet-canny")
+    if transformer.get("in_channels") == 384:
+        return ("dev-fill", "dev-fill-catvton")
+    if transformer.get("in_channels") == 128:
+        return ("dev-depth",)
+    others = ("krea-dev", "dev-kontext", "dev-redux", "dev-controlnet-canny", "dev-controlnet-upscaler")
+    return ("dev", *others)
+
+
 LAYOUT = Layout(
     title="FLUX.1",
-    files={"transformer": _SINGLE_FILE},
+    files={
+        "transformer": _SINGLE_FILE,
+        "text_encoder": _CLIP_FILE,
+        "text_encoder_2": _T5_FILE,
+        "vae": kl_024.SINGLE_FILE,
+    },
+    inside={
+        "text_encoder": ("text_encoders.clip_l.transformer.",),
+        "text_encoder_2": ("text_encoders.t5xxl.transformer.",),
+        "vae": ("vae.", "first_stage_model."),
+    },
+    changes={"vae": kl_024.as_matrix},
+    models=_models,
     names=_NAMES,
     configs=_CONFIGS,
     scheduler=_scheduler,

@@ -5,10 +5,12 @@ The configurations follow from the shapes, and where no shape tells, they are th
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from mflux.checkpoints.published import Layout, PublishedFolder
-from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns
+from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns, where
 from mflux.models.common.lora.black_forest_labs import NORMS, SWAPPED
 from mflux.models.common.networks.autoencoders import kl_024
 from mflux.models.common.networks.text_encoders import qwen3_024
@@ -101,9 +103,31 @@ _SINGLE_FILE = Table(
     leaves={"scale": "weight"},
 )
 
+_VAE_FILE = where(
+    r"^decoder\.up\.\d",
+    lambda names: {
+        re.sub(r"^(en|de)coder\.((post_)?quant_conv)\.", r"\2.", name): place
+        for name, place in (kl_024.SINGLE_FILE(names) or {}).items()
+    },
+)
+
+
+def _models(transformer: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a distilled model's step is made for cannot be told from its tensors."""
+    if transformer.get("joint_attention_dim") == 12288:
+        return ("flux2-klein-9b", "flux2-klein-base-9b", "flux2-klein-9b-kv")
+    return ("flux2-klein-4b", "flux2-klein-base-4b")
+
+
 LAYOUT = Layout(
     title="FLUX.2",
-    files={"transformer": _SINGLE_FILE},
+    files={"transformer": _SINGLE_FILE, "text_encoder": qwen3_024.GGUF, "vae": _VAE_FILE},
+    inside={
+        "text_encoder": ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
+        "vae": ("vae.", "first_stage_model."),
+    },
+    changes={"vae": kl_024.as_matrix},
+    models=_models,
     names=_NAMES,
     configs=_CONFIGS,
     scheduler=_scheduler,

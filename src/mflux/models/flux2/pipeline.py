@@ -80,13 +80,20 @@ class KleinPipeline(Pipeline):
         compute_precision: mx.Dtype | None = None,
         small_text_encoder: bool = False,
         small_decoder: bool = False,
+        *,
+        text_encoder_paths: list[str] | None = None,
+        vae_path: str | None = None,
     ):
         if compute_precision is not None and compute_precision != mx.float16:
             raise UsageError(f"compute_precision {compute_precision} is not built: leave it out, or take mx.float16")
         self.compute_precision = compute_precision
         self.small_text_encoder = small_text_encoder
         self.small_decoder = small_decoder
-        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+        super().__init__(
+            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config,
+            text_encoder_paths=text_encoder_paths,
+            vae_path=vae_path,
+        )
 
     def opened(self) -> None:
         if self.small_text_encoder:
@@ -123,7 +130,8 @@ class KleinPipeline(Pipeline):
         if component.name == "text_encoder" and self.small_text_encoder:
             return small_parts.load_text_encoder(*self._small_encoder, quantize=self._quantize)
         if component.name == "vae" and self.small_decoder:
-            own = self.folder.config("vae"), self.folder.tensors("vae")
+            folder = self.folder_of(component)
+            own = folder.config("vae"), folder.tensors("vae")
             config, tensors = small_parts.with_small_decoder(self._small_decoder, *own)
             dtype = mx.float32 if self.vae_full_precision else None
             return load_component(

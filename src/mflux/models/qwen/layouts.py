@@ -5,11 +5,14 @@ The configurations follow from the shapes, and where no shape tells, they are th
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.published import Layout, PublishedFolder
-from mflux.checkpoints.renamed import Names, Renamed, by_patterns
+from mflux.checkpoints.renamed import Names, Place, Renamed, by_patterns, where
+from mflux.models.common.networks.text_encoders import qwen3_024
 
 # A level of the autoencoder's encoder has so many residual blocks, in all releases; the published names count through.
 _BLOCKS = 2
@@ -144,8 +147,54 @@ def _with_axes(name: str, value: mx.array) -> mx.array:
     return value
 
 
+_PREFIXED = where(
+    r"^((model\.)?diffusion_model|transformer)\.transformer_blocks\.",
+    by_patterns((r"^((model\.)?diffusion_model|transformer)\.", "")),
+)
+
+
+def _vae_file(names: Iterable[str]) -> dict[str, Place]:
+    """The names of Wan's authors. Levels of the decoder are three residual blocks and what enlarges, but the last."""
+    each = _BLOCKS + 2
+
+    def up(name: str) -> str:
+        if (found := re.match(r"decoder\.upsamples\.(\d+)\.(residual|shortcut|resample|time_conv)\.", name)) is None:
+            return name
+        level, place = divmod(int(found[1]), each)
+        inner = "upsamplers.0" if found[2] in ("resample", "time_conv") else f"resnets.{place}"
+        return f"decoder.up_blocks.{level}.{inner}.{name.split('.', 3)[3]}"
+
+    here = {up(name): name for name in names}
+    leaves = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
+    found = by_patterns(
+        (r"^conv1\.", "quant_conv."),
+        (r"^conv2\.", "post_quant_conv."),
+        (r"^(en|de)coder\.conv1\.", r"\1coder.conv_in."),
+        (r"\.head\.0\.", ".norm_out."),
+        (r"\.head\.2\.", ".conv_out."),
+        (r"^encoder\.downsamples\.", "encoder.down_blocks."),
+        (r"\.middle\.0\.", ".mid_block.resnets.0."),
+        (r"\.middle\.1\.", ".mid_block.attentions.0."),
+        (r"\.middle\.2\.", ".mid_block.resnets.1."),
+        *((rf"\.{re.escape(theirs)}\.", f".{ours}.") for theirs, ours in leaves.items()),
+        (r"\.shortcut\.", ".conv_shortcut."),
+    )(here)
+    return {ours: Place(here[place.name]) for ours, place in (found or {}).items()}
+
+
 LAYOUT = Layout(
     title="Qwen-Image",
+    files={
+        "transformer": _PREFIXED,
+        "text_encoder": qwen3_024.GGUF,
+        "vae": where(r"^decoder\.upsamples\.", _vae_file),
+    },
+    inside={
+        "text_encoder": ("text_encoders.qwen25_7b.transformer.",),
+        "vae": ("vae.", "first_stage_model."),
+    },
+    # Editing has the same tensors.
+    models=lambda _: ("qwen-image", "qwen-image-edit", "qwen-image-edit-2511"),
     names=_NAMES,
     configs={"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae},
     scheduler=_scheduler,

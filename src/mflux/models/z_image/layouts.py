@@ -137,7 +137,16 @@ LAYOUT = Layout(
     files={
         "transformer": Table(ORIGINAL | NORMS | FUSED, left_out=("norm_final.weight",)),
         "controlnet": as_published,
+        "text_encoder": qwen3_024.GGUF,
+        "vae": kl_024.SINGLE_FILE,
     },
+    inside={
+        "text_encoder": ("text_encoders.qwen3_4b.transformer.",),
+        "vae": ("vae.", "first_stage_model."),
+    },
+    changes={"vae": kl_024.as_matrix},
+    # Turbo and the base have the same tensors.
+    models=lambda _: ("z-image-turbo", "z-image", "z-image-turbo-controlnet-union-2.1"),
     config_optional=("transformer", "controlnet"),
     names=_NAMES,
     configs={

@@ -56,12 +56,19 @@ class ZImagePipeline(Pipeline):
         model_config: ModelConfig | None = None,
         float32: bool = False,
         compute_precision: mx.Dtype | None = None,
+        *,
+        text_encoder_paths: list[str] | None = None,
+        vae_path: str | None = None,
     ):
         if compute_precision is not None and compute_precision != mx.float16:
             raise UsageError(f"compute_precision is {compute_precision}: it is mx.float16 or None")
         self.float32 = float32
         self.compute_precision = compute_precision
-        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+        super().__init__(
+            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config,
+            text_encoder_paths=text_encoder_paths,
+            vae_path=vae_path,
+        )
 
     def opened(self) -> None:
         self.tokenizers = {"z_image": qwen_tokenizer(self.root / "tokenizer")}

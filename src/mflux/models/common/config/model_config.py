@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,17 @@ from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.config.inferred import is_lora, told
 from mflux.models.common.registry import MODELS
 from mflux.text import shown, written
-from mflux.utils.paths import is_there, user_path
+from mflux.utils.paths import is_file, is_there, user_path
 
 if TYPE_CHECKING:
     from mflux.backend import mx
     from mflux.models.common.config.by_name import ByName
 else:
     ByName = object
+
+log = logging.getLogger(__name__)
+# Files of which it was said what they are taken for.
+_assumed: set[str] = set()
 
 DEFAULT_SIZE = 1024
 DEFAULT_STEPS = 25
@@ -235,6 +240,7 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
             )
         return key
     if base is not None:
+        _check_fits(model_name, base)
         return base
     is_repository = model_name.count("/") == 1 and model_name[0] not in "./~"
     if is_repository and is_lora(model_name) and not is_there(user_path(model_name)):
@@ -243,10 +249,18 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
             "what it was made for"
         )
     found = told(model_name)
-    if found.key is not None:
-        return found.key
-    from mflux.models.common.on_disk import kind_on_disk
+    from mflux.models.common.on_disk import kind_on_disk, models_of
 
+    fitting = models_of(model_name) if found.key is None or is_file(user_path(model_name)) else ()
+    if found.key is not None and (not fitting or found.key in fitting):
+        return found.key
+    if len(fitting) == 1 or (fitting and is_file(user_path(model_name))):
+        # Of several with the same tensors, the likeliest.
+        if len(fitting) > 1 and model_name not in _assumed:
+            _assumed.add(model_name)
+            others = ", ".join(key for key in fitting[1:] if "controlnet" not in key)
+            log.warning("%s is taken for %s: if it is %s, say so with --base-model", model_name, fitting[0], others)
+        return fitting[0]
     if (here := kind_on_disk(model_name)) is not None:
         raise ModelConfigError(here)
     if not found.is_known and _nearest(model_name):
@@ -263,6 +277,20 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
         f"the model {shown(model_name, 300)!r} is not known{_nearest(model_name)}: {suggestion()}; "
         f"a repository or folder whose name does not tell needs --base-model, as {_base_models()}"
     )
+
+
+def _check_fits(model_name: str, base: str) -> None:
+    """
+    Raises:
+        ModelConfigError: a file's tensors say that it is another model.
+    """
+    from mflux.models.common.on_disk import models_of
+
+    fitting = models_of(model_name) if is_file(user_path(model_name)) else ()
+    if fitting and base != "demo" and base not in fitting:
+        raise ModelConfigError(
+            f"{shown(model_name, 300)} is no {base} by its tensors: say --base-model {fitting[0]}, or leave it out"
+        )
 
 
 def _base_models() -> str:

@@ -1,10 +1,27 @@
-"""Qwen3 in folders that mflux 0.24 or earlier saved, of FLUX.2 and Z-Image."""
+"""Qwen language models in other layouts: folders that mflux 0.24 or earlier saved, of FLUX.2 and Z-Image, and GGUF."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mflux.checkpoints.renamed import Renamed
+from mflux.checkpoints.renamed import Renamed, by_patterns, where
+
+# llama.cpp's names of Qwen2.5-VL's language model and of Qwen3, which GGUF files have; no rows are in another order.
+GGUF = where(
+    r"^blk\.",
+    by_patterns(
+        (r"^token_embd\.", "model.embed_tokens."),
+        (r"^output_norm\.", "model.norm."),
+        (r"^output\.", "lm_head."),
+        (r"^blk\.(\d+)\.attn_norm\.", r"model.layers.\1.input_layernorm."),
+        (r"^blk\.(\d+)\.ffn_norm\.", r"model.layers.\1.post_attention_layernorm."),
+        (r"^blk\.(\d+)\.attn_output\.", r"model.layers.\1.self_attn.o_proj."),
+        (r"^blk\.(\d+)\.attn_([qk])_norm\.", r"model.layers.\1.self_attn.\2_norm."),
+        (r"^blk\.(\d+)\.attn_([qkv])\.", r"model.layers.\1.self_attn.\2_proj."),
+        (r"^blk\.(\d+)\.ffn_(gate|up|down)\.", r"model.layers.\1.mlp.\2_proj."),
+        left_out=r"rope_freqs\.",
+    ),
+)
 
 
 def shape(tensors: Renamed) -> dict[str, Any]:

@@ -50,9 +50,16 @@ class Flux1Controlnet(FluxPipeline):
         bake_lora: bool = True,
         controlnet_path: str | None = None,
         model_config: ModelConfig | None = None,
+        *,
+        text_encoder_paths: list[str] | None = None,
+        vae_path: str | None = None,
     ):
         self._controlnet_path = controlnet_path
-        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config)
+        super().__init__(
+            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config,
+            text_encoder_paths=text_encoder_paths,
+            vae_path=vae_path,
+        )
 
     def opened(self) -> None:
         super().opened()

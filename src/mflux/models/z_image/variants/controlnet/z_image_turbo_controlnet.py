@@ -50,8 +50,14 @@ class ZImageTurboControlnet(ZImagePipeline):
         float32: bool = False,
         *,
         bake_lora: bool = True,
+        text_encoder_paths: list[str] | None = None,
+        vae_path: str | None = None,
     ):
-        super().__init__(quantize, model_path, lora_paths, lora_scales, bake_lora, model_config, float32)
+        super().__init__(
+            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config, float32,
+            text_encoder_paths=text_encoder_paths,
+            vae_path=vae_path,
+        )
 
     def folder_of(self, component: Component) -> PublishedFolder:
         if component.name != "controlnet" or self.folder.has("controlnet"):
