@@ -188,6 +188,8 @@ def told_apart(files: Mapping[str, SafetensorsFile], source: object) -> tuple[di
     formats = _formats(every)
     scaled = _with_marker(every)
     for name in files:
+        if _UNUSED.search(name):
+            continue
         stem = name.removesuffix(".weight")
         dtype = every.dtype(name)
         if name.endswith(".weight") and f"{name}.absmax" in files:
@@ -198,7 +200,7 @@ def told_apart(files: Mapping[str, SafetensorsFile], source: object) -> tuple[di
             stored[name] = _float8(every, name, formats.get(stem), scaled)
         elif formats.get(stem, "").startswith("int8") and name.endswith(".weight"):
             stored[name] = _int8(every, name, formats[stem], f"{stem}.weight_scale", 1)
-    beside = every.used | {name for name in files if stored and _UNUSED.search(name)}
+    beside = every.used | ({name for name in files if _UNUSED.search(name)} if stored else set())
     return stored, beside
 
 
