@@ -64,7 +64,10 @@ def test_what_mlx_holds_has_the_same_numbers(kind, tmp_path):
 @pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16", "F16"])
 def test_a_file_that_gguf_writes(quantization, tmp_path):
     rng = np.random.default_rng(5)
-    values = {"a.weight": rng.standard_normal((8, 96), np.float32), "b.weight": rng.standard_normal((4, 64), np.float32)}
+    values = {
+        "a.weight": rng.standard_normal((8, 96), np.float32),
+        "b.weight": rng.standard_normal((4, 64), np.float32),
+    }
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "flux")
     writer.add_array("tokenizer.ggml.tokens", [f"word {number}" for number in range(3000)])
     writer.add_array("general.tags", ["a", "ü"])

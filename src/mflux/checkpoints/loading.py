@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -189,14 +189,9 @@ def fill(
             log.warning("%s is stored in %d bits: it stays so, not in %d", source, bits, quantization.bits)
         quantization = None
     # Scales of eleven digits: bfloat16 would cost some, and float32 would only be larger.
-    sixteen = {
-        f"{path}.{leaf}"
-        for path in packed
-        for leaf in ("scales", "biases")
-        if (key := plan.get(f"{path}.{leaf}"))
-        and spec(tensors, key).dtype == mx.float16
-        and not isinstance(whole_layers[path], nn.Embedding)
-    }
+    linear = [path for path in packed if isinstance(whole_layers[path], nn.Linear)]
+    factors = [f"{path}.{leaf}" for path in linear for leaf in ("scales", "biases") if f"{path}.{leaf}" in plan]
+    sixteen = {name for name in factors if spec(tensors, plan[name]).dtype == mx.float16}
     turns = layout_turns(module)
     to_pack: dict[str, Quantization] = {}
     if quantization is not None:

@@ -111,7 +111,9 @@ _BESIDE = ("text_encoders.", "cond_stage_model.", "conditioner.", "first_stage_m
 def _may_hold_weights(file: Path) -> bool:
     with open_file(file) as opened:
         head = opened.read(9)
-    return head.startswith((MAGIC, LOCAL_MAGIC, b"\x80")) or head[8:] == b"{" or file.suffix in (".safetensors", ".gguf")
+    return (
+        head.startswith((MAGIC, LOCAL_MAGIC, b"\x80")) or head[8:] == b"{" or file.suffix in (".safetensors", ".gguf")
+    )
 
 
 class PublishedFolder:

@@ -16,8 +16,8 @@ from typing import Any
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import published_turns
 from mflux.checkpoints.quantization import Quantization, divides, packed_specs, raised
-from mflux.checkpoints.stored.tensors import spec
 from mflux.checkpoints.readers.plain import open_file
+from mflux.checkpoints.stored.tensors import spec
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import OutputError
 from mflux.text import size

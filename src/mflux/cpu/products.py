@@ -94,12 +94,7 @@ _LEAST_QUANTIZED = 1 << 18
 def quantized_serves(x: mx.array, weight: mx.array, bits: int, mode: str) -> bool:
     """Whether `quantized_product` is to multiply x (…, in) with a quantized weight."""
     rows = x.size // max(x.shape[-1], 1)
-    return (
-        is_here(x)
-        and (bits == 8 or bits in _PIECES)
-        and rows > 1
-        and x.size * len(weight) >= _LEAST_QUANTIZED
-    )
+    return is_here(x) and (bits == 8 or bits in _PIECES) and rows > 1 and x.size * len(weight) >= _LEAST_QUANTIZED
 
 
 def quantized_product(
@@ -116,7 +111,7 @@ def quantized_product(
     Args:
         biases: None of MLX's floating-point forms.
     """
-    form = {"group_size": group_size, "bits": bits, "mode": mode}
+    form: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
 
     def plain(x: mx.array) -> mx.array:
         return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **form).astype(x.dtype)

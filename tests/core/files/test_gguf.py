@@ -58,7 +58,7 @@ HOSTILE = {
         head(0, 1) + entry("general.alignment", ("u32", 24)) + bytes(99), "its alignment of 24 makes no sense"),
     "an alignment of 0": (head(0, 1) + entry("general.alignment", ("u32", 0)) + bytes(99), "its alignment of 0 makes"),
     "another shape": (
-        head(1, 1) + entry("comfy.gguf.orig_shape.x", ("i32", [5, 7])) + tensor() + bytes(999), r"is said to be \[5, 7\]"),
+        head(1, 1) + entry("comfy.gguf.orig_shape.x", ("i32", [5, 7])) + tensor() + bytes(999), "is said to be"),
     "a shape below zero": (
         head(1, 1) + entry("comfy.gguf.orig_shape.x", ("i32", [-4, -8])) + tensor() + bytes(999), "is said to be"),
 }  # fmt: skip

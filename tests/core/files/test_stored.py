@@ -137,7 +137,8 @@ REFUSED = {
     "without its scale": (
         lambda: {"layer.weight": FP8, "layer.comfy_quant": note(format="float8_e4m3fn")}, "that a scale belongs to"),
     "scales of another shape": (
-        lambda: {"layer.weight": FP8, "layer.weight_scale": mx.ones(7), "layer.comfy_quant": note(format="float8_e4m3fn")},
+        lambda: {"layer.weight": FP8, "layer.weight_scale": mx.ones(7),
+                 "layer.comfy_quant": note(format="float8_e4m3fn")},
         r"has scales of shape \[7\]"),
 }  # fmt: skip
 
@@ -151,7 +152,10 @@ def test_what_is_refused(make, told, tmp_path):
 
 
 def test_notes_in_the_header(tmp_path):
-    tensors = {"model.diffusion_model.layer.weight": FP8 + 56, "model.diffusion_model.layer.weight_scale": mx.array(2.0)}
+    tensors = {
+        "model.diffusion_model.layer.weight": FP8 + 56,
+        "model.diffusion_model.layer.weight_scale": mx.array(2.0),
+    }
     said = json.dumps({"format_version": "1.0", "layers": {"layer": {"format": "float8_e4m3fn"}}})
     mx.save_safetensors(str(tmp_path / "x.safetensors"), tensors, metadata={"_quantization_metadata": said})
     found = FolderTensors(tmp_path, packs=False)

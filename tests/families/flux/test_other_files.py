@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families.flux.test_single_file import original
 from support.gguf_files import f32, q8_0, random_blocks, write_gguf
 from support.tiny import write_checkpoint
 
+from families.flux.test_single_file import original
 from mflux.backend import mx
 from mflux.checkpoints.loading import FolderTensors
 from mflux.checkpoints.stored import tensors as stored
@@ -280,7 +280,10 @@ def test_tensors_tell_which_model_it_is(change, key, transformer, tmp_path, capl
 
 
 def test_a_name_tells_what_tensors_cannot(transformer, tmp_path):
-    for name, key in {"flux1-krea-dev_fp8.safetensors": "krea-dev", "flux1-kontext-dev.safetensors": "dev-kontext"}.items():
+    for name, key in {
+        "flux1-krea-dev_fp8.safetensors": "krea-dev",
+        "flux1-kontext-dev.safetensors": "dev-kontext",
+    }.items():
         mx.save_safetensors(str(tmp_path / name), transformer)
         assert key_of(str(tmp_path / name)) == key
     assert key_of(str(tmp_path / name), "krea-dev") == "krea-dev"
@@ -292,7 +295,7 @@ OTHERS = {
         {"model.diffusion_model.input_blocks.0.0.weight": mx.zeros((4, 4)),
          "model.diffusion_model.label_emb.0.0.weight": mx.zeros((4, 4))}, "is a checkpoint of SDXL"),
     "SD 1.5": ({"model.diffusion_model.input_blocks.0.0.weight": mx.zeros((4, 4))}, "of Stable Diffusion 1 or 2"),
-    "SD 3": ({"model.diffusion_model.joint_blocks.0.x.weight": mx.zeros((4, 4))}, "is a checkpoint of Stable Diffusion 3"),
+    "SD 3": ({"model.diffusion_model.joint_blocks.0.x.weight": mx.zeros((4, 4))}, "checkpoint of Stable Diffusion 3"),
     "a ControlNet": ({"controlnet_blocks.0.weight": mx.zeros((4, 4))}, "is a ControlNet"),
 }  # fmt: skip
 
@@ -305,7 +308,10 @@ def test_what_is_another_model_is_named(tensors, told, tmp_path):
 
 
 def test_a_language_model_in_gguf_is_named(tmp_path):
-    content = {"token_embd.weight": random_blocks("Q4_K", (4, 256)), "blk.0.attn_q.weight": random_blocks("Q4_K", (4, 256))}
+    content = {
+        "token_embd.weight": random_blocks("Q4_K", (4, 256)),
+        "blk.0.attn_q.weight": random_blocks("Q4_K", (4, 256)),
+    }
     write_gguf(tmp_path / "mine.gguf", content, {"general.architecture": "llama"})
     with pytest.raises(ModelConfigError, match="is a language model"):
         key_of(str(tmp_path / "mine.gguf"))

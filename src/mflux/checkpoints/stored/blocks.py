@@ -253,5 +253,7 @@ def packed_numbers(q: np.ndarray, bits: int) -> np.ndarray:
         whole = eights[..., 0]
         for place in range(1, 8):
             whole |= eights[..., place] << np.uint64(place * bits)
-        out = np.ascontiguousarray(whole.astype("<u8").view(np.uint8).reshape(rows, -1, 8)[..., :bits]).reshape(rows, -1)
+        out = np.ascontiguousarray(whole.astype("<u8").view(np.uint8).reshape(rows, -1, 8)[..., :bits]).reshape(
+            rows, -1
+        )
     return out.view("<u4")

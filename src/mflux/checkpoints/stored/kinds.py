@@ -196,7 +196,7 @@ def told_apart(files: Mapping[str, SafetensorsFile], source: object) -> tuple[di
             stored[name] = _four_bits(every, name)
         elif name.endswith(".weight") and dtype == "I8" and f"{stem}.SCB" in files:
             stored[name] = _int8(every, name, "int8 (bitsandbytes)", f"{stem}.SCB", 1 / 127)
-        elif dtype in _FLOAT8 or formats.get(stem, "").startswith("float8") and dtype in ("U8", "I8"):
+        elif dtype in _FLOAT8 or (formats.get(stem, "").startswith("float8") and dtype in ("U8", "I8")):
             stored[name] = _float8(every, name, formats.get(stem), scaled)
         elif formats.get(stem, "").startswith("int8") and name.endswith(".weight"):
             stored[name] = _int8(every, name, formats[stem], f"{stem}.weight_scale", 1)
@@ -275,7 +275,7 @@ def _int8(every: _Files, name: str, kind: str, scales: str, factor: float) -> In
 
 
 def _check_scale(every: _Files, stem: str, shape: tuple[int, ...], scale: np.ndarray | None) -> None:
-    if scale is None or scale.size == 1 or scale.size == prod(shape[:-1]) and len(shape) == 2:
+    if scale is None or scale.size == 1 or (scale.size == prod(shape[:-1]) and len(shape) == 2):
         return
     if len(shape) == 2 and scale.shape == (-(-shape[0] // 128), -(-shape[1] // 128)):
         return
@@ -287,7 +287,9 @@ def _four_bits(every: _Files, name: str) -> FourBits:
     if state is None:
         raise every.damaged(name, "is packed by bitsandbytes, and what says how is missing")
     note = every.json(state)
-    kind, block, shape = note.get("quant_type"), note.get("blocksize"), note.get("shape")
+    kind: Any = note.get("quant_type")
+    block: Any = note.get("blocksize")
+    shape: Any = note.get("shape")
     values = every.small(f"{name}.quant_map")
     sound = (
         kind in ("nf4", "fp4")

@@ -69,15 +69,15 @@ def understood(files: list[Container], source: object, *, packs: bool = True) ->
     safetensors = {name: file for name, file in where.items() if isinstance(file, SafetensorsFile)}
     stored, beside = told_apart(safetensors, source)
     plain: dict[str, Mapping[str, mx.array]] = {}
-    for name, file in where.items():
+    for name, holder in where.items():
         if name in stored or name in beside:
             continue
-        if not isinstance(file, GgufFile):
-            plain[name] = file
-        elif file.infos[name].kind in _PLAIN:
-            plain[name] = _Numbers(file)
+        if not isinstance(holder, GgufFile):
+            plain[name] = holder
+        elif holder.infos[name].kind in _PLAIN:
+            plain[name] = _Numbers(holder)
         else:
-            stored[name] = _blocks(file, name)
+            stored[name] = _blocks(holder, name)
     return Understood(stored, _Several(plain), packs=packs, source=source)
 
 

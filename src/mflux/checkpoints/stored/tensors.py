@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mflux.backend import has_gpu, mx
+from mflux.backend import mx
 from mflux.checkpoints.quantization import Quantization, divides, packed_specs
 from mflux.checkpoints.stored.blocks import FORMS, packed_numbers
 from mflux.cpu import work
@@ -119,7 +119,9 @@ class Stored(ABC):
             packed, scales, biases = mx.quantize(part.reshape(-1, width), group_size=form.group_size, bits=form.bits)
             found.append((packed, scales, biases))
             mx.eval(*found[-1])
-        packed, scales, biases = found[0] if len(found) == 1 else map(mx.concatenate, zip(*found, strict=True))
+        packed, scales, biases = (
+            parts[0] if len(parts) == 1 else mx.concatenate(list(parts)) for parts in zip(*found, strict=True)
+        )
         if _bears_16_bits(scales, biases):
             scales, biases = scales.astype(mx.float16), biases.astype(mx.float16)
         return {"weight": packed, "scales": scales, "biases": biases}
@@ -151,8 +153,8 @@ class Understood(Mapping[str, mx.array]):
         self, stored: Mapping[str, Stored], plain: Mapping[str, mx.array], *, packs: bool = True, source: object = ""
     ):
         self.stored, self.plain, self._packs, self.source = stored, plain, packs, source
-        # The other parts of what was packed last: the loader asks for one after the other.
-        self._waiting: dict[str, mx.array] = {}
+        # What was decoded last: the loader asks for its parts, and for rows of them, one after the other.
+        self._last: tuple[str, dict[str, mx.array]] = "", {}
 
     @cached_property
     def _names(self) -> dict[str, tuple[str, str] | None]:
@@ -172,17 +174,17 @@ class Understood(Mapping[str, mx.array]):
 
     def __getitem__(self, name: str) -> mx.array:
         part = self._names[name]
-        if part is None:
-            return self._dense(name) if name in self.stored else self.plain[name]
-        whole, leaf = part
-        if name not in self._waiting:
-            self._say()
-            stem = whole.removesuffix("weight")
-            self._waiting = {stem + leaf: value for leaf, value in self.stored[whole].packed().items()}
-        return self._waiting.pop(name)
-
-    def _dense(self, name: str) -> mx.array:
-        return self.stored[name].dense()
+        if part is None and name not in self.stored:
+            return self.plain[name]
+        whole, leaf = part or (name, "weight")
+        if self._last[0] != whole:
+            self._last = "", {}
+            if part is None:
+                self._last = whole, {leaf: self.stored[whole].dense()}
+            else:
+                self._say()
+                self._last = whole, self.stored[whole].packed()
+        return self._last[1][leaf]
 
     def spec(self, name: str) -> mx.array:
         """An array of a tensor's dtype and shape, with no numbers in it: nothing is read."""

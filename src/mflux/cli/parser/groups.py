@@ -13,7 +13,10 @@ from mflux.utils.values import Real, Whole
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", "-m", required=required, help="a model's name, a Hugging Face repository (org/name), a folder, or a file"
+        "--model",
+        "-m",
+        required=required,
+        help="a model's name, a Hugging Face repository (org/name), a folder, or a file",
     )
     group.add_argument(
         "--base-model", help="the model it derives from, when the repository's or folder's name does not tell"

@@ -195,8 +195,8 @@ class Model:
                 found.append((component, folder))
         if len(found) != 1:
             raise CheckpointError(f"{shown(name, 300)} holds no {what} of {self.family.title}: take another")
-        component, folder = found[0]
-        self._folders[component.name] = folder
+        component, place = found[0]
+        self._folders[component.name] = place
         self._sources[component.folder] = name
 
     def opened(self) -> None:

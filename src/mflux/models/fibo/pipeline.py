@@ -48,7 +48,12 @@ class FiboPipeline(Pipeline):
         vae_path: str | None = None,
     ):
         super().__init__(
-            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config,
+            quantize,
+            model_path,
+            lora_paths,
+            lora_scales,
+            bake_lora,
+            model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
         )

@@ -90,7 +90,12 @@ class KleinPipeline(Pipeline):
         self.small_text_encoder = small_text_encoder
         self.small_decoder = small_decoder
         super().__init__(
-            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config,
+            quantize,
+            model_path,
+            lora_paths,
+            lora_scales,
+            bake_lora,
+            model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
         )

@@ -65,7 +65,12 @@ class ZImagePipeline(Pipeline):
         self.float32 = float32
         self.compute_precision = compute_precision
         super().__init__(
-            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config,
+            quantize,
+            model_path,
+            lora_paths,
+            lora_scales,
+            bake_lora,
+            model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
         )

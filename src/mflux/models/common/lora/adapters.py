@@ -225,14 +225,11 @@ def dense(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
     weight = linear.weight
     if isinstance(linear, nn.QuantizedLinear):
         # In float32 from the start: a product in sixteen bits would cost digits.
-        factors = [None if part is None else _in_float32(part) for part in (linear.scales, linear.biases)]
-        form = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-        weight = mx.dequantize(weight, *factors, **form, dtype=mx.float32)
+        biases = None if linear.biases is None else linear.biases.astype(mx.float32)
+        scales = linear.scales if biases is None else linear.scales.astype(mx.float32)
+        form: dict[str, Any] = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+        weight = mx.dequantize(weight, scales, biases, dtype=mx.float32, **form)
     return weight.astype(mx.float32)
-
-
-def _in_float32(part: mx.array) -> mx.array:
-    return part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part
 
 
 def linear_layers(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -3,9 +3,8 @@ authors' single file (`ae.safetensors`)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from collections.abc import Iterable
+from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.renamed import Names, Patterns, Place, Renamed, by_patterns, where

@@ -56,7 +56,12 @@ class Flux1Controlnet(FluxPipeline):
     ):
         self._controlnet_path = controlnet_path
         super().__init__(
-            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config,
+            quantize,
+            model_path,
+            lora_paths,
+            lora_scales,
+            bake_lora,
+            model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
         )

@@ -54,7 +54,13 @@ class ZImageTurboControlnet(ZImagePipeline):
         vae_path: str | None = None,
     ):
         super().__init__(
-            quantize, model_path, lora_paths, lora_scales, bake_lora, model_config, float32,
+            quantize,
+            model_path,
+            lora_paths,
+            lora_scales,
+            bake_lora,
+            model_config,
+            float32,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
         )
