@@ -71,6 +71,8 @@ def check(argv: Sequence[str] | None) -> int:
     for name in ("model", "layout", "root"):
         if (value := getattr(report, name)) is not None:
             say(f"{'format' if name == 'layout' else name}: {value}")
+    if report.holds is not None:
+        say(f"holds: {one_line(report.holds)}")
     say(f"size: {size(report.size)}")
     for problem in report.problems:
         say(f"problem: {one_line(problem)}")

@@ -32,8 +32,9 @@ _DTYPES = ("bfloat16", "float16", "float32")
 def build_parser() -> MfluxParser:
     parser = MfluxParser(
         prog="mflux-convert",
-        description="Turn weights of PyTorch (.pt, .pth, .bin, .ckpt, a folder of shards) into one safetensors file, "
-        "without torch and without running anything that such a file may hold.",
+        description="Turn weights of PyTorch (.pt, .pth, .bin, .ckpt, a folder of shards), GGUF, fp8 or bitsandbytes "
+        "into one safetensors file, without torch and without running anything that such a file may hold. What is packed "
+        "stays packed, for mflux; --dtype makes it dense, for other programs.",
     )
     parser.add_argument("source", metavar="SRC", help="a file of weights, an index of shards, or a folder")
     parser.add_argument("destination", metavar="DST", nargs="?", help="the file to write; it gets .safetensors")
@@ -69,7 +70,8 @@ def convert(
     Args:
         source: what `mflux.checkpoints.open_checkpoint` opens.
         destination: the file to write; `.safetensors` is added where it is missing.
-        dtype: for floating-point tensors; by default each keeps its own (float64 and float8 become float32).
+        dtype: for floating-point tensors; by default each keeps its own (float64 becomes float32), and what is packed
+            is as MLX holds it.
         key: as for `open_checkpoint`.
         force: replace a file that exists.
         quantize: bits for the weights of linear layers and embeddings, in MLX's format, after `dtype`. Nothing but
@@ -94,7 +96,7 @@ def convert(
     destination = _with_suffix(user_path(destination))
     if is_there(destination) and not force:
         raise OutputError(f"{destination} exists already: choose another name, or --force to replace it")
-    checkpoint = open_checkpoint(source, key)
+    checkpoint = open_checkpoint(source, key, packs=dtype is None and quantization is None)
     if any(is_there(destination) and destination.samefile(file.path) for file in checkpoint.files):
         raise OutputError(f"{destination} is the source itself: choose another name")
     specs = _specs(checkpoint, dtype)

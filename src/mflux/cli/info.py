@@ -1,4 +1,4 @@
-"""`mflux-info`: the settings that a picture carries."""
+"""`mflux-info`: the settings that an image carries, and what a file of weights holds."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ _MOST_LINES = 200
 
 
 def build_parser() -> MfluxParser:
-    parser = MfluxParser(prog="mflux-info", description="Show the settings that a picture made with mflux carries.")
-    parser.add_argument("image_path", help="the picture, or a .metadata.json")
+    parser = MfluxParser(
+        prog="mflux-info",
+        description="Show the settings that an image made with mflux carries, or what a file of weights holds.",
+    )
+    parser.add_argument("image_path", help="the image, a .metadata.json, or a file of weights (safetensors, GGUF, .pt)")
     return parser
 
 
@@ -36,8 +39,18 @@ def show(argv: Sequence[str] | None) -> None:
 
     if is_folder(path(args.image_path, "the picture")):
         raise ImageError(f"{shown(args.image_path, 300)} is a folder: name a picture in it, or a .metadata.json")
+    if holds_weights(args.image_path):
+        from mflux.models.common.on_disk import described
+
+        say(described(path(args.image_path, "the file")))
+        return
     for line in lines(read_settings(args.image_path)):
         say(line)
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file is one of weights, as its ending says."""
+    return name.lower().endswith((".safetensors", ".gguf", ".sft", ".ckpt", ".pt", ".pth", ".bin"))
 
 
 def lines(settings: dict[str, Any]) -> list[str]:

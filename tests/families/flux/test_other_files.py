@@ -315,3 +315,43 @@ def test_a_language_model_in_gguf_is_named(tmp_path):
     write_gguf(tmp_path / "mine.gguf", content, {"general.architecture": "llama"})
     with pytest.raises(ModelConfigError, match="is a language model"):
         key_of(str(tmp_path / "mine.gguf"))
+
+
+# ---- what the commands say of such files, and make of them
+
+
+def test_convert_check_and_info(transformer, tmp_path, cli, in_folder, whole):
+    file = write("Q8_0", transformer, tmp_path / "mine")
+    told = cli("info", file)
+    assert told.status == 0 and "transformer of FLUX.1 (dev or krea-dev or dev-kontext); " in told.out, told.out
+    assert "G parameters as Q8_0, float32, " in told.out
+    checked = cli("check", "model", file)
+    assert "check: pass" in checked.out and "model: dev\nformat: gguf" in checked.out and "holds: " in checked.out
+    listed = cli("convert", file, "--list")
+    assert "double_blocks.0.img_attn.qkv.weight\tQ8_0\t[192, 64]" in listed.out
+    # Packed as it is, and dense for other programs.
+    for words, kinds in (((), {"uint32", "float16", "float32"}), (("--dtype", "float32"), {"float32"})):
+        done = cli("convert", file, "made.safetensors", "--force", *words)
+        assert done.status == 0, done.err
+        made = mx.load("made.safetensors")
+        assert {str(value.dtype).rpartition(".")[2] for value in made.values()} == kinds
+        ours = [image(model_path=str(one)) for one in (file, in_folder / "made.safetensors")]
+        assert np.abs(ours[0] - ours[1]).max() <= (0 if not words else 3)
+
+
+def test_saved_and_generated_through_the_commands(transformer, tmp_path, cli, in_folder, folder):
+    file = write("Q8_0", transformer, tmp_path / "flux1-dev-Q8_0")
+    words = ("--prompt", "a red circle", "--steps", 2, "--width", 64, "--height", 64, "--seed", 1)
+    parts = ("--vae", folder / "vae", "--text-encoder", folder / "text_encoder_2")
+    done = cli("generate", "--model", file, *parts, *words)
+    assert done.status == 0, done.err
+    again = cli("generate", "-C", done.paths[0], "--model", file, "--output", "again.png", "--text-encoder", folder / "vae")
+    assert again.status == 1 and "holds no text encoder or text encoder 2 of FLUX.1" in again.err
+    saved = cli("save", "--model", file, *parts, "--path", "saved")
+    assert saved.status == 0, saved.err
+    from_saved = cli("generate", "--model", "saved", *words, "--output", "saved.png")
+    assert from_saved.status == 0, from_saved.err
+    import PIL.Image
+
+    images = [np.asarray(PIL.Image.open(path)) for path in (done.paths[0], from_saved.paths[0])]
+    assert np.array_equal(*images)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from mflux.backend import mx
 from mflux.checkpoints.folders import weight_files
-from mflux.checkpoints.readers.plain import naming_the_copy, open_file
+from mflux.checkpoints.readers.gguf import GgufFile, GgufInfo
 from mflux.checkpoints.readers.pytorch import DTYPES, DeclinedInfo, PytorchFile
-from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.checkpoints.readers.safetensors import TensorInfo as SafetensorsInfo
+from mflux.checkpoints.stored.opened import open_container, understood
 from mflux.errors import CheckpointError
 from mflux.text import shown, some
 from mflux.utils.paths import user_path
@@ -52,8 +54,8 @@ class Checkpoint(Mapping[str, mx.array]):
         dropped: what the files hold beside tensors, by name.
     """
 
-    def __init__(self, paths: list[Path], source: Path, key: str | None = None):
-        self.files = [_open_file(path) for path in paths]
+    def __init__(self, paths: list[Path], source: Path, key: str | None = None, *, packs: bool = False):
+        self.files = [open_container(path) for path in paths]
         self.source = source
         self.dropped = [name for file in self.files if isinstance(file, PytorchFile) for name in file.dropped]
         prefix = self._prefix(key)
@@ -68,6 +70,7 @@ class Checkpoint(Mapping[str, mx.array]):
                 self._where[short] = number, name
         if not self._where:
             raise CheckpointError(self._nothing(key))
+        self._tensors = understood(self.files, source, packs=packs, prefix=prefix)
 
     def _prefix(self, key: str | None) -> str:
         if key is not None:
@@ -83,19 +86,36 @@ class Checkpoint(Mapping[str, mx.array]):
         return f"{self.source} holds no tensors under {shown(key)}{beside}"
 
     def __getitem__(self, name: str) -> mx.array:
-        number, inner = self._where[name]
-        return self.files[number][inner]
+        return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        # In the files' order; parts of what is packed behind their whole.
+        return iter(sorted(self._tensors, key=lambda name: self._order[self._whole(name)]))
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._tensors)
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self._where)}
+
+    def _whole(self, name: str) -> str:
+        """The tensor in the file that a part of a packed one belongs to."""
+        stem, _, leaf = name.rpartition(".")
+        return f"{stem}.weight" if name not in self._where and leaf in ("scales", "biases") else name
 
     def describe(self, name: str) -> Description:
         """What is known of a tensor without reading it."""
-        number, inner = self._where[name]
-        info = self.files[number].infos[inner]
+        whole = self._whole(name)
+        number, inner = self._where[whole]
+        file = self.files[number]
+        if whole in self._tensors.stored or isinstance(file, GgufFile):
+            told = self._tensors.spec(name)
+            one = self._tensors.stored.get(whole)
+            start = cast(SafetensorsInfo | GgufInfo, file.infos[inner]).start
+            kind = one.kind if one is not None else cast(GgufInfo, file.infos[inner]).kind
+            return Description(kind, told.dtype, told.shape, (number, start), (number, inner, name))
+        info = file.infos[inner]
         if isinstance(info, DeclinedInfo):
             return Description(info.kind, None, None, (number, -1), (number, inner))
         if isinstance(info, SafetensorsInfo):
@@ -107,18 +127,20 @@ class Checkpoint(Mapping[str, mx.array]):
         return Description(info.dtype.name, dtype, info.shape, place, (number, info))
 
 
-def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, key: str | None = None, *, packs: bool = False) -> Checkpoint:
     """Open weights for reading tensor by tensor.
 
     Args:
-        path: a file of safetensors or of `torch.save` (zip archive or legacy stream), told apart by content; an index
-            of shards (`….index.json`); or a folder that holds one of these.
+        path: a file of safetensors, GGUF or `torch.save` (zip archive or legacy stream), told apart by content; an
+            index of shards (`….index.json`); or a folder that holds one of these.
         key: take only what lies under this name, without it: "state_dict", "model.ema"; "" takes everything as it is
             named. By default a wrapper around all weights of a PyTorch file ("state_dict", "model", "module.") is taken
             off and everything else kept.
+        packs: leave matrices packed that the file has packed, as MLX holds them: `weight`, `scales`, `biases`. False
+            gives every tensor dense.
 
     Returns:
-        A mapping from names to arrays. float64 and float8 come out as float32.
+        A mapping from names to arrays. float64, float8 and what is packed come out as float32.
 
     Raises:
         CheckpointError: something is missing, damaged, or not weights.
@@ -126,7 +148,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
         MissingExtraError: (on access) a sparse, quantized or nested tensor, and torch is not installed.
     """
     path = user_path(path)
-    return Checkpoint(weight_files(path), path, key)
+    return Checkpoint(weight_files(path), path, key, packs=packs)
 
 
 def load_checkpoint(path: str | Path, key: str | None = None) -> dict[str, mx.array]:
@@ -147,13 +169,3 @@ def load_checkpoint(path: str | Path, key: str | None = None) -> dict[str, mx.ar
             result[name] = seen[same] = checkpoint[name]
             mx.eval(result[name])
     return result
-
-
-def _open_file(path: Path) -> SafetensorsFile | PytorchFile:
-    with open_file(path) as file:
-        head = file.read(9)
-    # A safetensors header is JSON behind its length.
-    if head[8:] == b"{":
-        return SafetensorsFile(path)
-    with naming_the_copy(path):
-        return PytorchFile(path)

@@ -48,24 +48,25 @@ def open_container(path: Path) -> Container:
         return PytorchFile(path)
 
 
-def understood(files: list[Container], source: object, *, packs: bool = True) -> Understood:
+def understood(files: list[Container], source: object, *, packs: bool = True, prefix: str | None = None) -> Understood:
     """The tensors of files, of which none stands in two.
 
     Args:
         source: the file or folder, for messages.
         packs: False gives every tensor dense, for whoever packs it anew.
+        prefix: take only names that begin so, without it; by default what wraps the weights of a PyTorch file.
 
     Raises:
         CheckpointError: a tensor stands in two files, or is packed in a way that is not read.
     """
     where: dict[str, Container | Chosen] = {}
     for file in files:
-        wrapper = file.wrapper if isinstance(file, PytorchFile) else ""
+        wrapper = file.wrapper if isinstance(file, PytorchFile) and prefix is None else ""
         names = {name.removeprefix(wrapper): name for name in file}
         for name in names:
             if name in where:
                 raise CheckpointError(f"{source}: the tensor {shown(name)} stands in two files")
-            where[name] = file if isinstance(file, GgufFile) or not wrapper else Chosen(file, names)
+            where[name] = Chosen(file, names) if wrapper and not isinstance(file, GgufFile) else file
     safetensors = {name: file for name, file in where.items() if isinstance(file, SafetensorsFile)}
     stored, beside = told_apart(safetensors, source)
     plain: dict[str, Mapping[str, mx.array]] = {}
@@ -78,6 +79,10 @@ def understood(files: list[Container], source: object, *, packs: bool = True) ->
             plain[name] = _Numbers(holder)
         else:
             stored[name] = _blocks(holder, name)
+    if prefix:
+        chosen = {name.removeprefix(prefix): one for name, one in stored.items() if name.startswith(prefix)}
+        names = {name.removeprefix(prefix): name for name in plain if name.startswith(prefix)}
+        return Understood(chosen, Chosen(_Several(plain), names), packs=packs, source=source)
     return Understood(stored, _Several(plain), packs=packs, source=source)
 
 

@@ -43,7 +43,8 @@ class Report:
         model: the built-in model that it is, or the family; None where nothing tells.
         root: the folder or file that was looked at, None where there is none.
         holder: the folder of Hugging Face's cache that it lies in, if it does.
-        layout: "mflux" where mflux saved it, else "safetensors" or "torch"; None where there are no weights.
+        layout: "mflux" where mflux saved it, else "safetensors", "gguf" or "torch"; None where there are no weights.
+        holds: what a single file holds, in words.
         size: bytes of all weights.
         problems: sentences, each of which keeps the model from being drawn with.
         broken: what is wrong in the cache.
@@ -53,6 +54,7 @@ class Report:
     root: Path | None = None
     holder: Path | None = None
     layout: str | None = None
+    holds: str | None = None
     size: int = 0
     problems: list[str] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
@@ -243,13 +245,17 @@ def _file_problems(report: Report, root: Path) -> Iterator[str]:
 
 def _alone(report: Report, path: Path) -> Iterator[str]:
     """A single file: of safetensors, or of PyTorch, which is read as far as its table of tensors."""
+    from mflux.checkpoints.readers.gguf import GgufFile
     from mflux.checkpoints.readers.opening import open_checkpoint
     from mflux.checkpoints.readers.safetensors import SafetensorsFile
+    from mflux.models.common.on_disk import described
 
     try:
         report.size = path.stat().st_size
         checkpoint = open_checkpoint(path)
-        report.layout = "safetensors" if isinstance(checkpoint.files[0], SafetensorsFile) else "torch"
+        kinds = {SafetensorsFile: "safetensors", GgufFile: "gguf"}
+        report.layout = kinds.get(type(checkpoint.files[0]), "torch")
+        report.holds = described(path)
     except CheckpointError as error:
         yield str(error)
 

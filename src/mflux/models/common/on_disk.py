@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,39 @@ def in_one_file(path: Path) -> InOneFile | None:
         if "transformer" in parts:
             break
     return found
+
+
+def described(path: Path) -> str:
+    """What a file of weights holds, for people: which parts of what, how stored, how many numbers.
+
+    Raises:
+        CheckpointError: it is damaged, or packed in a way that is not read.
+    """
+    from math import prod
+
+    from mflux.checkpoints.loading import FolderTensors
+
+    tensors = FolderTensors(path.parent, [path], packs=False)
+    found = in_one_file(path)
+    what = "tensors that belong to no model that is built"
+    if kind := adapter_kind(tensors):
+        what = kind
+    elif found is not None:
+        what = f"{' and '.join(part.replace('_', ' ') for part in found.parts)} of {found.title}"
+        if "transformer" in found.parts:
+            what += f" ({' or '.join(found.keys[:3])})"
+    count: Counter[str] = Counter()
+    bits = 0.0
+    for name in tensors:
+        one, told = tensors.stored.get(name), tensors.spec(name)
+        numbers = prod(told.shape)
+        count[one.kind if one else str(told.dtype).rpartition(".")[2]] += numbers
+        bits += numbers * (one.bits if one else 8 * told.dtype.size)
+    every = sum(count.values())
+    if found is not None and any(name.endswith(".scales") for name in tensors):
+        return f"{what}, quantized by mflux"
+    kinds = some([kind for kind, _ in count.most_common()], 4)
+    return f"{what}; {every / 1e9:,.3g} G parameters as {kinds}, {bits / max(every, 1):.3g} bits each"
 
 
 def models_of(name: str | os.PathLike[str]) -> tuple[str, ...]:
