@@ -101,6 +101,41 @@ def read_weights(folder: Path) -> None:
         mx.eval(tensors[name])
 
 
+def gguf_file(folder: Path) -> None:
+    import numpy as np
+    from support.gguf_files import f32, q8_0, random_blocks, write_gguf
+
+    values = np.arange(256, dtype=np.float32).reshape(4, 64)
+    kinds = ("Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "MXFP4", "NVFP4")
+    tensors = {f"{kind}.weight": random_blocks(kind, (2, 256)) for kind in kinds}
+    said = {"general.name": "x", "list": ("i32", [1, 2]), "comfy.gguf.orig_shape.b": ("i32", [2, 128])}
+    write_gguf(folder / "x.gguf", tensors | {"a.weight": q8_0(values), "b": f32(values)}, said)
+
+
+def read_gguf(folder: Path) -> None:
+    from mflux.backend import mx
+    from mflux.checkpoints.loading import FolderTensors
+
+    for packs in (True, False):
+        tensors = FolderTensors(folder, [folder / "x.gguf"], packs=packs)
+        for name in tensors:
+            tensors.spec(name)
+            mx.eval(tensors[name])
+
+
+def stored_files(folder: Path) -> None:
+    from core.files.test_stored import KINDS
+
+    from mflux.backend import mx
+
+    every: dict[str, mx.array] = {}
+    for number, (make, options) in enumerate(KINDS.values()):
+        small = {"shape": (2, 128)} if "scales" not in options else {}
+        tensors, _ = make(**options, **small)
+        every |= {name.replace("layer", f"layer{number}"): value for name, value in tensors.items()}
+    mx.save_safetensors(str(folder / "x.safetensors"), every)
+
+
 def torch_file(folder: Path, *, old: bool) -> None:
     from core.files.test_pytorch_reader_hostile import a_file_of_everything
 
@@ -464,6 +499,8 @@ def read_texts(folder: Path) -> None:
 
 READERS = {
     "weights": Reader(weights, read_weights, ("*",)),
+    "gguf": Reader(gguf_file, read_gguf, ("x.gguf",)),
+    "stored": Reader(stored_files, read_weights, ("*.safetensors",), mutations.mutated),
     "torch archive": Reader(partial(torch_file, old=False), read_torch, ("x.pt",)),
     "torch stream": Reader(torch_stream, read_torch_stream, ("stream",)),
     "torch legacy": Reader(partial(torch_file, old=True), read_torch, ("x.pt",)),

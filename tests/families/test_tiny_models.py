@@ -390,3 +390,24 @@ def test_pid_is_refused_where_mflux_had_it(tiny):
         with pytest.raises(NotBuiltError, match="leave pid_decode"):
             model.generate_image(1, tiny.case.prompt, **asked)
     assert model.loaded() == {}
+
+
+@EVERY_TINY
+def test_parts_from_elsewhere(tiny, tmp_path):
+    """A text encoder and an autoencoder of their own folders take the place of the model's."""
+    case, folder = tiny.case, tiny.folder()
+    model = tiny.pipeline()
+    if "vae_path" not in inspect.signature(type(model)).parameters:
+        pytest.skip("the class takes no parts")
+    bare = tmp_path / folder.name
+    shutil.copytree(folder, bare)
+    moved = {}
+    for component in model.components:
+        if component.folder == "vae" or component.folder.startswith("text_encoder"):
+            moved[component.folder] = tmp_path / "elsewhere" / component.folder
+            shutil.move(bare / component.folder, moved[component.folder])
+    encoders = [word for part, place in moved.items() if part != "vae" for word in ("--text-encoder", place)]
+    words = ("--prompt", case.prompt, "--steps", 2, *SIZE, "--seed", 1, "--vae", moved["vae"])
+    drawn = tiny.run(*words, *encoders, model=bare)
+    assert drawn.status == 0, drawn.err
+    assert np.array_equal(pixels(drawn.paths[0]), tiny.picture(model))
