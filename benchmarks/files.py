@@ -1,11 +1,11 @@
-"""Time and peak memory of reading what files pack: mflux's way beside the package gguf, or bitsandbytes' arithmetic in torch.
+"""Time and peak memory of reading what GGUF files pack: mflux's way beside the package gguf.
 
     python benchmarks/files.py [--numbers 200] [--repeats 3]
 
-For each kind a file of NUMBERS million weights in matrices of 3072 × 12288 is made of random blocks. Each way reads it in
-a process of its own, in turn, from the system's cache, until all is an evaluated mx.array: `as it is` is what a layer of
-mflux holds, `dense` float32; `gguf, dense` dequantizes with the package and hands MLX the result. Peak memory is the
-process's largest resident set less what the imports take. The table goes to standard output.
+For each kind a file of NUMBERS million weights in matrices of 3072 × 12288 is made of random blocks. Each way reads it
+in a process of its own, in turn, from the system's cache, until all is an evaluated mx.array: `as it is` is what a
+layer of mflux holds, `dense` float32; `gguf, dense` dequantizes with the package and hands MLX the result. Peak memory
+is the process's largest resident set less what the imports take. The table goes to standard output.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def write(path: Path, kind: str, millions: int) -> None:
 
 
 def peak() -> float:
-    """The most that this process had in memory, megabytes. What `getrusage` tells, a process has from who started it."""
+    """The most that this process had in memory, megabytes; what `getrusage` tells is also of who started it."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FluxTransformer2DModel
@@ -19,7 +20,9 @@ from families.flux.test_single_file import original
 
 from mflux.backend import mx
 from mflux.models.flux.layouts import LAYOUT as FLUX
+from mflux.models.flux2.layouts import LAYOUT as FLUX2
 from mflux.models.qwen.layouts import LAYOUT as QWEN
+from mflux.models.z_image.layouts import LAYOUT as Z_IMAGE
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "data/surface/configs.json").read_text())
 
@@ -90,3 +93,51 @@ def test_the_autoencoder_of_qwen_image():
     assert {name: tuple(value.shape) for name, value in converted.items()} == published
     ours = QWEN.renamed("vae", QWEN.chosen("vae", theirs), "")
     assert {name: ours.spec(name).shape for name in ours} == published
+
+
+def llama_names(arch: gguf.MODEL_ARCH, published: list[str]) -> dict[str, str]:
+    """Published names → llama.cpp's, by the package gguf's own table."""
+    table = gguf.get_tensor_name_map(arch, 64)
+    found = {}
+    for name in published:
+        stem, _, leaf = name.rpartition(".")
+        told = table.get_name(stem)
+        assert told is not None, name
+        found[name] = f"{told}.{leaf}"
+    return found
+
+
+T5 = [
+    "shared.weight", "encoder.final_layer_norm.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    *(f"encoder.block.23.layer.0.SelfAttention.{part}.weight" for part in "qkvo"),
+    "encoder.block.23.layer.0.layer_norm.weight", "encoder.block.23.layer.1.layer_norm.weight",
+    *(f"encoder.block.23.layer.1.DenseReluDense.{part}.weight" for part in ("wi_0", "wi_1", "wo")),
+]  # fmt: skip
+_LAYER = "model.layers.35"
+QWEN2 = [
+    "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
+    *(f"{_LAYER}.self_attn.{part}_proj.{leaf}" for part in "qkv" for leaf in ("weight", "bias")),
+    f"{_LAYER}.self_attn.o_proj.weight", f"{_LAYER}.input_layernorm.weight",
+    f"{_LAYER}.post_attention_layernorm.weight",
+    *(f"{_LAYER}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+]  # fmt: skip
+QWEN3 = [name for name in QWEN2 if not name.endswith("bias")]
+QWEN3 += [f"{_LAYER}.self_attn.{part}_norm.weight" for part in "qk"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "published", "layout", "part"),
+    [
+        (gguf.MODEL_ARCH.T5ENCODER, T5, FLUX, "text_encoder_2"),
+        (gguf.MODEL_ARCH.QWEN2VL, QWEN2, QWEN, "text_encoder"),
+        (gguf.MODEL_ARCH.QWEN3, QWEN3, FLUX2, "text_encoder"),
+        (gguf.MODEL_ARCH.QWEN3, QWEN3, Z_IMAGE, "text_encoder"),
+    ],
+    ids=["T5", "Qwen2.5-VL", "Qwen3 of FLUX.2", "Qwen3 of Z-Image"],
+)
+def test_text_encoders_in_gguf(arch, published, layout, part):
+    theirs = llama_names(arch, published)
+    assert len(set(theirs.values())) == len(published)
+    places = layout.files[part](list(theirs.values()))
+    assert {ours: place.name for ours, place in places.items()} == theirs

@@ -33,8 +33,8 @@ def build_parser() -> MfluxParser:
     parser = MfluxParser(
         prog="mflux-convert",
         description="Turn weights of PyTorch (.pt, .pth, .bin, .ckpt, a folder of shards), GGUF, fp8 or bitsandbytes "
-        "into one safetensors file, without torch and without running anything that such a file may hold. What is packed "
-        "stays packed, for mflux; --dtype makes it dense, for other programs.",
+        "into one safetensors file, without torch and without running anything that such a file may hold. What is "
+        "packed stays packed, for mflux; --dtype makes it dense, for other programs.",
     )
     parser.add_argument("source", metavar="SRC", help="a file of weights, an index of shards, or a folder")
     parser.add_argument("destination", metavar="DST", nargs="?", help="the file to write; it gets .safetensors")

@@ -345,7 +345,9 @@ def test_saved_and_generated_through_the_commands(transformer, tmp_path, cli, in
     parts = ("--vae", folder / "vae", "--text-encoder", folder / "text_encoder_2")
     done = cli("generate", "--model", file, *parts, *words)
     assert done.status == 0, done.err
-    again = cli("generate", "-C", done.paths[0], "--model", file, "--output", "again.png", "--text-encoder", folder / "vae")
+    again = cli(
+        "generate", "-C", done.paths[0], "--model", file, "--output", "again.png", "--text-encoder", folder / "vae"
+    )
     assert again.status == 1 and "holds no text encoder or text encoder 2 of FLUX.1" in again.err
     saved = cli("save", "--model", file, *parts, "--path", "saved")
     assert saved.status == 0, saved.err
