@@ -423,7 +423,7 @@ def check_output(path: str | bytes | os.PathLike) -> Path:
         raise UsageError(f"cannot write a picture to {path}: its name has no ending; use .png, .jpg or .webp")
     try:
         # Some formats can only be read, or hold no colours.
-        PIL.Image.new("RGB", (16, 16)).save(io.BytesIO(), format=_format_of(path))
+        PIL.Image.new("RGB", (16, 16)).save(io.BytesIO(), format=format_of(path))
     except (KeyError, ValueError, OSError, NotImplementedError):
         raise UsageError(
             f"cannot write a picture to {path}: {path.suffix!r} is no format for that; use .png, .jpg or .webp"
@@ -446,7 +446,7 @@ def check_output(path: str | bytes | os.PathLike) -> Path:
     return path
 
 
-def _format_of(path: Path) -> str:
+def format_of(path: Path) -> str:
     """PIL's name for the format that an ending stands for, a `KeyError` if for none."""
     return PIL.Image.registered_extensions()[path.suffix.lower()]
 
@@ -473,7 +473,7 @@ def save_picture(
         UsageError: the name's ending stands for no picture format.
     """
     path = check_output(path)
-    picture_format = _format_of(path)
+    picture_format = format_of(path)
     settings = None if metadata is None else plain_settings(metadata)
     embedded = settings if embed_metadata else None
 
