@@ -7,6 +7,8 @@ Requests are checked, and images turned into files, in the threads of others.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import logging
 import statistics
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Latents of a side that a preview is decoded from, pixels of its longer side, its JPEG's quality, and which part of the
-# time of the steps since the last one it may take where nobody said how many are wanted.
+# Of a preview: the most latents of a side that it is decoded from, pixels of its longer side, its JPEG's quality, and
+# which part of the time of an image's steps all of them may take where nobody said how many are wanted.
 _PREVIEW_LATENTS, _PREVIEW_PIXELS, _PREVIEW_QUALITY, _PREVIEW_SHARE = 32, 256, 80, 0.05
 # What is kept of jobs that are over: seconds, images, bytes.
 _KEPT_SECONDS, _KEPT_PICTURES, _KEPT_BYTES = 3600, 64, 256 << 20
@@ -136,7 +138,7 @@ class Engine:
         self._loaded: dict[Any, _Loaded] = {}
         # Of a model and size: seconds of a step and of decoding.
         self._seconds: dict[tuple[str, Any], tuple[float, float]] = {}
-        self._preview_seconds = 0.0
+        self._preview_seconds: dict[tuple[str, Any], float] = {}
         self._condition = threading.Condition()
         self._stopping = False
         self._ended = threading.Event()
@@ -144,6 +146,8 @@ class Engine:
         # A daemon: a step cannot be interrupted, and is not to keep a process that ends.
         self._thread = threading.Thread(target=self._work, name="mflux-engine", daemon=True)
         self._thread.start()
+        # Python is not to end while MLX computes.
+        atexit.register(self.close, 0)
 
     def __enter__(self) -> Self:
         return self
@@ -358,6 +362,7 @@ class Engine:
             self.cancel(job)
         self._ended.wait(10 if grace == 0 else 3)
         self._files.shutdown(wait=False)
+        atexit.unregister(self.close)
 
     # ---- for any thread: inside
 
@@ -406,7 +411,11 @@ class Engine:
                 with self._condition:
                     self._running = None
         self._loaded.clear()
+        gc.collect()
         self._ended.set()
+        # A thread that has used MLX and ends lets go of its streams after Python has counted it as ended; where the
+        # process ends meanwhile, MLX aborts it. One that sleeps for ever does no harm.
+        threading.Event().wait()
 
     def _next(self) -> Job | _Task | None:
         """What is to be done; meanwhile models leave that nobody has needed for long. None: nothing more."""
@@ -582,9 +591,10 @@ class _Watch:
         self._engine, self._job = engine, job
         self._pipeline: Any = None
         self._image = -1
-        self._since = self._since_preview = time.perf_counter()
+        self._since = time.perf_counter()
         self._steps: range = range(0)
-        self._previewed = 0
+        # Previews so far, and the step of this image that the last one is of.
+        self._previewed = self._last_preview = 0
 
     @property
     def step_seconds(self) -> float:
@@ -612,7 +622,7 @@ class _Watch:
         self.check()
         self._lap("encode")
         self._steps = config.time_steps
-        self._since_preview = time.perf_counter()
+        self._last_preview = 0
         self._job.change(status="drawing")
 
     def call_in_loop(self, t: int, config: Config, denoised: mx.array, **_: Any) -> None:
@@ -624,6 +634,7 @@ class _Watch:
         self.check()
         if t + 1 < self._steps.stop and self._is_due(t):
             self._preview(config, denoised)
+            self._last_preview = t + 1 - self._steps.start
             self._since = time.perf_counter()
 
     def call_after_loop(self, **_: Any) -> None:
@@ -638,23 +649,31 @@ class _Watch:
 
     def _is_due(self, t: int) -> bool:
         """Whether the step is one that is shown."""
-        wanted = self._job.wanted_previews
+        taken, steps, wanted = t + 1 - self._steps.start, len(self._steps), self._job.wanted_previews
         if wanted is None:
-            # As many as cost next to nothing, and none after a first step, which is noise and may have loaded.
-            spent = time.perf_counter() - self._since_preview
-            return t > self._steps.start and self._engine._preview_seconds <= _PREVIEW_SHARE * spent
-        of_each = -(-wanted // self._job.n)
+            # None after a first step, which is noise.
+            return taken > 1 and taken - self._last_preview >= steps / (self._affordable(steps) + 1)
         if self._previewed >= wanted:
             return False
-        taken, steps = t + 1 - self._steps.start, len(self._steps)
-        shown = [round(steps * number / (of_each + 1)) for number in range(1, of_each + 1)]
-        return taken in shown
+        of_each = -(-wanted // self._job.n)
+        return taken in [round(steps * number / (of_each + 1)) for number in range(1, of_each + 1)]
+
+    def _affordable(self, steps: int) -> float:
+        """How many previews of an image cost next to nothing."""
+        costs, key = self._engine._preview_seconds, (self._job.model, self._job.size)
+        # One decodes a quarter of the image, or less.
+        cost = costs.get(key) or self._job.decode_seconds / 4
+        if self._last_preview == 0:
+            # What was measured on a busy moment is not to be the last word.
+            costs[key] = cost * 0.99
+        return _PREVIEW_SHARE * self.step_seconds * steps / cost if cost else 1.0
 
     def _preview(self, config: Config, denoised: mx.array) -> None:
+        is_first = not self._engine._preview_seconds.get((self._job.model, self._job.size))
         started = time.perf_counter()
         small = _small_image(self._pipeline, config, denoised)
-        now = time.perf_counter()
-        self._engine._preview_seconds, self._since_preview = now - started, now
+        if not is_first:  # which may have loaded the autoencoder
+            self._engine._preview_seconds[self._job.model, self._job.size] = time.perf_counter() - started
         self._previewed += 1
         preview = Preview(self._previewed, self._image, self._job.step, b"", *("jpeg", *small.size))
         self._engine._files.submit(_keep_preview, self._job, preview, small)
@@ -667,7 +686,7 @@ def _small_image(pipeline: Any, config: Config, denoised: mx.array) -> PIL.Image
 
     latents = pipeline.latent_creator.unpack_latents(denoised, config.height, config.width)
     *front, height, width = latents.shape
-    factor = -(-max(height, width) // _PREVIEW_LATENTS)
+    factor = max(2, -(-max(height, width) // _PREVIEW_LATENTS))
     # Even sides, which every autoencoder takes.
     rows, columns = (max(2, side // factor // 2 * 2) for side in (height, width))
     factor = min(factor, height // rows, width // columns)

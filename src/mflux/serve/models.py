@@ -101,7 +101,16 @@ class Served:
 
     @cached_property
     def takes_guidance(self) -> bool:
-        return bool(self.config.supports_guidance) and "guidance" not in self.command.ignored
+        if "guidance" in self.command.ignored:
+            return False
+        if not self.config.supports_guidance and self.pipeline_class.negative_above is None:
+            return False
+        try:
+            # Some take it of some of a family's models alone, as FLUX.2's does.
+            self._sample(self.variants[0], {"guidance": 2.0})
+        except UsageError:
+            return False
+        return True
 
     @cached_property
     def takes_negative_prompt(self) -> bool:
@@ -168,12 +177,18 @@ class Served:
 
     def sample(self) -> Plan:
         """A plan of the kind that requests have, to load the model by."""
+        return self._sample(self.variants[0], {})
+
+    def _sample(self, variant: Variant, settings: Mapping[str, Any]) -> Plan:
         from PIL import Image
 
         blank = GivenImage(Image.new("RGB", (64, 64)))
-        variant = self.variants[0]
-        images = [blank] * variant.images[0]
-        return self.plan({"prompt": _SAMPLE_PROMPT}, images, blank if variant.needs_mask else None)[1]
+        wanted = {**self.options, "prompt": _SAMPLE_PROMPT, "seed": [0], **settings, **self._model()}
+        if variant.images[0]:
+            wanted[variant.source] = [blank] if variant.images[1] > 1 else blank
+        if variant.needs_mask:
+            wanted[_MASK] = blank
+        return variant.command.plan(wanted)
 
     def _model(self) -> dict[str, Any]:
         return {"model": self.id} if self.id == self.key else {"model": self.id, "base_model": self.key}
