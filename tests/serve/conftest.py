@@ -74,17 +74,22 @@ class Running:
     engine: Engine
     server: Any
     port: int
-    threads: list[threading.Thread] = field(default_factory=list)
+    clients: list[Any] = field(default_factory=list)
 
     def client(self, **options: Any) -> Any:
         import httpx2
 
-        return httpx2.Client(base_url=self.url, timeout=30, **options)
+        return self._closed_at_end(httpx2.Client(base_url=self.url, timeout=30, **options))
 
     def openai(self, **options: Any) -> Any:
         import openai
 
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
+        options = {"api_key": "none", "max_retries": 0, **options}
+        return self._closed_at_end(openai.OpenAI(base_url=f"{self.url}/v1", **options))
+
+    def _closed_at_end(self, client: Any) -> Any:
+        self.clients.append(client)
+        return client
 
 
 @contextmanager
@@ -105,8 +110,11 @@ def running(engine: Engine, *, head_seconds: float = 30.0, port: int = 0, **opti
         thread.start()
         assert ready.wait(20)
         try:
-            yield Running(f"http://127.0.0.1:{port}", engine, server, port, [thread])
+            found = Running(f"http://127.0.0.1:{port}", engine, server, port)
+            yield found
         finally:
+            for client in found.clients:
+                client.close()
             http.stop()
             thread.join(20)
 
