@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -121,6 +122,7 @@ class Generate:
             groups.add_pid_options(parser)
         groups.add_output_options(parser, settings="settings" not in self.leave_out)
         groups.add_machine_options(parser)
+        groups.add_server_option(parser)
         for action in parser._actions:
             if action.dest == "model" and self.default_model is not None:
                 action.help = f"{action.help} (default: {self.default_model})"
@@ -137,7 +139,13 @@ class Generate:
 
     def run(self, argv: Sequence[str] | None) -> None:
         """Settle what a command line asks for, then write its images."""
-        self.write(self.settle(*self.build_parser().parse(argv)))
+        plan = self.settle(*self.build_parser().parse(argv))
+        if url := plan.options.server or os.environ.get("MFLUX_SERVER"):
+            from mflux.serve import remote
+
+            remote.generate(self, plan, url)
+        else:
+            self.write(plan)
 
     def plan(self, settings: Mapping[str, Any]) -> Plan:
         """Settle what a program asks for: settings as an image records them, and options by their destinations.

@@ -331,7 +331,7 @@ class Server:
             from mflux.utils.metadata_reader import MetadataReader
 
             image = opened(body, "image", self.rules.most_pixels)
-            settings = MetadataReader.read_exif_metadata(image)  # type: ignore[arg-type]
+            settings = MetadataReader.read_exif_metadata(image)
             if settings is None:
                 raise RequestError("this image carries no settings: it was not made with mflux", param="image")
             return settings

@@ -27,7 +27,7 @@ _MASK = "masked_image_path"
 # What a plan for no request in particular is made of: FIBO takes JSON, and an editor an instruction.
 _SAMPLE_PROMPT = '{"short_description": "x", "edit_instruction": "x"}'
 # Settings that whoever serves decides about, for all requests.
-_OF_THE_SERVER = frozenset({"model", "quantize", "lora_paths", "lora_scales", "bake_lora", "pid_decode"})
+OF_THE_SERVER = frozenset({"model", "quantize", "lora_paths", "lora_scales", "bake_lora", "pid_decode"})
 
 
 class ModelNotFoundError(UsageError):
@@ -135,7 +135,7 @@ class Served:
         """The settings that a request may have, by their names."""
         dests = {action.dest for one in self.variants for action in one.command.build_parser()._actions}
         known = {setting.name for setting in all_settings() if setting.kind is not None and not setting.takes}
-        return frozenset((dests & known) - _OF_THE_SERVER) | {"seed"}
+        return frozenset((dests & known) - OF_THE_SERVER) | {"seed"}
 
     def plan(
         self,
