@@ -237,10 +237,14 @@ class Generate:
         return self._check(args, said, tells=False)
 
     def write(self, plan: Plan) -> None:
-        """Load the model, and write the images of a plan where its options say."""
+        """Load the model, and write the images of a plan where its options say; under `mlx.launch` its own part."""
+        from mflux.cli.ranks import own_part
         from mflux.utils.image_util import check_output
 
+        plan, tells = own_part(plan)
         args = plan.options
+        if not plan.images:
+            return
         for seed in args.seed:
             check_output(args.output.replace("{seed}", str(seed)))
         if args.stepwise_image_output_dir:
@@ -253,6 +257,7 @@ class Generate:
         ):
             log.warning("--guidance is ignored: %s was made without guidance", args.model)
         memory = settle.prepare_machine(args, pipeline, len(plan.images))
+        pipeline.shows_progress = tells
         settle.tell_seed(args, plan.said)
         for image in self.images(plan, pipeline):
             path = settle.save_picture(image, args, image.seed, self.pixels(image, args) if self.pixels else None)
