@@ -15,6 +15,7 @@ from typing import Any
 from mflux.cli.generate import Generate
 from mflux.cli.plan import Plan
 from mflux.errors import MfluxError
+from mflux.utils.given_image import GivenImage
 
 OVER = ("done", "failed", "cancelled")
 # By the name in requests: PIL's, and the type.
@@ -63,17 +64,13 @@ class Picture:
             OutputError: it cannot be written.
             UsageError: the name's ending stands for no image format.
         """
-        import io
-
-        from PIL import Image
-
         from mflux.utils.atomic_files import write_atomically
-        from mflux.utils.picture_files import check_output, format_of, save_picture
+        from mflux.utils.picture_files import check_output, format_of, open_image, save_picture
 
         path = check_output(path)
         if format_of(path) == FORMATS[self.output_format][0]:
             return write_atomically(path, lambda file: file.write(self.data), overwrite=overwrite)
-        return save_picture(Image.open(io.BytesIO(self.data)).convert("RGB"), path, self.settings, overwrite=overwrite)
+        return save_picture(open_image(GivenImage(self.data)), path, self.settings, overwrite=overwrite)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import json
 import os
 import ssl
@@ -202,17 +201,15 @@ def _follow(server: Server, job: Mapping[str, Any]) -> None:
 
 def _write(data: bytes, output: str, args: Any) -> None:
     """An image's file, as the options want it."""
-    from PIL import Image
-
     from mflux.serve.jobs import Picture
     from mflux.utils.given_image import GivenImage
     from mflux.utils.metadata_reader import MetadataReader
-    from mflux.utils.picture_files import open_image, save_picture
+    from mflux.utils.picture_files import open_image, oriented_size, save_picture
 
     settings = MetadataReader.read_exif_metadata(GivenImage(data)) or {}
     if not args.metadata and not args.no_metadata:
         kind = _FORMATS.get(Path(output).suffix.lower(), "png")
-        size = Image.open(io.BytesIO(data)).size
+        size = oriented_size(GivenImage(data))
         say_line(Picture(data, kind, settings.get("seed", 0), size, settings).save(output))
         return
     image = open_image(GivenImage(data))
