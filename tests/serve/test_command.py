@@ -50,7 +50,7 @@ def test_without_the_extra_it_is_named(cli, monkeypatch, package):
         (("--memory-limit-gb", "0"), "0 is not above 0"),
         (("--keep", "-2"), "-2 is too small"),
         (("--quantize", "7"), "invalid choice"),
-        (("--worker", "http://127.0.0.1"), "unrecognized arguments"),
+        (("--worker", "nonsense"), "--worker nonsense is no address of a server"),
     ],
 )
 def test_options_that_make_no_sense(cli, in_folder, monkeypatch, words, told):

@@ -87,6 +87,8 @@ def test_source_images_of_any_kind(engine, tmp_path):
         found.append(job.wait(60)[0])
         assert (job.steps, found[-1].size) == (4, (96, 64))
     assert len({picture.data[-2000:] for picture in found}) == 1
+    # What was given is not kept with the job.
+    assert not job.plan.images
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ def own_part(plan: Plan) -> tuple[Plan, bool]:
     """What of a plan is this process's to do, and whether it is the one that tells how far all are."""
     if _VARIABLE not in os.environ:
         return plan, True
+    import numpy as np
+
     from mflux.backend import mx
 
     group = mx.distributed.init()
@@ -34,7 +36,7 @@ def own_part(plan: Plan) -> tuple[Plan, bool]:
     if not plan.said.was_set("seed"):
         # Each has chosen some: the first one's are everybody's.
         chosen = mx.array(args.seed if rank == 0 else [0] * len(args.seed), dtype=mx.int64)
-        shared = mx.distributed.all_sum(chosen, group=group).tolist()
+        shared = [int(seed) for seed in np.array(mx.distributed.all_sum(chosen, group=group))]
         plan = replace(plan, images=tuple({**one, "seed": seed} for one, seed in zip(plan.images, shared, strict=True)))
         args.seed = shared
     args.seed = args.seed[rank::size]

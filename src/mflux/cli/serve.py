@@ -120,6 +120,14 @@ def build_parser() -> MfluxParser:
         metavar="SECONDS",
         help="that the running job has when the server is stopped (default: 5)",
     )
+    parser.add_argument_group("more machines").add_argument(
+        "--worker",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="another mflux serve that takes jobs of this one's queue, as http://mac2.local:7860; repeatable. One with "
+        "a key has to have this one's",
+    )
     group = parser.add_argument_group("what is served")
     group.add_argument("--no-page", action="store_true", help="no page at /")
     group.add_argument("--no-sdapi", action="store_true", help="no routes of AUTOMATIC1111's WebUI")
@@ -143,6 +151,11 @@ def serve(argv: Sequence[str] | None) -> int:
     """
     args = build_parser().parse_args(argv)
     rules = _rules(args)
+    if args.worker:
+        from mflux.serve.remote import Server as Remote
+
+        for url in args.worker:
+            Remote.at(url, "--worker")
     from mflux.serve.app import Server, check_installed
 
     check_installed()
@@ -156,6 +169,10 @@ def serve(argv: Sequence[str] | None) -> int:
             for model in engine.models:
                 engine.fetch(model.id)
         engine.load()
+        if args.worker:
+            from mflux.serve.workers import add_workers
+
+            add_workers(engine, args.worker, rules.key)
         server = Server(engine, rules, page=not args.no_page, sdapi=not args.no_sdapi, log_prompts=args.log_prompts)
         return _run(server, engine, listener, args)
     finally:

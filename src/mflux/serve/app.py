@@ -347,8 +347,8 @@ class Server:
             return json_response({"status": "ok"})
         import mflux
 
-        waiting, running = self.engine.waiting, self.engine.running
-        queue = {"waiting": len(waiting), "running": int(running is not None), "limit": self.engine.queue_limit}
+        waiting, running = self.engine.waiting, self.engine.under_way
+        queue = {"waiting": len(waiting), "running": len(running), "limit": self.engine.queue_limit}
         models = [model.id for model in self.engine.models]
         loaded = [*self.engine.loaded()]
         return json_response(
@@ -513,7 +513,7 @@ class Server:
         width, height = job.size
         request.scope["mflux.told"].words += [job.id, job.model, f"{width}x{height}", f"{job.steps} steps"]
         if self.log_prompts:
-            request.scope["mflux.told"].words.append(shown(job.plan.words, 500))
+            request.scope["mflux.told"].words.append(shown(job.prompt, 500))
 
 
 def _router(routes: Sequence[tuple[str, str, Endpoint]]) -> ASGIApp:

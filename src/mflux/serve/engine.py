@@ -134,6 +134,9 @@ class Engine:
         self.seconds_of: Callable[[str, float], None] = lambda stage, seconds: None
         self._waiting: deque[Job | _Task] = deque()
         self._running: Job | None = None
+        # Models that only other servers have, and jobs that are there.
+        self.elsewhere: set[str] = set()
+        self._away: list[Job] = []
         self._jobs: dict[str, Job] = {}
         self._loaded: dict[Any, _Loaded] = {}
         # Of a model and size: seconds of a step and of decoding.
@@ -212,16 +215,16 @@ class Engine:
         if type(n) is not int or n < 1:
             raise UsageError(f"n: {shown(n, 40)} is not a number of images: 1 or more")
         wanted = {name: value for name, value in settings.items() if value is not None}
+        pairs: list[tuple[str, float]] = []
         if loras is not None:
             pairs = list(loras)
             wanted |= {"lora_paths": [name for name, _ in pairs], "lora_scales": [scale for _, scale in pairs]}
         sources = [_image(one) for one in ([images] if _is_one(images) else images)]
+        mask = None if mask is None else _image(mask)
         from mflux import hub
 
         with hub.offline(_NEVER_FETCHED):
-            command, plan = found.plan(
-                {"prompt": prompt, **wanted}, sources, None if mask is None else _image(mask), n=n
-            )
+            command, plan = found.plan({"prompt": prompt, **wanted}, sources, mask, n=n)
         shown_settings = wanted | {"steps": plan.options.steps, "seed": plan.images[0]["seed"]}
         job = Job(
             found.id,
@@ -234,6 +237,19 @@ class Engine:
             source=source,
             weight=weight,
         )
+        job.request = {
+            "model": found.id,
+            "prompt": prompt,
+            "n": n,
+            "images": sources,
+            "mask": mask,
+            "loras": None if loras is None else [{"name": name, "scale": scale} for name, scale in pairs],
+            "output_format": output_format,
+            "output_compression": quality,
+            "previews": "auto" if previews is None else previews,
+            **{name: value for name, value in settings.items() if value is not None},
+            "seed": shown_settings["seed"],
+        }
         job.expected_step_seconds, job.decode_seconds = self._seconds.get((found.id, job.size), (0.0, 0.0))
         job.position_of = self._position
         with self._condition:
@@ -270,7 +286,14 @@ class Engine:
 
     @property
     def running(self) -> Job | None:
+        """The job that this machine generates."""
         return self._running
+
+    @property
+    def under_way(self) -> list[Job]:
+        """All that are generated, here and elsewhere."""
+        with self._condition:
+            return [*([self._running] if self._running else []), *self._away]
 
     @property
     def is_stopping(self) -> bool:
@@ -313,7 +336,12 @@ class Engine:
             elif job.is_over:
                 return False
         job.cancelled.set()
-        if job is not self._running:
+        with self._condition:
+            is_away = job in self._away
+        if is_away:
+            if job.cancel_elsewhere is not None:
+                self._files.submit(job.cancel_elsewhere)
+        elif job is not self._running:
             job.end("cancelled", JobError(why, "cancelled"))
         return True
 
@@ -325,6 +353,34 @@ class Engine:
         """
         with self._condition:
             return self._jobs.pop(job.id, None) is not None
+
+    # ---- for threads that have jobs done elsewhere
+
+    def take(self, models: Collection[str], seconds: float) -> Job | None:
+        """The next job for one of these models, to be done elsewhere; None where there is none in that time. It is to
+        be given to `give_back`."""
+        until = time.monotonic() + seconds
+        with self._condition:
+            while not self._stopping:
+                for job in self._waiting:
+                    if isinstance(job, Job) and job.model in models:
+                        self._waiting.remove(job)
+                        self._away.append(job)
+                        return job
+                if not self._condition.wait(until - time.monotonic()) and time.monotonic() >= until:
+                    break
+        return None
+
+    def give_back(self, job: Job, *, undone: bool = False) -> None:
+        """A job that was taken: it is over, or it is to be done anew, before all others."""
+        with self._condition:
+            self._away.remove(job)
+            if undone and not self._stopping and not job.cancelled.is_set():
+                job.start_anew()
+                self._waiting.appendleft(job)
+            elif not job.is_over:
+                job.end("cancelled", JobError("it was cancelled", "cancelled"))
+            self._condition.notify_all()
 
     def load(self, name: str | None = None) -> None:
         """Have a model in memory; waits its turn.
@@ -358,8 +414,13 @@ class Engine:
                 one.end("cancelled", JobError("the server is being stopped", "stopping"))
             else:
                 one.future.set_exception(StoppingError("the server is being stopped"))
-        if first and not self._ended.wait(grace) and (job := self._running) is not None:
-            self.cancel(job)
+        if first:
+            until = time.monotonic() + grace
+            self._ended.wait(grace)
+            while self.under_way and time.monotonic() < until:
+                time.sleep(0.02)
+            for job in self.under_way:
+                self.cancel(job)
         self._ended.wait(10 if grace == 0 else 3)
         self._files.shutdown(wait=False)
         atexit.unregister(self.close)
@@ -378,7 +439,7 @@ class Engine:
     def _position(self, job: Job) -> int:
         """How many jobs are before it, the running one among them; 0 is the running one."""
         with suppress(ValueError):
-            return self.waiting.index(job) + (self._running is not None)
+            return self.waiting.index(job) + len(self.under_way)
         return 0
 
     def _seconds_to_a_place(self) -> int:
@@ -421,8 +482,10 @@ class Engine:
         """What is to be done; meanwhile models leave that nobody has needed for long. None: nothing more."""
         while True:
             with self._condition:
-                if self._waiting:
-                    work = self._waiting.popleft()
+                for work in self._waiting:
+                    if isinstance(work, Job) and work.model in self.elsewhere:
+                        continue
+                    self._waiting.remove(work)
                     if isinstance(work, Job):
                         self._running = work
                     return work
@@ -430,7 +493,9 @@ class Engine:
                     return None
                 due = [one.used + self.keep for one in self._loaded.values()] if self.keep >= 0 else []
                 self._condition.wait(max(0.0, min(due) - time.monotonic()) if due else None)
-                if self._waiting or not due or self._stopping:
+                if any(not isinstance(one, Job) or one.model not in self.elsewhere for one in self._waiting):
+                    continue
+                if not due or self._stopping:
                     continue
             now = time.monotonic()
             self._release([one for one in self._loaded.values() if one.used + self.keep <= now])
@@ -568,7 +633,7 @@ class Engine:
         return self.memory_limit
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
     """Something else than a job for the thread of MLX."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import secrets
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ class Job:
         status: "queued", "loading", "drawing", "done", "failed" or "cancelled".
         model: as it is served.
         n: how many images.
+        prompt: as it was said.
         pictures: those that are there, in order.
         previews: of the last images' steps.
         error: why it has none.
@@ -139,6 +141,7 @@ class Job:
         """
         self.id = f"job_{secrets.token_hex(16)}"
         self.model, self.command, self.plan = model, command, plan
+        self.prompt = plan.words or ""
         self.settings, self.source, self.weight = dict(settings), source, weight
         self.output_format, self.quality, self.wanted_previews = output_format, quality, previews
         self.n = len(plan.images)
@@ -157,6 +160,11 @@ class Job:
         self.decode_seconds = 0.0
         self.expected_step_seconds = 0.0
         self.cancelled = threading.Event()
+        # Where another server generates it: what it is sent, what is done there when it is cancelled, and how often
+        # one died meanwhile.
+        self.request: Mapping[str, Any] = {}
+        self.cancel_elsewhere: Callable[[], None] | None = None
+        self.losses = 0
         self.position_of: Callable[[Job], int] = lambda job: 0
         self._changes = 0
         self._condition = threading.Condition()
@@ -240,11 +248,20 @@ class Job:
     def add_picture(self, picture: Picture) -> None:
         self.change(pictures=[*self.pictures, picture], size=picture.size)
 
+    def start_anew(self) -> None:
+        """Back to the queue, as if nothing had been."""
+        self.step_seconds = []
+        self.cancel_elsewhere = None
+        self.change(status="queued", started=None, step=0, pictures=[], previews=[])
+
     def end(self, status: str, error: JobError | None = None) -> None:
         """Over; once."""
         with self._condition:
             if self.is_over:
                 return
+            # Its source images may be large, and a job is remembered for long.
+            self.plan = replace(self.plan, images=(), constructor={}, options=argparse.Namespace())
+            self.request, self.cancel_elsewhere = {}, None
             self.change(status=status, error=error, finished=time.time())
 
     # ---- what it says of itself
@@ -282,7 +299,7 @@ class Job:
             "started": self.started and int(self.started),
             "finished": self.finished and int(self.finished),
             "model": self.model,
-            "prompt": self.plan.words,
+            "prompt": self.prompt,
             "size": f"{width}x{height}" if width and height else None,
             "n": self.n,
             "settings": self.settings,

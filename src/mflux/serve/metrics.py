@@ -49,7 +49,7 @@ class Metrics:
 
         from mflux.backend import mx
 
-        self._queue.set(len(self._engine.waiting) + (self._engine.running is not None))
+        self._queue.set(len(self._engine.waiting) + len(self._engine.under_way))
         loaded = self._engine.loaded()
         for model in self._engine.models:
             self._models.labels(model.id).set(loaded.get(model.id, 0))

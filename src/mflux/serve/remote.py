@@ -29,6 +29,24 @@ if TYPE_CHECKING:
     from mflux.cli.generate import Generate
     from mflux.cli.plan import Plan
 
+
+class AwayError(MfluxError):
+    """No server answers, or no longer."""
+
+
+class RefusedError(MfluxError):
+    """A server answers with an error.
+
+    Attributes:
+        status: HTTP's.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+        self.exit_code = 2 if status == 400 else 1
+
+
 VARIABLE, KEY_VARIABLE = "MFLUX_SERVER", "MFLUX_API_KEY"
 # Until a connection is there, and between two events of a job, of which some come every quarter of a minute.
 _SECONDS = 60
@@ -57,8 +75,11 @@ class Server:
     key: str | None = None
 
     @staticmethod
-    def at(url: str) -> Server:
+    def at(url: str, option: str = "--server") -> Server:
         """
+        Args:
+            option: what says it, for messages.
+
         Raises:
             UsageError: it is no address of a server.
         """
@@ -68,7 +89,7 @@ class Server:
         except ValueError:
             sound = False
         if not sound or parts.username is not None:
-            raise UsageError(f"--server {shown(url, 100)} is no address of a server: http://127.0.0.1:7860")
+            raise UsageError(f"{option} {shown(url, 100)} is no address of a server: http://127.0.0.1:7860")
         return Server(url.rstrip("/"), os.environ.get(KEY_VARIABLE))
 
     def ask(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
@@ -131,22 +152,20 @@ class Server:
             raise self._away(error) from None
         raise self._away(ConnectionError("it ended before the image was there"))
 
-    def _away(self, error: Exception) -> MfluxError:
+    def _away(self, error: Exception) -> AwayError:
         reason = getattr(error, "strerror", None) or error or type(error).__name__
-        return MfluxError(
+        return AwayError(
             f"no server answers at {shown(self.url, 100)} ({one_line(reason, 200)}): start one with mflux serve, or "
             "leave --server out"
         )
 
-    def _error(self, answer: http.client.HTTPResponse) -> MfluxError:
-        message, param = f"it answered {answer.status}", None
+    def _error(self, answer: http.client.HTTPResponse) -> RefusedError:
+        message = f"it answered {answer.status}"
         with suppress(ValueError, KeyError, TypeError, OSError):
-            error = json.loads(answer.read(1 << 20))["error"]
-            message, param = str(error["message"]), error.get("param")
+            message = str(json.loads(answer.read(1 << 20))["error"]["message"])
         if answer.status == 401:
             message = f"it wants a key: set {KEY_VARIABLE}"
-        kind = UsageError if answer.status == 400 and param else MfluxError
-        return kind(f"{shown(self.url, 100)}: {one_line(message, 1000)}")
+        return RefusedError(f"{shown(self.url, 100)}: {one_line(message, 1000)}", answer.status)
 
 
 def generate(command: Generate, plan: Plan, url: str) -> None:
@@ -260,9 +279,12 @@ def _wanted(command: Generate, plan: Plan) -> dict[str, Any]:
 
 
 def _data_url(path: Path) -> str:
-    """A file as it is sent; its kind is told by its contents."""
     try:
-        data = path.read_bytes()
+        return data_url(path.read_bytes())
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def data_url(data: bytes) -> str:
+    """An image's file as it is sent; its kind is told by its contents."""
     return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"

@@ -122,7 +122,7 @@ class Sdapi:
         images = [await in_thread(base64_of, picture.data) for picture in pictures]
         width, height = pictures[0].size
         seeds = [picture.seed for picture in pictures]
-        prompt = job.plan.words or ""
+        prompt = job.prompt
         negative = job.settings.get("negative_prompt", "")
         steps = job.settings["steps"]
         texts = [
