@@ -16,6 +16,7 @@ from .conftest import PROMPT, Running, running, wait_for
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
+expect.set_options(timeout=20_000)
 
 PAGE = Path(__file__).parents[2] / "src" / "mflux" / "serve" / "page"
 
@@ -103,6 +104,18 @@ def test_from_a_prompt_to_an_image(page, shared: Running):
     job = shared.engine.jobs[0]
     # The server's bytes, in which the settings are.
     assert Path(download.value.path()).read_bytes() == job.pictures[0].data
+
+
+def test_what_is_typed_before_the_models_are_known(page, shared: Running):
+    held = []
+    page.route("**/v1/models", held.append)
+    page.goto(shared.url)
+    generate(page, steps=3)
+    held[0].continue_()
+    expect(gallery(page).get_by_role("img", name=PROMPT)).to_be_visible()
+    assert shared.engine.jobs[0].steps == 3
+    expect(page.get_by_label("Steps")).to_have_value("3")
+    expect(page.get_by_label("Width")).to_have_value("128")
 
 
 def test_progress_preview_and_cancel(page, shared: Running, pace):

@@ -31,7 +31,7 @@ export class Form {
     this.loraNames = [];
     /** @type {{bytes: ArrayBuffer, type: string, name: string, url: string}[]} */
     this.sources = [];
-    element("model").addEventListener("change", () => this.#modelChanged(true));
+    element("model").addEventListener("change", () => this.#modelChanged("all"));
     element("add-lora").addEventListener("click", () => this.#addLora());
   }
 
@@ -49,18 +49,17 @@ export class Form {
     element("model").replaceChildren(...options);
     const known = this.models.some((model) => model.id === chosen);
     input("model").value = known ? chosen : (this.models.find((model) => model.mflux.default) ?? this.models[0]).id;
-    this.#modelChanged(!known);
+    // Somebody may have been quicker.
+    this.#modelChanged(known ? "none" : "empty");
   }
 
-  /** @param {boolean} defaults */
-  #modelChanged(defaults) {
+  /** @param {"all" | "empty" | "none"} which of the fields get the model's own values */
+  #modelChanged(which) {
     const { mflux } = this.model;
-    if (defaults) {
-      const [width, height] = mflux.size.split("x");
-      input("width").value = width;
-      input("height").value = height;
-      input("steps").value = mflux.steps;
-      input("guidance").value = mflux.guidance ?? "";
+    const [width, height] = mflux.size.split("x");
+    const own = { width, height, steps: mflux.steps, guidance: mflux.guidance ?? "" };
+    for (const [id, value] of Object.entries(own)) {
+      if (which === "all" || (which === "empty" && input(id).value === "")) input(id).value = value;
     }
     element("guidance-box").hidden = mflux.guidance === null;
     element("negative-box").hidden = !mflux.negative_prompt;
@@ -168,7 +167,7 @@ export class Form {
   use(settings) {
     const model = this.models.find((one) => one.id === settings.model);
     if (model) input("model").value = model.id;
-    this.#modelChanged(true);
+    this.#modelChanged("all");
     for (const [id, name] of [
       ["prompt", "prompt"], ["negative", "negative_prompt"], ["width", "width"], ["height", "height"],
       ["steps", "steps"], ["guidance", "guidance"], ["seed", "seed"], ["strength", "image_strength"],

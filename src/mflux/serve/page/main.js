@@ -339,7 +339,9 @@ async function takeFiles(files) {
 
 async function generate() {
   allIsWell();
+  await started;
   if (!element("key-box").hidden) await takeTyped();
+  if (!form.model) return;
   try {
     const job = await json("/v1/jobs", await form.request());
     keepOwn(own().add(job.id));
@@ -405,6 +407,10 @@ document.addEventListener("drop", (event) => {
   takeFiles(event.dataTransfer?.files);
 });
 
-await gallery.load();
-showGallery();
-await connect();
+async function start() {
+  await gallery.load();
+  showGallery();
+  await connect();
+}
+
+const started = start();
