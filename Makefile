@@ -50,7 +50,7 @@ install = $(locked) $(pip)
 # tests/families the tests that no reference is needed for, as tests/conftest.py says.
 OF_FAMILY := $(if $(FAMILY),tests/families/$(FAMILY) tests/families/test_tiny_models.py)
 ALL_TESTS := $(if $(FAMILY),$(OF_FAMILY) tests/parity/test_families.py)
-CORE_TESTS := $(or $(OF_FAMILY),tests/core tests/families)
+CORE_TESTS := $(or $(OF_FAMILY),tests/core tests/families tests/serve)
 
 # Each worker has a core, and the references' small models are fastest on one thread.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal

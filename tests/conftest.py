@@ -29,7 +29,12 @@ if os.environ.get("MFLUX_REFUSE_TORCH") == "1":
     spec = importlib.util.spec_from_file_location("refuse_torch", REFUSAL / "sitecustomize.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     # What needs the reference implementations, or an extra.
-    collect_ignore_glob = ["parity/*", "families/*/test_parity*.py", "families/*/test_extra*.py"]
+    collect_ignore_glob = [
+        "parity/*",
+        "families/*/test_parity*.py",
+        "families/*/test_extra*.py",
+        "serve/test_extra*.py",
+    ]
 
 # Nothing here may reach for the network; what a test wants of the Hub, it asks of a server of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -34,6 +34,10 @@ EXTRAS: dict[str, Extra] = {
         ("transformers", "jinja2"), "FIBO-VLM: mflux-inspire-fibo, mflux-refine-fibo, words for mflux-generate-fibo"
     ),
     "gguf": Extra(("gguf",), "GGUF files with weights of the IQ1, IQ2, IQ3 and TQ1 types"),
+    "serve": Extra(
+        ("starlette", "uvicorn", "python_multipart", "prometheus_client"),
+        "mflux serve: models kept loaded, over HTTP, with a page",
+    ),
 }
 EXTRAS["full"] = Extra(
     tuple(dict.fromkeys(package for extra in EXTRAS.values() for package in extra.packages)), "all of the above"

@@ -45,6 +45,13 @@ def vlm(make, wheel) -> Environment:
 
 
 @pytest.fixture(scope="module")
+def serve(make, wheel) -> Environment:
+    environment = make("serve")
+    environment.install(f"{wheel}[serve]")
+    return environment
+
+
+@pytest.fixture(scope="module")
 def full(make, wheel, torch_index) -> Environment:
     environment = make("full")
     environment.install(f"{wheel}[full]", *torch_index.constraints, "--extra-index-url", torch_index.url)
@@ -114,6 +121,7 @@ def test_doctor_finds_the_core_sound_and_no_extra(core):
     assert {name: extra["installed"] for name, extra in found["extras"].items()} == {
         "torch-lite": False,
         "vlm": False,
+        "serve": False,
         "full": False,
     }
     sizes = found["sizes"]
@@ -219,9 +227,20 @@ def test_fibo_vlm_runs_without_torch(vlm, tmp_path):
     assert "torch" not in vlm.versions()
 
 
+def test_serve_brings_a_server_and_little_else(serve, core):
+    more = set(serve.versions()) - set(core.versions())
+    assert {"starlette", "uvicorn", "python-multipart", "prometheus-client"} <= more
+    assert len(more) <= 6, sorted(more)
+    if ON_LINUX:
+        assert serve.megabytes() - core.megabytes() < 3
+    done = serve.run("mflux-serve", "--host", "0.0.0.0")
+    assert (done.status, len(done.errors)) == (2, 1)
+
+
 def test_full_is_all_of_it(full, vlm, torch_lite, sparse_file):
     versions = full.versions()
-    assert set(versions) == set(vlm.versions()) | set(torch_lite.versions())
+    of_serve = {"starlette", "uvicorn", "python-multipart", "prometheus-client"}
+    assert set(versions) == set(vlm.versions()) | set(torch_lite.versions()) | of_serve
     assert cuda_packages(versions) == []
     full.pip("check")
     found = full.doctor()
@@ -229,6 +248,7 @@ def test_full_is_all_of_it(full, vlm, torch_lite, sparse_file):
     assert {name: extra["installed"] for name, extra in found["extras"].items()} == {
         "torch-lite": True,
         "vlm": True,
+        "serve": True,
         "full": True,
     }
     assert full.run("mflux-convert", sparse_file, "out.safetensors", folder=sparse_file.parent).status == 0
@@ -239,12 +259,18 @@ def test_full_is_all_of_it(full, vlm, torch_lite, sparse_file):
     assert "mflux[vlm]" not in line
 
 
-def test_an_extra_weighs_what_the_docs_say(core, torch_lite, vlm, full):
+def test_an_extra_weighs_what_the_docs_say(core, torch_lite, vlm, serve, full):
     """Within a tenth of the table in docs/install.md, on the machine that it is for."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip("the table is for Linux x86-64")
     text = (ROOT / "docs" / "install.md").read_text()
-    environments = {"mflux": core, "mflux[torch-lite]": torch_lite, "mflux[vlm]": vlm, "mflux[full]": full}
+    environments = {
+        "mflux": core,
+        "mflux[torch-lite]": torch_lite,
+        "mflux[vlm]": vlm,
+        "mflux[serve]": serve,
+        "mflux[full]": full,
+    }
     for name, environment in environments.items():
         row = re.search(rf"^\| `{re.escape(name)}` \|.*\| ([\d,]+) MB \| (\d+) \|$", text, re.M)
         assert row, name

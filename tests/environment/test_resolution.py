@@ -11,7 +11,7 @@ import pytest
 from packaging.markers import Marker
 from support.environments import ROOT, Environment, cuda_packages, execute
 
-EXTRAS = ("", "torch-lite", "vlm", "full")
+EXTRAS = ("", "torch-lite", "vlm", "serve", "full")
 
 
 def locked() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,6 +124,7 @@ class Generate:
             groups.add_pid_options(parser)
         groups.add_output_options(parser, settings="settings" not in self.leave_out)
         groups.add_machine_options(parser)
+        groups.add_server_option(parser)
         for action in parser._actions:
             if action.dest == "model" and self.default_model is not None:
                 action.help = f"{action.help} (default: {self.default_model})"
@@ -139,7 +141,13 @@ class Generate:
 
     def run(self, argv: Sequence[str] | None) -> None:
         """Settle what a command line asks for, then write its images."""
-        self.write(self.settle(*self.build_parser().parse(argv)))
+        plan = self.settle(*self.build_parser().parse(argv))
+        if url := plan.options.server or os.environ.get("MFLUX_SERVER"):
+            from mflux.serve import remote
+
+            remote.generate(self, plan, url)
+        else:
+            self.write(plan)
 
     def plan(self, settings: Mapping[str, Any]) -> Plan:
         """Settle what a program asks for: settings as an image records them, and options by their destinations.
@@ -231,10 +239,14 @@ class Generate:
         return self._check(args, said, tells=False)
 
     def write(self, plan: Plan) -> None:
-        """Load the model, and write the images of a plan where its options say."""
+        """Load the model, and write the images of a plan where its options say; under `mlx.launch` its own part."""
+        from mflux.cli.ranks import own_part
         from mflux.utils.image_util import check_output
 
+        plan, tells = own_part(plan)
         args = plan.options
+        if not plan.images:
+            return
         for seed in args.seed:
             check_output(args.output.replace("{seed}", str(seed)))
         if args.stepwise_image_output_dir:
@@ -247,6 +259,7 @@ class Generate:
         ):
             log.warning("--guidance is ignored: %s was made without guidance", args.model)
         memory = settle.prepare_machine(args, pipeline, len(plan.images))
+        pipeline.shows_progress = tells
         settle.tell_seed(args, plan.said)
         for image in self.images(plan, pipeline):
             path = settle.save_picture(image, args, image.seed, self.pixels(image, args) if self.pixels else None)

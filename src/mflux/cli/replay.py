@@ -15,12 +15,15 @@ from mflux.cli.terminal import nearest
 from mflux.errors import NotBuiltError, UsageError
 from mflux.models.common.family import all_settings
 from mflux.text import shown, some
+from mflux.utils.given_image import GivenImage, given
 from mflux.utils.paths import is_bare, is_repository, read_bounded, user_path
 from mflux.utils.settings import SETTINGS, Setting
 from mflux.utils.values import Side, Switch, Text, Wrong
 
 log = logging.getLogger(__name__)
 
+# Options that take a file which is no image.
+_NO_IMAGES = ("prompt_file", "config_from_metadata")
 # Of a `.metadata.json`: nobody's has more.
 _LARGEST = 16 << 20
 
@@ -98,7 +101,7 @@ def as_options(parser: MfluxParser, settings: Mapping[str, Any]) -> tuple[argpar
         if name not in options:
             raise UsageError(f"{parser.prog} has no setting {shown(repr(name), 60)}{nearest(name, options)}")
         # A list of seeds is one only here, and a scale factor is no size that an image has.
-        as_option = isinstance(value, list) or isinstance(options[name].type, Side)
+        as_option = isinstance(value, (list, GivenImage)) or isinstance(options[name].type, Side)
         kind = None if as_option else kinds.get(name)
         try:
             setattr(args, name, kind.of_setting(value) if kind else _as_typed(options[name], value))
@@ -114,9 +117,11 @@ def as_options(parser: MfluxParser, settings: Mapping[str, Any]) -> tuple[argpar
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: paths as text."""
+    """A value as JSON has it, but for images: paths as text."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if (image := given(value)) is not None:
+        return image
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -149,6 +154,10 @@ def _list(value: Any) -> list[Any]:
 
 
 def _word(action: argparse.Action, value: Any) -> Any:
+    if isinstance(value, GivenImage):
+        if action.type is Path and action.dest not in _NO_IMAGES:
+            return value
+        raise Wrong("an image is no value for it")
     if action.type is None or action.type is Path:
         value = Text().of_setting(value)
     elif isinstance(value, bool) or not isinstance(value, (str, int, float)):

@@ -190,6 +190,10 @@ class GeneratedImage:
             embed_metadata=embed_metadata,
         )
 
+    def settings(self) -> dict[str, Any]:
+        """What is written into its file."""
+        return self._get_metadata()
+
     def _get_metadata(self) -> dict[str, Any]:
         """Everything, with models, LoRAs and pictures named as `mflux.utils.paths` does: a picture goes out to others,
         and the folders that it was made in do not."""

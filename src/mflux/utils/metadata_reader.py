@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import PIL.Image
 
 from mflux.errors import ImageError, MfluxError
+from mflux.utils.given_image import GivenImage
 from mflux.utils.metadata_builder import COMMENT_PREFIX, XMP_KEY
 from mflux.utils.paths import user_path
 from mflux.utils.picture_files import opened
@@ -81,7 +82,7 @@ T = TypeVar("T")
 
 class MetadataReader:
     @staticmethod
-    def read_exif_metadata(image_path: str | Path) -> dict | None:
+    def read_exif_metadata(image_path: str | Path | GivenImage) -> dict | None:
         """All settings, from EXIF's UserComment; None where there are none, or no such picture. mflux 0.24's pictures
         read as well.
 
@@ -148,7 +149,7 @@ def _elements(text: str) -> Iterator[ElementTree.Element]:
     return iter(found)
 
 
-def _of_picture(path: str | Path, take: Callable[[PIL.Image.Image], T]) -> T | None:
+def _of_picture(path: str | Path | GivenImage, take: Callable[[PIL.Image.Image], T]) -> T | None:
     """What `take(image)` finds in a picture file, None in anything else."""
     try:
         with opened(path) as image:

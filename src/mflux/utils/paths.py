@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mflux.errors import UsageError
 from mflux.text import shown
+from mflux.utils.given_image import GivenImage
 
 # What an entry of Hugging Face's cache lies in: `…/models--org--name/snapshots/REVISION/…`.
 _IN_CACHE = re.compile(r"(?:^|[\\/])models--([^\\/]+?)--([^\\/]+)[\\/]snapshots[\\/][^\\/]+(?:[\\/](.+))?$")
@@ -77,8 +78,10 @@ def snapshot_in(folder: Path) -> Path:
     return named
 
 
-def recorded_file(path: str | bytes | os.PathLike) -> str:
+def recorded_file(path: str | bytes | os.PathLike | GivenImage) -> str:
     """How a picture's settings name a file: without the folders that it lies in, which are nobody's business."""
+    if isinstance(path, GivenImage):
+        return _last_part(path.name)
     return _last_part(os.fsdecode(path))
 
 

@@ -22,6 +22,7 @@ from PIL import ImageCms
 
 from mflux.errors import ImageError, OutputError, UsageError
 from mflux.utils.atomic_files import Temporary, write_atomically
+from mflux.utils.given_image import GivenImage
 from mflux.utils.metadata_builder import MetadataBuilder
 from mflux.utils.paths import recorded_file, user_path
 
@@ -46,8 +47,8 @@ _MOST_SCANS = 100
 _SCAN, _END_OF_JPEG, _ALONE = 0xDA, 0xD9, frozenset((0xFF, 0x01, *range(0xD0, 0xD9)))
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
-# A path, or a file that is open.
-Source = str | bytes | os.PathLike | BinaryIO
+# A path, a file that is open, or an image that a program hands over.
+Source = str | bytes | os.PathLike | BinaryIO | GivenImage
 
 
 @contextmanager
@@ -58,6 +59,14 @@ def opened(source: Source) -> Iterator[PIL.Image.Image]:
         ImageError: there is no such file, it is no picture in one of `FORMATS`, or too large to be decoded.
         UsageError: the name is none that a file can have.
     """
+    if isinstance(source, GivenImage):
+        contents = source.source()
+        if isinstance(contents, PIL.Image.Image):
+            yield contents
+            return
+        with _image(contents, source) as image:
+            yield image
+        return
     if not isinstance(source, (str, bytes, os.PathLike)):
         with _image(source, source) as image:
             yield image
@@ -165,6 +174,8 @@ def open_image(source: PIL.Image.Image | Source) -> PIL.Image.Image:
     Raises:
         ImageError: it does not exist, or is not a picture that can be decoded.
     """
+    if isinstance(source, GivenImage) and not isinstance(source.image, bytes):
+        source = source.image
     if isinstance(source, PIL.Image.Image):
         try:
             file = getattr(source, "fp", None)
@@ -173,7 +184,7 @@ def open_image(source: PIL.Image.Image | Source) -> PIL.Image.Image:
             return PIL.ImageOps.exif_transpose(eight_bits(source, _stored_mode(source)))
         except (ValueError, OSError, SyntaxError) as error:
             raise unreadable("given", error) from None
-    name = source if hasattr(source, "read") else user_path(source)
+    name = user_path(source) if isinstance(source, (str, bytes, os.PathLike)) else source
     with opened(source) as image:
         try:
             # How the file packs its pixels is forgotten once they are decoded.
@@ -412,7 +423,7 @@ def check_output(path: str | bytes | os.PathLike) -> Path:
         raise UsageError(f"cannot write a picture to {path}: its name has no ending; use .png, .jpg or .webp")
     try:
         # Some formats can only be read, or hold no colours.
-        PIL.Image.new("RGB", (16, 16)).save(io.BytesIO(), format=_format_of(path))
+        PIL.Image.new("RGB", (16, 16)).save(io.BytesIO(), format=format_of(path))
     except (KeyError, ValueError, OSError, NotImplementedError):
         raise UsageError(
             f"cannot write a picture to {path}: {path.suffix!r} is no format for that; use .png, .jpg or .webp"
@@ -435,7 +446,7 @@ def check_output(path: str | bytes | os.PathLike) -> Path:
     return path
 
 
-def _format_of(path: Path) -> str:
+def format_of(path: Path) -> str:
     """PIL's name for the format that an ending stands for, a `KeyError` if for none."""
     return PIL.Image.registered_extensions()[path.suffix.lower()]
 
@@ -461,31 +472,13 @@ def save_picture(
         OutputError: it cannot be written.
         UsageError: the name's ending stands for no picture format.
     """
-    from mflux.utils.image_util import ImageUtil
-
     path = check_output(path)
-    picture_format = _format_of(path)
+    picture_format = format_of(path)
     settings = None if metadata is None else plain_settings(metadata)
-    embedded = {}
-    if settings is not None and embed_metadata and ImageUtil.embed_metadata_enabled:
-        embedded = MetadataBuilder.save_arguments(settings, picture_format)
-    colours = {}
-    if (profile := image.info.get("icc_profile")) and picture_format in _PROFILED:
-        colours = {"icc_profile": profile}
-    elif profile and image.mode == "RGB":
-        image = _in_srgb(image, profile) or image
+    embedded = settings if embed_metadata else None
 
     def write(file: BinaryIO) -> None:
-        try:
-            image.save(file, format=picture_format, **embedded, **colours)
-        except ValueError as error:
-            if not embedded:
-                raise OutputError(f"cannot write {os.fsdecode(path)}: {error}") from None
-            # A JPEG holds 64 KB of settings; the picture is worth more than they are.
-            log.warning("the settings do not fit into %s (%s): it is written without them", path, error)
-            file.seek(0)
-            file.truncate()
-            image.save(file, format=picture_format, **colours)
+        file.write(picture_bytes(image, embedded, picture_format=picture_format, name=path))
 
     with_sidecar = export_json_metadata and settings is not None
     path = write_atomically(path, write, overwrite=overwrite, beside=SIDECAR if with_sidecar else None)
@@ -496,6 +489,48 @@ def save_picture(
             text = json.dumps(settings, indent=4).encode()
         write_atomically(path.with_suffix(SIDECAR), lambda file: file.write(text), overwrite=overwrite)
     return path
+
+
+def picture_bytes(
+    image: PIL.Image.Image,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    picture_format: str = "PNG",
+    quality: int | None = None,
+    name: object = "the image",
+) -> bytes:
+    """An image file's contents, with settings and colours as `save_picture` says.
+
+    Args:
+        settings: as `plain_settings` gives them; None for none.
+        picture_format: PIL's name of it.
+        quality: 0 to 100, for formats that have one; None for PIL's default.
+        name: for messages.
+
+    Raises:
+        OutputError: the format cannot hold the image.
+    """
+    from mflux.utils.image_util import ImageUtil
+
+    embedded = {}
+    if settings is not None and ImageUtil.embed_metadata_enabled:
+        embedded = MetadataBuilder.save_arguments(dict(settings), picture_format)
+    options: dict[str, Any] = {} if quality is None or picture_format == "PNG" else {"quality": quality}
+    if (profile := image.info.get("icc_profile")) and picture_format in _PROFILED:
+        options["icc_profile"] = profile
+    elif profile and image.mode == "RGB":
+        image = _in_srgb(image, profile) or image
+    file = io.BytesIO()
+    try:
+        image.save(file, format=picture_format, **embedded, **options)
+    except ValueError as error:
+        if not embedded:
+            raise OutputError(f"cannot write {name}: {error}") from None
+        # A JPEG holds 64 KB of settings; the picture is worth more than they are.
+        log.warning("the settings do not fit into %s (%s): it is written without them", name, error)
+        file = io.BytesIO()
+        image.save(file, format=picture_format, **options)
+    return file.getvalue()
 
 
 def plain_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -520,7 +555,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, os.PathLike):
+    if isinstance(value, (os.PathLike, GivenImage)):
         return recorded_file(value)
     if isinstance(value, Mapping):
         return {str(name): _plain(item, depth + 1) for name, item in value.items()}

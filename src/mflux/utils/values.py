@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 from mflux.errors import UsageError
 from mflux.text import shown, written
+from mflux.utils.given_image import given
 from mflux.utils.paths import user_path
 from mflux.utils.scale_factor import GRID, LARGEST, ScaleFactor
 
@@ -252,6 +253,20 @@ def path(value: Any, name: str, *, optional: bool = False) -> Any:
         return user_path(value)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
+
+
+def image(value: Any, name: str, *, optional: bool = False) -> Any:
+    """A path as `user_path` has it; or an image itself, opened or as a file's contents, as a `GivenImage`."""
+    found = given(value)
+    return path(value, name, optional=optional) if found is None else found
+
+
+def images(value: Any, name: str) -> list[Any]:
+    """Several of them; one counts as a list of one."""
+    if (found := given(value)) is not None:
+        return [found]
+    several = _several(value, name, (str, bytes, os.PathLike), "a path, nor a list of some")
+    return [image(one, name) for one in several]
 
 
 def paths(value: Any, name: str) -> list[Any]:

@@ -27,7 +27,7 @@ LEVELS = (
     ("callbacks",),
     ("models.common",),
     ("callbacks.instances", "models"),
-    ("commands", "programs", "import_paths", "__main__"),
+    ("commands", "serve", "programs", "import_paths", "__main__"),
 )
 
 

@@ -165,6 +165,15 @@ def add_output_options(parser: argparse.ArgumentParser, *, settings: bool = True
     )
 
 
+def add_server_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument_group("server").add_argument(
+        "--server",
+        metavar="URL",
+        help="have a running mflux serve do it, as http://127.0.0.1:7860 (default: MFLUX_SERVER; MFLUX_API_KEY is the "
+        "key that it wants)",
+    )
+
+
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--low-ram", action="store_true", help="use as little memory as possible; slower")

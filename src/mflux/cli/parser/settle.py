@@ -127,7 +127,7 @@ def settle_paths(args: argparse.Namespace, sources: Sequence[str]) -> None:
     """
     for name in ("image_path", "path", *sources):
         if value := getattr(args, name, None):
-            paths = [values.path(one, _option(name)) for one in (value if isinstance(value, list) else [value])]
+            paths = [values.image(one, _option(name)) for one in (value if isinstance(value, list) else [value])]
             setattr(args, name, paths if isinstance(value, list) else paths[0])
     folder = getattr(args, "stepwise_image_output_dir", None)
     if folder is not None and not folder.strip():

@@ -27,7 +27,7 @@ def _optional(check: Check) -> Check:
     return lambda value, name: None if value is None else check(value, name)
 
 
-_PATH, _PATHS, _TEXT = _optional(values.path), _optional(values.paths), _optional(values.text)
+_IMAGE, _IMAGES, _TEXT = _optional(values.image), _optional(values.images), _optional(values.text)
 _REAL, _REALS = _optional(values.real), _optional(values.reals)
 
 
@@ -70,16 +70,16 @@ CHECKS: Mapping[str, Check] = {
     "negative_prompt": _optional(_prompt),
     "concept": _optional(_prompt),
     "scheduler": _TEXT,
-    "image_path": _PATH,
+    "image_path": _IMAGE,
     "image_strength": _optional(lambda value, name: values.real(value, name, least=0, most=1)),
-    "left_image_path": _PATH,
-    "right_image_path": _PATH,
-    "masked_image_path": _PATH,
-    "mask_path": _PATH,
-    "depth_image_path": _PATH,
-    "controlnet_image_path": _PATH,
-    "image_paths": _PATHS,
-    "redux_image_paths": _PATHS,
+    "left_image_path": _IMAGE,
+    "right_image_path": _IMAGE,
+    "masked_image_path": _IMAGE,
+    "mask_path": _IMAGE,
+    "depth_image_path": _IMAGE,
+    "controlnet_image_path": _IMAGE,
+    "image_paths": _IMAGES,
+    "redux_image_paths": _IMAGES,
     "redux_image_strengths": _REALS,
     "base_path": values.path,
 }

@@ -68,7 +68,7 @@ def read_source(path: str | bytes | os.PathLike, resolution: int | ScaleFactor, 
         ImageError: it cannot be read.
         UsageError: the size or the softness makes no sense.
     """
-    file = values.path(path, "image_path") or path
+    file = values.image(path, "image_path")
     softness = values.real(softness, "softness", least=0, most=1)
     image = open_image(file)
     size = target_size(image.size, resolution)

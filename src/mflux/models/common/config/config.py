@@ -51,7 +51,7 @@ class Config:
         num_inference_steps = values.whole(num_inference_steps, "num_inference_steps (--steps)", least=1, most=10_000)
         image_strength = values.real(image_strength, "image_strength", least=0, most=1, optional=True)
         guidance = values.real(guidance, "guidance", least=0, optional=True)
-        image_path = values.path(image_path, "image_path", optional=True)
+        image_path = values.image(image_path, "image_path", optional=True)
         across, down = DimensionResolver.resolve(
             height=values.side(height, "height"),
             width=values.side(width, "width"),
@@ -65,10 +65,10 @@ class Config:
         self.image_path = image_path
         self.image_strength = image_strength
         self._tell_strength()
-        self.depth_image_path = _path(depth_image_path)
-        self.redux_image_paths = [Path(path) for path in redux_image_paths] if redux_image_paths else None
+        self.depth_image_path = values.image(depth_image_path, "depth_image_path", optional=True)
+        self.redux_image_paths = values.images(redux_image_paths, "redux_image_paths") if redux_image_paths else None
         self.redux_image_strengths = redux_image_strengths
-        self.masked_image_path = _path(masked_image_path)
+        self.masked_image_path = values.image(masked_image_path, "masked_image_path", optional=True)
         self.controlnet_strength = controlnet_strength
         self.scheduler_name = values.text(scheduler, "scheduler")
         self._scheduler: BaseScheduler | None = None
@@ -124,10 +124,6 @@ class Config:
     def time_steps(self) -> range:
         """The steps to take."""
         return range(self.init_time_step, self.num_inference_steps)
-
-
-def _path(path: Path | str | None) -> Path | None:
-    return None if path is None else Path(path)
 
 
 def on_grid(size: int, name: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,7 +104,7 @@ class Flux1Controlnet(FluxPipeline):
             as `Flux1.generate_image`.
         """
         given = needed(controlnet_image_path, "controlnet_image_path (--controlnet-image-path)")
-        source = Path(os.fsdecode(given))
+        source = values.image(given, "controlnet_image_path")
         strength = values.real(controlnet_strength, "controlnet_strength")
         config = self.settings(
             seed=seed,
