@@ -35,6 +35,19 @@ if os.environ.get("MFLUX_REFUSE_TORCH") == "1":
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def way(request) -> Iterator[str]:
+    """How this test's models compute: as this machine does, or as a GPU, see `support.gpu.both_ways`."""
+    name = getattr(request, "param", "plain")
+    if name == "plain":
+        yield name
+        return
+    from support.gpu import computing
+
+    with computing(name):
+        yield name
+
+
 @pytest.fixture(scope="session")
 def tiny_schnell(tmp_path_factory) -> Path:
     """A folder with a tiny FLUX.1 model of random weights that takes no guidance; not to be written to."""
@@ -89,7 +102,13 @@ def in_folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def no_lasting_settings() -> Iterator[None]:
     """Commands set these for their process; the tests share one."""
-    yield
+    if "mflux.backend" in sys.modules:
+        from support.gpu import device_restored
+
+        with device_restored():
+            yield
+    else:
+        yield
     logger = logging.getLogger("mflux")
     logger.handlers.clear()
     logger.propagate = True

@@ -265,13 +265,13 @@ def probe_mlx() -> Part:
 
 def answer_probe() -> None:
     """The other end of `probe_mlx`: print one line of JSON."""
-    from mflux.backend import has_gpu, mx
+    from mflux.backend import mx, on_gpu
     from mflux.cpu import blas
 
     kinds = {kind for kind in ("metal", "cuda") if hasattr(mx, kind) and getattr(mx, kind).is_available()}
     answer: Part = {
         "version": vars(mx)["__version__"],
-        "backend": kinds.pop() if has_gpu() and kinds else "cpu",
+        "backend": kinds.pop() if on_gpu() and kinds else "cpu",
         "device": _safely(lambda: dict(mx.device_info())),
         "blas": _safely(lambda: {"name": blas.name(), "multiplies": blas.is_fast()}),
     }

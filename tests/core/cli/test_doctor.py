@@ -52,7 +52,7 @@ def test_it_tells_every_part_of_this_installation(cli):
     assert found["python"]["version"] == ".".join(map(str, sys.version_info[:3]))
     assert found["memory"]["total"] > 1e8
     assert found["mlx"]["version"] == importlib.metadata.version("mlx")
-    assert found["mlx"]["backend"] == ("cpu" if not backend.has_gpu() else found["mlx"]["backend"])
+    assert found["mlx"]["backend"] == ("cpu" if not backend.on_gpu() else found["mlx"]["backend"])
     assert found["mlx"]["library"]["in_place"] in found["mlx"]["library"]["wheels"]
     assert found["blas"]["gflops"] > 0
     assert found["caches"]["hugging_face"]["free"] > 0

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, overload
 
 import PIL.Image
 
-from mflux.backend import has_gpu, mx, named_arrays, nn
+from mflux.backend import mx, named_arrays, nn, on_gpu
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def keeping_memory() -> Iterator[None]:
     glibc has the system make new pages each time: a fifth of a denoising step (benchmarks/steps.md). A GPU's memory is
     MLX's own affair, which does the same.
     """
-    mallopt = None if has_gpu() else _of_glibc("mallopt")
+    mallopt = None if on_gpu() else _of_glibc("mallopt")
     if mallopt is None:
         yield
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mflux.backend import compute_dtype, has_gpu, mx
+from mflux.backend import compute_dtype, mx, on_gpu
 from mflux.errors import UsageError
 from mflux.text import size
 from mflux.utils.memory import machine_memory
@@ -44,7 +44,7 @@ def check_room(config: Any, width: int, height: int) -> None:
     Raises:
         UsageError: a picture of this size cannot be drawn here; it says what might.
     """
-    if has_gpu() and not mx.metal.is_available():
+    if on_gpu() and not mx.metal.is_available():
         return  # a GPU's own memory is beside the machine's, and MLX moves what does not fit
     memory = machine_memory().most
     needed = least_bytes(config, width, height)
