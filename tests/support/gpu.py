@@ -22,6 +22,8 @@ from mflux import backend
 from mflux.backend import mx
 
 SOURCE = str(Path(backend.__file__).parent)
+# What chooses between numpy and MLX says nothing of who asked.
+KERNELS = f"{SOURCE}/cpu/"
 
 
 @contextmanager
@@ -30,9 +32,42 @@ def as_gpu() -> Iterator[None]:
     if backend.on_gpu():
         yield
         return
-    with device_restored():
+    with device_restored(), pytest.MonkeyPatch.context() as patch:
         backend.use_device("as-gpu")
+        for name in ROUNDED_ONCE:
+            patch.setattr(mx.fast, name, rounded_once(getattr(mx.fast, name)))
         yield
+
+
+# Each is one kernel on a GPU, and several operations on a CPU.
+ROUNDED_ONCE = ("layer_norm", "rms_norm", "scaled_dot_product_attention")
+
+
+def rounded_once(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """An operation of MLX's as its kernels for GPUs compute: in float32, and rounded once at the end.
+
+    What takes their place on a CPU rounds after each of its steps, which in 16 bits is no GPU's result.
+    """
+
+    @wraps(function)
+    def call(*values: Any, **options: Any) -> mx.array:
+        told = function(*values, **options)
+        if told.dtype == mx.float32:
+            return told
+        return _ASTYPE(
+            function(*map(_wide, values), **{key: _wide(value) for key, value in options.items()}), told.dtype
+        )
+
+    return call
+
+
+# Of MLX's own, so that no recorder takes it for mflux's.
+_ASTYPE = mx.array.astype
+
+
+def _wide(value: Any) -> Any:
+    is_narrow = isinstance(value, mx.array) and value.dtype in (mx.bfloat16, mx.float16)
+    return _ASTYPE(value, mx.float32) if is_narrow else value
 
 
 @contextmanager
@@ -148,7 +183,7 @@ def recording() -> Iterator[list[Call]]:
     try:
         for prefix, module in (("", mx), ("fast.", mx.fast), ("random.", mx.random), ("linalg.", mx.linalg)):
             for name, function in list(vars(module).items()):
-                if type(function).__name__ == "nb_func" and not name.startswith("_") and name not in _OTHER:
+                if _is_mlx(function) and not name.startswith("_") and name not in _OTHER:
                     put(module, name, _watched(prefix + name, function, calls))
         for name, method in list(vars(mx.array).items()):
             if type(method).__name__ in ("nb_method", "nb_func") and name not in _PLAIN:
@@ -159,6 +194,11 @@ def recording() -> Iterator[list[Call]]:
     finally:
         for holder, name, value in reversed(undo):
             setattr(holder, name, value)
+
+
+def _is_mlx(function: Any) -> bool:
+    """Whether it is a function of MLX's, or one that stands for it."""
+    return type(getattr(function, "__wrapped__", function)).__name__ == "nb_func"
 
 
 def _watched(name: str, function: Callable[..., Any], calls: list[Call], *, only_with_arrays: bool = False) -> Any:
@@ -190,7 +230,52 @@ def forms_of(value: Any) -> tuple[Form, ...]:
 def _place() -> str:
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(SOURCE):
+        if frame.f_code.co_filename.startswith(SOURCE) and not frame.f_code.co_filename.startswith(KERNELS):
             return f"{frame.f_code.co_filename[len(SOURCE) + 1 :]}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+# ---- what a GPU takes
+
+# Bytes from which on an array may be more than one buffer of Metal holds: `max_buffer_length` of `mx.device_info()` is
+# memory's share of the machine, and never below 4 GB on those that mflux is used on.
+LARGEST = 1 << 32
+# Elements from which on a kernel counts with 64 bits, and those that know only 32 go wrong.
+MOST = 1 << 31
+
+
+def refusal(call: Call) -> str | None:
+    """Why Metal or CUDA would not compute this call, or not as it is meant; None where it would.
+
+    What MLX's documentation and sources say, as of 0.32: float64 works on the CPU alone (docs, "Data Types"); nothing
+    is scattered into 64-bit integers (`Scatter::eval_gpu` in backend/metal/indexing.cpp refuses types of 8 bytes);
+    factorisations and inverses are the CPU's (backend/metal/primitives.cpp); fused attention takes queries, keys and
+    values of one dtype (backend/metal/scaled_dot_product_attention.cpp). complex64 and integers of 64 bits have
+    kernels, but not in every operation, and nothing here needs them: they come from numpy by accident.
+    """
+    dtypes = {form.dtype for form in call.forms}
+    if mx.float64 in dtypes:
+        return "float64 is the CPU's alone"
+    if mx.complex64 in dtypes:
+        return "complex64 is not in every kernel"
+    if call.name.startswith("linalg.") and call.name != "linalg.norm":
+        return "factorisations are the CPU's alone"
+    if dtypes & {mx.int64, mx.uint64} and call.name not in INDEX:
+        return "64-bit integers are not in every kernel"
+    if call.name == "array.__setitem__" and call.inputs[0].dtype.size == 8:
+        return "nothing scatters into 64-bit integers"
+    for form in call.forms:
+        if form.size >= MOST or form.nbytes >= LARGEST:
+            return f"{form} is more than a buffer, or a 32-bit index, holds"
+    if call.name == "fast.scaled_dot_product_attention":
+        if len({form.dtype for form in call.inputs[:3]}) > 1:
+            return "queries, keys and values differ in dtype"
+        mask = call.options.get("mask")
+        if isinstance(mask, Form) and mask.dtype not in (mx.bool_, call.inputs[0].dtype):
+            return "the mask is neither truth values nor of the queries' dtype"
+    return None
+
+
+# What numbers rows: reading them, and checking that there are such rows.
+INDEX = {"array.__getitem__", "take", "array.min", "array.max", "array.__int__", "array.astype", "array.item"}
