@@ -65,20 +65,22 @@ def tiny_dev(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def written_models(tmp_path_factory) -> Callable[[str, bool], Path]:
-    """Families' tiny models by name and width, each written when it is first asked for."""
-    from support.tiny_models import TINY
+def written_models(tmp_path_factory) -> Callable[..., Path]:
+    """Families' tiny models by name and width, each written when it is first asked for; stored in float32, or as
+    published ones are in bfloat16."""
+    from support.tiny_models import TINY, in_sixteen_bits
 
     @cache
-    def write(name: str, wide: bool) -> Path:
-        return TINY[name].write(tmp_path_factory.mktemp("tiny") / ("wide" if wide else "narrow"), wide=wide)
+    def write(name: str, wide: bool, sixteen: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp("tiny") / ("wide" if wide else "narrow")
+        return in_sixteen_bits(write(name, wide), folder) if sixteen else TINY[name].write(folder, wide=wide)
 
     return write
 
 
 @pytest.fixture
-def tiny(request, written_models, in_folder, monkeypatch, cli):
-    """One family's `TinyModel`, for tests marked with `EVERY_TINY`.
+def tiny(request, written_models, in_folder, monkeypatch, cli, way):
+    """One family's `TinyModel`, for tests marked with `EVERY_TINY`; with `both_ways`, a GPU's is stored in bfloat16.
 
     The working directory holds what it generates from, and what the family replaces to be fast is replaced.
     """
@@ -89,7 +91,7 @@ def tiny(request, written_models, in_folder, monkeypatch, cli):
         monkeypatch.setattr(path, value)
     if case.pictures is not None:
         case.pictures(in_folder)
-    return TinyModel(case, cli, partial(written_models, request.param))
+    return TinyModel(case, cli, partial(written_models, request.param, sixteen=way == "as-gpu"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support.cases import every
 from support.gpu import Call, as_gpu, recording, refusal
-from support.tiny_models import EVERY_TINY, TinyModel
+from support.tiny_models import EVERY_TINY, TINY, TinyModel
 
 from mflux.backend import mx
 from mflux.models.common.networks.autoencoders import kernels
@@ -25,24 +25,15 @@ CONFIGS = json.loads((ROOT / "tests" / "data" / "surface" / "configs.json").read
 PRODUCTS = ("matmul", "addmm", "array.__matmul__", "conv2d", "quantized_matmul", "fast.scaled_dot_product_attention")
 
 
-def in_sixteen_bits(folder: Path, dtype: mx.Dtype = mx.bfloat16) -> Path:
-    """Store a model's weights in 16 bits, as published ones are."""
-    for path in folder.rglob("*.safetensors"):
-        tensors = mx.load(str(path))
-        floats = {name for name, value in tensors.items() if mx.issubdtype(value.dtype, mx.floating)}
-        mx.save_safetensors(str(path), {n: v.astype(dtype) if n in floats else v for n, v in tensors.items()})
-    return folder
-
-
 @pytest.fixture(scope="module")
-def calls_of(tmp_path_factory):
+def calls_of(written_models):
     """Every call while a family's tiny model generates one image, and the image."""
     found: dict[str, tuple[list[Call], np.ndarray]] = {}
 
     def generate(tiny: TinyModel) -> tuple[list[Call], np.ndarray]:
         name = tiny.case.command
         if name not in found:
-            folder = in_sixteen_bits(tiny.case.write(tmp_path_factory.mktemp("sixteen") / "model", wide=False))
+            folder = written_models(next(key for key, case in TINY.items() if case is tiny.case), False, sixteen=True)
             with as_gpu():
                 model = tiny.pipeline(folder)
                 with recording() as calls:
