@@ -232,7 +232,9 @@ def sides(part: Part, root: Path = ROOT) -> Callable[[int], Runs]:
     from mflux.backend import has_gpu, mx, tree_map
 
     if has_gpu():
-        raise SystemExit("error: this compares MLX and torch on a CPU, and MLX computes on a GPU here")
+        raise SystemExit(
+            "error: this compares MLX and torch on a CPU, and MLX computes on a GPU here: benchmarks/gpu.py does that"
+        )
     torch.set_grad_enabled(False)
     components = every("COMPONENTS")
     component = components[part.component]

@@ -78,7 +78,7 @@ def test_demo_says_what_it_wrote_and_what_it_kept(with_core):
 
 
 @pytest.mark.parametrize("uv", [False, True], ids=["pip", "uv"])
-@pytest.mark.parametrize("target", ["demo", "test", "test-core", "lint", "wheel"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-gpu", "test-core", "lint", "wheel"])
 def test_whatever_is_installed_is_what_the_lock_has(target, uv, checkout):
     found = installs(checkout, target, uv)
     assert found
