@@ -40,6 +40,9 @@ endif
 pip_torch = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch==$(TORCH) \
 	--extra-index-url $(TORCH_INDEX)
 
+# Published vocabularies, which these hold and nothing here does; without what they need, torchvision among it.
+VOCABULARIES := open_clip_torch==3.3.0 dashscope==2.0.2 mistral_common==1.13.1
+
 # The lock's versions, as environment variables because those reach what pip and uv install to build a package, too.
 constraints = $(PYTHON) tools/constraints.py >$(1)/constraints.txt
 locked = $(foreach name,PIP_CONSTRAINT PIP_BUILD_CONSTRAINT UV_CONSTRAINT UV_BUILD_CONSTRAINT,$(name)=$(1)/constraints.txt)
@@ -91,6 +94,7 @@ test-newest:
 	$(call venv,$(NEWEST))
 	$(call pip_torch,$(NEWEST))
 	$(call pip,$(NEWEST)) -e . $$($(PYTHON) tools/group.py test)
+	$(call pip,$(NEWEST)) --no-deps $(VOCABULARIES)
 	MFLUX_TEST_NEWEST=1 $(call pytest,$(NEWEST)) $(ALL_TESTS) $(PYTEST_ARGS)
 
 # Every install path of docs/install.md, in environments that are thrown away: minutes, gigabytes and an index.
@@ -131,6 +135,7 @@ $(TESTS)/.ready: $(VERSIONS)
 	$(call venv,$(TESTS)) && $(call constraints,$(TESTS))
 	$(call locked,$(TESTS)) $(call pip_torch,$(TESTS))
 	$(call install,$(TESTS)) -e . $$($(PYTHON) tools/group.py test)
+	$(call install,$(TESTS)) --no-deps $(VOCABULARIES)
 	touch $@
 
 ifneq ($(GPU),$(TESTS))
