@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from support.gpu import Form, as_gpu, recording
+from support.gpu import Call, Form, as_gpu, recording, refusal
 
 from mflux import backend
 from mflux.backend import UsageError, mx, nn
@@ -105,3 +105,38 @@ def test_as_a_gpu_nothing_is_numpy_s():
     assert "addmm" in names and names[-1] == "array.item" and calls[-1].waits
     assert calls[names.index("addmm")].outputs == (Form(mx.float32, (512, 512)),)
     assert not any(call.waits for call in calls[:-1])
+
+
+BF16 = Form(mx.bfloat16, (1, 2, 8, 64))
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (Call("add", (Form(mx.float64, (2,)),), ()), "float64"),
+        (Call("multiply", (), (Form(mx.complex64, (2,)),)), "complex64"),
+        (Call("array.__add__", (Form(mx.int64, (2,)),), (Form(mx.int64, (2,)),)), "64-bit integers"),
+        (Call("array.__setitem__", (Form(mx.uint64, (2,)),), ()), "64-bit"),
+        (Call("linalg.svd", (Form(mx.float32, (2, 2)),), ()), "factorisations"),
+        (Call("zeros", (), (Form(mx.uint8, (1 << 16, 1 << 15)),)), "more than a buffer"),
+        (Call("zeros", (), (Form(mx.float32, (1 << 15, 1 << 15)),)), "more than a buffer"),
+        (Call("fast.scaled_dot_product_attention", (BF16, Form(mx.float32, BF16.shape), BF16), (BF16,)), "differ"),
+        (
+            Call("fast.scaled_dot_product_attention", (BF16,) * 3, (BF16,), {"mask": Form(mx.float32, (8, 8))}),
+            "the mask is",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_refuses_is_told(call, why):
+    assert why in (refusal(call) or "")
+
+
+def test_what_a_gpu_takes_is_not_refused():
+    for call in (
+        Call("fast.scaled_dot_product_attention", (BF16,) * 3, (BF16,), {"mask": Form(mx.bool_, (8, 8))}),
+        Call("array.__getitem__", (Form(mx.float32, (9, 2)), Form(mx.int64, (3,))), (Form(mx.float32, (3, 2)),)),
+        Call("zeros", (), (Form(mx.uint8, ((1 << 31) - 1,)),)),
+        Call("linalg.norm", (Form(mx.float32, (2, 2)),), (Form(mx.float32, ()),)),
+    ):
+        assert refusal(call) is None

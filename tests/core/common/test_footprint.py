@@ -12,7 +12,7 @@ import pytest
 from mflux.backend import mx
 from mflux.cli import fits
 from mflux.errors import UsageError
-from mflux.models.common import room
+from mflux.models.common import memory, room
 from mflux.models.common.family import built, families
 from mflux.models.common.footprint import MACS, components, footprint, published_config, weights, working_set
 from mflux.models.flux.model.transformer import FluxTransformer, FluxTransformerConfig
@@ -174,3 +174,24 @@ def test_a_pipeline_asks_once(tiny_dev, monkeypatch):
     for seed in (1, 2):
         model.generate_image(seed=seed, prompt="x", num_inference_steps=1, width=32, height=32)
     assert asked == [{"is_stored": False}]
+
+
+def test_on_a_mac_memory_is_wired_while_steps_are_made(monkeypatch):
+    """As far as Metal recommends, and as before in the end."""
+    limits = [0]
+    monkeypatch.setattr(memory, "recommended", lambda: 12345)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: limits.append(limit) or limits[-2])
+    with pytest.raises(KeyboardInterrupt), memory.keeping_memory():
+        assert limits == [0, 12345]
+        raise KeyboardInterrupt
+    assert limits == [0, 12345, 0]
+
+
+def test_metal_alone_recommends(monkeypatch):
+    assert memory.recommended() is None or mx.metal.is_available()
+    monkeypatch.setattr(memory, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 22906503168})
+    assert memory.recommended() == 22906503168
+    monkeypatch.setattr(mx, "device_info", dict)
+    assert memory.recommended() is None

@@ -14,6 +14,7 @@ from typing import Any
 from mflux.backend import compute_dtype, mx, on_gpu
 from mflux.errors import UsageError
 from mflux.models.common.footprint import weights
+from mflux.models.common.memory import recommended
 from mflux.text import size
 from mflux.utils.memory import machine_memory
 from mflux.utils.scale_factor import GRID
@@ -68,16 +69,6 @@ def check_room(config: Any, width: int, height: int) -> None:
 def _is_beside() -> bool:
     """Whether what computes has memory of its own, beside the machine's: MLX moves what does not fit there."""
     return on_gpu() and not mx.metal.is_available()
-
-
-def recommended() -> int | None:
-    """Bytes that Metal recommends a program to take at most on this Mac; None elsewhere.
-
-    `sysctl iogpu.wired_limit_mb` is how its owner changes that; mflux never does.
-    """
-    if not (on_gpu() and mx.metal.is_available()):
-        return None
-    return int(mx.device_info().get("max_recommended_working_set_size", 0)) or None
 
 
 def fits_here(peak: int) -> bool:
