@@ -93,11 +93,16 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     return mx.float32
 
 
-if _named := os.environ.get("MFLUX_DEVICE"):
-    try:
-        use_device(_named)
-    except UsageError as error:
-        raise UsageError(f"MFLUX_DEVICE: {error}") from None
+def _settle_device() -> None:
+    """Take what `MFLUX_DEVICE` says, where it says something."""
+    if name := os.environ.get("MFLUX_DEVICE"):
+        try:
+            use_device(name)
+        except UsageError as error:
+            raise UsageError(f"MFLUX_DEVICE: {error}") from None
+
+
+_settle_device()
 settle_compiling()
 
 
