@@ -40,6 +40,9 @@ endif
 pip_torch = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch==$(TORCH) \
 	--extra-index-url $(TORCH_INDEX)
 
+# Published vocabularies, which these hold and nothing here does; without what they need, torchvision among it.
+VOCABULARIES := open_clip_torch==3.3.0 dashscope==2.0.2 mistral_common==1.13.1
+
 # The lock's versions, as environment variables because those reach what pip and uv install to build a package, too.
 constraints = $(PYTHON) tools/constraints.py >$(1)/constraints.txt
 locked = $(foreach name,PIP_CONSTRAINT PIP_BUILD_CONSTRAINT UV_CONSTRAINT UV_BUILD_CONSTRAINT,$(name)=$(1)/constraints.txt)
@@ -55,7 +58,7 @@ CORE_TESTS := $(or $(OF_FAMILY),tests/core tests/families tests/serve)
 # Each worker has a core, and the references' small models are fastest on one thread.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-core fuzz test-newest test-environments lint format wheel lock clean bench
+.PHONY: demo test test-gpu test-core fuzz test-newest test-environments lint format wheel lock clean bench
 
 demo: $(CORE)/.ready
 	@drawn="$$($(CORE)/bin/mflux-generate --model demo --prompt="$$MFLUX_DEMO_PROMPT" --seed 4 --output demo.png)" && \
@@ -66,6 +69,16 @@ demo: $(CORE)/.ready
 test: $(TESTS)/.ready $(CLEAN)/.ready
 	$(call pytest,$(TESTS)) $(ALL_TESTS) $(PYTEST_ARGS)
 	MFLUX_REFUSE_TORCH=1 $(call pytest,$(CLEAN)) $(CORE_TESTS) $(PYTEST_ARGS)
+
+# What a GPU can be held to, on a machine that has one, and the embedded model on it. In float32 MLX would multiply with
+# fewer digits on some. On Linux CUDA's wheel takes the CPU's place, in an environment of its own.
+GPU := $(if $(filter Darwin,$(shell uname -s)),$(TESTS),.venv-gpu)
+GPU_TESTS := tests/parity/test_families.py tests/parity/test_sixteen_bits.py tests/families/test_tiny_models.py \
+	tests/families/depth_pro/test_parity.py tests/families/seedvr2/test_networks.py tests/families/fibo/test_parity_vlm.py
+on_gpu = MFLUX_DEVICE=gpu MLX_ENABLE_TF32=0
+test-gpu: $(GPU)/.ready
+	$(on_gpu) $(GPU)/bin/python -m mflux.cli.main doctor --selftest
+	$(on_gpu) $(call pytest,$(GPU)) $(GPU_TESTS) $(PYTEST_ARGS)
 
 test-core: $(CLEAN)/.ready
 	MFLUX_REFUSE_TORCH=1 $(call pytest,$(CLEAN)) $(CORE_TESTS) $(PYTEST_ARGS)
@@ -81,6 +94,7 @@ test-newest:
 	$(call venv,$(NEWEST))
 	$(call pip_torch,$(NEWEST))
 	$(call pip,$(NEWEST)) -e . $$($(PYTHON) tools/group.py test)
+	$(call pip,$(NEWEST)) --no-deps $(VOCABULARIES)
 	MFLUX_TEST_NEWEST=1 $(call pytest,$(NEWEST)) $(ALL_TESTS) $(PYTEST_ARGS)
 
 # Every install path of docs/install.md, in environments that are thrown away: minutes, gigabytes and an index.
@@ -109,7 +123,7 @@ lock:
 	$(PYTHON) tools/lock.py $(LOCK_ARGS)
 
 clean:
-	rm -rf $(CORE) $(TESTS) $(NEWEST) $(CLEAN) $(LINT) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(CORE) $(TESTS) $(GPU) $(NEWEST) $(CLEAN) $(LINT) dist build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(CORE)/.ready: $(VERSIONS)
@@ -121,7 +135,18 @@ $(TESTS)/.ready: $(VERSIONS)
 	$(call venv,$(TESTS)) && $(call constraints,$(TESTS))
 	$(call locked,$(TESTS)) $(call pip_torch,$(TESTS))
 	$(call install,$(TESTS)) -e . $$($(PYTHON) tools/group.py test)
+	$(call install,$(TESTS)) --no-deps $(VOCABULARIES)
 	touch $@
+
+ifneq ($(GPU),$(TESTS))
+$(GPU)/.ready: $(VERSIONS)
+	$(call venv,$(GPU)) && $(call constraints,$(GPU))
+	$(call locked,$(GPU)) $(call pip_torch,$(GPU))
+	$(call install,$(GPU)) -e . $$($(PYTHON) tools/group.py test)
+	$(GPU)/bin/python -m pip uninstall --quiet --yes mlx-cpu
+	$(call install,$(GPU)) 'mlx[cuda13]'
+	touch $@
+endif
 
 $(CLEAN)/.ready: $(VERSIONS) $(SOURCES) | $(LINT)/.ready
 	$(MAKE) --no-print-directory wheel

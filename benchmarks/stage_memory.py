@@ -93,31 +93,13 @@ def stages_of(family) -> dict[type, str]:
     return {component.module_class(): component.stage for component in components}
 
 
-def bytes_of(module, bits: int | None) -> int:
-    """What a module's parameters take, in 16 bits or quantized; nothing is computed for it."""
-    from math import prod
-
-    from mflux.backend import mx, tree_flatten
-    from mflux.checkpoints.quantization import Quantization, packed_specs, planned
-
-    plan = {} if bits is None else planned(module, Quantization(bits))
-    total = 0
-    for name, value in tree_flatten(module.parameters()):
-        found = plan.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if found is None:
-            total += 2 * value.size
-        else:
-            specs = packed_specs(mx.bfloat16, value.shape, found)
-            total += sum(dtype.size * prod(shape) for dtype, shape in specs.values())
-    return total
-
-
 def on_paper(name: str) -> Iterator[tuple[str, ...]]:
     """Rows of the table: published component, stage, parameters that are loaded, GB in 16 bits, and quantized."""
     from support.cases import case_modules
 
     from mflux.backend import tree_flatten
     from mflux.models.common.family import families
+    from mflux.models.common.footprint import weights
 
     stages = stages_of(families()[name])
     # SeedVR2's tests go another way; what it takes stands in seedvr2.md.
@@ -129,7 +111,7 @@ def on_paper(name: str) -> Iterator[tuple[str, ...]]:
             for kind in loaded if case.module in loaded else [*loaded, case.module]:
                 module = kind(kind.config_class.from_dict(CONFIGS[key]))
                 size = sum(value.size for _, value in tree_flatten(module.parameters()))
-                cells = [f"{bytes_of(module, bits) / 1e9:.1f}" for bits in (None, *BITS)]
+                cells = [f"{weights(module, bits) / 1e9:.1f}" for bits in (None, *BITS)]
                 stage = stages[loaded[0]] if loaded else ""
                 yield f"{key} ({kind.__name__})", stage, f"{size / 1e9:.2f}", *cells
 

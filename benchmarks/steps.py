@@ -232,7 +232,9 @@ def sides(part: Part, root: Path = ROOT) -> Callable[[int], Runs]:
     from mflux.backend import has_gpu, mx, tree_map
 
     if has_gpu():
-        raise SystemExit("error: this compares MLX and torch on a CPU, and MLX computes on a GPU here")
+        raise SystemExit(
+            "error: this compares MLX and torch on a CPU, and MLX computes on a GPU here: benchmarks/gpu.py does that"
+        )
     torch.set_grad_enabled(False)
     components = every("COMPONENTS")
     component = components[part.component]
@@ -270,7 +272,6 @@ def flux2_runs(module, small, reference, given: dict) -> Runs:
     """FLUX.2's transformer for itself; its test runs other things along with this."""
     import torch
     from diffusers import Flux2KleinPipeline
-    from families.flux2.cases import grid_ids, text_ids
 
     from mflux.backend import mx
 
@@ -282,13 +283,27 @@ def flux2_runs(module, small, reference, given: dict) -> Runs:
         "img_ids": Flux2KleinPipeline._prepare_latent_ids(torch.empty(1, 1, *given["grid"])),
         "txt_ids": Flux2KleinPipeline._prepare_text_ids(text),
     }
-    places = {"text_ids": text_ids(text.shape[1]), "image_ids": grid_ids(*given["grid"])}
-    arrays = [mx.array(given[name]) for name in ("latents", "sigma", "text")]
+    arrays = given | {name: mx.array(given[name]) for name in ("latents", "sigma", "text")}
 
     def ours(module) -> Callable[[], None]:
-        return lambda: mx.eval(module(arrays[0], sigma=arrays[1], prompt_embeds=arrays[2], **places))
+        return lambda: mx.eval(flux2_ours(module, arrays))
 
     return {"torch": lambda: reference(**arguments), "ours": ours(module), "packed": ours(small)}
+
+
+def flux2_ours(module, given: dict):
+    """Ours alone."""
+    from families.flux2.cases import grid_ids, text_ids
+
+    from mflux.backend import mx
+
+    return module(
+        given["latents"],
+        sigma=mx.array(given["sigma"]),
+        prompt_embeds=given["text"],
+        text_ids=text_ids(given["text"].shape[1]),
+        image_ids=grid_ids(*given["grid"]),
+    )
 
 
 class Other:

@@ -40,6 +40,19 @@ if os.environ.get("MFLUX_REFUSE_TORCH") == "1":
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def way(request) -> Iterator[str]:
+    """How this test's models compute: as this machine does, or as a GPU, see `support.gpu.both_ways`."""
+    name = getattr(request, "param", "plain")
+    if name == "plain":
+        yield name
+        return
+    from support.gpu import computing
+
+    with computing(name):
+        yield name
+
+
 @pytest.fixture(scope="session")
 def tiny_schnell(tmp_path_factory) -> Path:
     """A folder with a tiny FLUX.1 model of random weights that takes no guidance; not to be written to."""
@@ -57,20 +70,22 @@ def tiny_dev(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def written_models(tmp_path_factory) -> Callable[[str, bool], Path]:
-    """Families' tiny models by name and width, each written when it is first asked for."""
-    from support.tiny_models import TINY
+def written_models(tmp_path_factory) -> Callable[..., Path]:
+    """Families' tiny models by name and width, each written when it is first asked for; stored in float32, or as
+    published ones are in bfloat16."""
+    from support.tiny_models import TINY, in_sixteen_bits
 
     @cache
-    def write(name: str, wide: bool) -> Path:
-        return TINY[name].write(tmp_path_factory.mktemp("tiny") / ("wide" if wide else "narrow"), wide=wide)
+    def write(name: str, wide: bool, sixteen: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp("tiny") / ("wide" if wide else "narrow")
+        return in_sixteen_bits(write(name, wide), folder) if sixteen else TINY[name].write(folder, wide=wide)
 
     return write
 
 
 @pytest.fixture
-def tiny(request, written_models, in_folder, monkeypatch, cli):
-    """One family's `TinyModel`, for tests marked with `EVERY_TINY`.
+def tiny(request, written_models, in_folder, monkeypatch, cli, way):
+    """One family's `TinyModel`, for tests marked with `EVERY_TINY`; with `both_ways`, a GPU's is stored in bfloat16.
 
     The working directory holds what it generates from, and what the family replaces to be fast is replaced.
     """
@@ -81,7 +96,7 @@ def tiny(request, written_models, in_folder, monkeypatch, cli):
         monkeypatch.setattr(path, value)
     if case.pictures is not None:
         case.pictures(in_folder)
-    return TinyModel(case, cli, partial(written_models, request.param))
+    return TinyModel(case, cli, partial(written_models, request.param, sixteen=way == "as-gpu"))
 
 
 @pytest.fixture
@@ -94,7 +109,13 @@ def in_folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def no_lasting_settings() -> Iterator[None]:
     """Commands set these for their process; the tests share one."""
-    yield
+    if "mflux.backend" in sys.modules:
+        from support.gpu import device_restored
+
+        with device_restored():
+            yield
+    else:
+        yield
     logger = logging.getLogger("mflux")
     logger.handlers.clear()
     logger.propagate = True

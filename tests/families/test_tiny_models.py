@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from support.cases import Tiny
-from support.tiny_models import EVERY_TINY, SIZE, TINY, pixels
+from support.tiny_models import EVERY_TINY, EVERY_TINY_BOTH_WAYS, SIZE, TINY, pixels
 
 from mflux.backend import mx, nn, tree_flatten
 from mflux.cli.commands import COMMANDS
@@ -60,7 +60,7 @@ def test_a_picture_is_drawn_again_from_its_own_settings(tiny):
         assert np.array_equal(pixels(result.paths[0]), pixels(first))
 
 
-@EVERY_TINY
+@EVERY_TINY_BOTH_WAYS
 def test_class_and_command_agree_with_the_command(tiny):
     assert np.array_equal(tiny.picture(tiny.pipeline()), pixels(tiny.draw("--seed", 1)))
 
@@ -127,7 +127,7 @@ def test_what_a_program_asks_for_is_checked(tiny, wrong, told):
     assert told in str(caught.value)
 
 
-@EVERY_TINY
+@EVERY_TINY_BOTH_WAYS
 def test_a_stage_holds_only_what_it_needs(tiny):
     """No text encoder is left when the steps begin, and before the last picture is decoded nothing else is either."""
     model = tiny.pipeline()
@@ -216,7 +216,7 @@ def strong_lora(tiny) -> str:
     return "strong.safetensors"
 
 
-@EVERY_TINY
+@EVERY_TINY_BOTH_WAYS
 def test_other_loras_for_a_loaded_model(tiny):
     """What `set_loras` leaves is what a new model with the same LoRAs is."""
     model, lora = tiny.pipeline(), strong_lora(tiny)
@@ -240,7 +240,7 @@ def test_low_ram_draws_the_same(tiny):
     assert np.abs(pixels(plain) - pixels(low)).max() <= 1
 
 
-@EVERY_TINY
+@EVERY_TINY_BOTH_WAYS
 def test_saved_and_quantized_it_draws_what_it_drew(tiny):
     """Quantizing while loading and loading what was saved quantized are the same, tensor by tensor."""
     root = tiny.folder(wide=True)
@@ -274,8 +274,8 @@ def test_a_saved_model_knows_what_it_is(cli, tiny):
     assert np.array_equal(pixels(result.paths[0]), pixels(tiny.draw("--seed", 1)))
 
 
-@EVERY_TINY
-def test_a_lora_changes_what_is_drawn(tiny):
+@EVERY_TINY_BOTH_WAYS
+def test_a_lora_changes_what_is_drawn(tiny, way):
     strong_lora(tiny)
     plain, none, all_of_it, beside = (
         tiny.draw("--seed", 1, *words, "--output", f"{number}.png")
@@ -290,7 +290,9 @@ def test_a_lora_changes_what_is_drawn(tiny):
     )
     assert np.abs(pixels(plain) - pixels(none)).max() <= 1
     assert np.abs(pixels(plain) - pixels(all_of_it)).max() > 1
-    assert np.abs(pixels(beside) - pixels(all_of_it)).max() <= 1
+    differences = np.abs(pixels(beside) - pixels(all_of_it))
+    # In bfloat16 what is added to the weights is rounded with them, and beside them it is not.
+    assert differences.max() <= 1 if way == "plain" else differences.mean() <= 2
     settings = MetadataReader.read_exif_metadata(beside)
     assert (settings["lora_paths"], settings["lora_scales"]) == (["strong.safetensors"], [1.0])
     assert settings["bake_lora"] is False

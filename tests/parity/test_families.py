@@ -20,6 +20,7 @@ import torch
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
 from support.cases import Component, every
+from support.gpu import WAYS, computing
 from support.reference import COMPONENT, LOOP, as_numpy, draw, relative_error
 
 from mflux.backend import mx, nn
@@ -64,11 +65,13 @@ def test_component(tmp_path, name, settings, number):
     model, ours = build(component, tmp_path, component.settings[settings])
     inputs = component.inputs(model, number)
     expected = outputs(component, model, inputs)
-    results = list(component.ours(ours, inputs))
     assert expected
-    assert len(results) == len(expected)
-    for one, other in zip(results, expected, strict=True):
-        assert relative_error(one, other) <= COMPONENT
+    for way in WAYS:
+        with computing(way):
+            results = list(component.ours(ours, inputs))
+            assert len(results) == len(expected)
+            for one, other in zip(results, expected, strict=True):
+                assert relative_error(one, other) <= COMPONENT, way
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -241,10 +244,12 @@ def test_picture(written_folder, name, picture):
     pipeline = PIPELINES[name]
     folder, settings = pipeline.pictures[picture]
     path = written_folder(name, folder)
-    latents, pixels = pipeline.ours(path, settings)
     expected_latents, expected = pipeline.theirs(path, settings)
-    assert relative_error(latents, expected_latents) <= LOOP
-    assert pixels.shape == expected.shape
+    for way in WAYS:
+        with computing(way):
+            latents, pixels = pipeline.ours(path, settings)
+        assert relative_error(latents, expected_latents) <= LOOP, way
+        assert pixels.shape == expected.shape
+        assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 2, way
     assert ((expected > 0) & (expected < 255)).mean() > 0.5, "a picture that is mostly clipped shows little"
     assert expected.std() > 10
-    assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 2

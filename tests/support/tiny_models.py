@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,22 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mflux.backend import mx
 from mflux.models.common.config import ModelConfig
 from support.cases import Tiny, every
+from support.gpu import WAYS
 
 TINY: dict[str, Tiny] = every("TINY")
 # A test, or a module's `pytestmark`, that takes every family's model in turn.
 EVERY_TINY = pytest.mark.parametrize("tiny", TINY, indirect=True)
+# The same, and once more as on a GPU for the first model of each family: its others compute with the same parts.
+FIRST = list({name.partition(" ")[0]: name for name in reversed(TINY)}.values())
+EVERY_TINY_BOTH_WAYS = pytest.mark.parametrize(
+    ("tiny", "way"),
+    [pytest.param(name, "plain", id=name) for name in TINY]
+    + [pytest.param(name, way, id=f"{name}, {way}") for way in WAYS[1:] for name in FIRST],
+    indirect=True,
+)
 SIZE = ("--width", 64, "--height", 32)
 
 
@@ -73,6 +84,17 @@ class TinyModel:
         """The pixels that the command would write."""
         generated = self.generate(pipeline)
         return np.asarray((generated.get_right_half() if self.case.right_half else generated).image).astype(int)
+
+
+def in_sixteen_bits(source: Path, folder: Path) -> Path:
+    """A copy of a model whose weights are stored in bfloat16, as published ones are."""
+    shutil.copytree(source, folder)
+    for path in folder.rglob("*.safetensors"):
+        tensors = mx.load(str(path))
+        floats = {name for name, value in tensors.items() if mx.issubdtype(value.dtype, mx.floating)}
+        narrow = {name: value.astype(mx.bfloat16) if name in floats else value for name, value in tensors.items()}
+        mx.save_safetensors(str(path), narrow)
+    return folder
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mflux.cli.parser.groups import add_device_option
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say, say_line
 from mflux.errors import OutputError, UsageError
@@ -53,6 +54,7 @@ def build_parser() -> MfluxParser:
         choices=QUANTIZE_CHOICES,
         help="bits per weight for linear layers and embeddings; mflux loads the result, PyTorch does not",
     )
+    add_device_option(parser)
     return parser
 
 

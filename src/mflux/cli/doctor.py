@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say
-from mflux.errors import DownloadError
+from mflux.errors import DownloadError, MfluxError
 from mflux.text import one_line, size
 from mflux.utils.memory import machine_memory
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from importlib.metadata import Distribution, PackagePath
 
 _PROBE_SECONDS = 120
+_SELFTEST_SECONDS = 600
 # The side of the matrices whose product is timed.
 _SIDE = 1024
 
@@ -38,6 +39,17 @@ def build_parser() -> MfluxParser:
     )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     parser.add_argument("--sizes", action="store_true", help="also the size of each installed distribution")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--plan",
+        metavar="MODEL",
+        help="instead: what a model takes on disk and in memory, with any number of bits; all: every model",
+    )
+    either.add_argument(
+        "--selftest",
+        action="store_true",
+        help="instead: generate with the embedded model on the GPU and on the CPU, and compare",
+    )
     return parser
 
 
@@ -45,10 +57,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(report, argv)
 
 
-def report(argv: Sequence[str] | None) -> None:
+def report(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
+    if args.plan is not None:
+        from mflux.cli import fits
+
+        planned = fits.plans(args.plan)
+        say(json.dumps(planned, indent=2) if args.json else "\n".join(fits.describe(planned)))
+        return 0
+    if args.selftest:
+        from mflux.cli import selftest
+
+        try:
+            seen = _ask_process("mflux.cli.selftest", "answer", _SELFTEST_SECONDS)
+        except RuntimeError as error:
+            raise MfluxError(f"the embedded model generates nothing here: {error}") from None
+        say(json.dumps(seen, indent=2) if args.json else selftest.describe(seen))
+        return 0 if selftest.is_right(seen) else 1
     found = examine(sizes=args.sizes)
     say(json.dumps(found, indent=2) if args.json else "\n".join(describe(found)))
+    return 0
 
 
 def examine(*, sizes: bool = False) -> dict[str, Part]:
@@ -234,13 +262,21 @@ def probe_mlx() -> Part:
     Raises:
         RuntimeError: it cannot be loaded, it crashes, or it does not answer.
     """
+    return _ask_process("mflux.cli.doctor", "answer_probe", _PROBE_SECONDS)
+
+
+def _ask_process(module: str, function: str, seconds: int) -> Part:
+    """What a function prints as its last line, in a process of its own.
+
+    Raises:
+        RuntimeError: MLX cannot be loaded there, it crashes, or it does not answer.
+    """
     import signal
     import subprocess
 
     # The folder comes last on the path, where it can hide nothing of the standard library.
     code = (
-        f"import sys; sys.path.append({str(_package_folder().parent)!r}); "
-        "from mflux.cli.doctor import answer_probe; answer_probe()"
+        f"import sys; sys.path.append({str(_package_folder().parent)!r}); from {module} import {function}; {function}()"
     )
     try:
         done = subprocess.run(
@@ -248,11 +284,11 @@ def probe_mlx() -> Part:
             [sys.executable, "-P", "-c", code],
             capture_output=True,
             text=True,
-            timeout=_PROBE_SECONDS,
+            timeout=seconds,
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"MLX does not answer within {_PROBE_SECONDS} s") from None
+        raise RuntimeError(f"MLX does not answer within {seconds} s") from None
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise RuntimeError(f"MLX crashes when it is used ({name})")
@@ -265,13 +301,13 @@ def probe_mlx() -> Part:
 
 def answer_probe() -> None:
     """The other end of `probe_mlx`: print one line of JSON."""
-    from mflux.backend import has_gpu, mx
+    from mflux.backend import mx, on_gpu
     from mflux.cpu import blas
 
     kinds = {kind for kind in ("metal", "cuda") if hasattr(mx, kind) and getattr(mx, kind).is_available()}
     answer: Part = {
         "version": vars(mx)["__version__"],
-        "backend": kinds.pop() if has_gpu() and kinds else "cpu",
+        "backend": kinds.pop() if on_gpu() and kinds else "cpu",
         "device": _safely(lambda: dict(mx.device_info())),
         "blas": _safely(lambda: {"name": blas.name(), "multiplies": blas.is_fast()}),
     }

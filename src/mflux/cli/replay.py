@@ -98,6 +98,11 @@ def as_options(parser: MfluxParser, settings: Mapping[str, Any]) -> tuple[argpar
     wanted = {name: _plain(value) for name, value in settings.items() if value is not None}
     kinds = {setting.name: setting.kind for setting in all_settings() if setting.kind is not None}
     for name, value in wanted.items():
+        if name == "device" and name in options:
+            raise UsageError(
+                "a device is chosen for the whole process: set MFLUX_DEVICE before mflux is imported, or call "
+                "mflux.backend.use_device"
+            )
         if name not in options:
             raise UsageError(f"{parser.prog} has no setting {shown(repr(name), 60)}{nearest(name, options)}")
         # A list of seeds is one only here, and a scale factor is no size that an image has.

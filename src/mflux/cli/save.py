@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mflux.cli.parser.groups import add_lora_options, add_model_options, add_part_options
+from mflux.cli.parser.groups import add_device_option, add_lora_options, add_model_options, add_part_options
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.parser.settle import refuse_what_is_not_built, settle_loras, settle_paths
 from mflux.cli.terminal import run, say_line
@@ -30,6 +30,7 @@ def build_parser() -> MfluxParser:
         help="the folder to write, which must not exist (default: one named for the model in $MFLUX_MODELS_DIR)",
     )
     add_lora_options(parser)
+    add_device_option(parser)
     parser.add_argument(
         "--hf-symlink", nargs="?", const="", metavar="USER", help="not built yet: link it into Hugging Face's cache"
     )

@@ -25,6 +25,8 @@ from mflux.utils.paths import user_path
 from mflux.utils.scale_factor import GRID, LARGEST, ScaleFactor
 
 QUANTIZE_CHOICES = (3, 4, 5, 6, 8)
+# What can be chosen to compute, see `mflux.backend.use_device`.
+DEVICES = ("cpu", "gpu")
 LARGEST_SEED = 2**64 - 1
 
 T = TypeVar("T")

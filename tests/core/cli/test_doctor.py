@@ -52,7 +52,7 @@ def test_it_tells_every_part_of_this_installation(cli):
     assert found["python"]["version"] == ".".join(map(str, sys.version_info[:3]))
     assert found["memory"]["total"] > 1e8
     assert found["mlx"]["version"] == importlib.metadata.version("mlx")
-    assert found["mlx"]["backend"] == ("cpu" if not backend.has_gpu() else found["mlx"]["backend"])
+    assert found["mlx"]["backend"] == ("cpu" if not backend.on_gpu() else found["mlx"]["backend"])
     assert found["mlx"]["library"]["in_place"] in found["mlx"]["library"]["wheels"]
     assert found["blas"]["gflops"] > 0
     assert found["caches"]["hugging_face"]["free"] > 0
@@ -472,3 +472,38 @@ def test_a_container_s_limit_is_told(monkeypatch):
     assert "2.1 MB available, limited to 1 MB for this container" in doctor._memory_text(part)
     files["/sys/fs/cgroup/memory.max"] = ["max"]
     assert doctor.memory_part()["limit"] is None
+
+
+# ---- the selftest
+
+
+def test_the_embedded_model_is_generated_in_two_ways(cli):
+    """Once for good, in a process of its own: without a GPU, the CPU in its way."""
+    result = cli("doctor", "--selftest")
+    (line,) = result.out.splitlines()
+    assert (result.status, result.err) == (0, "")
+    assert " computes right: " in line and " of 255 from the CPU's image; " in line
+    if not backend.mx.is_available(backend.mx.gpu):
+        assert line.startswith("MLX finds no GPU; in its way this CPU computes right: ")
+
+
+def test_a_gpu_that_computes_wrong_is_told(cli, monkeypatch):
+    found = {"device": "metal", "name": "Apple M9", "difference": 40.0, "seconds": 0.1, "cpu_seconds": 1.0}
+    monkeypatch.setattr(doctor, "_ask_process", lambda *_: found)
+    result = cli("doctor", "--selftest")
+    assert result.status == 1
+    assert result.out.startswith("this GPU (Metal, Apple M9) computes wrong: 40.00 of 255 from the CPU's image, where ")
+    assert "--device cpu" in result.out and "report" in result.out
+    assert json.loads(cli("doctor", "--selftest", "--json").out) == found
+    found |= {"difference": 0.3}
+    assert cli("doctor", "--selftest").status == 0
+
+
+def test_a_process_that_ends_is_one_sentence(cli, monkeypatch):
+    def ended(*_):
+        raise RuntimeError("MLX crashes when it is used (SIGSEGV)")
+
+    monkeypatch.setattr(doctor, "_ask_process", ended)
+    result = cli("doctor", "--selftest")
+    assert result.status == 1
+    assert result.errors == ["error: the embedded model generates nothing here: MLX crashes when it is used (SIGSEGV)"]

@@ -12,7 +12,7 @@ import pytest
 from mflux import backend
 from mflux.backend import mx
 
-pytestmark = pytest.mark.skipif(backend.has_gpu(), reason="a GPU's kernels are not compiled by g++")
+pytestmark = pytest.mark.skipif(backend.on_gpu(), reason="a GPU's kernels are not compiled by g++")
 
 ACTIVATE = (
     "import mflux.backend as b; {first}; b.mx.eval(*(f(b.mx.ones((4, 4))) for f in (b.nn.gelu_approx, b.nn.silu)))"
@@ -88,10 +88,10 @@ def test_it_is_turned_off_once(monkeypatch):
     backend.settle_compiling()
     assert calls == []  # done when it was imported
     monkeypatch.setattr(backend, "_is_settled", False)
-    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    monkeypatch.setattr(backend, "on_gpu", lambda: True)
     backend.settle_compiling()
     assert calls == []
-    monkeypatch.setattr(backend, "has_gpu", lambda: False)
+    monkeypatch.setattr(backend, "on_gpu", lambda: False)
     backend.settle_compiling()
     backend.settle_compiling()
     assert calls == [1]

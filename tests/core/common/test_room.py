@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mflux.backend import has_gpu, mx
+from mflux.backend import mx, on_gpu
 from mflux.errors import UsageError
 from mflux.models.common import room
 from mflux.models.common.family import families
@@ -17,7 +17,7 @@ from mflux.utils.memory import Memory, machine_memory
 GB = 10**9
 SMALL = FluxTransformerConfig(num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6))
 
-pytestmark = pytest.mark.skipif(has_gpu() and not mx.metal.is_available(), reason="judges no GPU's own memory")
+pytestmark = pytest.mark.skipif(on_gpu() and not mx.metal.is_available(), reason="judges no GPU's own memory")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_every_family_is_judged():
             assert room.least_bytes(config, 8192, 8192) > 10 * room.least_bytes(config, 1024, 1024) > 0
 
 
-@pytest.mark.skipif(has_gpu(), reason="MLX counts otherwise there")
+@pytest.mark.skipif(on_gpu(), reason="MLX counts otherwise there")
 @pytest.mark.parametrize("side", [256, 512, 768])
 def test_no_more_is_counted_than_a_block_takes(side):
     tokens = (side // 16) ** 2

@@ -51,6 +51,7 @@ def download(_):
 READERS = {
     "OMP_NUM_THREADS": lambda _: cpu.threads(),
     "MFLUX_BLAS": lambda _: getattr(backend, "_blas_is_off", bool)(),
+    "MFLUX_DEVICE": lambda _: backend._settle_device(),
     "MFLUX_CACHE_DIR": download,
     "MFLUX_MODELS_DIR": lambda _: models_folder(),
     "XDG_CACHE_HOME": lambda _: cache_folder(),

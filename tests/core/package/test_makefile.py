@@ -78,7 +78,7 @@ def test_demo_says_what_it_wrote_and_what_it_kept(with_core):
 
 
 @pytest.mark.parametrize("uv", [False, True], ids=["pip", "uv"])
-@pytest.mark.parametrize("target", ["demo", "test", "test-core", "lint", "wheel"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-gpu", "test-core", "lint", "wheel"])
 def test_whatever_is_installed_is_what_the_lock_has(target, uv, checkout):
     found = installs(checkout, target, uv)
     assert found
@@ -91,7 +91,7 @@ def test_whatever_is_installed_is_what_the_lock_has(target, uv, checkout):
 @pytest.mark.parametrize("uv", [False, True], ids=["pip", "uv"])
 def test_only_test_newest_installs_something_else(uv, checkout):
     found = installs(checkout, "test-newest", uv)
-    assert len(found) == 2
+    assert len(found) == 3
     assert not [line for line in found if "CONSTRAINT" in line or ".venv-newest/" not in line]
     assert "MFLUX_TEST_NEWEST=1 " in make(checkout, "--dry-run", "test-newest")
     assert "MFLUX_TEST_NEWEST" not in make(checkout, "--dry-run", "test")

@@ -10,6 +10,7 @@ import pytest
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import load_component
+from mflux.models.common.footprint import weights
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -33,7 +34,7 @@ class Layers(nn.Module):
     [(None, 32 * 128, 32 * 128), (8, 32 * 68, 32 * 68), (4, 32 * 68, 32 * 36)],
 )
 def test_what_parameters_take(bits, fine, coarse):
-    assert stage_memory.bytes_of(Layers(), bits) == fine + coarse + 2 * 32 + 32 * 96
+    assert weights(Layers(), bits) == fine + coarse + 2 * 32 + 32 * 96
 
 
 def test_it_counts_what_loading_holds(tmp_path):
@@ -47,7 +48,7 @@ def test_it_counts_what_loading_holds(tmp_path):
     plain = load_component(ZImageTransformer, folder, dtype=mx.bfloat16)
     for bits in (None, 8, 4):
         loaded = load_component(ZImageTransformer, folder, dtype=mx.bfloat16, quantize=bits)
-        assert weight_bytes(loaded) == stage_memory.bytes_of(plain, bits)
+        assert weight_bytes(loaded) == weights(plain, bits)
 
 
 def test_the_published_table_is_true():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.gpu import both_ways
 from support.reference import COMPONENT, draw, relative_error
 from torch.nn import functional
 from transformers import DepthProConfig as ReferenceConfig
@@ -106,6 +107,7 @@ def compare(model: Reference, path: Path, side: int, batch: int) -> None:
     assert relative_error(degrees, expected.field_of_view) <= COMPONENT
 
 
+@both_ways
 @pytest.mark.parametrize("batch", [1, 3])
 def test_transformers_layout(reference, batch):
     model, folder = reference
@@ -300,6 +302,7 @@ def test_apple_file_that_does_not_fit_names_apples_tensors(apple, tmp_path):
 # ---- the whole way from a photo to metres
 
 
+@both_ways
 @pytest.mark.parametrize("size", [(97, 150), (310, 203)], ids=["enlarged", "shrunk"])
 def test_photo_to_metres(reference, tmp_path, size):
     model, folder = reference

@@ -14,6 +14,7 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
+from support.gpu import both_ways
 from support.reference import COMPONENT, draw, normal, relative_error
 from transformers import Qwen2VLImageProcessorPil
 from transformers import Qwen3VLConfig as ReferenceConfig
@@ -153,6 +154,7 @@ def test_images_become_the_reference_s_patches(size):
 # ---- what it computes
 
 
+@both_ways
 @pytest.mark.parametrize("grids", [ONE, TWO, PICTURES["two-unlike"], ((6, 30),)])
 def test_vision_features(pair, grids):
     model, ours = pair
@@ -166,6 +168,7 @@ def test_vision_features(pair, grids):
         assert relative_error(feature, torch.cat(theirs)) <= COMPONENT
 
 
+@both_ways
 @pytest.mark.parametrize("grids", PICTURES.values(), ids=PICTURES)
 def test_logits(pair, grids):
     model, ours = pair
@@ -250,6 +253,7 @@ def answer(ours, values, grids, count: int = 64, sampling: Sampling | None = Non
     return [token for token, _ in zip(tokens, range(count), strict=False)]
 
 
+@both_ways
 @pytest.mark.parametrize("grids", [TEXT, ONE, TWO], ids=["text", "one-picture", "two-pictures"])
 def test_greedy_answers(pair, grids):
     model, ours = pair

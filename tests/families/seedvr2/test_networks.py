@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.gpu import both_ways
 from support.tiny import published, write_json
 
 from families.seedvr2.cases import (
@@ -84,6 +85,7 @@ def predict(module, data: Data, case: str) -> mx.array:
 # ---- beside the reference
 
 
+@both_ways
 @pytest.mark.parametrize("case", ["large", "strip", "small"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformer(name, case):
@@ -91,6 +93,7 @@ def test_transformer(name, case):
     assert relative_error(predict(data.module(), data, case), data.outputs[case]) <= PARITY
 
 
+@both_ways
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_autoencoder(name):
     data = Data(name)
@@ -99,6 +102,7 @@ def test_autoencoder(name):
     assert relative_error(decode(module, data.inputs["latents"]), data.outputs["decoded"]) <= PARITY
 
 
+@both_ways
 @pytest.mark.parametrize("name", ["uneven", "even"])
 def test_from_a_picture_to_a_picture(name):
     """All networks one after the other; what colours become of it is another matter."""
@@ -132,6 +136,7 @@ def test_pictures_of_a_batch_do_not_see_each_other(name):
     assert relative_error(together[0], together[1]) > 0.1
 
 
+@both_ways
 @pytest.mark.parametrize("dtype, bound", [(mx.float16, 3e-3), (mx.bfloat16, 3e-2)])
 @pytest.mark.parametrize("name", [*TRANSFORMERS, *AUTOENCODERS])
 def test_in_16_bits_as_on_gpus(name, dtype, bound):

@@ -174,8 +174,18 @@ def add_server_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_option(parser: argparse._ActionsContainer) -> None:
+    """`MfluxParser.parse` does what it says."""
+    parser.add_argument(
+        "--device",
+        choices=values.DEVICES,
+        help="what computes (default: $MFLUX_DEVICE, else the GPU where there is one)",
+    )
+
+
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
+    add_device_option(group)
     group.add_argument("--low-ram", action="store_true", help="use as little memory as possible; slower")
     group.add_argument(
         "--mlx-cache-limit-gb", type=Real(above=0), metavar="GB", help="how much freed memory MLX may keep"

@@ -84,6 +84,10 @@ class MfluxParser(argparse.ArgumentParser):
         if args.verbose:
             # Also where it stands in one word with others, as in -vq8.
             logging.getLogger("mflux").setLevel(logging.DEBUG)
+        if getattr(args, "device", None) is not None:
+            from mflux.backend import use_device
+
+            use_device(args.device)
         return args, Said(frozenset(typed))
 
     def parse_args(  # type: ignore[override]

@@ -8,7 +8,8 @@ drawn with follow from it. Nothing heavy is loaded here: `--help` reads all of i
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ class Family:
         single: models that are one network without components: the title of each, and "package.module:function" that
             says whether a folder or file is that model, by its headers alone; it raises `CheckpointError` where it is
             and something is wrong with it.
+        published: of a model whose published `config.json` is not its class's defaults, what differs, by the model's
+            key and the component's name; for planning, where nothing of the model is at hand.
     """
 
     title: str
@@ -116,6 +119,7 @@ class Family:
     lora: str | None = None
     layout: str | None = None
     single: tuple[tuple[str, str], ...] = ()
+    published: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, overload
 
 import PIL.Image
 
-from mflux.backend import has_gpu, mx, named_arrays, nn
+from mflux.backend import mx, named_arrays, nn, on_gpu
 
 log = logging.getLogger(__name__)
 
@@ -162,15 +162,35 @@ def give_back_memory() -> None:
         trim(0)
 
 
+def recommended() -> int | None:
+    """Bytes that Metal recommends a program to take at most on this Mac; None elsewhere.
+
+    `sysctl iogpu.wired_limit_mb` is how its owner changes that; mflux never does.
+    """
+    if not (on_gpu() and mx.metal.is_available()):
+        return None
+    return int(mx.device_info().get("max_recommended_working_set_size", 0)) or None
+
+
 @contextmanager
 def keeping_memory() -> Iterator[None]:
     """Keep freed blocks of up to 512 MB for what is allocated next, and give them back at the end.
 
     On a CPU every layer's result is a block of its own, and at 1024 px most have more than the 32 MB from which on
     glibc has the system make new pages each time: a fifth of a denoising step (benchmarks/steps.md). A GPU's memory is
-    MLX's own affair, which does the same.
+    MLX's own affair, which does the same; on a Mac it is kept from being paged out meanwhile, as far as Metal
+    recommends, which is what mlx-lm does while it generates.
     """
-    mallopt = None if has_gpu() else _of_glibc("mallopt")
+    if (most := recommended()) is not None:
+        before = mx.set_wired_limit(most)
+        try:
+            yield
+        finally:
+            # What still runs was promised it.
+            mx.synchronize()
+            mx.set_wired_limit(before)
+        return
+    mallopt = None if on_gpu() else _of_glibc("mallopt")
     if mallopt is None:
         yield
         return

@@ -19,12 +19,12 @@ from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
-from mflux.models.common.memory import Encoded, LazyComponent, keeping_memory, timed
+from mflux.models.common.memory import Encoded, LazyComponent, is_loaded, keeping_memory, timed
 from mflux.models.common.model import Model
 from mflux.models.common.networks.autoencoders import tiling
 from mflux.models.common.noise import check_seed
 from mflux.models.common.replaced import called
-from mflux.models.common.room import check_room
+from mflux.models.common.room import check_room, check_weights
 from mflux.models.common.tokenizers.checks import check_prompt
 from mflux.text import shown, written
 from mflux.utils.exceptions import StopImageGenerationException
@@ -83,6 +83,7 @@ class Pipeline(Model):
     tokenizers: Mapping[str, Any] = {}
     shows_progress = False
     negative_above: ClassVar[float | None] = None
+    _has_room = False
 
     if TYPE_CHECKING:
         # Each class has its own, with other arguments; a program that knows a model by its name alone calls it.
@@ -112,7 +113,17 @@ class Pipeline(Model):
         config = Config(model_config=self.model_config, scheduler=scheduler, **settings)
         config.width *= side_by_side
         check_room(self.configuration("transformer"), config.width, config.height)
+        self._check_weights()
         return config
+
+    def _check_weights(self) -> None:
+        """Once for a model, and not for one that is loaded already."""
+        if self.folder_root is None or self._has_room or is_loaded(self, "transformer"):
+            return
+        kind = self.component("transformer").module_class()
+        is_stored = self.bits is not None and self._quantize is None
+        check_weights(kind, self.configuration("transformer"), self.bits, is_stored=is_stored)
+        self._has_room = True
 
     # ---- 1. prompts
 

@@ -36,6 +36,8 @@ IMAGE_EMBEDDER = Component(
     repository="black-forest-labs/FLUX.1-Redux-dev",
 )
 
+_FILL = {"in_channels": 384, "out_channels": 64}
+
 FAMILY = Family(
     title="FLUX.1",
     components=(
@@ -151,4 +153,11 @@ FAMILY = Family(
     beside=("model_index.json", "scheduler", "tokenizer", "tokenizer_2"),
     lora="mflux.models.flux.lora_names:LORA",
     layout="mflux.models.flux.layouts:LAYOUT",
+    published={
+        "schnell": {"transformer": {"guidance_embeds": False}},
+        "schnell-controlnet-canny": {"transformer": {"guidance_embeds": False}},
+        "dev-fill": {"transformer": _FILL},
+        "dev-fill-catvton": {"transformer": _FILL},
+        "dev-depth": {"transformer": {"in_channels": 128, "out_channels": 64}},
+    },
 )

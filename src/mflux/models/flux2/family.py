@@ -8,8 +8,16 @@ _MODELS = (
     "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv", "flux2-klein-base-4b", "flux2-klein-base-9b",
 )  # fmt: skip
 
+_9B = {
+    "text_encoder": {"hidden_size": 4096, "intermediate_size": 12288},
+    "transformer": {
+        "num_attention_heads": 32, "num_layers": 8, "num_single_layers": 24, "joint_attention_dim": 12288,
+    },
+}  # fmt: skip
+
 FAMILY = Family(
     title="FLUX.2",
+    published={name: _9B for name in _MODELS if "9b" in name},
     components=(
         Component(
             "text_encoder",

@@ -33,6 +33,7 @@ _OTHERS = (
 EDIT_COMPONENTS = (replace(_TEXT_ENCODER, module="mflux.models.common.networks.qwen2_5_vl:Qwen25VLEncoder"), *_OTHERS)
 
 FAMILY = Family(
+    published={"qwen-image-edit-2511": {"transformer": {"zero_cond_t": True}}},
     title="Qwen-Image",
     components=(_TEXT_ENCODER, *_OTHERS),
     commands=(

@@ -12,7 +12,14 @@ COMPONENTS = (
     Component("vae", f"{_MODEL}.autoencoder:SeedVR2Autoencoder", "vae", stage="decode", dtype="float16"),
 )
 
+_7B = {
+    "vid_dim": 3072, "txt_dim": 3072, "emb_dim": 18432, "heads": 24, "num_layers": 36, "mm_layers": 36,
+    "mlp_type": "normal", "rope_type": None, "rope_dim": 64, "vid_out_norm": None,
+}  # fmt: skip
+_VAE = {"decoder_layers_per_block": 3}
+
 FAMILY = Family(
+    published={"seedvr2-3b": {"vae": _VAE}, "seedvr2-7b": {"transformer": _7B, "vae": _VAE}},
     title="SeedVR2",
     components=COMPONENTS,
     commands=(

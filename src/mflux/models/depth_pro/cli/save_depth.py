@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mflux.cli.parser.groups import add_device_option
 from mflux.cli.parser.parsers import MfluxParser
 from mflux.cli.terminal import run, say_line
 from mflux.errors import UsageError
@@ -57,6 +58,7 @@ def build_parser() -> MfluxParser:
     parser.add_argument(
         "--quantize", "-q", type=int, choices=QUANTIZE_CHOICES, help="bits per weight to quantize the encoders to"
     )
+    add_device_option(parser)
     return parser
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mflux.cli.parser.groups import add_device_option
 from mflux.errors import OutputError, UsageError
 from mflux.models.fibo.vlm.packages import check_installed
 from mflux.text import is_text, lines_shown
@@ -50,6 +51,7 @@ def add_answer_options(parser: argparse.ArgumentParser, *, output: str) -> None:
         "--max-tokens", type=Whole(least=1), default=4096, help="where the answer is cut off (default: 4096)"
     )
     parser.add_argument("--seed", type=seed, help="the same seed gives the same answer (default: a new one each time)")
+    add_device_option(parser)
 
 
 def check_before_loading(args: argparse.Namespace) -> None:

@@ -111,11 +111,18 @@ def relative_position_buckets(distance: np.ndarray, buckets: int, max_distance: 
     return later + np.where(distance < exact, distance, np.minimum(far, half - 1))
 
 
+class T5Norm(RMSNorm):
+    """Gives the dtype of its weights, whatever the stream has."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(self.weight.dtype)
+
+
 class T5LayerSelfAttention(nn.Module):
     def __init__(self, config: T5Config, has_relative_attention_bias: bool):
         super().__init__()
         self.SelfAttention = T5Attention(config, has_relative_attention_bias)
-        self.layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.layer_norm = T5Norm(config.d_model, eps=config.layer_norm_epsilon)
 
     def __call__(self, x: mx.array, position_bias: mx.array) -> mx.array:
         return x + self.SelfAttention(self.layer_norm(x), position_bias)
@@ -130,7 +137,7 @@ class T5DenseGated(nn.Module):
         self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.wo(self.activation(self.wi_0(x)) * self.wi_1(x))
+        return projected(self.wo, self.activation(self.wi_0(x)) * self.wi_1(x))
 
 
 class T5Dense(nn.Module):
@@ -141,14 +148,20 @@ class T5Dense(nn.Module):
         self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.wo(self.activation(self.wi(x)))
+        return projected(self.wo, self.activation(self.wi(x)))
+
+
+def projected(layer: nn.Module, x: mx.array) -> mx.array:
+    """A feed-forward's last product, which in T5 is beyond float16's numbers: as in the reference it is float32 then,
+    and so is the stream that it is added to."""
+    return layer(x.astype(mx.float32) if x.dtype == mx.float16 else x)
 
 
 class T5LayerFF(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.DenseReluDense = (T5DenseGated if config.is_gated else T5Dense)(config)
-        self.layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.layer_norm = T5Norm(config.d_model, eps=config.layer_norm_epsilon)
 
     def __call__(self, x: mx.array) -> mx.array:
         return x + self.DenseReluDense(self.layer_norm(x))
@@ -168,7 +181,7 @@ class T5Stack(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.block = [T5Block(config, has_relative_attention_bias=index == 0) for index in range(config.num_layers)]
-        self.final_layer_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.final_layer_norm = T5Norm(config.d_model, eps=config.layer_norm_epsilon)
 
     def __call__(self, x: mx.array) -> mx.array:
         position_bias = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1]).astype(x.dtype)
