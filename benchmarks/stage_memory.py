@@ -93,16 +93,24 @@ def stages_of(family) -> dict[type, str]:
     return {component.module_class(): component.stage for component in components}
 
 
-def bytes_of(module, bits: int | None) -> int:
-    """What a module's parameters take, in 16 bits or quantized; nothing is computed for it."""
+def bytes_of(module, bits: int | None, *, late: bool = False) -> int:
+    """What a module's parameters take, in 16 bits or quantized; nothing is computed for it.
+
+    Args:
+        late: without the layers whose weights stay in their file.
+    """
     from math import prod
 
     from mflux.backend import mx, tree_flatten
+    from mflux.checkpoints.late import late_layers
     from mflux.checkpoints.quantization import Quantization, packed_specs, planned
 
+    left = late_layers(module) if late else {}
     plan = {} if bits is None else planned(module, Quantization(bits))
     total = 0
     for name, value in tree_flatten(module.parameters()):
+        if name.rpartition(".")[0] in left:
+            continue
         found = plan.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if found is None:
             total += 2 * value.size
@@ -117,6 +125,7 @@ def on_paper(name: str) -> Iterator[tuple[str, ...]]:
     from support.cases import case_modules
 
     from mflux.backend import tree_flatten
+    from mflux.checkpoints.late import late_layers
     from mflux.models.common.family import families
 
     stages = stages_of(families()[name])
@@ -129,9 +138,15 @@ def on_paper(name: str) -> Iterator[tuple[str, ...]]:
             for kind in loaded if case.module in loaded else [*loaded, case.module]:
                 module = kind(kind.config_class.from_dict(CONFIGS[key]))
                 size = sum(value.size for _, value in tree_flatten(module.parameters()))
-                cells = [f"{bytes_of(module, bits) / 1e9:.1f}" for bits in (None, *BITS)]
+                late = sum(
+                    value.size for layer in late_layers(module).values() for value in layer.parameters().values()
+                )
                 stage = stages[loaded[0]] if loaded else ""
-                yield f"{key} ({kind.__name__})", stage, f"{size / 1e9:.2f}", *cells
+                cells = [f"{bytes_of(module, bits, late=bool(late)) / 1e9:.1f}" for bits in (None, *BITS)]
+                yield f"{key} ({kind.__name__})", stage, f"{(size - late) / 1e9:.2f}", *cells
+                if late:
+                    read = [f"{2 * late / 1e9:.1f}"] * len(cells)
+                    yield f"{key}, modulation", "before the steps", f"{late / 1e9:.2f}", *read
 
 
 # ---- measured
@@ -190,6 +205,7 @@ def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> 
     """One picture, as a command draws it; for each component, bytes beside what was held when all began."""
     from mflux.backend import mx
     from mflux.models.common import memory
+    from mflux.models.common import pipeline as module
     from mflux.models.common.config import ModelConfig
 
     tiny = distinct(name)[command]
@@ -210,17 +226,20 @@ def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> 
         before = mx.get_active_memory() - start
         with real(what) as note:
             yield note
+        if what.startswith("decode"):
+            return
         found.append(
             {
-                "component": what.removeprefix("load "),
+                "component": what.removeprefix("load ").partition(" of ")[0].removeprefix("work out the "),
                 "before": before,
-                "weights": weights.pop(),
+                # What the modulation reads is gone by now.
+                "weights": weights.pop() if weights else mx.get_active_memory() - start - before,
                 "load": mx.get_peak_memory() - start,
             }
         )
         mx.reset_peak_memory()
 
-    memory.timed = watched
+    memory.timed = module.timed = watched
     memory.weight_bytes = lambda module: weights.append(weigh(module)) or weights[-1]
     settings = {"num_inference_steps": 1, "width": size, "height": size} | dict(tiny.generate)
     pipeline.generate_image(seed=1, prompt=tiny.prompt, **settings)

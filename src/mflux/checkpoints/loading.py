@@ -12,12 +12,15 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from mflux.backend import compute_dtype, has_gpu, mx, nn, settle_compiling, tree_flatten
+from mflux.backend import compute_dtype, has_gpu, mx, nn, settle_compiling, tree_flatten, tree_unflatten
 from mflux.checkpoints.folders import read_json, weight_files
+from mflux.checkpoints.late import LateLinear, late_layers
 from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack, planned
 from mflux.checkpoints.readers.safetensors import SafetensorsFile
 from mflux.errors import CheckpointError
@@ -81,6 +84,7 @@ def load_component(
     config: Mapping[str, Any] | None = None,
     tensors: Mapping[str, mx.array] | None = None,
     read: bool = True,
+    late: bool = False,
 ) -> Module:
     """Build a component from its own `config.json` and fill it, tensor by tensor.
 
@@ -95,6 +99,7 @@ def load_component(
         config: what `config.json` would say, for a folder without one.
         tensors: the folder's tensors, where they have other names in it than published ones.
         read: False only finds out whether they fit; the module stays without its numbers.
+        late: see `fill`.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is missing, left over, or of another shape than the config says.
@@ -118,6 +123,7 @@ def load_component(
         stored=stored,
         keep_dtypes=keep_dtypes,
         adjust=adjust,
+        late=late,
     )
     return module
 
@@ -163,6 +169,7 @@ def fill(
     stored: Quantization | None = None,
     keep_dtypes: bool = False,
     adjust: Adjust | None = None,
+    late: bool = False,
 ) -> None:
     """Give every parameter of `module` its tensor, and make sure that every tensor found its parameter.
 
@@ -180,12 +187,14 @@ def fill(
         stored: what the tensors are said to be quantized to, if anything is said; they must agree.
         adjust: called with the name of each parameter that is stored in floating point, and its tensor in MLX's
             layout; what it returns takes the tensor's place, and is quantized or cast like it.
+        late: leave the weights of `late_layers` in their file: a `LateLinear` takes the place of each.
 
     Raises:
         CheckpointError: a tensor is damaged, missing, left over, of another shape than the module's parameter, or
             holds numbers that are not finite.
     """
     settle_compiling()
+    put_off = late_layers(module) if late else {}
     packed, parameters, plan = _settled(module, tensors, source, stored)
     if quantization is not None and packed:
         # A few layers may have more, see `planned`.
@@ -205,11 +214,47 @@ def fill(
         for bits, number in sorted(numbers.items()):
             log.info("quantize %d layers to %d bits%s", number, bits, _kept(len(narrow), quantization))
 
-    def store(name: str, value: mx.array) -> None:
+    def cast_to(value: mx.array) -> mx.array:
         if not keep_dtypes and mx.issubdtype(value.dtype, mx.floating):
             value = value.astype(dtype or compute_dtype(value.dtype))
+        return value
+
+    def store(name: str, value: mx.array) -> None:
+        value = cast_to(value)
         _assign(module, name, value)
         pending.append(_Read(key, value))
+
+    def prepared(name: str, key: str, value: mx.array) -> mx.array:
+        """A tensor in MLX's layout, adjusted."""
+        value = _fitting(module, source, key, value, parameters[name], turns.get(name))
+        if adjust is not None and mx.issubdtype(value.dtype, mx.floating):
+            # What is packed is rounded first, as it would be between being saved and loaded.
+            kept = value.dtype if keep_dtypes or name in to_pack else dtype or compute_dtype(value.dtype)
+            value = adjust(name, value).astype(kept)
+        return value
+
+    def read(path: str, layer: nn.Module, names: dict[str, str]) -> nn.Module:
+        """A copy of a layer that was put off, with its weights."""
+        layer, batch = copy(layer), []
+        for name, key in names.items():
+            value = cast_to(prepared(name, key, tensors[key]))
+            layer[name.removeprefix(f"{path}.")] = value
+            batch.append(_Read(key, value))
+        _begin(batch, source)
+        _finish(batch, source)
+        return layer
+
+    # By now some may have become quantized ones.
+    now = dict(module.named_modules()) if put_off else {}
+    for path in put_off:
+        layer = now[path]
+        names = {name: plan.pop(name) for name in list(plan) if name.rpartition(".")[0] == path}
+        for name, key in names.items():
+            _fitting(module, source, key, tensors[key], parameters[name], None)
+        layer.eval()
+        layer.freeze()
+        read_it = LateLinear(partial(read, path, layer, names), packed=path in packed)
+        module.update_modules(tree_unflatten([(path, read_it)]))
 
     # Quantizing takes longer than reading, and gains nothing from large batches.
     together = TOGETHER // 4 if to_pack else TOGETHER
@@ -227,18 +272,13 @@ def fill(
             ahead, pending = pending, []
             to_read = 0
         to_read += value.nbytes
-        turn = turns.get(name)
-        value = _fitting(module, source, key, value, parameters[name], turn)
-        if adjust is not None and mx.issubdtype(value.dtype, mx.floating):
-            # What is packed is rounded first, as it would be between being saved and loaded.
-            kept = value.dtype if keep_dtypes or name in to_pack else dtype or compute_dtype(value.dtype)
-            value = adjust(name, value).astype(kept)
+        value = prepared(name, key, value)
         if name in to_pack:
             for leaf, array in pack(value, to_pack[name]).items():
                 store(name.removesuffix("weight") + leaf, array)
         else:
             # Without a copy of its own a transposed kernel would be laid out anew in every convolution.
-            store(name, mx.contiguous(value) if turn else value)
+            store(name, mx.contiguous(value) if name in turns else value)
     _begin(pending, source)
     _finish(ahead + pending, source)
     module.eval()

@@ -116,12 +116,15 @@ def raised(path: str, quantization: Quantization, least_bits: Mapping[str, int])
 
 
 def planned(module: nn.Module, quantization: Quantization) -> dict[str, Quantization]:
-    """The layers of a module that are quantized, by path, and to what: `least_bits` of its class may raise it."""
+    """The layers of a module that are quantized, by path, and to what: `least_bits` of its class may raise it.
+
+    What is read late is left out: it is not in memory, and its file would have to be packed anew each time.
+    """
     least_bits = getattr(module, "least_bits", {})
     plan = {
         path: raised(path, quantization, least_bits)
         for path, layer in layers(module).items()
-        if divides(layer.weight.shape[-1], quantization.group_size)
+        if divides(layer.weight.shape[-1], quantization.group_size) and not getattr(layer, "read_late", False)
     }
     return {path: found for path, found in plan.items() if found is not None}
 

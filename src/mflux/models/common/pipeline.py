@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from mflux.backend import mx
+from mflux.backend import mx, nn
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.config.config import Config
@@ -22,11 +22,12 @@ from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.common.memory import Encoded, LazyComponent, keeping_memory, timed
 from mflux.models.common.model import Model
 from mflux.models.common.networks.autoencoders import tiling
+from mflux.models.common.networks.modulation import Known, ahead_of
 from mflux.models.common.noise import check_seed
 from mflux.models.common.replaced import called
 from mflux.models.common.room import check_room
 from mflux.models.common.tokenizers.checks import check_prompt
-from mflux.text import shown, written
+from mflux.text import count, shown, written
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -193,6 +194,41 @@ class Pipeline(Model):
                 f"{ours.__name__} can where {type(self).__name__} is used: put it back"
             )
         return self.transformer
+
+    def sigmas_ahead(self, config: Config) -> list[mx.array]:
+        """The noise levels of the steps that will be taken, as the schedule has them before the first one."""
+        sigmas = config.scheduler.sigmas
+        return [sigmas[number] for number in range(config.init_time_step, config.num_inference_steps)]
+
+    def ahead(
+        self,
+        config: Config,
+        name: str,
+        condition: Callable[[Any, mx.array], mx.array],
+        *beside: nn.Module,
+        of: Hashable = (),
+        zero: bool = False,
+    ) -> Callable[[mx.array], Known | None]:
+        """Work out the modulation of all steps; the next image with the same schedule finds it there.
+
+        Args:
+            name: of the component that is modulated.
+            condition: gives its condition (1, features), called with it and a noise level.
+            beside: further modules with the same condition.
+            of: what the condition follows from besides the noise level.
+            zero: whether something without noise is modulated as well.
+
+        Returns:
+            What gives the condition at a noise level, or None where it was not known ahead: the schedule turned out
+            otherwise, or a program put something else in the component's place.
+        """
+        module = getattr(self, name)
+        if not isinstance(module, self.component(name).module_class()):
+            return lambda sigma: None
+        sigmas = self.sigmas_ahead(config) + [mx.array(0.0)] * zero
+        with timed(f"work out the modulation of {count(len(sigmas), 'noise level')}"):
+            found = ahead_of(module, sigmas, partial(condition, module), *beside, of=of)
+        return lambda sigma: found.at(sigma)
 
     def steps(
         self,

@@ -106,9 +106,15 @@ class FiboPipeline(Pipeline):
             # They are as large again as what was made of them.
             self.prompt_cache.clear()
 
+        known = self.ahead(
+            config, "transformer", lambda transformer, sigma: transformer.condition(sigma[None], dtype), of=dtype
+        )
+
         def predict(latents: mx.array, sigma: mx.array, text: Sequence[mx.array]) -> mx.array:
             tokens = latents if reference is None else mx.concatenate([latents, reference], axis=1)
-            prediction = self.transformer(tokens.astype(dtype), sigma=sigma[None], text=text, image_ids=image_ids)
+            prediction = self.transformer(
+                tokens.astype(dtype), sigma=sigma[None], text=text, image_ids=image_ids, known=known(sigma)
+            )
             # Guidance multiplies a small difference of the two.
             return prediction[:, : latents.shape[1]].astype(mx.float32)
 

@@ -36,6 +36,11 @@ class Prompt:
     embeds: mx.array
     pooled: mx.array
 
+    @property
+    def digest(self) -> tuple[object, ...]:
+        """What tells its pooled embedding from others'."""
+        return (str(self.pooled.dtype), *self.pooled.astype(mx.float32).flatten().tolist())  # type: ignore[misc]
+
 
 class FluxPipeline(Pipeline):
     """Base of the classes of FLUX.1; see `Model` for the arguments.
@@ -111,6 +116,12 @@ class FluxPipeline(Pipeline):
         guidance = mx.array([config.guidance]) if self.model_config.supports_guidance else None
         # Loaded before the loop, whose bar counts steps.
         predict = self.predicting(config)
+        known = self.ahead(
+            config,
+            "transformer",
+            lambda transformer, sigma: transformer.time_text_embed(sigma[None], guidance, prompt.pooled),
+            of=(config.guidance, prompt.digest),
+        )
 
         def velocity(latents: mx.array, sigma: mx.array, **more: Any) -> mx.array:
             return predict(
@@ -120,6 +131,7 @@ class FluxPipeline(Pipeline):
                 pooled_prompt_embeds=prompt.pooled,
                 image_ids=image_ids,
                 guidance=guidance,
+                known=known(sigma),
                 **more,
             )
 

@@ -15,6 +15,7 @@ from mflux.models.common.config.model_config import ModelConfig, key_of
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
+from mflux.models.common.networks.modulation import Known
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.replaced import called, refuse_more
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
@@ -189,6 +190,8 @@ class KleinPipeline(Pipeline):
             refuse_more("FLUX.2's step", references=references)
             return self._replaced_step(config, prompt, negative, beside)
 
+        known = self.known(config, prompt, zero=references is not None)
+
         def predict(tokens: mx.array, sigma: mx.array, prompt: Prompt) -> mx.array:
             return self.predicting(config)(
                 tokens.astype(prompt.embeds.dtype),
@@ -197,6 +200,7 @@ class KleinPipeline(Pipeline):
                 image_ids=image_ids,
                 text_ids=prompt.ids,
                 references=references,
+                known=known(sigma),
             )[:, : rows * columns].astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
@@ -208,6 +212,17 @@ class KleinPipeline(Pipeline):
             return away + config.guidance * (towards - away)
 
         return velocity
+
+    def known(self, config: Config, prompt: Prompt, *, zero: bool = False) -> Callable[[mx.array], Known | None]:
+        """See `ahead`."""
+        dtype = prompt.embeds.dtype
+        return self.ahead(
+            config,
+            "transformer",
+            lambda transformer, sigma: transformer.time_guidance_embed(sigma[None], dtype),
+            of=dtype,
+            zero=zero,
+        )
 
     @staticmethod
     def _predict(transformer: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -57,10 +57,20 @@ class QwenPipeline(Pipeline):
         """
         grids = [(config.height // 16, config.width // 16), *source_grids]
         generated = grids[0][0] * grids[0][1]
+        # Sources are pictures without noise to some, see `QwenTransformerConfig.zero_cond_t`.
+        known = self.ahead(
+            config,
+            "transformer",
+            lambda transformer, sigma: transformer.condition(sigma[None], positive.dtype),
+            of=positive.dtype,
+            zero=getattr(getattr(self.transformer, "config", None), "zero_cond_t", False),
+        )
 
         def predict(tokens: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             x = tokens.astype(prompt_embeds.dtype)
-            noise = self.predicting(config)(x, sigma=sigma[None], prompt_embeds=prompt_embeds, grids=grids)
+            noise = self.predicting(config)(
+                x, sigma=sigma[None], prompt_embeds=prompt_embeds, grids=grids, known=known(sigma)
+            )
             return noise[:, :generated].astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:

@@ -22,12 +22,12 @@ from mflux.models.common.networks.layers import (
     gelu_approx,
     merge_heads,
     modulate,
-    parts_of,
     residual,
     rotate_pairs,
     silu,
     split_heads,
 )
+from mflux.models.common.networks.modulation import Condition, Modulated, ModulationLinear, modulation
 
 _EPS = 1e-6
 
@@ -63,16 +63,19 @@ def latent_image_ids(height: int, width: int, plane: int = 0) -> mx.array:
     return mx.stack([mx.full(rows.shape, plane, dtype=rows.dtype), rows, columns], axis=-1).reshape(-1, 3)
 
 
-class Modulation(nn.Module):
+class Modulation(Modulated):
     """`parts` vectors per sample from the condition: shifts, scales and gates, each (B, 1, features)."""
 
     def __init__(self, features: int, parts: int, *, bias: bool = True):
         super().__init__()
         self.parts = parts
-        self.linear = Linear(features, parts * features, bias=bias)
+        self.linear = ModulationLinear(features, parts * features, bias=bias)
 
-    def __call__(self, condition: mx.array) -> list[mx.array]:
-        return parts_of(self.linear(silu(condition))[:, None], self.parts)
+    def modulation(self, condition: Condition) -> list[mx.array]:
+        return modulation(self.linear, condition, self.parts, silu)
+
+    def __call__(self, condition: Condition) -> list[mx.array]:
+        return self.modulation(condition)
 
 
 class JointAttention(nn.Module):
@@ -150,7 +153,7 @@ class TransformerBlock(nn.Module):
         self,
         image: mx.array,
         text: mx.array,
-        condition: mx.array,
+        condition: Condition,
         rotary: Rotary,
         watch: Callable[..., None] | None = None,
     ) -> tuple[mx.array, mx.array]:
@@ -169,7 +172,7 @@ class TransformerBlock(nn.Module):
         return _rest(image, image_out, self.ff, *image_rest), _rest(text, text_out, self.ff_context, *text_rest)
 
     def read_along(
-        self, text: mx.array, condition: mx.array, keys: mx.array, values: mx.array
+        self, text: mx.array, condition: Condition, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Another text, which sees the picture and itself, and which neither the picture nor the prompt sees.
 
@@ -211,7 +214,7 @@ class SingleTransformerBlock(nn.Module):
         self.proj_out = Linear(5 * width, width)
         self.attn = SingleAttention(heads, head_dim)
 
-    def __call__(self, x: mx.array, condition: mx.array, rotary: Rotary) -> mx.array:
+    def __call__(self, x: mx.array, condition: Condition, rotary: Rotary) -> mx.array:
         shift, scale, gate = self.norm(condition)
         y = modulate(x, shift, scale)
         y = mx.concatenate([self.attn(y, rotary), gelu_approx(self.proj_mlp(y))], axis=-1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from mflux.backend import mx, nn
 from mflux.models.common.networks.layers import TIME_CHANNELS, Linear, MLPEmbedder, modulate, rotary_embedding, waves
 from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation, SingleTransformerBlock, TransformerBlock
+from mflux.models.common.networks.modulation import Condition, Known
 
 _TIME_THETA = 10_000
 
@@ -104,8 +105,19 @@ class FiboTransformer(nn.Module):
         projected = [project(layer) for project, layer in zip(self.caption_projection, layers, strict=True)]
         return [self.context_embedder(prompt_embeds)[..., :half], *projected]
 
+    def condition(self, sigma: mx.array, dtype: mx.Dtype) -> mx.array:
+        """The condition (B, width) at noise levels (B,), for latents of a dtype."""
+        stream = self.x_embedder(mx.zeros((1, 1, self.config.in_channels), dtype)).dtype
+        return self.time_embed(sigma, stream)
+
     def __call__(
-        self, hidden_states: mx.array, *, sigma: mx.array, text: Sequence[mx.array], image_ids: mx.array
+        self,
+        hidden_states: mx.array,
+        *,
+        sigma: mx.array,
+        text: Sequence[mx.array],
+        image_ids: mx.array,
+        known: Known | None = None,
     ) -> mx.array:
         """Predict the velocity.
 
@@ -117,12 +129,13 @@ class FiboTransformer(nn.Module):
             sigma: (B,), how noisy they are: 1 is pure noise, 0 is a picture.
             text: from `project_text`.
             image_ids: (L, 3), see `latent_image_ids`.
+            known: the condition that follows from the noise level, where it was known ahead.
 
         Returns:
             (B, L, in_channels).
         """
         image = self.x_embedder(hidden_states)
-        condition = self.time_embed(sigma, image.dtype)
+        condition: Condition = known or self.time_embed(sigma, image.dtype)
         kept, *projected = text
         length = kept.shape[1]
         ids = mx.concatenate([mx.zeros((length, 3), dtype=image_ids.dtype), image_ids])

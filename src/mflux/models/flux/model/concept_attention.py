@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from mflux.backend import mx
 from mflux.models.common.networks.layers import product
 from mflux.models.common.networks.mmdit import TransformerBlock
+from mflux.models.common.networks.modulation import Ahead, Condition
 from mflux.models.flux.model.transformer import FluxTransformer
 
 
@@ -23,22 +24,35 @@ class ConceptStream:
         embeds: the concept as T5 encodes it, (1, T, joint_attention_dim).
         pooled: as CLIP does, (1, pooled_projection_dim).
         layers: the numbers of the double blocks to look at.
+        sigmas: the noise levels that are known ahead.
+        guidance: as the transformer is told it.
     """
 
-    def __init__(self, transformer: FluxTransformer, embeds: mx.array, pooled: mx.array, layers: Collection[int]):
+    def __init__(
+        self,
+        transformer: FluxTransformer,
+        embeds: mx.array,
+        pooled: mx.array,
+        layers: Collection[int],
+        sigmas: Collection[mx.array] = (),
+        guidance: mx.array | None = None,
+    ):
         self._transformer = transformer
         self._embeds, self._pooled = embeds, pooled
         self._layers = frozenset(layers)
+        self._guidance = guidance
+        # Only what the concept goes through is worked out, when it first does.
+        self._ahead = Ahead({float(sigma): self._condition(sigma[None]) for sigma in sigmas})
         self._sum: mx.array = mx.array(0.0)
         self._looks = 0
 
-    def watch(self, sigma: mx.array, guidance: mx.array | None) -> Callable[..., None]:
-        """What `FluxTransformer` is to call during one step.
+    def _condition(self, sigma: mx.array) -> mx.array:
+        condition: mx.array = self._transformer.time_text_embed(sigma, self._guidance, self._pooled)
+        return condition
 
-        Args:
-            sigma, guidance: as the transformer is told them.
-        """
-        condition = self._transformer.time_text_embed(sigma, guidance, self._pooled)
+    def watch(self, sigma: mx.array) -> Callable[..., None]:
+        """What `FluxTransformer` is to call during one step, at the noise level (1,) that it is told."""
+        condition: Condition = self._ahead.at(sigma[0]) or self._condition(sigma)
         concept = self._transformer.context_embedder(self._embeds)
 
         def look(number: int, block: TransformerBlock, keys: mx.array, values: mx.array, picture: mx.array) -> None:

@@ -28,6 +28,7 @@ from mflux.models.common.networks.layers import (
     waves,
 )
 from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation
+from mflux.models.common.networks.modulation import Condition, Known
 from mflux.models.common.replaced import also_as_024, refuse_more
 
 # Keys and values, (B, heads, L, head_dim) each.
@@ -313,6 +314,7 @@ class Flux2Transformer(nn.Module):
         image_ids: mx.array,
         text_ids: mx.array,
         references: list[KeysValues] | None = None,
+        known: Known | None = None,
     ) -> mx.array:
         """Predict the velocity.
 
@@ -323,11 +325,12 @@ class Flux2Transformer(nn.Module):
             image_ids: (L, 4), see `grid_ids`.
             text_ids: (T, 4), see `text_ids`.
             references: what `keep` returned, for a model that was trained to find its references there.
+            known: the condition that follows from the noise level, where it was known ahead.
 
         Returns:
             (B, L, out_channels).
         """
-        condition = self.time_guidance_embed(sigma, prompt_embeds.dtype)
+        condition: Condition = known or self.time_guidance_embed(sigma, prompt_embeds.dtype)
         of_image = self.double_stream_modulation_img(condition)
         of_text = self.double_stream_modulation_txt(condition)
         image = self.x_embedder(hidden_states)
@@ -369,7 +372,13 @@ class Flux2Transformer(nn.Module):
             guidance=None,
         )
 
-    def keep(self, hidden_states: mx.array, image_ids: mx.array, dtype: mx.Dtype = mx.float32) -> list[KeysValues]:
+    def keep(
+        self,
+        hidden_states: mx.array,
+        image_ids: mx.array,
+        dtype: mx.Dtype = mx.float32,
+        known: Known | None = None,
+    ) -> list[KeysValues]:
         """What the blocks need of references that never change: the keys and values of each.
 
         Such references attend to themselves alone, and are pictures without noise at every step: neither the prompt nor
@@ -379,8 +388,9 @@ class Flux2Transformer(nn.Module):
             hidden_states: the references' latents (B, R, in_channels).
             image_ids: (R, 4).
             dtype: to compute in.
+            known: the condition without noise, where it was known ahead.
         """
-        condition = self.time_guidance_embed(mx.zeros(1), dtype)
+        condition: Condition = known or self.time_guidance_embed(mx.zeros(1), dtype)
         rotary = self.rotary(image_ids)
         kept = []
         x = self.x_embedder(hidden_states)

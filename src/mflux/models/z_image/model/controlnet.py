@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mflux.backend import mx
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.networks.layers import Linear, Rotary
+from mflux.models.common.networks.modulation import Condition, Known
 from mflux.models.z_image.model.transformer import (
     BlockConfig,
     ComputesInside,
@@ -61,7 +62,7 @@ class ControlBlock(TransformerBlock):
             self.before_proj = Linear(config.dim, config.dim)
         self.after_proj = Linear(config.dim, config.dim)
 
-    def hint(self, control: mx.array, x: mx.array, rotary: Rotary, condition: mx.array) -> tuple[mx.array, mx.array]:
+    def hint(self, control: mx.array, x: mx.array, rotary: Rotary, condition: Condition) -> tuple[mx.array, mx.array]:
         """The control tokens for the next block, and the hint."""
         if "before_proj" in self:
             control = self.before_proj(control) + x
@@ -97,6 +98,7 @@ class ZImageControlNet(ComputesInside):
         timestep: mx.array,
         prompt_embeds: mx.array,
         strength: float = 1.0,
+        known: Known | None = None,
     ) -> dict[int, mx.array]:
         """The hints for one evaluation of the transformer.
 
@@ -106,12 +108,13 @@ class ZImageControlNet(ComputesInside):
             control: the control picture's latents (B, 16, H, W), scaled as the autoencoder's are. Where the ControlNet
                 takes more channels (a mask and a picture to fill in), these are zeros.
             strength: of the hints, also of those that its own copy of the refiner gets.
+            known: as the transformer is given it.
 
         Returns:
             What to add after each layer, by its number: (B, L, dim).
         """
         config, dtype = self.config, latents.dtype
-        condition = base.embed_time(timestep, dtype)
+        condition: Condition = known or base.embed_time(timestep, dtype)
         caption, caption_rotary = base.embed_caption(prompt_embeds.astype(dtype))
         picture, rotary = base.embed_picture(latents, caption.shape[1])
         batch, channels, height, width = control.shape
@@ -139,7 +142,7 @@ class ZImageControlNet(ComputesInside):
 
 
 def run(
-    layers: list[ControlBlock], control: mx.array, x: mx.array, rotary: Rotary, condition: mx.array
+    layers: list[ControlBlock], control: mx.array, x: mx.array, rotary: Rotary, condition: Condition
 ) -> tuple[mx.array, list[mx.array]]:
     """All blocks one after the other: the control tokens at the end, and the hints."""
     hints = []

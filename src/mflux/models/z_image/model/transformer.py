@@ -22,7 +22,6 @@ from mflux.models.common.networks.layers import (
     attention,
     layer_norm,
     merge_heads,
-    parts_of,
     residual,
     rotary_embedding,
     rotate_pairs,
@@ -30,6 +29,7 @@ from mflux.models.common.networks.layers import (
     split_heads,
     waves,
 )
+from mflux.models.common.networks.modulation import Condition, Known, Modulated, ModulationLinear, modulation
 from mflux.models.common.replaced import also_as_024, refuse_more
 
 _CONDITION = 256
@@ -180,7 +180,7 @@ class FeedForward(Interior):
         return self.outside(self.w2(hidden), _GATED_SCALE, dtype)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Modulated):
     """Norms before and after attention and feed-forward; scales and gates from the time where it is `modulated`."""
 
     def __init__(self, config: BlockConfig, *, modulated: bool = True):
@@ -192,15 +192,17 @@ class TransformerBlock(nn.Module):
         self.attention_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
         if modulated:
-            self.adaLN_modulation = [Linear(config.condition_dim, 4 * config.dim)]
+            self.adaLN_modulation = [ModulationLinear(config.condition_dim, 4 * config.dim)]
 
-    def __call__(self, x: mx.array, rotary: Rotary, condition: mx.array | None = None) -> mx.array:
+    def modulation(self, condition: Condition) -> list[mx.array]:
+        return modulation(self.adaLN_modulation[0], condition, 4) if "adaLN_modulation" in self else []
+
+    def __call__(self, x: mx.array, rotary: Rotary, condition: Condition | None = None) -> mx.array:
         scale: mx.array | int = 1
         gate: mx.array | int = 1
         scale_ff: mx.array | int = 1
         gate_ff: mx.array | int = 1
-        if condition is not None and "adaLN_modulation" in self:
-            parts = parts_of(self.adaLN_modulation[0](condition)[:, None], 4)
+        if condition is not None and (parts := self.modulation(condition)):
             scale, gate, scale_ff, gate_ff = 1 + parts[0], mx.tanh(parts[1]), 1 + parts[2], mx.tanh(parts[3])
         x = residual(x, gate, self.attention_norm2(self.attention(self.attention_norm1(x) * scale, rotary)))
         return residual(x, gate_ff, self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_ff)))
@@ -218,15 +220,18 @@ class TimeEmbedder(nn.Module):
         return x
 
 
-class FinalLayer(nn.Module):
+class FinalLayer(Modulated):
     def __init__(self, config: ZImageTransformerConfig):
         super().__init__()
         self.linear = Linear(config.dim, config.patch**2 * config.in_channels)
-        self.adaLN_modulation = [Activation("silu"), Linear(config.condition_dim, config.dim)]
+        self.adaLN_modulation = [Activation("silu"), ModulationLinear(config.condition_dim, config.dim)]
 
-    def __call__(self, x: mx.array, condition: mx.array) -> mx.array:
+    def modulation(self, condition: Condition) -> mx.array:
         silu, scale = self.adaLN_modulation
-        return self.linear(layer_norm(x, _FINAL_EPS) * (1 + scale(silu(condition))[:, None]))
+        return modulation(scale, condition, 1, silu)[0]
+
+    def __call__(self, x: mx.array, condition: Condition) -> mx.array:
+        return self.linear(layer_norm(x, _FINAL_EPS) * (1 + self.modulation(condition)))
 
 
 # ---- from pictures to tokens and back
@@ -322,6 +327,7 @@ class ZImageTransformer(ComputesInside):
         timestep: mx.array,
         prompt_embeds: mx.array,
         hints: Mapping[int, mx.array] | None = None,
+        known: Known | None = None,
     ) -> mx.array:
         """Predict picture - noise.
 
@@ -331,11 +337,12 @@ class ZImageTransformer(ComputesInside):
             timestep: (B,), from 0 for noise to 1 for a picture: 1 - sigma.
             prompt_embeds: (B, T, cap_feat_dim).
             hints: what a ControlNet adds after layers, by their numbers.
+            known: the condition that follows from the time, where it was known ahead.
 
         Returns:
             (B, in_channels, H, W).
         """
-        condition = self.embed_time(timestep, latents.dtype)
+        condition: Condition = known or self.embed_time(timestep, latents.dtype)
         caption, caption_rotary = self.embed_caption(prompt_embeds.astype(latents.dtype))
         picture, picture_rotary = self.embed_picture(latents, caption.shape[1])
         for layer in self.noise_refiner:

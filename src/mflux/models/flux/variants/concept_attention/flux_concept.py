@@ -59,14 +59,16 @@ class ConceptPipeline(FluxPipeline):
     ) -> tuple[Velocity, ConceptStream]:
         """`predictor` feeding a `ConceptStream`; returns both."""
         predict = self.predictor(config, prompt)
-        stream = ConceptStream(self.own_transformer(), concept.embeds, concept.pooled, layers)
-        guidance = mx.array([config.guidance]) if self.transformer.config.guidance_embeds else None
+        guidance = mx.array([config.guidance]) if self.configuration("transformer").guidance_embeds else None
+        stream = ConceptStream(
+            self.own_transformer(), concept.embeds, concept.pooled, layers, self.sigmas_ahead(config), guidance
+        )
         steps = count()
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             if next(steps) not in timesteps:
                 return predict(latents, sigma)
-            prediction = predict(latents, sigma, watch=stream.watch(sigma[None], guidance))
+            prediction = predict(latents, sigma, watch=stream.watch(sigma[None]))
             # Now, so that nothing of this step is kept but the sum.
             mx.eval(stream.heat)
             return prediction

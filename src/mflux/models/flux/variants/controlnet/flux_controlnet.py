@@ -128,9 +128,16 @@ class Flux1Controlnet(FluxPipeline):
             "guidance": mx.array([config.guidance]) if asks else None,
         }
 
+        known = self.ahead(
+            config,
+            "transformer_controlnet",
+            lambda controlnet, sigma: controlnet.time_text_embed(sigma[None], common["guidance"], encoded.pooled),
+            of=(config.guidance, encoded.digest),
+        )
+
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             seen = latents.astype(encoded.embeds.dtype)
-            residuals = self.transformer_controlnet(seen, sigma=sigma[None], **common)
+            residuals = self.transformer_controlnet(seen, sigma=sigma[None], known=known(sigma), **common)
             return predict(latents, sigma, residuals=residuals)
 
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt, canny_image=edges)

@@ -77,7 +77,9 @@ class Flux2KleinEdit(KleinPipeline):
         kept = None
         if beside is not None and (self.keeps_references if use_kv_cache is None else use_kv_cache):
             dtype = encoded[0].embeds.dtype
-            kept = self.own_transformer().keep(beside[0].astype(dtype), beside[1], dtype)
+            transformer = self.own_transformer()
+            known = self.known(config, encoded[0], zero=True)(mx.array(0.0))
+            kept = transformer.keep(beside[0].astype(dtype), beside[1], dtype, known)
             mx.eval(kept)
             beside = None
         velocity = self.predictor(config, *encoded, beside=beside, references=kept)

@@ -15,6 +15,7 @@ from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.controls.canny import canny
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent, give_back_memory
+from mflux.models.common.networks.modulation import Known
 from mflux.models.z_image.family import COMPONENTS, CONTROLNET
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.layouts import LAYOUT
@@ -119,15 +120,15 @@ class ZImageTurboControlnet(ZImagePipeline):
         latents = ZImageLatentCreator.create_noise(seed, config.height, config.width)
 
         # 3. Denoise
-        def hints(latents: mx.array, sigma: mx.array) -> dict[int, mx.array]:
+        def hints(latents: mx.array, sigma: mx.array, known: Known | None) -> dict[int, mx.array]:
             summed: dict[int, mx.array] = {}
             for control, control_latents in zip(controls, latents_of_controls, strict=True):
-                found = self.hints(latents, sigma, encoded, control_latents, strength * control.strength)
+                found = self.hints(latents, sigma, encoded, control_latents, strength * control.strength, known)
                 for place, hint in found.items():
                     summed[place] = summed[place] + hint if place in summed else hint
             return summed
 
-        velocity = self.predictor(config, encoded, hints=hints)
+        velocity = self.predictor(config, encoded, hints=hints, controlnet=self.controlnet)
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt, control_images=images)
 
         # 4. Decode
@@ -141,7 +142,13 @@ class ZImageTurboControlnet(ZImagePipeline):
         )
 
     def hints(
-        self, latents: mx.array, sigma: mx.array, prompt_embeds: mx.array, control: mx.array, strength: float
+        self,
+        latents: mx.array,
+        sigma: mx.array,
+        prompt_embeds: mx.array,
+        control: mx.array,
+        strength: float,
+        known: Known | None = None,
     ) -> dict[int, mx.array]:
         """What the ControlNet adds after layers of the transformer, by their numbers."""
         dtype, timestep = self.inputs(sigma, prompt_embeds)
@@ -152,6 +159,7 @@ class ZImageTurboControlnet(ZImagePipeline):
             timestep=timestep,
             prompt_embeds=prompt_embeds,
             strength=strength,
+            known=known,
         )
 
 
