@@ -22,7 +22,7 @@ MODULES = {
 # package itself, which only says its version, to none. Each may import from its own level and from those below.
 LEVELS = (
     ("errors", "text"),
-    ("backend", "cpu", "optional", "utils", "compat"),
+    ("backend", "cpu", "fused", "optional", "utils", "compat"),
     ("checkpoints", "hub", "demo"),
     ("callbacks",),
     ("models.common",),

@@ -22,6 +22,8 @@ from mflux.models.common.networks.layers import (
     gelu_approx,
     merge_heads,
     modulate,
+    normed_heads,
+    product_of_parts,
     residual,
     rotate_pairs,
     silu,
@@ -100,14 +102,15 @@ class JointAttention(nn.Module):
 
     def image_heads(self, image: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values of picture tokens, (B, heads, L, D) each, before their positions turn them."""
-        q, k, v = (split_heads(layer(image), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
+        q = normed_heads(self.norm_q, self.to_q(image), self.heads)
+        k = normed_heads(self.norm_k, self.to_k(image), self.heads)
+        return q, k, split_heads(self.to_v(image), self.heads)
 
     def text_heads(self, text: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """The same of text tokens."""
-        layers = self.add_q_proj, self.add_k_proj, self.add_v_proj
-        q, k, v = (split_heads(layer(text), self.heads) for layer in layers)
-        return self.norm_added_q(q), self.norm_added_k(k), v
+        q = normed_heads(self.norm_added_q, self.add_q_proj(text), self.heads)
+        k = normed_heads(self.norm_added_k, self.add_k_proj(text), self.heads)
+        return q, k, split_heads(self.add_v_proj(text), self.heads)
 
     def __call__(
         self, image: mx.array, text: mx.array, rotary: Rotary, watch: Callable[..., None] | None = None
@@ -134,8 +137,8 @@ class SingleAttention(nn.Module):
         self.to_v = Linear(width, width)
 
     def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
-        q = rotate_pairs(self.norm_q(split_heads(self.to_q(x), self.heads)), rotary)
-        k = rotate_pairs(self.norm_k(split_heads(self.to_k(x), self.heads)), rotary)
+        q = rotate_pairs(normed_heads(self.norm_q, self.to_q(x), self.heads), rotary)
+        k = rotate_pairs(normed_heads(self.norm_k, self.to_k(x), self.heads), rotary)
         return merge_heads(attention(q, k, split_heads(self.to_v(x), self.heads)))
 
 
@@ -217,5 +220,4 @@ class SingleTransformerBlock(nn.Module):
     def __call__(self, x: mx.array, condition: Condition, rotary: Rotary) -> mx.array:
         shift, scale, gate = self.norm(condition)
         y = modulate(x, shift, scale)
-        y = mx.concatenate([self.attn(y, rotary), gelu_approx(self.proj_mlp(y))], axis=-1)
-        return residual(x, gate, self.proj_out(y))
+        return residual(x, gate, product_of_parts(self.proj_out, self.attn(y, rotary), gelu_approx(self.proj_mlp(y))))

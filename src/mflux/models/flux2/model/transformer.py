@@ -20,6 +20,8 @@ from mflux.models.common.networks.layers import (
     attention,
     merge_heads,
     modulate,
+    normed_heads,
+    product_of_parts,
     residual,
     rotary_embedding,
     rotate_pairs,
@@ -177,13 +179,14 @@ class JointAttention(Interior):
         return self.leave(self.to_out[0](attend(rotate_pairs(q, rotary), own, None)), image), own
 
     def of_image(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        q, k, v = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
+        q = normed_heads(self.norm_q, self.to_q(x), self.heads)
+        k = normed_heads(self.norm_k, self.to_k(x), self.heads)
+        return q, k, split_heads(self.to_v(x), self.heads)
 
     def of_text(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        projections = self.add_q_proj, self.add_k_proj, self.add_v_proj
-        q, k, v = (split_heads(project(x), self.heads) for project in projections)
-        return self.norm_added_q(q), self.norm_added_k(k), v
+        q = normed_heads(self.norm_added_q, self.add_q_proj(x), self.heads)
+        k = normed_heads(self.norm_added_k, self.add_k_proj(x), self.heads)
+        return q, k, split_heads(self.add_v_proj(x), self.heads)
 
 
 class DoubleBlock(nn.Module):
@@ -238,10 +241,10 @@ class ParallelAttention(Interior):
     def __call__(self, x: mx.array, rotary: Rotary, cached: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
         width = x.shape[-1]
         q, k, v, hidden = mx.split(self.to_qkv_mlp_proj(self.enter(x)), [width, 2 * width, 3 * width], axis=-1)
-        q = rotate_pairs(self.norm_q(split_heads(q, self.heads)), rotary)
-        k = rotate_pairs(self.norm_k(split_heads(k, self.heads)), rotary)
+        q = rotate_pairs(normed_heads(self.norm_q, q, self.heads), rotary)
+        k = rotate_pairs(normed_heads(self.norm_k, k, self.heads), rotary)
         own = k, split_heads(v, self.heads)
-        out = self.to_out(mx.concatenate([attend(q, own, cached), gated(hidden)], axis=-1))
+        out = product_of_parts(self.to_out, attend(q, own, cached), gated(hidden))
         return self.leave(out, x), own
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mflux.backend import mx, nn, tree_map
+from mflux.backend import has_gpu, mx, nn, tree_map
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
@@ -19,9 +19,12 @@ from mflux.models.common.networks.layers import (
     Linear,
     RMSNorm,
     Rotary,
+    Turns,
     attention,
     layer_norm,
     merge_heads,
+    normed_and_scaled,
+    normed_heads,
     residual,
     rotary_embedding,
     rotate_pairs,
@@ -153,10 +156,12 @@ class Attention(Interior):
         dtype, scale = x.dtype, 1.0
         if self.interior is not None:
             x, scale = x.astype(self.interior), _VALUE_SCALE
-        q, k = (split_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k))
-        v = split_heads(self.to_v(x if scale == 1 else x / scale), self.heads)
+        q, k = self.to_q(x), self.to_k(x)
         if "norm_q" in self:
-            q, k = self.norm_q(q), self.norm_k(k)
+            q, k = normed_heads(self.norm_q, q, self.heads), normed_heads(self.norm_k, k, self.heads)
+        else:
+            q, k = split_heads(q, self.heads), split_heads(k, self.heads)
+        v = split_heads(self.to_v(x if scale == 1 else x / scale), self.heads)
         x = merge_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v))
         return self.outside(self.to_out[0](x), scale, dtype)
 
@@ -204,8 +209,15 @@ class TransformerBlock(Modulated):
         gate_ff: mx.array | int = 1
         if condition is not None and (parts := self.modulation(condition)):
             scale, gate, scale_ff, gate_ff = 1 + parts[0], mx.tanh(parts[1]), 1 + parts[2], mx.tanh(parts[3])
-        x = residual(x, gate, self.attention_norm2(self.attention(self.attention_norm1(x) * scale, rotary)))
-        return residual(x, gate_ff, self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_ff)))
+        y = self.attention(normed_and_scaled(self.attention_norm1, x, scale), rotary)
+        x = added(x, self.attention_norm2, y, gate)
+        y = self.feed_forward(normed_and_scaled(self.ffn_norm1, x, scale_ff))
+        return added(x, self.ffn_norm2, y, gate_ff)
+
+
+def added(x: mx.array, norm: RMSNorm, y: mx.array, gate: mx.array | int) -> mx.array:
+    """x + gate · the norm of y."""
+    return x + normed_and_scaled(norm, y, gate) if has_gpu() else residual(x, gate, norm(y))
 
 
 class TimeEmbedder(nn.Module):
@@ -404,4 +416,6 @@ class ZImageTransformer(ComputesInside):
 def joined(first: tuple[mx.array, Rotary], second: tuple[mx.array, Rotary]) -> tuple[mx.array, Rotary]:
     """Two runs of tokens with their positions, one behind the other."""
     (x, (cos, sin)), (other, (other_cos, other_sin)) = first, second
-    return mx.concatenate([x, other], axis=1), (mx.concatenate([cos, other_cos]), mx.concatenate([sin, other_sin]))
+    return mx.concatenate([x, other], axis=1), Turns(
+        (mx.concatenate([cos, other_cos]), mx.concatenate([sin, other_sin]))
+    )
