@@ -18,6 +18,7 @@ from mflux.backend import mx, nn
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.config.config import Config
+from mflux.models.common.fewer_passes import LEAST_STEPS, left_out
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.common.memory import Encoded, LazyComponent, keeping_memory, timed
 from mflux.models.common.model import Model
@@ -101,7 +102,9 @@ class Pipeline(Model):
         Args:
             scheduler: None for the checkpoint's schedule.
             side_by_side: how many images of the given size are denoised as one, beside each other.
-            settings: further arguments of `Config`.
+            settings: further arguments of `Config`; of these `step_cache_ratio` says in which part of the steps (above
+                0, below 1) the prediction of the step before is used again, see `fewer_passes`, and `cfg_end` in which
+                part of them (above 0, at most 1) a second pass guides, where there is one.
 
         Raises:
             UsageError: one is of the wrong type, or makes no sense, or there is no memory for such a size.
@@ -114,6 +117,10 @@ class Pipeline(Model):
         config.width *= side_by_side
         check_room(self.configuration("transformer"), config.width, config.height)
         return config
+
+    def is_guided(self, guidance: float | None) -> bool:
+        """Whether each step has a second pass for guidance."""
+        return self.negative_above is not None and guidance is not None and guidance > self.negative_above
 
     # ---- 1. prompts
 
@@ -230,6 +237,13 @@ class Pipeline(Model):
             found = ahead_of(module, sigmas, partial(condition, module), *beside, of=of)
         return lambda sigma: found.at(sigma)
 
+    def left_out(self, config: Config) -> frozenset[int]:
+        """The steps that use the prediction of the one before, where a step cache is asked for."""
+        if config.step_cache_ratio is None:
+            return frozenset()
+        found = left_out([float(sigma) for sigma in self.sigmas_ahead(config)], config.step_cache_ratio)
+        return frozenset(config.init_time_step + number for number in found)
+
     def steps(
         self,
         config: Config,
@@ -237,7 +251,8 @@ class Pipeline(Model):
         velocity: Velocity,
         after_step: Callable[[mx.array, int], mx.array] | None = None,
     ) -> Generator[Step]:
-        """Take the steps from noise to image, one each time that the next is asked for.
+        """Take the steps from noise to image, one each time that the next is asked for, without the passes that
+        `left_out` has.
 
         Args:
             config: with the schedule and its steps.
@@ -248,13 +263,26 @@ class Pipeline(Model):
         Raises:
             MfluxError: the latents are no longer finite.
         """
-        scheduler = config.scheduler
+        scheduler, again = config.scheduler, self.left_out(config)
+        if config.step_cache_ratio is not None and not again:
+            log.warning(
+                "step_cache_ratio is ignored: of %s it leaves none out (of fewer than %d never)",
+                count(len(config.time_steps), "step"),
+                LEAST_STEPS,
+            )
+        prediction = mx.array(0.0)
+        # What is computed already, nobody has to wait for a GPU to tell.
+        sigmas = scheduler.sigmas
+        levels = list(sigmas)
+        mx.eval(levels)
         with ExitStack() as kept:
             for number in range(config.init_time_step, config.num_inference_steps):
                 if number == config.init_time_step + 1:  # what the first step loads stays where it is
                     kept.enter_context(keeping_memory())
-                sigma, before = scheduler.sigmas[number], latents
-                prediction = velocity(scheduler.scale_model_input(before, number), sigma).astype(mx.float32)
+                sigma = levels[number] if scheduler.sigmas is sigmas else scheduler.sigmas[number]
+                before = latents
+                if number not in again:
+                    prediction = velocity(scheduler.scale_model_input(before, number), sigma).astype(mx.float32)
                 latents = scheduler.step(noise=prediction, timestep=number, latents=before)
                 if after_step is not None:
                     latents = after_step(latents, number)
@@ -361,7 +389,8 @@ class Pipeline(Model):
         **about: Any,
     ) -> GeneratedImage:
         """What has been decoded, (1, 3, H, W), as an image that knows how it was made; see `make_image`."""
-        parameters = {"vae_full_precision": self.vae_full_precision} | dict(parameters or {})
+        fewer = {"step_cache_ratio": config.step_cache_ratio, "cfg_end": config.cfg_end}
+        parameters = {"vae_full_precision": self.vae_full_precision} | fewer | dict(parameters or {})
         unusual = {name: value for name, value in parameters.items() if value not in (None, False)}
         if config.scheduler_name not in ("linear", "LinearScheduler"):
             unusual.setdefault("scheduler", config.scheduler_name)

@@ -66,6 +66,10 @@ class FiboPipeline(Pipeline):
             scheduler = "linear"
         return super().settings(scheduler=scheduler, **settings)
 
+    def is_guided(self, guidance: float | None) -> bool:
+        # Made without, whatever is asked for.
+        return super().is_guided(guidance) and "fibo-lite" not in self.model_config.aliases
+
     def encode_prompts(self, *prompts: str) -> list[list[mx.array]]:
         """All hidden states of the text encoder, (1, T, D) each, for every prompt."""
         return self.remembered(prompts, self._encode, "text_encoder")
@@ -120,7 +124,7 @@ class FiboPipeline(Pipeline):
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             towards = predict(latents, sigma, texts[0])
-            if len(texts) == 1:
+            if len(texts) == 1 or not config.guides(sigma):
                 return towards
             # One after the other, so that what they need for themselves is needed once.
             mx.eval(towards)

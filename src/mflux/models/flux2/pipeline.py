@@ -148,6 +148,9 @@ class KleinPipeline(Pipeline):
             guidance = 1.0
         return [prompt, ""] if guidance > 1 else [prompt]
 
+    def is_guided(self, guidance: float | None) -> bool:
+        return guidance is not None and guidance > 1 and not self.is_distilled
+
     def encode_prompts(self, *prompts: str) -> list[Prompt]:
         """Encode prompts, the text encoder being loaded once for all of them."""
         return self.remembered(prompts, self._encode, "text_encoder")
@@ -206,7 +209,7 @@ class KleinPipeline(Pipeline):
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             tokens = latents if beside is None else mx.concatenate([latents, beside[0]], axis=1)
             towards = predict(tokens, sigma, prompt)
-            if negative is None:
+            if negative is None or not config.guides(sigma):
                 return towards
             away = predict(tokens, sigma, negative)
             return away + config.guidance * (towards - away)
@@ -275,13 +278,14 @@ class KleinPipeline(Pipeline):
             nonlocal step
             if step is None:
                 step = called("_predict", called("_predict", self._predict)(self.transformer))
+            away = negative if config.guides(sigma) else None
             return step(
                 latents=latents.astype(prompt.embeds.dtype),
                 latent_ids=ids,
                 prompt_embeds=prompt.embeds,
                 text_ids=prompt.ids[None],
-                negative_prompt_embeds=None if negative is None else negative.embeds,
-                negative_text_ids=None if negative is None else negative.ids[None],
+                negative_prompt_embeds=None if away is None else away.embeds,
+                negative_text_ids=None if away is None else away.ids[None],
                 guidance=config.guidance,
                 timestep=1000 * sigma,
                 **images,

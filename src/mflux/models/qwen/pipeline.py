@@ -77,7 +77,7 @@ class QwenPipeline(Pipeline):
             # Several images in one sequence: what comes after the first is what an edit starts from.
             tokens = mx.concatenate([latents, *sources], axis=1)
             noise = predict(tokens, sigma, positive)
-            if negative is None:
+            if negative is None or not config.guides(sigma):
                 return noise
             return self.compute_guided_noise(noise, predict(tokens, sigma, negative), config.guidance)
 

@@ -164,7 +164,7 @@ class ZImagePipeline(Pipeline):
         def velocity(packed: mx.array, sigma: mx.array) -> mx.array:
             latents = ZImageLatentCreator.unpack_latents(packed)
             towards = predict(latents, sigma, positive)
-            if negative is not None and not is_past(sigma, truncation):
+            if negative is not None and config.guides(sigma) and not is_past(sigma, truncation):
                 guided = towards + config.guidance * (towards - predict(latents, sigma, negative))
                 towards = limited(guided, towards, normalization)
             return -ZImageLatentCreator.pack_latents(towards)
@@ -205,7 +205,8 @@ class ZImagePipeline(Pipeline):
             nonlocal step
             if step is None:
                 step = called("_predict", called("_predict", self._predict)(self.transformer))
-            away = None if negative is None or is_past(sigma, truncation) else negative[0]
+            is_guided = negative is not None and config.guides(sigma) and not is_past(sigma, truncation)
+            away = negative[0] if negative is not None and is_guided else None
             dtype, timestep = self.inputs(sigma, positive)
             return step(
                 latents=latents.astype(dtype),

@@ -80,6 +80,8 @@ class Flux1Controlnet(FluxPipeline):
         guidance: float = 4.0,
         controlnet_strength: float = 1.0,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image.
 
@@ -88,6 +90,7 @@ class Flux1Controlnet(FluxPipeline):
             controlnet_image_path: the image to follow; for a ControlNet of edges they are found in it.
             height, width: in pixels, rounded down to multiples of 16; None for the image's own.
             controlnet_strength: how closely to follow the image; 0 is not at all.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Raises:
             as `Flux1.generate_image`.
@@ -105,6 +108,8 @@ class Flux1Controlnet(FluxPipeline):
             image_path=source,
             controlnet_strength=strength,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompt

@@ -81,6 +81,8 @@ class ZImageTurboControlnet(ZImagePipeline):
         width: int | None = 1024,
         controlnet_strength: float = 0.8,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Draw one picture after others.
 
@@ -90,6 +92,7 @@ class ZImageTurboControlnet(ZImagePipeline):
                 is drawn, whatever their shape.
             height, width: in pixels, rounded down to multiples of 16.
             controlnet_strength: how much all of them count; the ControlNet's authors advise 0.65 to 1.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Raises:
             NotBuiltError: a control of a type that is not built.
@@ -107,6 +110,8 @@ class ZImageTurboControlnet(ZImagePipeline):
             guidance=0.0,
             scheduler=scheduler,
             controlnet_strength=strength,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompt, and what the control images show
