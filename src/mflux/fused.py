@@ -57,6 +57,25 @@ def add_gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
 
 
 @Chain
+def affine(x: mx.array, factor: mx.array, offset: mx.array) -> mx.array:
+    """factor · x + offset, in float32 but for the result."""
+    return (factor * x.astype(mx.float32) + offset).astype(x.dtype)
+
+
+@Chain
+def affine_silu(x: mx.array, factor: mx.array, offset: mx.array) -> mx.array:
+    """The same, then SiLU."""
+    y = (factor * x.astype(mx.float32) + offset).astype(x.dtype)
+    return y * mx.sigmoid(y)
+
+
+@Chain
+def squared_distance(x: mx.array, middle: mx.array) -> mx.array:
+    """(x - middle)², in float32."""
+    return (x.astype(mx.float32) - middle).square()
+
+
+@Chain
 def turn(pairs: mx.array, swapped: mx.array, along: mx.array, across: mx.array) -> mx.array:
     """Pairs of channels (…, 2) times `along`, plus the same with both exchanged times `across`, in float32."""
     return (pairs.astype(mx.float32) * along + swapped.astype(mx.float32) * across).astype(pairs.dtype)

@@ -11,6 +11,7 @@ from support.graph import way_of_a_gpu
 from mflux import cpu, fused
 from mflux.backend import mx, nn
 from mflux.models.common.networks import layers
+from mflux.models.common.networks.autoencoders.kernels import OnGPU
 from mflux.models.common.networks.layers import Linear, RMSNorm, Turns
 
 DTYPES = [mx.bfloat16, mx.float16, mx.float32]
@@ -108,13 +109,29 @@ def test_chains(way, dtype):
 
 
 @each_dtype
+def test_what_an_autoencoder_normalises_with(dtype):
+    x = drawn(dtype, 2, 5, 7, 12)
+    factor, offset = (drawn(mx.float32, 2, 1, 1, 12, seed=seed) for seed in (1, 2))
+    plain = (factor * x + offset).astype(dtype)
+    kernels = OnGPU.affine, np.array(factor[:, 0, 0]), np.array(offset[:, 0, 0])
+    assert equal(kernels[0](x, *kernels[1:], False), plain)
+    assert equal(kernels[0](x, *kernels[1:], True), nn.silu(plain))
+    mean, squares = OnGPU.moments(x + 3)
+    wide = np.array((x + 3).astype(mx.float32)).astype(float)
+    assert np.allclose(np.array(mean), wide.mean(axis=(1, 2)), rtol=1e-5)
+    assert np.allclose(np.array(squares), 35 * wide.var(axis=(1, 2)), rtol=1e-4)
+
+
+@each_dtype
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_of_parts(way, dtype, bias):
     layer = Linear(3 * WIDTH, WIDTH, bias=bias)
+    layer.weight = 0.1 * drawn(mx.float32, WIDTH, 3 * WIDTH, seed=2)
     layer.set_dtype(dtype)
     parts = drawn(dtype, BATCH, TOKENS, WIDTH), drawn(dtype, BATCH, TOKENS, 2 * WIDTH, seed=1)
-    # Between the two products the sum is rounded once more.
-    assert near(layers.product_of_parts(layer, *parts), layer(mx.concatenate(list(parts), axis=-1)), dtype, 2)
+    # Between the two products the sum is rounded once more; in float32 terms are added up in another order.
+    plain = layer(mx.concatenate(list(parts), axis=-1))
+    assert near(layers.product_of_parts(layer, *parts), plain, dtype, 8 if dtype == mx.float32 else 2)
 
 
 def test_a_packed_layer_of_parts(way):
@@ -128,6 +145,9 @@ CHAINS = {
     "quick_gelu": 1,
     "add_gated": 3,
     "turn": 4,
+    "affine": 3,
+    "affine_silu": 3,
+    "squared_distance": 2,
 }
 
 
