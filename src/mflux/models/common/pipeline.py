@@ -286,8 +286,10 @@ class Pipeline(Model):
                 latents = scheduler.step(noise=prediction, timestep=number, latents=before)
                 if after_step is not None:
                     latents = after_step(latents, number)
-                mx.eval(latents)
-                if not mx.isfinite(latents).all().item():
+                # Together: each is a wait for a GPU.
+                finite = mx.isfinite(latents).all()
+                mx.eval(latents, finite)
+                if not finite.item():
                     raise not_finite(f"the latents after step {number + 1} of {config.num_inference_steps}")
                 yield Step(number, latents, denoised=before - sigma * prediction)
 
