@@ -56,8 +56,9 @@ class Operation:
 class Graph:
     """A function's operations, in their order, and the arrays that they begin with."""
 
-    def __init__(self, operations: list[Operation], constants: dict[str, mx.array]):
+    def __init__(self, operations: list[Operation], constants: dict[str, mx.array], inputs: list[str]):
         self.operations = operations
+        self.inputs = inputs
         self.constants = constants
         self._maker = {array.name: operation for operation in operations for array in operation.outputs}
 
@@ -139,10 +140,13 @@ def traced(function: Callable[..., Any], *arrays: mx.array) -> Graph:
     """The graph of a function of arrays, as a GPU would compute it."""
     operations: list[Operation] = []
     constants: dict[str, mx.array] = {}
+    given: list[str] = []
 
     def note(part: dict[str, Any]) -> None:
         if part["type"] == "constants":
             constants.update(part["constants"])
+        elif part["type"] == "inputs":
+            given.extend(name for name, *_ in part["inputs"])
         elif part["type"] == "primitive":
             inputs, outputs = ([Array(*array) for array in part[side]] for side in ("inputs", "outputs"))
             name = part["name"]
@@ -153,4 +157,4 @@ def traced(function: Callable[..., Any], *arrays: mx.array) -> Graph:
 
     with as_one() as names:
         mx.export_function(note, function, *arrays)
-    return Graph(operations, constants)
+    return Graph(operations, constants, given)

@@ -15,6 +15,7 @@ from mflux.backend import mx, nn, tree_map
 from mflux.models.common.networks import mmdit
 from mflux.models.common.networks.layers import Turns, rotary_embedding
 from mflux.models.common.networks.modulation import Ahead, ModulationLinear
+from mflux.models.common.networks.once import Once
 from mflux.models.flux.model import transformer as flux
 from mflux.models.flux2.model import transformer as flux2
 from mflux.models.qwen.model import transformer as qwen
@@ -169,8 +170,8 @@ def test_attention_is_one_kernel(graphs, name):
 # ---- a step of a whole model: what is in it that belongs before the loop
 
 
-def modules() -> dict[str, tuple[nn.Module, Callable[..., mx.array], int]]:
-    """Each family's transformer with two blocks of a kind, its call, and a token's channels."""
+def modules() -> dict[str, tuple[nn.Module, Callable[..., mx.array], mx.array, int]]:
+    """Each family's transformer with a few blocks, its call, its latents, and the condition's channels."""
     small = AXES | {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 64, "in_channels": 16}
     one = flux.FluxTransformer(flux.FluxTransformerConfig.from_dict(small | {"pooled_projection_dim": 32}))
     two = flux2.Flux2Transformer(flux2.Flux2TransformerConfig.from_dict(small))
@@ -179,41 +180,75 @@ def modules() -> dict[str, tuple[nn.Module, Callable[..., mx.array], int]]:
             AXES | {"num_layers": 2, "joint_attention_dim": 64, "in_channels": 16, "axes_dims_rope": [16, 56, 56]}
         )
     )
-    prompt = tokens(TEXT, 64)
+    fourth = z_image.ZImageTransformer(
+        z_image.ZImageTransformerConfig.from_dict(Z_IMAGE | {"n_layers": 1, "n_refiner_layers": 1, "cap_feat_dim": 64})
+    )
+    prompt, pooled, places = tokens(TEXT, 64), condition(32), flux.latent_image_ids(ROWS, COLUMNS)
+    mx.eval(prompt, pooled, places)
     return {
         "FLUX.1": (
             one,
-            lambda x, sigma, known: one(
-                x, sigma=sigma, prompt_embeds=prompt, pooled_prompt_embeds=condition(32), known=known,
-                image_ids=flux.latent_image_ids(ROWS, COLUMNS), guidance=mx.array([4.0]),
+            lambda x, sigma, known, once: one(
+                x, sigma=sigma, prompt_embeds=prompt, pooled_prompt_embeds=pooled, known=known, once=once,
+                image_ids=places, guidance=mx.array([4.0]),
             ),
-            16,
+            tokens(IMAGE, 16), WIDTH,
         ),
         "FLUX.2": (
             two,
-            lambda x, sigma, known: two(
+            lambda x, sigma, known, once: two(
                 x, sigma=sigma, prompt_embeds=prompt, image_ids=flux2.grid_ids(ROWS, COLUMNS),
-                text_ids=flux2.text_ids(TEXT), known=known,
+                text_ids=flux2.text_ids(TEXT), known=known, once=once,
             ),
-            16,
+            tokens(IMAGE, 16), WIDTH,
         ),
         "Qwen-Image": (
             third,
-            lambda x, sigma, known: third(x, sigma=sigma, prompt_embeds=prompt, grids=[(ROWS, COLUMNS)], known=known),
-            16,
+            lambda x, sigma, known, once: third(
+                x, sigma=sigma, prompt_embeds=prompt, grids=[(ROWS, COLUMNS)], known=known, once=once
+            ),
+            tokens(IMAGE, 16), WIDTH,
+        ),
+        "Z-Image": (
+            fourth,
+            lambda x, sigma, known, once: fourth(x, timestep=sigma, prompt_embeds=prompt, known=known, once=once),
+            mx.zeros((1, 16, 2 * ROWS, 2 * COLUMNS), mx.bfloat16), fourth.config.condition_dim,
         ),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2", "Qwen-Image"])
+MODELS = ["FLUX.1", "FLUX.2", "Qwen-Image", "Z-Image"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_belongs_to_the_image_is_made_once(name):
+    module, call, start, _ = modules()[name]
+    in_16_bits(module)
+    once, sigma = Once(), mx.array([0.5])
+    mx.eval(call(start, sigma, None, once))
+
+    def apart(once: Once | None) -> list[str]:
+        """What of a step follows from nothing that changes with it."""
+        graph = traced(lambda x, sigma: call(x, sigma, None, once), start, sigma)
+        changing = set(graph.inputs)
+        for one in graph.operations:
+            if changing & {array.name for array in one.inputs}:
+                changing |= {array.name for array in one.outputs}
+        return [one.name for one in graph.kernels(LEAST) if not changing & {array.name for array in one.outputs}]
+
+    assert apart(None)
+    assert apart(once) == []
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_step_reads_no_modulation(name):
-    module, call, channels = modules()[name]
+    module, call, start, levels = modules()[name]
     in_16_bits(module)
     widths = {layer.weight.shape[::-1] for _, layer in module.named_modules() if isinstance(layer, ModulationLinear)}
-    ahead = Ahead({0.5: condition()})
+    ahead = Ahead({0.5: condition(levels)})
     ahead.work_out(module)
     for known, reads in ((ahead.at(0.5), False), (None, True)):
-        graph = traced(lambda x, known=known: call(x, mx.array([0.5]), known), tokens(IMAGE, channels))
+        graph = traced(lambda x, known=known: call(x, mx.array([0.5]), known, None), start)
         products = [one for one in graph.operations if one.name in ("Matmul", "AddMM")]
         # Products of one row with a modulation's weights, which stand in the graph transposed.
         shapes = {array.shape for one in products for array in one.inputs if one.outputs[0].shape[-2] == 1}

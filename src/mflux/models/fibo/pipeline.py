@@ -11,6 +11,7 @@ from mflux.errors import CheckpointError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.memory import LazyComponent
+from mflux.models.common.networks.once import Once
 from mflux.models.common.networks.text_encoders.smollm3 import SmolLM3TextEncoder
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.tokenizers.prompt_tokenizers import WholeTokenizer, whole_tokenizer
@@ -114,10 +115,12 @@ class FiboPipeline(Pipeline):
             config, "transformer", lambda transformer, sigma: transformer.condition(sigma[None], dtype), of=dtype
         )
 
+        once = Once()
+
         def predict(latents: mx.array, sigma: mx.array, text: Sequence[mx.array]) -> mx.array:
             tokens = latents if reference is None else mx.concatenate([latents, reference], axis=1)
             prediction = self.transformer(
-                tokens.astype(dtype), sigma=sigma[None], text=text, image_ids=image_ids, known=known(sigma)
+                tokens.astype(dtype), sigma=sigma[None], text=text, image_ids=image_ids, known=known(sigma), once=once
             )
             # Guidance multiplies a small difference of the two.
             return prediction[:, : latents.shape[1]].astype(mx.float32)

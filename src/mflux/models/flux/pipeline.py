@@ -12,6 +12,7 @@ from mflux.errors import CheckpointError
 from mflux.models.common.config.config import Config
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.once import Once
 from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.common.pipeline import Pipeline
@@ -123,6 +124,8 @@ class FluxPipeline(Pipeline):
             of=(config.guidance, prompt.digest),
         )
 
+        once = Once()
+
         def velocity(latents: mx.array, sigma: mx.array, **more: Any) -> mx.array:
             return predict(
                 latents.astype(prompt.embeds.dtype),
@@ -132,6 +135,7 @@ class FluxPipeline(Pipeline):
                 image_ids=image_ids,
                 guidance=guidance,
                 known=known(sigma),
+                once=once,
                 **more,
             )
 

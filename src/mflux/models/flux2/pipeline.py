@@ -16,6 +16,7 @@ from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
 from mflux.models.common.networks.modulation import Known
+from mflux.models.common.networks.once import Once
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.replaced import called, refuse_more
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
@@ -193,7 +194,7 @@ class KleinPipeline(Pipeline):
             refuse_more("FLUX.2's step", references=references)
             return self._replaced_step(config, prompt, negative, beside)
 
-        known = self.known(config, prompt, zero=references is not None)
+        known, once = self.known(config, prompt, zero=references is not None), Once()
 
         def predict(tokens: mx.array, sigma: mx.array, prompt: Prompt) -> mx.array:
             return self.predicting(config)(
@@ -204,6 +205,7 @@ class KleinPipeline(Pipeline):
                 text_ids=prompt.ids,
                 references=references,
                 known=known(sigma),
+                once=once,
             )[:, : rows * columns].astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:

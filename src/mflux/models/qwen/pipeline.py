@@ -10,6 +10,7 @@ from mflux.models.common.config.config import Config
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.wan import AutoencoderWan
+from mflux.models.common.networks.once import Once
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.tokenizers.qwen import qwen_tokenizer
 from mflux.models.qwen.family import FAMILY
@@ -66,10 +67,12 @@ class QwenPipeline(Pipeline):
             zero=getattr(getattr(self.transformer, "config", None), "zero_cond_t", False),
         )
 
+        once = Once()
+
         def predict(tokens: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             x = tokens.astype(prompt_embeds.dtype)
             noise = self.predicting(config)(
-                x, sigma=sigma[None], prompt_embeds=prompt_embeds, grids=grids, known=known(sigma)
+                x, sigma=sigma[None], prompt_embeds=prompt_embeds, grids=grids, known=known(sigma), once=once
             )
             return noise[:, :generated].astype(mx.float32)
 

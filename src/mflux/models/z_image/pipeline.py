@@ -13,6 +13,7 @@ from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.common.networks.modulation import Known
+from mflux.models.common.networks.once import Once
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.replaced import called, refuse_more
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
@@ -126,7 +127,7 @@ class ZImagePipeline(Pipeline):
         positive: mx.array,
         negative: mx.array | None = None,
         *,
-        hints: Callable[[mx.array, mx.array, Known | None], dict[int, mx.array]] | None = None,
+        hints: Callable[[mx.array, mx.array, Known | None, Once], dict[int, mx.array]] | None = None,
         controlnet: nn.Module | None = None,
         normalization: float = 0.0,
         truncation: float | None = None,
@@ -136,7 +137,7 @@ class ZImagePipeline(Pipeline):
         Args:
             positive, negative: encoded prompts (1, T, D).
             hints: gives what a ControlNet adds after layers of the transformer, by their numbers; called with latents,
-                noise level and its condition, see `ZImageTransformer`.
+                noise level, and what the transformer takes as `known` and `once`.
             controlnet: the one that gives them.
             normalization: how long a guided prediction may be, as a multiple of the prompt's own; 0 is no limit.
             truncation: from which time on (0 is noise, 1 the image) guidance stops.
@@ -153,12 +154,19 @@ class ZImagePipeline(Pipeline):
         beside = () if controlnet is None else (controlnet,)
         known = self.ahead(config, "transformer", condition, *beside, of=self.inputs(mx.array(0.0), positive)[0])
 
+        once = Once()
+
         def predict(latents: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             dtype, timestep = self.inputs(sigma, prompt_embeds)
-            more = {} if hints is None else {"hints": hints(latents, sigma, known(sigma))}
+            more = {} if hints is None else {"hints": hints(latents, sigma, known(sigma), once)}
             # The transformer predicts image - noise.
             return self.predicting(config)(
-                latents.astype(dtype), timestep=timestep, prompt_embeds=prompt_embeds, known=known(sigma), **more
+                latents.astype(dtype),
+                timestep=timestep,
+                prompt_embeds=prompt_embeds,
+                known=known(sigma),
+                once=once,
+                **more,
             ).astype(mx.float32)
 
         def velocity(packed: mx.array, sigma: mx.array) -> mx.array:

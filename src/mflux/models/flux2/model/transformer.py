@@ -31,6 +31,7 @@ from mflux.models.common.networks.layers import (
 )
 from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation
 from mflux.models.common.networks.modulation import Condition, Known
+from mflux.models.common.networks.once import Once, kept
 from mflux.models.common.replaced import also_as_024, refuse_more
 
 # Keys and values, (B, heads, L, head_dim) each.
@@ -318,6 +319,7 @@ class Flux2Transformer(nn.Module):
         text_ids: mx.array,
         references: list[KeysValues] | None = None,
         known: Known | None = None,
+        once: Once | None = None,
     ) -> mx.array:
         """Predict the velocity.
 
@@ -329,6 +331,7 @@ class Flux2Transformer(nn.Module):
             text_ids: (T, 4), see `text_ids`.
             references: what `keep` returned, for a model that was trained to find its references there.
             known: the condition that follows from the noise level, where it was known ahead.
+            once: keeps what the image's other steps need as well.
 
         Returns:
             (B, L, out_channels).
@@ -337,17 +340,17 @@ class Flux2Transformer(nn.Module):
         of_image = self.double_stream_modulation_img(condition)
         of_text = self.double_stream_modulation_txt(condition)
         image = self.x_embedder(hidden_states)
-        text = self.context_embedder(prompt_embeds)
-        rotary = self.rotary(mx.concatenate([text_ids, image_ids]))
-        kept = iter(references or [])
+        text = kept(once, "text", prompt_embeds, lambda: self.context_embedder(prompt_embeds))
+        rotary = kept(once, "rotary", prompt_embeds, lambda: self.rotary(mx.concatenate([text_ids, image_ids])))
+        of_references = iter(references or [])
 
         for block in self.transformer_blocks:
-            image, text = block(image, text, of_image, of_text, rotary, next(kept, None))
+            image, text = block(image, text, of_image, of_text, rotary, next(of_references, None))
         length = text.shape[1]
         x = mx.concatenate([text, image], axis=1)
         modulation = self.single_stream_modulation(condition)
         for single in self.single_transformer_blocks:
-            x, _ = single(x, modulation, rotary, next(kept, None))
+            x, _ = single(x, modulation, rotary, next(of_references, None))
 
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(x[:, length:], shift, scale, self.config.eps))
@@ -362,6 +365,7 @@ class Flux2Transformer(nn.Module):
         prompt_embeds: mx.array,
         image_ids: mx.array,
         text_ids: mx.array,
+        once: Once | None = None,
         **more: Any,
     ) -> mx.array:
         """A prediction of what stands in this one's place; the other arguments are this one's."""

@@ -20,6 +20,7 @@ from mflux.models.common.networks.layers import (
     Linear,
     MLPEmbedder,
     RMSNorm,
+    Rotary,
     modulate,
     residual,
     rotary_embedding,
@@ -27,6 +28,7 @@ from mflux.models.common.networks.layers import (
 )
 from mflux.models.common.networks.mmdit import JointAttention, MMDiTConfig, Modulation
 from mflux.models.common.networks.modulation import Condition, Known, Modulated, ModulationLinear, modulation
+from mflux.models.common.networks.once import Once, kept
 from mflux.models.common.replaced import also_as_024, refuse_more, step_at
 
 _EPS = 1e-6
@@ -185,6 +187,7 @@ class QwenTransformer(nn.Module):
         prompt_embeds: mx.array,
         grids: Sequence[Grid],
         known: Known | None = None,
+        once: Once | None = None,
     ) -> mx.array:
         """Predict the velocity of all picture tokens; only that of the first picture's means something.
 
@@ -195,22 +198,27 @@ class QwenTransformer(nn.Module):
             grids: rows and columns of each picture's tokens, the one that is drawn first.
             known: the condition that follows from the noise level, where it was known ahead, and with it the one of
                 pictures without noise, if there are such.
+            once: keeps what the image's other steps need as well.
 
         Returns:
             (B, L, patch_size² · out_channels).
         """
         image = self.img_in(hidden_states)
-        text = self.txt_in(self.txt_norm(prompt_embeds))
+        text = kept(once, "text", prompt_embeds, lambda: self.txt_in(self.txt_norm(prompt_embeds)))
         condition: Condition = known or self.time_text_embed(sigma, image.dtype)
         clean: Condition | None = None
         if self.config.zero_cond_t:
             clean = (known and known.at(0.0)) or self.time_text_embed(mx.zeros_like(sigma), image.dtype)
         drawn = (mx.arange(image.shape[1]) < grids[0][0] * grids[0][1])[:, None]
-        rotary = rotary_embedding(positions(text.shape[1], grids), self.config.axes_dims_rope)
+        length = text.shape[1]
+        rotary = kept(once, "rotary", prompt_embeds, lambda: self.rotary(length, grids))
         for block in self.transformer_blocks:
             image, text = block(image, text, condition, clean, drawn, rotary)
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(image, shift, scale))
+
+    def rotary(self, length: int, grids: Sequence[Grid]) -> Rotary:
+        return rotary_embedding(positions(length, grids), self.config.axes_dims_rope)
 
     def condition(self, sigma: mx.array, dtype: mx.Dtype) -> mx.array:
         """The condition (B, width) at noise levels (B,), for latents of a dtype."""
@@ -226,6 +234,7 @@ class QwenTransformer(nn.Module):
         sigma: mx.array,
         prompt_embeds: mx.array,
         grids: Sequence[Grid],
+        once: Once | None = None,
         **more: Any,
     ) -> mx.array:
         """A prediction of what stands in this one's place; the other arguments are this one's."""

@@ -13,13 +13,14 @@ from mflux.backend import mx
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.networks.layers import Linear, Rotary
 from mflux.models.common.networks.modulation import Condition, Known
+from mflux.models.common.networks.once import Once, kept
 from mflux.models.z_image.model.transformer import (
     BlockConfig,
     ComputesInside,
     TransformerBlock,
     ZImageTransformer,
     fill_up,
-    joined,
+    joined_rotary,
     patchify,
 )
 
@@ -99,6 +100,7 @@ class ZImageControlNet(ComputesInside):
         prompt_embeds: mx.array,
         strength: float = 1.0,
         known: Known | None = None,
+        once: Once | None = None,
     ) -> dict[int, mx.array]:
         """The hints for one evaluation of the transformer.
 
@@ -108,15 +110,18 @@ class ZImageControlNet(ComputesInside):
             control: the control picture's latents (B, 16, H, W), scaled as the autoencoder's are. Where the ControlNet
                 takes more channels (a mask and a picture to fill in), these are zeros.
             strength: of the hints, also of those that its own copy of the refiner gets.
-            known: as the transformer is given it.
+            known, once: as the transformer is given them.
 
         Returns:
             What to add after each layer, by its number: (B, L, dim).
         """
         config, dtype = self.config, latents.dtype
         condition: Condition = known or base.embed_time(timestep, dtype)
-        caption, caption_rotary = base.embed_caption(prompt_embeds.astype(dtype))
-        picture, rotary = base.embed_picture(latents, caption.shape[1])
+        refined = kept(once, "caption", prompt_embeds, lambda: base.embed_caption(prompt_embeds.astype(dtype)))
+        caption, caption_rotary = refined
+        picture = base.embed_picture(latents)
+        where = latents.shape[2:], picture.shape[1], caption.shape[1]
+        rotary = kept(once, "picture", prompt_embeds, lambda: base.picture_rotary(*where))
         batch, channels, height, width = control.shape
         rest = mx.zeros((batch, config.control_in_dim - channels, height, width), dtype=dtype)
         control = mx.concatenate([control.astype(dtype), rest], axis=1)
@@ -135,7 +140,8 @@ class ZImageControlNet(ComputesInside):
             if number in hints:
                 picture = picture + strength * hints[number]
 
-        x, both = joined((picture, rotary), (caption, caption_rotary))
+        x = mx.concatenate([picture, caption], axis=1)
+        both = kept(once, "rotary", prompt_embeds, lambda: joined_rotary(rotary, caption_rotary))
         control = mx.concatenate([control, caption], axis=1)
         _, found = run(self.control_layers, control, x, both, condition)
         return {place: strength * hint for place, hint in zip(config.control_layers_places, found, strict=True)}

@@ -33,6 +33,7 @@ from mflux.models.common.networks.layers import (
     waves,
 )
 from mflux.models.common.networks.modulation import Condition, Known, Modulated, ModulationLinear, modulation
+from mflux.models.common.networks.once import Once, kept
 from mflux.models.common.replaced import also_as_024, refuse_more
 
 _CONDITION = 256
@@ -340,6 +341,7 @@ class ZImageTransformer(ComputesInside):
         prompt_embeds: mx.array,
         hints: Mapping[int, mx.array] | None = None,
         known: Known | None = None,
+        once: Once | None = None,
     ) -> mx.array:
         """Predict picture - noise.
 
@@ -350,17 +352,22 @@ class ZImageTransformer(ComputesInside):
             prompt_embeds: (B, T, cap_feat_dim).
             hints: what a ControlNet adds after layers, by their numbers.
             known: the condition that follows from the time, where it was known ahead.
+            once: keeps what the image's other steps need as well: the refined caption is one of them.
 
         Returns:
             (B, in_channels, H, W).
         """
         condition: Condition = known or self.embed_time(timestep, latents.dtype)
-        caption, caption_rotary = self.embed_caption(prompt_embeds.astype(latents.dtype))
-        picture, picture_rotary = self.embed_picture(latents, caption.shape[1])
+        refined = kept(once, "caption", prompt_embeds, lambda: self.embed_caption(prompt_embeds.astype(latents.dtype)))
+        caption, caption_rotary = refined
+        picture = self.embed_picture(latents)
+        where = latents.shape[2:], picture.shape[1], caption.shape[1]
+        picture_rotary = kept(once, "picture", prompt_embeds, lambda: self.picture_rotary(*where))
         for layer in self.noise_refiner:
             picture = layer(picture, picture_rotary, condition)
 
-        x, rotary = joined((picture, picture_rotary), (caption, caption_rotary))
+        x = mx.concatenate([picture, caption], axis=1)
+        rotary = kept(once, "rotary", prompt_embeds, lambda: joined_rotary(picture_rotary, caption_rotary))
         for number, layer in enumerate(self.layers):
             x = layer(x, rotary, condition)
             if hints and number in hints:
@@ -378,6 +385,7 @@ class ZImageTransformer(ComputesInside):
         *,
         timestep: mx.array,
         prompt_embeds: mx.array,
+        once: Once | None = None,
         **more: Any,
     ) -> mx.array:
         """A prediction of what stands in this one's place; the other arguments are this one's."""
@@ -401,21 +409,27 @@ class ZImageTransformer(ComputesInside):
             x = layer(x, rotary)
         return x, rotary
 
-    def embed_picture(self, latents: mx.array, caption_length: int) -> tuple[mx.array, Rotary]:
-        """The picture's tokens, filled up, before refinement: (B, L, dim), and their positions."""
-        patch = self.config.patch
-        x = self.all_x_embedder[self.config.patch_name](patchify(latents, patch))
-        x = fill_up(x, self.x_pad_token)
-        rows, columns = (size // patch for size in latents.shape[2:])
-        return x, self.rotary(picture_ids(caption_length + 1, rows, columns, x.shape[1]))
+    def embed_picture(self, latents: mx.array) -> mx.array:
+        """The picture's tokens, filled up, before refinement: (B, L, dim)."""
+        x = self.all_x_embedder[self.config.patch_name](patchify(latents, self.config.patch))
+        return fill_up(x, self.x_pad_token)
+
+    def picture_rotary(self, size: tuple[int, ...], length: int, caption_length: int) -> Rotary:
+        """Where the picture's tokens are.
+
+        Args:
+            size: rows and columns of the latents.
+            length: so many tokens, with those that fill up.
+            caption_length: of the caption's.
+        """
+        rows, columns = (side // self.config.patch for side in size)
+        return self.rotary(picture_ids(caption_length + 1, rows, columns, length))
 
     def rotary(self, ids: mx.array) -> Rotary:
         return rotary_embedding(ids, self.config.axes_dims, self.config.rope_theta)
 
 
-def joined(first: tuple[mx.array, Rotary], second: tuple[mx.array, Rotary]) -> tuple[mx.array, Rotary]:
-    """Two runs of tokens with their positions, one behind the other."""
-    (x, (cos, sin)), (other, (other_cos, other_sin)) = first, second
-    return mx.concatenate([x, other], axis=1), Turns(
-        (mx.concatenate([cos, other_cos]), mx.concatenate([sin, other_sin]))
-    )
+def joined_rotary(first: Rotary, second: Rotary) -> Rotary:
+    """Of two runs of tokens, one behind the other."""
+    (cos, sin), (other_cos, other_sin) = first, second
+    return Turns((mx.concatenate([cos, other_cos]), mx.concatenate([sin, other_sin])))

@@ -16,6 +16,7 @@ from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.controls.canny import canny
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
+from mflux.models.common.networks.once import Once
 from mflux.models.flux.family import CONTROLNET, FAMILY
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.controlnet import FluxControlNet
@@ -131,6 +132,7 @@ class Flux1Controlnet(FluxPipeline):
             "pooled_prompt_embeds": encoded.pooled,
             "image_ids": latent_image_ids(config.height // 16, config.width // 16),
             "guidance": mx.array([config.guidance]) if asks else None,
+            "once": Once(),
         }
 
         known = self.ahead(

@@ -16,6 +16,7 @@ from mflux.models.common.controls.canny import canny
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent, give_back_memory
 from mflux.models.common.networks.modulation import Known
+from mflux.models.common.networks.once import Once
 from mflux.models.z_image.family import COMPONENTS, CONTROLNET
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.layouts import LAYOUT
@@ -125,10 +126,10 @@ class ZImageTurboControlnet(ZImagePipeline):
         latents = ZImageLatentCreator.create_noise(seed, config.height, config.width)
 
         # 3. Denoise
-        def hints(latents: mx.array, sigma: mx.array, known: Known | None) -> dict[int, mx.array]:
+        def hints(latents: mx.array, sigma: mx.array, known: Known | None, once: Once) -> dict[int, mx.array]:
             summed: dict[int, mx.array] = {}
             for control, control_latents in zip(controls, latents_of_controls, strict=True):
-                found = self.hints(latents, sigma, encoded, control_latents, strength * control.strength, known)
+                found = self.hints(latents, sigma, encoded, control_latents, strength * control.strength, known, once)
                 for place, hint in found.items():
                     summed[place] = summed[place] + hint if place in summed else hint
             return summed
@@ -154,6 +155,7 @@ class ZImageTurboControlnet(ZImagePipeline):
         control: mx.array,
         strength: float,
         known: Known | None = None,
+        once: Once | None = None,
     ) -> dict[int, mx.array]:
         """What the ControlNet adds after layers of the transformer, by their numbers."""
         dtype, timestep = self.inputs(sigma, prompt_embeds)
@@ -165,6 +167,7 @@ class ZImageTurboControlnet(ZImagePipeline):
             prompt_embeds=prompt_embeds,
             strength=strength,
             known=known,
+            once=once,
         )
 
 
