@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mflux import cpu
+from mflux import chips, cpu
 from mflux.backend import mx, nn, tree_unflatten
 from mflux.errors import CheckpointError, UsageError
 from mflux.text import shown, written
@@ -72,9 +72,15 @@ class Quantization:
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's, with its product by `mflux.cpu` on a CPU, where MLX's own takes a hundred times as long as a dense one."""
+    """MLX's, with its product by `mflux.cpu` on a CPU, where MLX's own takes a hundred times as long as a dense one, and
+    by MLX with unpacked weights where `chips.UNPACKED` says so."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        if x.size >= chips.UNPACKED.rows * x.shape[-1] and chips.UNPACKED.applies:
+            weight = mx.dequantize(
+                self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+            ).T
+            return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
         if self.biases is None or not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
             return super().__call__(x)
         y = cpu.quantized_product(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
