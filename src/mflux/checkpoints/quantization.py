@@ -72,8 +72,8 @@ class Quantization:
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's, with its product by `mflux.cpu` on a CPU, where MLX's own takes a hundred times as long as a dense one, and
-    by MLX with unpacked weights where `chips.UNPACKED` says so."""
+    """MLX's, with its product by `mflux.cpu` on a CPU, where MLX's own takes a hundred times as long as a dense one;
+    and by MLX with unpacked weights where `chips.UNPACKED` says so."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if x.size >= chips.UNPACKED.rows * x.shape[-1] and chips.UNPACKED.applies:
