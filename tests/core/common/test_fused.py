@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -140,14 +141,15 @@ def test_a_packed_layer_of_parts(way):
     assert equal(layers.product_of_parts(layer, *parts), layer(mx.concatenate(list(parts), axis=-1)))
 
 
-CHAINS = {
-    "silu_times": 2,
-    "quick_gelu": 1,
-    "add_gated": 3,
-    "turn": 4,
-    "affine": 3,
-    "affine_silu": 3,
-    "squared_distance": 2,
+# The shapes of what each takes, as a step and an autoencoder have them; the first is that of what it gives.
+CHAINS: dict[str, Callable[[int], list[tuple[int, ...]]]] = {
+    "silu_times": lambda rows: [(1, rows, 8)] * 2,
+    "quick_gelu": lambda rows: [(1, rows, 8)],
+    "add_gated": lambda rows: [(1, rows, 8), (1, 1, 8), (1, rows, 8)],
+    "turn": lambda rows: [(1, 3, rows, 4, 2)] * 2 + [(rows, 4, 2)] * 2,
+    "affine": lambda rows: [(2, rows, 5, 8), (2, 1, 1, 8), (2, 1, 1, 8)],
+    "affine_silu": lambda rows: [(2, rows, 5, 8), (2, 1, 1, 8), (2, 1, 1, 8)],
+    "squared_distance": lambda rows: [(2, rows, 5, 8), (2, 1, 1, 8)],
 }
 
 
@@ -161,9 +163,11 @@ def test_a_chain_is_one_kernel_and_traced_once(name, dtype):
     fused.Chain.all.remove(again)
     mx.enable_compile()
     try:
-        for tokens in (40, 56):
-            text = io.StringIO()
-            mx.export_to_dot(text, again(*(mx.zeros((1, tokens, 8), dtype) for _ in range(CHAINS[name]))))
+        for rows in (40, 56):
+            text, shapes = io.StringIO(), CHAINS[name](rows)
+            found = again(*(mx.zeros(shape, dtype) for shape in shapes))
+            assert found.shape == shapes[0]
+            mx.export_to_dot(text, found)
             made = [line for line in text.getvalue().splitlines() if "label" in line and "Full" not in line]
             assert sum("Compiled" in line for line in made) == 1, text.getvalue()
     finally:
