@@ -205,7 +205,6 @@ def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> 
     """One picture, as a command draws it; for each component, bytes beside what was held when all began."""
     from mflux.backend import mx
     from mflux.models.common import memory
-    from mflux.models.common import pipeline as module
     from mflux.models.common.config import ModelConfig
 
     tiny = distinct(name)[command]
@@ -239,7 +238,8 @@ def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> 
         )
         mx.reset_peak_memory()
 
-    memory.timed = module.timed = watched
+    memory.timed = watched
+    patched("mflux.models.common.pipeline.timed", watched)
     memory.weight_bytes = lambda module: weights.append(weigh(module)) or weights[-1]
     settings = {"num_inference_steps": 1, "width": size, "height": size} | dict(tiny.generate)
     pipeline.generate_image(seed=1, prompt=tiny.prompt, **settings)

@@ -233,3 +233,19 @@ def test_nothing_else_is_left_out(tiny):
     left = late_layers(kind(model.transformer.config))
     assert names | {name for name in stored if name.rpartition(".")[0] in left} == stored
     assert not any(name.rpartition(".")[0] in left for name in names)
+
+
+@pytest.mark.parametrize("tiny", ["flux generate"], indirect=True)
+def test_two_predictors_of_one_model(tiny):
+    """A program that takes them in turns: each has its own prompt's modulation, whoever was made last."""
+    model = tiny.pipeline()
+    config = model.settings(seed=1, prompt="x", num_inference_steps=2, width=64, height=32)
+    prompts = model.encode_prompts("a red circle", "a blue square")
+    latents = mx.random.normal((1, 8, 64), key=mx.random.key(1))
+    sigma = config.scheduler.sigmas[1]
+    alone = [np.array(model.predictor(config, prompt)(latents, sigma)) for prompt in prompts]
+    assert not np.array_equal(*alone)
+    both = [model.predictor(config, prompt) for prompt in prompts]
+    assert all(
+        np.array_equal(np.array(one(latents, sigma)), expected) for one, expected in zip(both, alone, strict=True)
+    )

@@ -202,7 +202,7 @@ def fill(
         if bits != quantization.bits:
             log.warning("%s is stored in %d bits: it stays so, not in %d", source, bits, quantization.bits)
         quantization = None
-    turns = layout_turns(module)
+    turns, kind = layout_turns(module), type(module)
     to_pack: dict[str, Quantization] = {}
     if quantization is not None:
         whole = layers(module)
@@ -224,21 +224,21 @@ def fill(
         _assign(module, name, value)
         pending.append(_Read(key, value))
 
-    def prepared(name: str, key: str, value: mx.array) -> mx.array:
+    def prepared(name: str, key: str, value: mx.array, expected: mx.array) -> mx.array:
         """A tensor in MLX's layout, adjusted."""
-        value = _fitting(module, source, key, value, parameters[name], turns.get(name))
+        value = _fitting(kind, source, key, value, expected, turns.get(name))
         if adjust is not None and mx.issubdtype(value.dtype, mx.floating):
             # What is packed is rounded first, as it would be between being saved and loaded.
             kept = value.dtype if keep_dtypes or name in to_pack else dtype or compute_dtype(value.dtype)
             value = adjust(name, value).astype(kept)
         return value
 
-    def read(path: str, layer: nn.Module, names: dict[str, str]) -> nn.Module:
-        """A copy of a layer that was put off, with its weights."""
+    def read(layer: nn.Module, names: dict[str, str]) -> nn.Module:
+        """A copy of a layer that was put off, with its weights. It knows nothing of the module, which may be gone."""
         layer, batch = copy(layer), []
         for name, key in names.items():
-            value = cast_to(prepared(name, key, tensors[key]))
-            layer[name.removeprefix(f"{path}.")] = value
+            leaf = name.rpartition(".")[2]
+            value = layer[leaf] = cast_to(prepared(name, key, tensors[key], layer[leaf]))
             batch.append(_Read(key, value))
         _begin(batch, source)
         _finish(batch, source)
@@ -250,10 +250,10 @@ def fill(
         layer = now[path]
         names = {name: plan.pop(name) for name in list(plan) if name.rpartition(".")[0] == path}
         for name, key in names.items():
-            _fitting(module, source, key, tensors[key], parameters[name], None)
+            _fitting(kind, source, key, tensors[key], parameters[name], None)
         layer.eval()
         layer.freeze()
-        read_it = LateLinear(partial(read, path, layer, names), packed=path in packed)
+        read_it = LateLinear(partial(read, layer, names), packed=path in packed)
         module.update_modules(tree_unflatten([(path, read_it)]))
 
     # Quantizing takes longer than reading, and gains nothing from large batches.
@@ -272,7 +272,7 @@ def fill(
             ahead, pending = pending, []
             to_read = 0
         to_read += value.nbytes
-        value = prepared(name, key, value)
+        value = prepared(name, key, value, parameters[name])
         if name in to_pack:
             for leaf, array in pack(value, to_pack[name]).items():
                 store(name.removesuffix("weight") + leaf, array)
@@ -296,7 +296,7 @@ def fit(
     _, parameters, plan = _settled(module, tensors, source, stored)
     turns = layout_turns(module)
     for name, key in plan.items():
-        _fitting(module, source, key, tensors[key], parameters[name], turns.get(name))
+        _fitting(type(module), source, key, tensors[key], parameters[name], turns.get(name))
 
 
 def _settled(
@@ -310,7 +310,7 @@ def _settled(
 
 
 def _fitting(
-    module: nn.Module,
+    kind: type[nn.Module],
     source: object,
     key: str,
     value: mx.array,
@@ -327,10 +327,10 @@ def _fitting(
     if value.shape != expected.shape:
         turned = " (as MLX lays them out)" if turn else ""
         raise _misfit(
-            module, source, f"{key} has the shape {shown(list(value.shape))} instead of {list(expected.shape)}{turned}"
+            kind, source, f"{key} has the shape {shown(list(value.shape))} instead of {list(expected.shape)}{turned}"
         )
     if not mx.issubdtype(value.dtype, mx.floating) and mx.issubdtype(expected.dtype, mx.floating):
-        raise _misfit(module, source, f"{key} holds {value.dtype} where floating-point numbers belong")
+        raise _misfit(kind, source, f"{key} holds {value.dtype} where floating-point numbers belong")
     return value
 
 
@@ -433,14 +433,14 @@ def _packed_layers(
         quantization = inferred(layer.weight.shape[-1], *shapes)
         if quantization is None:
             raise _misfit(
-                module,
+                type(module),
                 source,
                 f"{name} holds quantized weights of the shape {shown(list(shapes[0]))} with scales of the shape "
                 f"{shown(list(shapes[1]))}, which do not make rows of {layer.weight.shape[-1]}",
             )
         if said is not None and quantization != said:
             raise _misfit(
-                module,
+                type(module),
                 source,
                 f"{name} holds weights of {quantization.bits} bits in groups of {quantization.group_size}, not "
                 f"{said.bits} in groups of {said.group_size}",
@@ -476,7 +476,7 @@ def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *,
             problems.append(f"{count(missing, 'tensor')} missing ({some(missing)})")
         if left:
             problems.append(f"{count(left, 'tensor')} left over ({some(left)})")
-        raise _misfit(module, source, " and ".join(problems))
+        raise _misfit(type(module), source, " and ".join(problems))
     return plan
 
 
@@ -486,9 +486,9 @@ def _whole(name: str) -> str:
     return f"{stem}.weight" if leaf in ("scales", "biases") else name
 
 
-def _misfit(module: nn.Module, source: object, what: str) -> CheckpointError:
+def _misfit(kind: type[nn.Module], source: object, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{source} does not fit the {type(module).__name__} of its config.json: {what}; "
+        f"{source} does not fit the {kind.__name__} of its config.json: {what}; "
         "fetch it again, or take the config.json that belongs to these weights"
     )
 

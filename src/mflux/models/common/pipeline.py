@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -234,8 +235,14 @@ class Pipeline(Model):
             return lambda sigma: None
         sigmas = self.sigmas_ahead(config) + [mx.array(0.0)] * zero
         with timed(f"work out the modulation of {count(len(sigmas), 'noise level')}"):
-            found = ahead_of(module, sigmas, partial(condition, module), *beside, of=of)
-        return lambda sigma: found.at(sigma)
+            found = weakref.ref(ahead_of(module, sigmas, partial(condition, module), *beside, of=of))
+
+        def known(sigma: mx.array) -> Known | None:
+            # The module has it, and takes it along when it goes.
+            ahead = found()
+            return None if ahead is None else ahead.at(sigma)
+
+        return known
 
     def left_out(self, config: Config) -> frozenset[int]:
         """The steps that use the prediction of the one before, where a step cache is asked for."""
@@ -273,7 +280,7 @@ class Pipeline(Model):
         prediction = mx.array(0.0)
         # What is computed already, nobody has to wait for a GPU to tell.
         sigmas = scheduler.sigmas
-        levels = list(sigmas)
+        levels = [sigmas[number] for number in range(config.num_inference_steps)]
         mx.eval(levels)
         with ExitStack() as kept:
             for number in range(config.init_time_step, config.num_inference_steps):

@@ -115,8 +115,7 @@ class FluxPipeline(Pipeline):
         if image_ids is None:
             image_ids = latent_image_ids(config.height // 16, config.width // 16)
         guidance = mx.array([config.guidance]) if self.model_config.supports_guidance else None
-        # Loaded before the loop, whose bar counts steps.
-        predict = self.predicting(config)
+        # Loads it before the loop, whose bar counts steps.
         known = self.ahead(
             config,
             "transformer",
@@ -127,7 +126,7 @@ class FluxPipeline(Pipeline):
         once = Once()
 
         def velocity(latents: mx.array, sigma: mx.array, **more: Any) -> mx.array:
-            return predict(
+            return self.predicting(config)(
                 latents.astype(prompt.embeds.dtype),
                 sigma=sigma[None],
                 prompt_embeds=prompt.embeds,

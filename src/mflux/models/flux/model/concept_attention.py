@@ -7,6 +7,7 @@ token of the picture and a token of the concept are says how much of the concept
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection
 
 from mflux.backend import mx
@@ -37,7 +38,8 @@ class ConceptStream:
         sigmas: Collection[mx.array] = (),
         guidance: mx.array | None = None,
     ):
-        self._transformer = transformer
+        # What is drawn is decoded without it, while the sum is still asked for.
+        self._transformer = weakref.ref(transformer)
         self._embeds, self._pooled = embeds, pooled
         self._layers = frozenset(layers)
         self._guidance = guidance
@@ -46,14 +48,20 @@ class ConceptStream:
         self._sum: mx.array = mx.array(0.0)
         self._looks = 0
 
+    @property
+    def _drawing(self) -> FluxTransformer:
+        transformer = self._transformer()
+        assert transformer is not None
+        return transformer
+
     def _condition(self, sigma: mx.array) -> mx.array:
-        condition: mx.array = self._transformer.time_text_embed(sigma, self._guidance, self._pooled)
+        condition: mx.array = self._drawing.time_text_embed(sigma, self._guidance, self._pooled)
         return condition
 
     def watch(self, sigma: mx.array) -> Callable[..., None]:
         """What `FluxTransformer` is to call during one step, at the noise level (1,) that it is told."""
         condition: Condition = self._ahead.at(sigma[0]) or self._condition(sigma)
-        concept = self._transformer.context_embedder(self._embeds)
+        concept = self._drawing.context_embedder(self._embeds)
 
         def look(number: int, block: TransformerBlock, keys: mx.array, values: mx.array, picture: mx.array) -> None:
             nonlocal concept
