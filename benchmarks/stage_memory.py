@@ -98,6 +98,7 @@ def on_paper(name: str) -> Iterator[tuple[str, ...]]:
     from support.cases import case_modules
 
     from mflux.backend import tree_flatten
+    from mflux.checkpoints.late import late_layers
     from mflux.models.common.family import families
     from mflux.models.common.footprint import weights
 
@@ -111,9 +112,15 @@ def on_paper(name: str) -> Iterator[tuple[str, ...]]:
             for kind in loaded if case.module in loaded else [*loaded, case.module]:
                 module = kind(kind.config_class.from_dict(CONFIGS[key]))
                 size = sum(value.size for _, value in tree_flatten(module.parameters()))
-                cells = [f"{weights(module, bits) / 1e9:.1f}" for bits in (None, *BITS)]
+                late = sum(
+                    value.size for layer in late_layers(module).values() for value in layer.parameters().values()
+                )
                 stage = stages[loaded[0]] if loaded else ""
-                yield f"{key} ({kind.__name__})", stage, f"{size / 1e9:.2f}", *cells
+                cells = [f"{weights(module, bits, late=bool(late)) / 1e9:.1f}" for bits in (None, *BITS)]
+                yield f"{key} ({kind.__name__})", stage, f"{(size - late) / 1e9:.2f}", *cells
+                if late:
+                    read = [f"{2 * late / 1e9:.1f}"] * len(cells)
+                    yield f"{key}, modulation", "before the steps", f"{late / 1e9:.2f}", *read
 
 
 # ---- measured
@@ -186,6 +193,11 @@ def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> 
 
     @contextmanager
     def watched(what: str):
+        if what.startswith("decode"):
+            # Its autoencoder is loaded within.
+            with real(what) as note:
+                yield note
+            return
         if found:
             found[-1]["work"] = mx.get_peak_memory() - start
         mx.reset_peak_memory()
@@ -194,15 +206,17 @@ def draw(name: str, command: str, folder: Path, size: int, bits: int | None) -> 
             yield note
         found.append(
             {
-                "component": what.removeprefix("load "),
+                "component": "modulation, and the steps" if "modulation" in what else what.removeprefix("load "),
                 "before": before,
-                "weights": weights.pop(),
+                # What the modulation reads is gone by now.
+                "weights": weights.pop() if weights else mx.get_active_memory() - start - before,
                 "load": mx.get_peak_memory() - start,
             }
         )
         mx.reset_peak_memory()
 
     memory.timed = watched
+    patched("mflux.models.common.pipeline.timed", watched)
     memory.weight_bytes = lambda module: weights.append(weigh(module)) or weights[-1]
     settings = {"num_inference_steps": 1, "width": size, "height": size} | dict(tiny.generate)
     pipeline.generate_image(seed=1, prompt=tiny.prompt, **settings)

@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -149,6 +150,24 @@ def test_a_stage_holds_only_what_it_needs(tiny):
     assert all(entry == {"encode": False, "denoise": True} for entry in steps)
     before_decode = held[held.index("decode") + 1]
     assert not set(before_decode) & {part for parts in by_stage.values() for part in parts}
+
+
+@EVERY_TINY
+def test_what_is_released_is_gone(tiny):
+    """Nothing that a class still holds, such as a step's function, keeps a transformer in memory while it decodes."""
+    model = tiny.pipeline()
+    model.keep = Keep(for_next_image=False)
+    loaded: list[weakref.ref] = []
+
+    class Watch:
+        def call_after_loop(self, **_):
+            loaded.append(weakref.ref(model.transformer))
+
+    model.callbacks.register(Watch())
+    decode, alive = model.decode, []
+    model.decode = lambda *args: alive.append([one() is not None for one in loaded]) or decode(*args)
+    tiny.picture(model)
+    assert alive == [[False]]
 
 
 # What stands for a second prompt with each family's guidance, where its class takes one.

@@ -12,12 +12,15 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from mflux.backend import compute_dtype, has_gpu, mx, nn, settle_compiling, tree_flatten
+from mflux.backend import compute_dtype, has_gpu, mx, nn, settle_compiling, tree_flatten, tree_unflatten
 from mflux.checkpoints.folders import read_json, weight_files
+from mflux.checkpoints.late import LateLinear, late_layers
 from mflux.checkpoints.quantization import Quantization, divides, inferred, layers, make_room, pack, planned
 from mflux.checkpoints.stored.opened import open_container, understood
 from mflux.checkpoints.stored.tensors import Understood, spec
@@ -75,6 +78,7 @@ def load_component(
     config: Mapping[str, Any] | None = None,
     tensors: Mapping[str, mx.array] | None = None,
     read: bool = True,
+    late: bool = False,
 ) -> Module:
     """Build a component from its own `config.json` and fill it, tensor by tensor.
 
@@ -89,6 +93,7 @@ def load_component(
         config: what `config.json` would say, for a folder without one.
         tensors: the folder's tensors, where they have other names in it than published ones.
         read: False only finds out whether they fit; the module stays without its numbers.
+        late: see `fill`.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is missing, left over, or of another shape than the config says.
@@ -112,6 +117,7 @@ def load_component(
         stored=stored,
         keep_dtypes=keep_dtypes,
         adjust=adjust,
+        late=late,
     )
     return module
 
@@ -157,6 +163,7 @@ def fill(
     stored: Quantization | None = None,
     keep_dtypes: bool = False,
     adjust: Adjust | None = None,
+    late: bool = False,
 ) -> None:
     """Give every parameter of `module` its tensor, and make sure that every tensor found its parameter.
 
@@ -174,6 +181,7 @@ def fill(
         stored: what the tensors are said to be quantized to, if anything is said; they must agree.
         adjust: called with the name of each parameter that is stored in floating point, and its tensor in MLX's
             layout; what it returns takes the tensor's place, and is quantized or cast like it.
+        late: leave the weights of `late_layers` in their file: a `LateLinear` takes the place of each.
 
     Raises:
         CheckpointError: a tensor is damaged, missing, left over, of another shape than the module's parameter, or
@@ -181,6 +189,7 @@ def fill(
     """
     settle_compiling()
     whole_layers = layers(module)
+    put_off = late_layers(module) if late else {}
     packed, parameters, plan = _settled(module, tensors, source, stored)
     if quantization is not None and packed:
         # A few layers may have more, see `planned`.
@@ -192,7 +201,7 @@ def fill(
     linear = [path for path in packed if isinstance(whole_layers[path], nn.Linear)]
     factors = [f"{path}.{leaf}" for path in linear for leaf in ("scales", "biases") if f"{path}.{leaf}" in plan]
     sixteen = {name for name in factors if spec(tensors, plan[name]).dtype == mx.float16}
-    turns = layout_turns(module)
+    turns, kind = layout_turns(module), type(module)
     to_pack: dict[str, Quantization] = {}
     if quantization is not None:
         whole = layers(module)
@@ -204,11 +213,47 @@ def fill(
         for bits, number in sorted(numbers.items()):
             log.info("quantize %d layers to %d bits%s", number, bits, _kept(len(narrow), quantization))
 
-    def store(name: str, value: mx.array) -> None:
+    def cast_to(name: str, value: mx.array) -> mx.array:
         if not keep_dtypes and mx.issubdtype(value.dtype, mx.floating) and name not in sixteen:
             value = value.astype(dtype or compute_dtype(value.dtype))
+        return value
+
+    def store(name: str, value: mx.array) -> None:
+        value = cast_to(name, value)
         _assign(module, name, value)
         pending.append(_Read(key, value))
+
+    def prepared(name: str, key: str, value: mx.array, expected: mx.array) -> mx.array:
+        """A tensor in MLX's layout, adjusted."""
+        value = _fitting(kind, source, key, value, expected, turns.get(name))
+        if adjust is not None and mx.issubdtype(value.dtype, mx.floating):
+            # What is packed is rounded first, as it would be between being saved and loaded.
+            kept = value.dtype if keep_dtypes or name in to_pack else dtype or compute_dtype(value.dtype)
+            value = adjust(name, value).astype(kept)
+        return value
+
+    def read(layer: nn.Module, names: dict[str, str]) -> nn.Module:
+        """A copy of a layer that was put off, with its weights. It knows nothing of the module, which may be gone."""
+        layer, batch = copy(layer), []
+        for name, key in names.items():
+            leaf = name.rpartition(".")[2]
+            value = layer[leaf] = cast_to(name, prepared(name, key, tensors[key], layer[leaf]))
+            batch.append(_Read(key, value))
+        _begin(batch, source)
+        _finish(batch, source)
+        return layer
+
+    # By now some may have become quantized ones.
+    now = dict(module.named_modules()) if put_off else {}
+    for path in put_off:
+        layer = now[path]
+        names = {name: plan.pop(name) for name in list(plan) if name.rpartition(".")[0] == path}
+        for name, key in names.items():
+            _fitting(kind, source, key, spec(tensors, key), parameters[name], None)
+        layer.eval()
+        layer.freeze()
+        read_it = LateLinear(partial(read, layer, names), packed=path in packed)
+        module.update_modules(tree_unflatten([(path, read_it)]))
 
     # Quantizing takes longer than reading, and gains nothing from large batches.
     together = TOGETHER // 4 if to_pack else TOGETHER
@@ -226,18 +271,13 @@ def fill(
             ahead, pending = pending, []
             to_read = 0
         to_read += value.nbytes
-        turn = turns.get(name)
-        value = _fitting(module, source, key, value, parameters[name], turn)
-        if adjust is not None and mx.issubdtype(value.dtype, mx.floating):
-            # What is packed is rounded first, as it would be between being saved and loaded.
-            kept = value.dtype if keep_dtypes or name in to_pack else dtype or compute_dtype(value.dtype)
-            value = adjust(name, value).astype(kept)
+        value = prepared(name, key, value, parameters[name])
         if name in to_pack:
             for leaf, array in pack(value, to_pack[name]).items():
                 store(name.removesuffix("weight") + leaf, array)
         else:
             # Without a copy of its own a transposed kernel would be laid out anew in every convolution.
-            store(name, mx.contiguous(value) if turn else value)
+            store(name, mx.contiguous(value) if name in turns else value)
     _begin(pending, source)
     _finish(ahead + pending, source)
     module.eval()
@@ -255,7 +295,7 @@ def fit(
     _, parameters, plan = _settled(module, tensors, source, stored)
     turns = layout_turns(module)
     for name, key in plan.items():
-        _fitting(module, source, key, spec(tensors, key), parameters[name], turns.get(name))
+        _fitting(type(module), source, key, spec(tensors, key), parameters[name], turns.get(name))
 
 
 def _settled(
@@ -269,7 +309,7 @@ def _settled(
 
 
 def _fitting(
-    module: nn.Module,
+    kind: type[nn.Module],
     source: object,
     key: str,
     value: mx.array,
@@ -286,10 +326,10 @@ def _fitting(
     if value.shape != expected.shape:
         turned = " (as MLX lays them out)" if turn else ""
         raise _misfit(
-            module, source, f"{key} has the shape {shown(list(value.shape))} instead of {list(expected.shape)}{turned}"
+            kind, source, f"{key} has the shape {shown(list(value.shape))} instead of {list(expected.shape)}{turned}"
         )
     if not mx.issubdtype(value.dtype, mx.floating) and mx.issubdtype(expected.dtype, mx.floating):
-        raise _misfit(module, source, f"{key} holds {value.dtype} where floating-point numbers belong")
+        raise _misfit(kind, source, f"{key} holds {value.dtype} where floating-point numbers belong")
     return value
 
 
@@ -393,14 +433,14 @@ def _packed_layers(
         quantization = inferred(layer.weight.shape[-1], *shapes, floats=scales.dtype == mx.uint8)
         if quantization is None:
             raise _misfit(
-                module,
+                type(module),
                 source,
                 f"{name} holds quantized weights of the shape {shown(list(shapes[0]))} with scales of the shape "
                 f"{shown(list(shapes[1]))}, which do not make rows of {layer.weight.shape[-1]}",
             )
         if said is not None and quantization != said:
             raise _misfit(
-                module,
+                type(module),
                 source,
                 f"{name} holds weights of {quantization.bits} bits in groups of {quantization.group_size}, not "
                 f"{said.bits} in groups of {said.group_size}",
@@ -436,7 +476,7 @@ def match(module: nn.Module, parameters: Iterable[str], names: Iterable[str], *,
             problems.append(f"{count(missing, 'tensor')} missing ({some(missing)})")
         if left:
             problems.append(f"{count(left, 'tensor')} left over ({some(left)})")
-        raise _misfit(module, source, " and ".join(problems))
+        raise _misfit(type(module), source, " and ".join(problems))
     return plan
 
 
@@ -446,9 +486,9 @@ def _whole(name: str) -> str:
     return f"{stem}.weight" if leaf in ("scales", "biases") else name
 
 
-def _misfit(module: nn.Module, source: object, what: str) -> CheckpointError:
+def _misfit(kind: type[nn.Module], source: object, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{source} does not fit the {type(module).__name__} of its config.json: {what}; "
+        f"{source} does not fit the {kind.__name__} of its config.json: {what}; "
         "fetch it again, or take the config.json that belongs to these weights"
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mflux import cpu
+from mflux import chips, cpu
 from mflux.backend import mx, nn, tree_unflatten
 from mflux.errors import CheckpointError, UsageError
 from mflux.text import shown, written
@@ -80,9 +80,15 @@ FLOATS = (Quantization(8, 32, "mxfp8"), Quantization(4, 32, "mxfp4"), Quantizati
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's, with its product by `mflux.cpu` on a CPU, where MLX's own takes a hundred times as long as a dense one."""
+    """MLX's, with its product by `mflux.cpu` on a CPU, where MLX's own takes a hundred times as long as a dense one;
+    and by MLX with unpacked weights where `chips.UNPACKED` says so."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        if x.size >= chips.UNPACKED.rows * x.shape[-1] and chips.UNPACKED.applies and self.biases is not None:
+            weight = mx.dequantize(
+                self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+            ).T.astype(x.dtype)
+            return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
         if not cpu.quantized_serves(x, self.weight, self.bits, self.mode):
             # Scales may have more digits than x, and MLX's result has theirs.
             return super().__call__(x).astype(x.dtype)
@@ -125,12 +131,15 @@ def raised(path: str, quantization: Quantization, least_bits: Mapping[str, int])
 
 
 def planned(module: nn.Module, quantization: Quantization) -> dict[str, Quantization]:
-    """The layers of a module that are quantized, by path, and to what: `least_bits` of its class may raise it."""
+    """The layers of a module that are quantized, by path, and to what: `least_bits` of its class may raise it.
+
+    What is read late is left out: it is not in memory, and its file would have to be packed anew each time.
+    """
     least_bits = getattr(module, "least_bits", {})
     plan = {
         path: raised(path, quantization, least_bits)
         for path, layer in layers(module).items()
-        if divides(layer.weight.shape[-1], quantization.group_size)
+        if divides(layer.weight.shape[-1], quantization.group_size) and not getattr(layer, "read_late", False)
     }
     return {path: found for path, found in plan.items() if found is not None}
 

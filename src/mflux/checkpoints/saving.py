@@ -15,7 +15,7 @@ from typing import Any
 
 from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import published_turns
-from mflux.checkpoints.quantization import Quantization, divides, packed_specs, raised
+from mflux.checkpoints.quantization import Quantization, divides, packed_specs
 from mflux.checkpoints.readers.plain import open_file
 from mflux.checkpoints.stored.tensors import spec
 from mflux.checkpoints.writing import SafetensorsWriter
@@ -113,23 +113,27 @@ def _with_quantization(config: Mapping[str, Any], module: nn.Module) -> dict[str
 
 
 def estimated_bytes(
-    tensors: Mapping[str, mx.array], quantization: Quantization | None, least_bits: Mapping[str, int] | None = None
+    tensors: Mapping[str, mx.array],
+    quantization: Quantization | None,
+    plan: Mapping[str, Quantization] | None = None,
 ) -> int:
     """About how large a component of these tensors would be when saved; none of them is read.
 
-    `least_bits` is its class's, see `raised`.
+    Args:
+        plan: which layers are quantized, and to what, as `planned` says; without it all whose width that allows.
     """
     total = 0
     for name in tensors:
         value = spec(tensors, name)
         specs = {"weight": (value.dtype, value.shape)}
+        stem, _, leaf = name.rpartition(".")
+        found = quantization if plan is None else plan.get(stem)
         if (
             quantization is not None
-            and value.ndim == 2
-            and name.endswith("weight")
+            and found is not None
+            and (value.ndim, leaf) == (2, "weight")
             and mx.issubdtype(value.dtype, mx.floating)
-            and divides(value.shape[-1], quantization.group_size)
-            and (found := raised(name.removesuffix(".weight"), quantization, least_bits or {})) is not None
+            and divides(value.shape[-1], found.group_size)
         ):
             specs = packed_specs(value.dtype, value.shape, found)
         total += sum(prod(shape) * dtype.size for dtype, shape in specs.values())

@@ -310,6 +310,9 @@ class Generate:
         arguments = {"seed": seed, "num_inference_steps": args.steps, "height": height, "width": width}
         if args.scheduler is not None:
             arguments["scheduler"] = args.scheduler
+        for name in ("step_cache_ratio", "cfg_end"):
+            if (part := getattr(args, name, None)) is not None:
+                arguments[name] = part
         guidance = self.guidance if args.guidance is None else args.guidance
         if guidance is not None and "guidance" not in self.ignored:
             arguments["guidance"] = guidance

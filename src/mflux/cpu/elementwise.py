@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mflux.backend import mx, nn
+from mflux import fused
+from mflux.backend import mx
 from mflux.cpu import work
 from mflux.cpu.work import BLOCK, Plain, differentiable, room, serves, share_rows, spare
 
@@ -99,22 +100,12 @@ def _gated_silu(x: np.ndarray, out: np.ndarray, free: np.ndarray, other: np.ndar
     np.multiply(out, other, out=out)
 
 
-def _silu_times(x: mx.array, other: mx.array) -> mx.array:
-    """silu(x) · other, as in SwiGLU."""
-    return nn.silu(x) * other
-
-
-def _quick_gelu(x: mx.array) -> mx.array:
-    """x · sigmoid(1.702 x), as OpenAI's CLIP was trained."""
-    return x * mx.sigmoid(1.702 * x)
-
-
 _SILU = _times_sigmoid(1.0)
-silu = _elementwise(_SILU, nn.silu)
-silu_times = _elementwise(_gated_silu, _silu_times)
-gelu = _elementwise(_gelu, nn.gelu)
-gelu_approx = _elementwise(_gelu_tanh, nn.gelu_approx)
-quick_gelu = _elementwise(_times_sigmoid(1.702), _quick_gelu)
+silu = _elementwise(_SILU, fused.silu)
+silu_times = _elementwise(_gated_silu, fused.silu_times)
+gelu = _elementwise(_gelu, fused.gelu)
+gelu_approx = _elementwise(_gelu_tanh, fused.gelu_approx)
+quick_gelu = _elementwise(_times_sigmoid(1.702), fused.quick_gelu)
 
 
 # ---- norms and modulation
@@ -144,6 +135,9 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.ar
     """Layer norm of (B, L, C) without weights of its own, times 1 + scale, plus shift."""
 
     def plain(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+        if scale.size == shift.size == x.shape[-1]:
+            # One kernel for three: of one sample, the condition takes the place of the norm's own weights.
+            return mx.fast.layer_norm(x, (1 + scale).reshape(-1), shift.reshape(-1), eps)
         return mx.fast.layer_norm(x, None, None, eps) * (1 + scale) + shift
 
     return _normalised(plain, eps, x, scale, shift, more=1)
@@ -151,9 +145,6 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.ar
 
 def residual(x: mx.array, gate: mx.array | int, y: mx.array) -> mx.array:
     """x + gate · y of (B, L, C)."""
-
-    def plain(x: mx.array, gate: mx.array | int, y: mx.array) -> mx.array:
-        return x + gate * y
 
     def compute(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
         out, into = room(x.shape)
@@ -167,9 +158,11 @@ def residual(x: mx.array, gate: mx.array | int, y: mx.array) -> mx.array:
         share_rows(run, x.shape)
         return out
 
-    if isinstance(gate, int) or not (serves(x, gate, y) and x.shape == y.shape and _is_of_channels(gate, x)):
-        return plain(x, gate, y)
-    return differentiable(compute, plain)(x, gate, y)
+    if isinstance(gate, int):
+        return x + gate * y
+    if not (serves(x, gate, y) and x.shape == y.shape and _is_of_channels(gate, x)):
+        return fused.add_gated(x, gate, y)
+    return differentiable(compute, fused.add_gated)(x, gate, y)
 
 
 def _is_of_channels(values: mx.array, x: mx.array) -> bool:
@@ -225,7 +218,10 @@ def turned_pairs(x: mx.array, cos: mx.array, sin: mx.array, plain: Plain) -> mx.
         turn[..., 0], turn[..., 1] = np.asarray(cos), np.asarray(sin)
         turn = np.broadcast_to(turn.view(np.complex64)[..., 0], (*x.shape[:-1], x.shape[-1] // 2))
         out, into = room(x.shape)
-        source = np.ascontiguousarray(np.asarray(x)).view(np.complex64)
+        source = np.asarray(x)
+        if source.strides[-1] != source.itemsize:
+            source = np.ascontiguousarray(source)
+        source = source.view(np.complex64)
         into = into.view(np.complex64)
 
         def run(index: tuple[int, ...], start: int, stop: int) -> None:

@@ -126,6 +126,8 @@ SETTINGS = (
     Setting("steps", "Steps", lambda picture: picture.steps, values.steps, "--steps"),
     Setting("guidance", "Guidance", _guidance, values.guidance, "--guidance"),
     Setting("scheduler", "Scheduler", None, _TEXT, "--scheduler"),
+    Setting("step_cache_ratio", "Step cache", None, values.some_of_them, "--step-cache-ratio"),
+    Setting("cfg_end", "Guided part of the steps", None, values.part_of_them, "--cfg-end"),
     Setting("quantize", "Quantization (bits)", lambda picture: picture.quantization, values.bits, "--quantize"),
     Setting("precision", "Precision", lambda picture: str(picture.precision)),
     Setting("compute_precision", "Compute precision", None, _TEXT, "--compute-precision"),

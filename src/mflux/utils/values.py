@@ -50,8 +50,14 @@ class _Number(Kind):
     gives: ClassVar[str]
     noun: ClassVar[str]
 
-    def __init__(self, least: float | None = None, most: float | None = None, above: float | None = None):
-        self.least, self.most, self.above = least, most, above
+    def __init__(
+        self,
+        least: float | None = None,
+        most: float | None = None,
+        above: float | None = None,
+        below: float | None = None,
+    ):
+        self.least, self.most, self.above, self.below = least, most, above, below
 
     def of_text(self, text: str) -> Any:
         try:
@@ -85,6 +91,8 @@ class _Number(Kind):
         """How a value is outside the bounds, and what it must be."""
         if self.above is not None and value <= self.above:
             return f"not above {self.above}", f"above {self.above}"
+        if self.below is not None and value >= self.below:
+            return f"not below {self.below}", f"below {self.below}"
         if self.least is not None and value < self.least:
             return f"too small: at least {self.least}", f"at least {self.least}"
         if self.most is not None and value > self.most:
@@ -198,6 +206,8 @@ seed = Whole(0, LARGEST_SEED)
 steps = Whole(1, 10_000)
 guidance = Real(0)
 strength = Real(0, 1)
+# Of an image's steps: some of them, and not all; some, or all.
+some_of_them, part_of_them = Real(above=0, below=1), Real(above=0, most=1)
 pixels = Whole(GRID, LARGEST)
 dimension = Side()
 tile_size = Whole(128, multiple=16)
@@ -280,6 +290,11 @@ def texts_or_paths(value: Any, name: str) -> list[str]:
     """Several names or paths, as text as they are; one counts as a list of one."""
     found = _several(value, name, (str, os.PathLike), "a name or path, nor a list of some")
     return [text(os.fspath(one) if isinstance(one, os.PathLike) else one, f"one of {name}") for one in found]
+
+
+def number(value: Any, name: str, kind: _Number) -> Any:
+    """What a kind of numbers has, or None."""
+    return None if value is None else argument(kind.of_value, value, name)
 
 
 def reals(value: Any, name: str) -> list[float]:

@@ -282,3 +282,37 @@ def test_16_bit_floats_are_left_to_mlx():
     found = Map.of(x.astype(mx.bfloat16)).conv(layer).array()
     assert found.dtype == mx.bfloat16
     assert error(found.astype(mx.float32), expected) < 2e-2
+
+
+def test_a_gpu_need_not_wait_for_a_strip(monkeypatch):
+    """The next one is on its way before one is waited for, and a norm's statistics are looked at once, at the end."""
+    told: list[str] = []
+    numbers: dict[int, int] = {}
+    kept: list[mx.array] = []
+
+    def begun(x: mx.array) -> mx.array:
+        numbers[id(x)] = len(numbers)
+        kept.append(x)
+        told.append(f"begin {numbers[id(x)]}")
+        return x
+
+    monkeypatch.setattr(kernels.OnGPU, "begun", staticmethod(begun))
+    monkeypatch.setattr(kernels.OnGPU, "evaluate", staticmethod(lambda x: told.append(f"wait {numbers[id(x)]}")))
+    monkeypatch.setattr(kernels.OnGPU, "strip_bytes", 2 * 8 * 16 * 2)
+    x = mx.random.normal((1, 8, 8, 16), key=mx.random.key(1)).astype(mx.bfloat16)
+    made = strips.Map.of(x)._each(lambda rows: rows)
+    waits = []
+    monkeypatch.setattr(mx, "eval", lambda *arrays: waits.append(arrays))
+    made._count_moments()
+    assert told == ["begin 0", "begin 1", "wait 0", "begin 2", "wait 1", "begin 3", "wait 2"]
+    assert not waits
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [({}, 900 * 10**6), ({"max_recommended_working_set_size": 96 << 30}, 12 << 30)]
+)
+def test_room_follows_from_a_gpu_s_memory(monkeypatch, told, expected):
+    assert strips.room() == strips.ROOM
+    monkeypatch.setattr(strips, "has_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: told)
+    assert strips.room() == expected

@@ -22,7 +22,7 @@ MODULES = {
 # package itself, which only says its version, to none. Each may import from its own level and from those below.
 LEVELS = (
     ("errors", "text"),
-    ("backend", "cpu", "optional", "utils", "compat"),
+    ("backend", "chips", "cpu", "fused", "optional", "utils", "compat"),
     ("checkpoints", "hub", "demo"),
     ("callbacks",),
     ("models.common",),
@@ -124,9 +124,9 @@ def test_settings_stand_in_one_order():
     names = [setting.name for setting in all_settings()]
     assert names == [
         "prompt", "negative_prompt", "model", "model_path", "base_model", "width", "height", "seed", "steps",
-        "guidance", "scheduler", "quantize", "precision", "compute_precision", "float32", "vae_full_precision",
-        "small_text_encoder", "small_decoder", "text_encoder_paths", "vae_path", "lora_paths", "lora_scales",
-        "bake_lora", "image_path", "image_paths",
+        "guidance", "scheduler", "step_cache_ratio", "cfg_end", "quantize", "precision", "compute_precision", "float32",
+        "vae_full_precision", "small_text_encoder", "small_decoder", "text_encoder_paths", "vae_path", "lora_paths",
+        "lora_scales", "bake_lora", "image_path", "image_paths",
         "image_strength", "controlnet_image_path", "controlnet_strength", "masked_image_path", "depth_image_path",
         "redux_image_paths", "redux_image_strengths", "resolution", "softness", "pid_decode",
         "generation_time_seconds", "created_at", "mflux_version",

@@ -19,7 +19,8 @@ from support.images import opened, photo
 
 from families.flux.cases_variants import TINY, write_pictures
 from mflux.backend import mx, tree_flatten
-from mflux.checkpoints.quantization import Quantization
+from mflux.checkpoints.late import late_layers
+from mflux.checkpoints.quantization import Quantization, planned
 from mflux.checkpoints.saving import estimated_bytes
 from mflux.errors import CheckpointError, ImageError, UsageError
 from mflux.models.common.config import ModelConfig
@@ -543,11 +544,16 @@ def test_the_readme_s_sizes_are_those_of_the_published_models():
     for component in components:
         kind = component.module_class()
         # A configuration's defaults are the published model's; nothing of the module is computed.
-        parameters = tree_flatten(kind(kind.config_class()).parameters())
-        tensors = {name: value.astype(mx.bfloat16) for name, value in parameters}
-        found = tuple(
-            estimated_bytes(tensors, Quantization.asked(bits), getattr(kind, "least_bits", None))
-            for bits in (None, 8, 4)
+        module = kind(kind.config_class())
+        late = late_layers(module)
+        tensors = {
+            name: value.astype(mx.bfloat16)
+            for name, value in tree_flatten(module.parameters())
+            if name.rpartition(".")[0] not in late
+        }
+        found = (
+            estimated_bytes(tensors, None),
+            *(estimated_bytes(tensors, one, planned(module, one)) for one in (Quantization(8), Quantization(4))),
         )
         assert tuple(round(size / 1e9, 1) for size in found) == sizes[component.name], component.name
 

@@ -93,6 +93,20 @@ def add_generation_options(
         help=f"how closely to follow the prompt (default: {guidance})",
     )
     group.add_argument(
+        "--step-cache-ratio",
+        "--step-cache",
+        "--teacache-ratio",
+        type=values.some_of_them,
+        metavar="PART",
+        help="of 10 steps and more, use the one before again in this part of the predictions (default: none)",
+    )
+    group.add_argument(
+        "--cfg-end",
+        type=values.part_of_them,
+        metavar="PART",
+        help="guide in this part of the steps, and spare the others their second pass (default: all)",
+    )
+    group.add_argument(
         "--scheduler", default=scheduler, help="linear, flow_match_euler_discrete, or your own package.module.Class"
     )
 

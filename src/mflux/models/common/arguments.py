@@ -52,6 +52,8 @@ def _prompt(value: Any, name: str) -> str:
 CHECKS: Mapping[str, Check] = {
     "cfg_normalization": _switch_or_real,
     "cfg_truncation": values.real,
+    "step_cache_ratio": lambda value, name: values.number(value, name, values.some_of_them),
+    "cfg_end": lambda value, name: values.number(value, name, values.part_of_them),
     "model_path": _optional(values.name),
     "text_encoder_paths": _optional(values.texts_or_paths),
     "vae_path": _optional(values.name),
@@ -111,6 +113,8 @@ def without_effect(model: Any, given: Mapping[str, Any], all_of_them: Mapping[st
     for name, nothing in (("cfg_normalization", (0, None)), ("cfg_truncation", (1, None))):
         if name in given and given[name] not in nothing and is_unguided:
             yield f"{name} is ignored: without guidance above {above:g} it has no part in the image"
+    if given.get("cfg_end") not in (None, 1) and not model.is_guided(guidance):
+        yield "cfg_end is ignored: the steps have no second pass for guidance, of which it says when to end"
     if given.get("image_strength") and model.sees_image:
         yield "image_strength is ignored: the model sees the image in every step, and starts from noise"
     elif given.get("image_strength") and "image_path" in all_of_them and all_of_them["image_path"] is None:

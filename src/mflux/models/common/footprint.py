@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from mflux.backend import mx, named_arrays, nn
+from mflux.checkpoints.late import late_layers
 from mflux.checkpoints.quantization import Quantization, packed_specs, planned
 from mflux.models.common.family import STAGES, Component, family_of, first_command, load_object
 from mflux.models.common.networks.autoencoders.strips import ROOM
@@ -28,11 +29,18 @@ _WORDS = 512
 MACS = (16, 24, 32, 64, 128)
 
 
-def weights(module: nn.Module, bits: int | None = None) -> int:
-    """Bytes of a module's parameters, in 16 bits or quantized as `-q` would."""
+def weights(module: nn.Module, bits: int | None = None, *, late: bool = False) -> int:
+    """Bytes of a module's parameters, in 16 bits or quantized as `-q` would.
+
+    Args:
+        late: without the layers whose weights stay in their file.
+    """
+    left = late_layers(module) if late else {}
     plan = {} if bits is None else planned(module, Quantization(bits))
     total = 0
     for name, value in named_arrays(module.parameters()):
+        if name.rpartition(".")[0] in left:
+            continue
         found = plan.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if found is None:
             total += 2 * value.size
@@ -116,6 +124,7 @@ def footprint(
         else:
             tokens = (width // GRID) * (height // GRID) + _WORDS
             working = 2 * _STREAMS * tokens * config.inner_dim if hasattr(config, "inner_dim") else 0
+            own = weights(kind(config), bits, late=True)
             stages["denoise"] += own + max(round(own * _BESIDE), working if component.name == "transformer" else 0)
     stage = max(stages, key=lambda name: stages[name])
     return Footprint(bits or 16, disk, stages[stage], stage)

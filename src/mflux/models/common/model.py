@@ -17,7 +17,7 @@ from mflux.backend import has_gpu, mx, named_arrays, nn
 from mflux.checkpoints import saved_by_024
 from mflux.checkpoints.loading import FolderTensors, build, load_component
 from mflux.checkpoints.published import Alone, Layout, PublishedFolder
-from mflux.checkpoints.quantization import Quantization
+from mflux.checkpoints.quantization import Quantization, planned
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
 from mflux.errors import CheckpointError, UsageError
 from mflux.hub import resolve_model
@@ -369,6 +369,8 @@ class Model:
             keep_dtypes=keep_dtypes and dtype is None,
             config=folder.config(part),
             tensors=folder.tensors(part),
+            # What is to be saved has to be there.
+            late=component.stage == "denoise" and not keep_dtypes,
         )
         if self._loras is None:
             module = load()
@@ -503,12 +505,7 @@ class Model:
         """
         self.release_stages(*STAGES)
         wanted = Quantization.asked(self._quantize)
-        needed = sum(
-            estimated_bytes(
-                self.folder_of(part).tensors(part.folder), wanted, getattr(part.module_class(), "least_bits", None)
-            )
-            for part in self.components
-        )
+        needed = sum(self._estimated_bytes(part, wanted) for part in self.components)
         with new_folder(user_path(base_path), needed=needed) as target:
             for part in self.components:
                 with timed(f"save {part.folder}") as note:
@@ -536,6 +533,16 @@ class Model:
                 },
             )
             write_json(target / FILE_NAME, content)
+
+    def _estimated_bytes(self, part: Component, wanted: Quantization | None) -> int:
+        folder = self.folder_of(part)
+        tensors = folder.tensors(part.folder)
+        if wanted is None:
+            return estimated_bytes(tensors, None)
+        source = folder.root / part.folder / "config.json"
+        kind = part.module_class()
+        module = build(getattr(kind, "saved_class", kind), folder.config(part.folder), tensors, source=source)
+        return estimated_bytes(tensors, wanted, planned(module, wanted))
 
 
 def _is_one(component: Component, folder: PublishedFolder) -> bool:

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from mflux.backend import mx
+from mflux.backend import mx, nn
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.config.config import Config
+from mflux.models.common.fewer_passes import LEAST_STEPS, left_out
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.common.memory import Encoded, LazyComponent, is_loaded, keeping_memory, timed
 from mflux.models.common.model import Model
 from mflux.models.common.networks.autoencoders import tiling
+from mflux.models.common.networks.modulation import Known, ahead_of
 from mflux.models.common.noise import check_seed
 from mflux.models.common.replaced import called
 from mflux.models.common.room import check_room, check_weights
 from mflux.models.common.tokenizers.checks import check_prompt
-from mflux.text import shown, written
+from mflux.text import count, shown, written
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.generated_image import GeneratedImage
 from mflux.utils.image_util import ImageUtil
@@ -101,7 +104,9 @@ class Pipeline(Model):
         Args:
             scheduler: None for the checkpoint's schedule.
             side_by_side: how many images of the given size are denoised as one, beside each other.
-            settings: further arguments of `Config`.
+            settings: further arguments of `Config`; of these `step_cache_ratio` says in which part of the steps (above
+                0, below 1) the prediction of the step before is used again, see `fewer_passes`, and `cfg_end` in which
+                part of them (above 0, at most 1) a second pass guides, where there is one.
 
         Raises:
             UsageError: one is of the wrong type, or makes no sense, or there is no memory for such a size.
@@ -124,6 +129,10 @@ class Pipeline(Model):
         is_stored = self.bits is not None and self._quantize is None
         check_weights(kind, self.configuration("transformer"), self.bits, is_stored=is_stored)
         self._has_room = True
+
+    def is_guided(self, guidance: float | None) -> bool:
+        """Whether each step has a second pass for guidance."""
+        return self.negative_above is not None and guidance is not None and guidance > self.negative_above
 
     # ---- 1. prompts
 
@@ -205,6 +214,54 @@ class Pipeline(Model):
             )
         return self.transformer
 
+    def sigmas_ahead(self, config: Config) -> list[mx.array]:
+        """The noise levels of the steps that will be taken, as the schedule has them before the first one."""
+        sigmas = config.scheduler.sigmas
+        return [sigmas[number] for number in range(config.init_time_step, config.num_inference_steps)]
+
+    def ahead(
+        self,
+        config: Config,
+        name: str,
+        condition: Callable[[Any, mx.array], mx.array],
+        *beside: nn.Module,
+        of: Hashable = (),
+        zero: bool = False,
+    ) -> Callable[[mx.array], Known | None]:
+        """Work out the modulation of all steps; the next image with the same schedule finds it there.
+
+        Args:
+            name: of the component that is modulated.
+            condition: gives its condition (1, features), called with it and a noise level.
+            beside: further modules with the same condition.
+            of: what the condition follows from besides the noise level.
+            zero: whether something without noise is modulated as well.
+
+        Returns:
+            What gives the condition at a noise level, or None where it was not known ahead: the schedule turned out
+            otherwise, or a program put something else in the component's place.
+        """
+        module = getattr(self, name)
+        if not isinstance(module, self.component(name).module_class()):
+            return lambda sigma: None
+        sigmas = self.sigmas_ahead(config) + [mx.array(0.0)] * zero
+        with timed(f"work out the modulation of {count(len(sigmas), 'noise level')}"):
+            found = weakref.ref(ahead_of(module, sigmas, partial(condition, module), *beside, of=of))
+
+        def known(sigma: mx.array) -> Known | None:
+            # The module has it, and takes it along when it goes.
+            ahead = found()
+            return None if ahead is None else ahead.at(sigma)
+
+        return known
+
+    def left_out(self, config: Config) -> frozenset[int]:
+        """The steps that use the prediction of the one before, where a step cache is asked for."""
+        if config.step_cache_ratio is None:
+            return frozenset()
+        found = left_out([float(sigma) for sigma in self.sigmas_ahead(config)], config.step_cache_ratio)
+        return frozenset(config.init_time_step + number for number in found)
+
     def steps(
         self,
         config: Config,
@@ -212,7 +269,8 @@ class Pipeline(Model):
         velocity: Velocity,
         after_step: Callable[[mx.array, int], mx.array] | None = None,
     ) -> Generator[Step]:
-        """Take the steps from noise to image, one each time that the next is asked for.
+        """Take the steps from noise to image, one each time that the next is asked for, without the passes that
+        `left_out` has.
 
         Args:
             config: with the schedule and its steps.
@@ -223,18 +281,33 @@ class Pipeline(Model):
         Raises:
             MfluxError: the latents are no longer finite.
         """
-        scheduler = config.scheduler
+        scheduler, again = config.scheduler, self.left_out(config)
+        if config.step_cache_ratio is not None and not again:
+            log.warning(
+                "step_cache_ratio is ignored: of %s it leaves none out (of fewer than %d never)",
+                count(len(config.time_steps), "step"),
+                LEAST_STEPS,
+            )
+        prediction = mx.array(0.0)
+        # What is computed already, nobody has to wait for a GPU to tell.
+        sigmas = scheduler.sigmas
+        levels = [sigmas[number] for number in range(config.num_inference_steps)]
+        mx.eval(levels)
         with ExitStack() as kept:
             for number in range(config.init_time_step, config.num_inference_steps):
                 if number == config.init_time_step + 1:  # what the first step loads stays where it is
                     kept.enter_context(keeping_memory())
-                sigma, before = scheduler.sigmas[number], latents
-                prediction = velocity(scheduler.scale_model_input(before, number), sigma).astype(mx.float32)
+                sigma = levels[number] if scheduler.sigmas is sigmas else scheduler.sigmas[number]
+                before = latents
+                if number not in again:
+                    prediction = velocity(scheduler.scale_model_input(before, number), sigma).astype(mx.float32)
                 latents = scheduler.step(noise=prediction, timestep=number, latents=before)
                 if after_step is not None:
                     latents = after_step(latents, number)
-                mx.eval(latents)
-                if not mx.isfinite(latents).all().item():
+                # Together: each is a wait for a GPU.
+                finite = mx.isfinite(latents).all()
+                mx.eval(latents, finite)
+                if not finite.item():
                     raise not_finite(f"the latents after step {number + 1} of {config.num_inference_steps}")
                 yield Step(number, latents, denoised=before - sigma * prediction)
 
@@ -336,7 +409,8 @@ class Pipeline(Model):
         **about: Any,
     ) -> GeneratedImage:
         """What has been decoded, (1, 3, H, W), as an image that knows how it was made; see `make_image`."""
-        parameters = {"vae_full_precision": self.vae_full_precision} | dict(parameters or {})
+        fewer = {"step_cache_ratio": config.step_cache_ratio, "cfg_end": config.cfg_end}
+        parameters = {"vae_full_precision": self.vae_full_precision} | fewer | dict(parameters or {})
         unusual = {name: value for name, value in parameters.items() if value not in (None, False)}
         if config.scheduler_name not in ("linear", "LinearScheduler"):
             unusual.setdefault("scheduler", config.scheduler_name)

@@ -94,7 +94,7 @@ def check_weights(module_class: Any, config: Any, bits: int | None, *, is_stored
     module = module_class(config)
 
     def taken(bits: int | None) -> int:
-        whole = weights(module, bits)
+        whole = weights(module, bits, late=True)
         return whole if bits else whole * compute_dtype(mx.bfloat16).size // 2
 
     needed, memory, most = taken(bits), machine_memory().most, recommended()

@@ -11,6 +11,7 @@ from mflux.errors import CheckpointError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.memory import LazyComponent
+from mflux.models.common.networks.once import Once
 from mflux.models.common.networks.text_encoders.smollm3 import SmolLM3TextEncoder
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.tokenizers.prompt_tokenizers import WholeTokenizer, whole_tokenizer
@@ -78,6 +79,10 @@ class FiboPipeline(Pipeline):
             scheduler = "linear"
         return super().settings(scheduler=scheduler, **settings)
 
+    def is_guided(self, guidance: float | None) -> bool:
+        # Made without, whatever is asked for.
+        return super().is_guided(guidance) and "fibo-lite" not in self.model_config.aliases
+
     def encode_prompts(self, *prompts: str) -> list[list[mx.array]]:
         """All hidden states of the text encoder, (1, T, D) each, for every prompt."""
         return self.remembered(prompts, self._encode, "text_encoder")
@@ -118,15 +123,23 @@ class FiboPipeline(Pipeline):
             # They are as large again as what was made of them.
             self.prompt_cache.clear()
 
+        known = self.ahead(
+            config, "transformer", lambda transformer, sigma: transformer.condition(sigma[None], dtype), of=dtype
+        )
+
+        once = Once()
+
         def predict(latents: mx.array, sigma: mx.array, text: Sequence[mx.array]) -> mx.array:
             tokens = latents if reference is None else mx.concatenate([latents, reference], axis=1)
-            prediction = self.transformer(tokens.astype(dtype), sigma=sigma[None], text=text, image_ids=image_ids)
+            prediction = self.transformer(
+                tokens.astype(dtype), sigma=sigma[None], text=text, image_ids=image_ids, known=known(sigma), once=once
+            )
             # Guidance multiplies a small difference of the two.
             return prediction[:, : latents.shape[1]].astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             towards = predict(latents, sigma, texts[0])
-            if len(texts) == 1:
+            if len(texts) == 1 or not config.guides(sigma):
                 return towards
             # One after the other, so that what they need for themselves is needed once.
             mx.eval(towards)

@@ -12,6 +12,7 @@ from mflux.errors import CheckpointError
 from mflux.models.common.config.config import Config
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.once import Once
 from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.common.pipeline import Pipeline
@@ -35,6 +36,11 @@ class Prompt:
 
     embeds: mx.array
     pooled: mx.array
+
+    @property
+    def digest(self) -> tuple[object, ...]:
+        """What tells its pooled embedding from others'."""
+        return (str(self.pooled.dtype), *self.pooled.astype(mx.float32).flatten().tolist())  # type: ignore[misc]
 
 
 class FluxPipeline(Pipeline):
@@ -109,17 +115,26 @@ class FluxPipeline(Pipeline):
         if image_ids is None:
             image_ids = latent_image_ids(config.height // 16, config.width // 16)
         guidance = mx.array([config.guidance]) if self.model_config.supports_guidance else None
-        # Loaded before the loop, whose bar counts steps.
-        predict = self.predicting(config)
+        # Loads it before the loop, whose bar counts steps.
+        known = self.ahead(
+            config,
+            "transformer",
+            lambda transformer, sigma: transformer.time_text_embed(sigma[None], guidance, prompt.pooled),
+            of=(config.guidance, prompt.digest),
+        )
+
+        once = Once()
 
         def velocity(latents: mx.array, sigma: mx.array, **more: Any) -> mx.array:
-            return predict(
+            return self.predicting(config)(
                 latents.astype(prompt.embeds.dtype),
                 sigma=sigma[None],
                 prompt_embeds=prompt.embeds,
                 pooled_prompt_embeds=prompt.pooled,
                 image_ids=image_ids,
                 guidance=guidance,
+                known=known(sigma),
+                once=once,
                 **more,
             )
 

@@ -15,6 +15,8 @@ from mflux.models.common.config.model_config import ModelConfig, key_of
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
+from mflux.models.common.networks.modulation import Known
+from mflux.models.common.networks.once import Once
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.replaced import called, refuse_more
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
@@ -160,6 +162,9 @@ class KleinPipeline(Pipeline):
             guidance = 1.0
         return [prompt, ""] if guidance > 1 else [prompt]
 
+    def is_guided(self, guidance: float | None) -> bool:
+        return guidance is not None and guidance > 1 and not self.is_distilled
+
     def encode_prompts(self, *prompts: str) -> list[Prompt]:
         """Encode prompts, the text encoder being loaded once for all of them."""
         return self.remembered(prompts, self._encode, "text_encoder")
@@ -202,6 +207,8 @@ class KleinPipeline(Pipeline):
             refuse_more("FLUX.2's step", references=references)
             return self._replaced_step(config, prompt, negative, beside)
 
+        known, once = self.known(config, prompt, zero=references is not None), Once()
+
         def predict(tokens: mx.array, sigma: mx.array, prompt: Prompt) -> mx.array:
             return self.predicting(config)(
                 tokens.astype(prompt.embeds.dtype),
@@ -210,17 +217,30 @@ class KleinPipeline(Pipeline):
                 image_ids=image_ids,
                 text_ids=prompt.ids,
                 references=references,
+                known=known(sigma),
+                once=once,
             )[:, : rows * columns].astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             tokens = latents if beside is None else mx.concatenate([latents, beside[0]], axis=1)
             towards = predict(tokens, sigma, prompt)
-            if negative is None:
+            if negative is None or not config.guides(sigma):
                 return towards
             away = predict(tokens, sigma, negative)
             return away + config.guidance * (towards - away)
 
         return velocity
+
+    def known(self, config: Config, prompt: Prompt, *, zero: bool = False) -> Callable[[mx.array], Known | None]:
+        """See `ahead`."""
+        dtype = prompt.embeds.dtype
+        return self.ahead(
+            config,
+            "transformer",
+            lambda transformer, sigma: transformer.time_guidance_embed(sigma[None], dtype),
+            of=dtype,
+            zero=zero,
+        )
 
     @staticmethod
     def _predict(transformer: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -273,13 +293,14 @@ class KleinPipeline(Pipeline):
             nonlocal step
             if step is None:
                 step = called("_predict", called("_predict", self._predict)(self.transformer))
+            away = negative if config.guides(sigma) else None
             return step(
                 latents=latents.astype(prompt.embeds.dtype),
                 latent_ids=ids,
                 prompt_embeds=prompt.embeds,
                 text_ids=prompt.ids[None],
-                negative_prompt_embeds=None if negative is None else negative.embeds,
-                negative_text_ids=None if negative is None else negative.ids[None],
+                negative_prompt_embeds=None if away is None else away.embeds,
+                negative_text_ids=None if away is None else away.ids[None],
                 guidance=config.guidance,
                 timestep=1000 * sigma,
                 **images,

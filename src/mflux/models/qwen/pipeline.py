@@ -10,6 +10,7 @@ from mflux.models.common.config.config import Config
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.wan import AutoencoderWan
+from mflux.models.common.networks.once import Once
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.tokenizers.qwen import qwen_tokenizer
 from mflux.models.qwen.family import FAMILY
@@ -57,17 +58,29 @@ class QwenPipeline(Pipeline):
         """
         grids = [(config.height // 16, config.width // 16), *source_grids]
         generated = grids[0][0] * grids[0][1]
+        # Sources are pictures without noise to some, see `QwenTransformerConfig.zero_cond_t`.
+        known = self.ahead(
+            config,
+            "transformer",
+            lambda transformer, sigma: transformer.condition(sigma[None], positive.dtype),
+            of=positive.dtype,
+            zero=getattr(getattr(self.transformer, "config", None), "zero_cond_t", False),
+        )
+
+        once = Once()
 
         def predict(tokens: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             x = tokens.astype(prompt_embeds.dtype)
-            noise = self.predicting(config)(x, sigma=sigma[None], prompt_embeds=prompt_embeds, grids=grids)
+            noise = self.predicting(config)(
+                x, sigma=sigma[None], prompt_embeds=prompt_embeds, grids=grids, known=known(sigma), once=once
+            )
             return noise[:, :generated].astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             # Several images in one sequence: what comes after the first is what an edit starts from.
             tokens = mx.concatenate([latents, *sources], axis=1)
             noise = predict(tokens, sigma, positive)
-            if negative is None:
+            if negative is None or not config.guides(sigma):
                 return noise
             return self.compute_guided_noise(noise, predict(tokens, sigma, negative), config.guidance)
 

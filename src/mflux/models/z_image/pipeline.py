@@ -6,12 +6,14 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mflux.backend import mx
+from mflux.backend import mx, nn
 from mflux.errors import UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.modulation import Known
+from mflux.models.common.networks.once import Once
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.replaced import called, refuse_more
 from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
@@ -137,7 +139,8 @@ class ZImagePipeline(Pipeline):
         positive: mx.array,
         negative: mx.array | None = None,
         *,
-        hints: Callable[[mx.array, mx.array], dict[int, mx.array]] | None = None,
+        hints: Callable[[mx.array, mx.array, Known | None, Once], dict[int, mx.array]] | None = None,
+        controlnet: nn.Module | None = None,
         normalization: float = 0.0,
         truncation: float | None = None,
     ) -> Velocity:
@@ -145,7 +148,9 @@ class ZImagePipeline(Pipeline):
 
         Args:
             positive, negative: encoded prompts (1, T, D).
-            hints: gives what a ControlNet adds after layers of the transformer, by their numbers.
+            hints: gives what a ControlNet adds after layers of the transformer, by their numbers; called with latents,
+                noise level, and what the transformer takes as `known` and `once`.
+            controlnet: the one that gives them.
             normalization: how long a guided prediction may be, as a multiple of the prompt's own; 0 is no limit.
             truncation: from which time on (0 is noise, 1 the image) guidance stops.
         """
@@ -154,18 +159,32 @@ class ZImagePipeline(Pipeline):
             refuse_more("Z-Image's step", hints=hints, normalization=normalization or None)
             return self._replaced_step(config, positive, negative, truncation)
 
+        def condition(transformer: ZImageTransformer, sigma: mx.array) -> mx.array:
+            dtype, timestep = self.inputs(sigma, positive)
+            return transformer.embed_time(timestep, dtype)
+
+        beside = () if controlnet is None else (controlnet,)
+        known = self.ahead(config, "transformer", condition, *beside, of=self.inputs(mx.array(0.0), positive)[0])
+
+        once = Once()
+
         def predict(latents: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             dtype, timestep = self.inputs(sigma, prompt_embeds)
-            more = {} if hints is None else {"hints": hints(latents, sigma)}
+            more = {} if hints is None else {"hints": hints(latents, sigma, known(sigma), once)}
             # The transformer predicts image - noise.
             return self.predicting(config)(
-                latents.astype(dtype), timestep=timestep, prompt_embeds=prompt_embeds, **more
+                latents.astype(dtype),
+                timestep=timestep,
+                prompt_embeds=prompt_embeds,
+                known=known(sigma),
+                once=once,
+                **more,
             ).astype(mx.float32)
 
         def velocity(packed: mx.array, sigma: mx.array) -> mx.array:
             latents = ZImageLatentCreator.unpack_latents(packed)
             towards = predict(latents, sigma, positive)
-            if negative is not None and not is_past(sigma, truncation):
+            if negative is not None and config.guides(sigma) and not is_past(sigma, truncation):
                 guided = towards + config.guidance * (towards - predict(latents, sigma, negative))
                 towards = limited(guided, towards, normalization)
             return -ZImageLatentCreator.pack_latents(towards)
@@ -206,7 +225,8 @@ class ZImagePipeline(Pipeline):
             nonlocal step
             if step is None:
                 step = called("_predict", called("_predict", self._predict)(self.transformer))
-            away = None if negative is None or is_past(sigma, truncation) else negative[0]
+            is_guided = negative is not None and config.guides(sigma) and not is_past(sigma, truncation)
+            away = negative[0] if negative is not None and is_guided else None
             dtype, timestep = self.inputs(sigma, positive)
             return step(
                 latents=latents.astype(dtype),

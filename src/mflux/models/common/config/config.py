@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mflux.errors import UsageError
 from mflux.models.common.config.model_config import ModelConfig, check_model_config
+from mflux.models.common.fewer_passes import guided_steps
 from mflux.text import shown, written
 from mflux.utils import values
 from mflux.utils.scale_factor import GRID, LARGEST
@@ -44,6 +45,8 @@ class Config:
         masked_image_path: Path | str | None = None,
         controlnet_strength: float | None = None,
         scheduler: str = "linear",
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ):
         from mflux.utils.dimension_resolver import DimensionResolver
 
@@ -70,6 +73,8 @@ class Config:
         self.redux_image_strengths = redux_image_strengths
         self.masked_image_path = values.image(masked_image_path, "masked_image_path", optional=True)
         self.controlnet_strength = controlnet_strength
+        self.step_cache_ratio = values.number(step_cache_ratio, "step_cache_ratio", values.some_of_them)
+        self.cfg_end = values.number(cfg_end, "cfg_end", values.part_of_them)
         self.scheduler_name = values.text(scheduler, "scheduler")
         self._scheduler: BaseScheduler | None = None
 
@@ -119,6 +124,12 @@ class Config:
 
             self._scheduler = scheduler_class(self.scheduler_name)(self)
         return self._scheduler
+
+    def guides(self, sigma: mx.array) -> bool:
+        """Whether the step at a noise level is one of those that `cfg_end` lets guidance have."""
+        if self.cfg_end is None:
+            return True
+        return float(sigma) > float(self.scheduler.sigmas[guided_steps(self.num_inference_steps, self.cfg_end)])
 
     @property
     def time_steps(self) -> range:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mflux.backend import mx, nn
+from mflux.checkpoints.late import LateLinear
 from mflux.errors import CheckpointError
 from mflux.models.common.networks.layers import product
 
@@ -261,6 +262,11 @@ def wrap(module: nn.Module, path: str, adapters: Sequence[Adapter], *, bias: boo
         parent = parent[int(step)] if isinstance(parent, list) else parent[step]
     place = int(leaf) if isinstance(parent, list) else leaf
     linear = parent[place]
+    if isinstance(linear, LateLinear):
+        # Its bias is changed when it is read, as all are that are not stored quantized.
+        if any(adapter.scale and adapter.read for adapter in adapters):
+            linear.change(lambda layer: LoraLinear(cast(nn.Linear, layer), adapters))
+        return
     if bias and any(adapter.read_bias is not None for adapter in adapters):
         linear.bias = merged_bias(linear.bias, adapters).astype(linear.bias.dtype)
     if any(adapter.scale and adapter.read for adapter in adapters):

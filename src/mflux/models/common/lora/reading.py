@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mflux.backend import mx, nn
+from mflux.checkpoints.late import LateLinear
 from mflux.checkpoints.readers.opening import open_checkpoint
 from mflux.errors import CheckpointError
 from mflux.models.common.lora import peft
@@ -91,6 +92,10 @@ class Loras:
             return (merged if leaf == "weight" else merged_bias)(value, adapters[layer])
 
         module = load(adjust if adapters else None)
+        late = {path: layer for path, layer in module.named_modules() if isinstance(layer, LateLinear)}
+        # Added when they are read, which is still to come.
+        baked |= {(path, "bias") for path in late}
+        baked |= {(path, "weight") for path, layer in late.items() if whole and not layer.packed}
         rest = [
             layer
             for layer, found in adapters.items()

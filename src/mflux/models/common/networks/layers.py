@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
-from mflux import cpu
-from mflux.backend import mx, nn
+from mflux import cpu, fused
+from mflux.backend import has_gpu, mx, nn
 from mflux.cpu import convolution, gelu, gelu_approx, product, quick_gelu, serves_convolution, silu, silu_times
 from mflux.errors import CheckpointError
 
@@ -110,6 +110,13 @@ def split_heads(x: mx.array, heads: int) -> mx.array:
     return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
 
+def normed_heads(norm: Callable[[mx.array], mx.array], x: mx.array, heads: int) -> mx.array:
+    """The same, each head normed, before heads and tokens change places: while rows lie one after the other."""
+    batch, length, width = x.shape
+    rows = norm(x.reshape(batch, length * heads, width // heads))
+    return rows.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
+
+
 def merge_heads(x: mx.array) -> mx.array:
     """(B, heads, L, D) → (B, L, heads · D)."""
     x = x.transpose(0, 2, 1, 3)
@@ -136,16 +143,30 @@ def rotate_halves(x: mx.array, rotary: Rotary) -> mx.array:
     return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+class Turns(tuple[mx.array, mx.array]):
+    """Cosines and sines, which one image's steps and blocks have in common."""
+
+    @cached_property
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """What each channel of a pair is multiplied by, and the other one of it, (…, L, D / 2, 2) each."""
+        cos, sin = self
+        return mx.stack([cos, cos], axis=-1), mx.stack([-sin, sin], axis=-1)
+
+
 def rotate_pairs(x: mx.array, rotary: Rotary) -> mx.array:
     """Turn channel 2i of (…, L, D) together with channel 2i + 1, in float32: FLUX and its kin."""
-    return cpu.turned_pairs(x, *rotary, _rotate_pairs) if cpu.serves(x, *rotary) else _rotate_pairs(x, *rotary)
+    if cpu.serves(x, *rotary):
+        return cpu.turned_pairs(x, *rotary, _rotate_pairs)
+    return _turn(x, rotary if isinstance(rotary, Turns) else Turns(rotary))
 
 
 def _rotate_pairs(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    return _turn(x, Turns((cos, sin)))
+
+
+def _turn(x: mx.array, turns: Turns) -> mx.array:
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return fused.turn(pairs, pairs[..., ::-1], *turns.factors).reshape(x.shape)
 
 
 def inverse_frequencies(channels: int, theta: float) -> mx.array:
@@ -170,7 +191,7 @@ def rotary_embedding(ids: mx.array, axes: Sequence[int], theta: float = 10_000.0
         for axis, channels in enumerate(axes)
     ]
     turned = mx.concatenate(angles, axis=-1)
-    return mx.cos(turned), mx.sin(turned)
+    return Turns((mx.cos(turned), mx.sin(turned)))
 
 
 # ---- norms
@@ -191,6 +212,18 @@ class RMSNorm(nn.RMSNorm):
 
     def __call__(self, x: mx.array) -> mx.array:
         return cpu.rms_norm(x, self.weight, self.eps)
+
+
+def normed_and_scaled(norm: RMSNorm, x: mx.array, scale: mx.array | int) -> mx.array:
+    """What a norm makes of (B, L, C), times the condition's scale or gate (B, 1, C); 1 is none.
+
+    On a GPU, and for one sample, in one kernel: the norm's weights and the scale are one vector.
+    """
+    if isinstance(scale, int):
+        return norm(x) if scale == 1 else norm(x) * scale
+    if has_gpu() and scale.size == x.shape[-1]:
+        return mx.fast.rms_norm(x, norm.weight * scale.reshape(-1), norm.eps)
+    return norm(x) * scale
 
 
 class LayerNorm(nn.LayerNorm):
@@ -243,6 +276,25 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float = 1e-6) -
 def residual(x: mx.array, gate: mx.array | int, y: mx.array) -> mx.array:
     """x + gate · y: what a block adds to its stream, let through by the condition's gate (1: all of it)."""
     return cpu.residual(x, gate, y)
+
+
+def product_of_parts(layer: nn.Module, *parts: mx.array) -> mx.array:
+    """A linear layer of parts (B, L, n) that stand beside each other in its input.
+
+    On a GPU each is multiplied with its own columns of the weights, and nothing is written together before: a single
+    block of FLUX.1 spares 280 MB at 1024 px. In 16 bits the sum is rounded once more for that. Packed weights have no
+    such columns, and on a CPU a second sum would cost as much.
+    """
+    if not (has_gpu() and type(layer) is Linear):
+        linear: Callable[[mx.array], mx.array] = layer
+        return linear(mx.concatenate(list(parts), axis=-1))
+    out, start = layer.get("bias"), 0
+    for part in parts:
+        columns = layer.weight[:, start : start + part.shape[-1]].T
+        out = part @ columns if out is None else mx.addmm(out, part, columns)
+        start += part.shape[-1]
+    assert out is not None
+    return out
 
 
 def parts_of(x: mx.array, count: int, axis: int = -1) -> list[mx.array]:

@@ -22,12 +22,14 @@ from mflux.models.common.networks.layers import (
     gelu_approx,
     merge_heads,
     modulate,
-    parts_of,
+    normed_heads,
+    product_of_parts,
     residual,
     rotate_pairs,
     silu,
     split_heads,
 )
+from mflux.models.common.networks.modulation import Condition, Modulated, ModulationLinear, modulation
 
 _EPS = 1e-6
 
@@ -63,16 +65,19 @@ def latent_image_ids(height: int, width: int, plane: int = 0) -> mx.array:
     return mx.stack([mx.full(rows.shape, plane, dtype=rows.dtype), rows, columns], axis=-1).reshape(-1, 3)
 
 
-class Modulation(nn.Module):
+class Modulation(Modulated):
     """`parts` vectors per sample from the condition: shifts, scales and gates, each (B, 1, features)."""
 
     def __init__(self, features: int, parts: int, *, bias: bool = True):
         super().__init__()
         self.parts = parts
-        self.linear = Linear(features, parts * features, bias=bias)
+        self.linear = ModulationLinear(features, parts * features, bias=bias)
 
-    def __call__(self, condition: mx.array) -> list[mx.array]:
-        return parts_of(self.linear(silu(condition))[:, None], self.parts)
+    def modulation(self, condition: Condition) -> list[mx.array]:
+        return modulation(self.linear, condition, self.parts, silu)
+
+    def __call__(self, condition: Condition) -> list[mx.array]:
+        return self.modulation(condition)
 
 
 class JointAttention(nn.Module):
@@ -97,14 +102,15 @@ class JointAttention(nn.Module):
 
     def image_heads(self, image: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values of picture tokens, (B, heads, L, D) each, before their positions turn them."""
-        q, k, v = (split_heads(layer(image), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
+        q = normed_heads(self.norm_q, self.to_q(image), self.heads)
+        k = normed_heads(self.norm_k, self.to_k(image), self.heads)
+        return q, k, split_heads(self.to_v(image), self.heads)
 
     def text_heads(self, text: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """The same of text tokens."""
-        layers = self.add_q_proj, self.add_k_proj, self.add_v_proj
-        q, k, v = (split_heads(layer(text), self.heads) for layer in layers)
-        return self.norm_added_q(q), self.norm_added_k(k), v
+        q = normed_heads(self.norm_added_q, self.add_q_proj(text), self.heads)
+        k = normed_heads(self.norm_added_k, self.add_k_proj(text), self.heads)
+        return q, k, split_heads(self.add_v_proj(text), self.heads)
 
     def __call__(
         self, image: mx.array, text: mx.array, rotary: Rotary, watch: Callable[..., None] | None = None
@@ -131,8 +137,8 @@ class SingleAttention(nn.Module):
         self.to_v = Linear(width, width)
 
     def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
-        q = rotate_pairs(self.norm_q(split_heads(self.to_q(x), self.heads)), rotary)
-        k = rotate_pairs(self.norm_k(split_heads(self.to_k(x), self.heads)), rotary)
+        q = rotate_pairs(normed_heads(self.norm_q, self.to_q(x), self.heads), rotary)
+        k = rotate_pairs(normed_heads(self.norm_k, self.to_k(x), self.heads), rotary)
         return merge_heads(attention(q, k, split_heads(self.to_v(x), self.heads)))
 
 
@@ -150,7 +156,7 @@ class TransformerBlock(nn.Module):
         self,
         image: mx.array,
         text: mx.array,
-        condition: mx.array,
+        condition: Condition,
         rotary: Rotary,
         watch: Callable[..., None] | None = None,
     ) -> tuple[mx.array, mx.array]:
@@ -169,7 +175,7 @@ class TransformerBlock(nn.Module):
         return _rest(image, image_out, self.ff, *image_rest), _rest(text, text_out, self.ff_context, *text_rest)
 
     def read_along(
-        self, text: mx.array, condition: mx.array, keys: mx.array, values: mx.array
+        self, text: mx.array, condition: Condition, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Another text, which sees the picture and itself, and which neither the picture nor the prompt sees.
 
@@ -211,8 +217,7 @@ class SingleTransformerBlock(nn.Module):
         self.proj_out = Linear(5 * width, width)
         self.attn = SingleAttention(heads, head_dim)
 
-    def __call__(self, x: mx.array, condition: mx.array, rotary: Rotary) -> mx.array:
+    def __call__(self, x: mx.array, condition: Condition, rotary: Rotary) -> mx.array:
         shift, scale, gate = self.norm(condition)
         y = modulate(x, shift, scale)
-        y = mx.concatenate([self.attn(y, rotary), gelu_approx(self.proj_mlp(y))], axis=-1)
-        return residual(x, gate, self.proj_out(y))
+        return residual(x, gate, product_of_parts(self.proj_out, self.attn(y, rotary), gelu_approx(self.proj_mlp(y))))

@@ -12,8 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
-from mflux.models.common.networks.layers import TIME_CHANNELS, Linear, MLPEmbedder, modulate, rotary_embedding, waves
+from mflux.models.common.networks.layers import (
+    TIME_CHANNELS,
+    Linear,
+    MLPEmbedder,
+    Rotary,
+    modulate,
+    rotary_embedding,
+    waves,
+)
 from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation, SingleTransformerBlock, TransformerBlock
+from mflux.models.common.networks.modulation import Condition, Known
+from mflux.models.common.networks.once import Once, kept
 
 _TIME_THETA = 10_000
 
@@ -104,8 +114,25 @@ class FiboTransformer(nn.Module):
         projected = [project(layer) for project, layer in zip(self.caption_projection, layers, strict=True)]
         return [self.context_embedder(prompt_embeds)[..., :half], *projected]
 
+    def rotary(self, length: int, image_ids: mx.array) -> Rotary:
+        """Of text, all at position zero, and then the picture's tokens."""
+        ids = mx.concatenate([mx.zeros((length, 3), dtype=image_ids.dtype), image_ids])
+        return rotary_embedding(ids, self.config.axes_dims_rope, self.config.rope_theta)
+
+    def condition(self, sigma: mx.array, dtype: mx.Dtype) -> mx.array:
+        """The condition (B, width) at noise levels (B,), for latents of a dtype."""
+        stream = self.x_embedder(mx.zeros((1, 1, self.config.in_channels), dtype)).dtype
+        return self.time_embed(sigma, stream)
+
     def __call__(
-        self, hidden_states: mx.array, *, sigma: mx.array, text: Sequence[mx.array], image_ids: mx.array
+        self,
+        hidden_states: mx.array,
+        *,
+        sigma: mx.array,
+        text: Sequence[mx.array],
+        image_ids: mx.array,
+        known: Known | None = None,
+        once: Once | None = None,
     ) -> mx.array:
         """Predict the velocity.
 
@@ -117,27 +144,27 @@ class FiboTransformer(nn.Module):
             sigma: (B,), how noisy they are: 1 is pure noise, 0 is a picture.
             text: from `project_text`.
             image_ids: (L, 3), see `latent_image_ids`.
+            known: the condition that follows from the noise level, where it was known ahead.
+            once: keeps what the image's other steps need as well.
 
         Returns:
             (B, L, in_channels).
         """
         image = self.x_embedder(hidden_states)
-        condition = self.time_embed(sigma, image.dtype)
-        kept, *projected = text
-        length = kept.shape[1]
-        ids = mx.concatenate([mx.zeros((length, 3), dtype=image_ids.dtype), image_ids])
-        rotary = rotary_embedding(ids, self.config.axes_dims_rope, self.config.rope_theta)
+        condition: Condition = known or self.time_embed(sigma, image.dtype)
+        going_on, *projected = text
+        length, half = going_on.shape[1:]
+        rotary = kept(once, "rotary", going_on, lambda: self.rotary(length, image_ids))
 
-        half = kept.shape[-1]
         of_block = iter(projected)
         for block in self.transformer_blocks:
-            text_stream = mx.concatenate([kept, next(of_block)], axis=-1)
+            text_stream = mx.concatenate([going_on, next(of_block)], axis=-1)
             image, text_stream = block(image, text_stream, condition, rotary)
-            kept = text_stream[..., :half]
+            going_on = text_stream[..., :half]
         for single in self.single_transformer_blocks:
-            text_stream = mx.concatenate([kept, next(of_block)], axis=-1)
+            text_stream = mx.concatenate([going_on, next(of_block)], axis=-1)
             x = single(mx.concatenate([text_stream, image], axis=1), condition, rotary)
-            kept, image = x[:, :length, :half], x[:, length:]
+            going_on, image = x[:, :length, :half], x[:, length:]
 
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(image, shift, scale))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from mflux.backend import mx
 from mflux.models.common.networks.layers import Linear
+from mflux.models.common.networks.modulation import Condition, Known
+from mflux.models.common.networks.once import Once, kept
 from mflux.models.flux.model.transformer import FluxTransformerConfig, FluxTrunk, Residuals
 
 
@@ -61,6 +63,8 @@ class FluxControlNet(FluxTrunk):
         pooled_prompt_embeds: mx.array,
         image_ids: mx.array,
         guidance: mx.array | None = None,
+        known: Known | None = None,
+        once: Once | None = None,
     ) -> Residuals:
         """What the control picture adds.
 
@@ -68,12 +72,13 @@ class FluxControlNet(FluxTrunk):
             control: the control picture's packed latents (B, L, in_channels).
             strength: how much of it.
             hidden_states, sigma, prompt_embeds, pooled_prompt_embeds, image_ids, guidance: as for `FluxTransformer`.
+            known, once: likewise.
         """
-        condition = self.time_text_embed(sigma, guidance, pooled_prompt_embeds)
+        condition: Condition = known or self.time_text_embed(sigma, guidance, pooled_prompt_embeds)
         image = self.x_embedder(hidden_states) + self.controlnet_x_embedder(control)
-        text = self.context_embedder(prompt_embeds)
+        text = kept(once, "text", prompt_embeds, lambda: self.context_embedder(prompt_embeds))
         length = text.shape[1]
-        rotary = self.rotary(length, image_ids)
+        rotary = kept(once, "rotary", image_ids, lambda: self.rotary(length, image_ids))
 
         double, single = [], []
         for block, out in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):

@@ -28,6 +28,8 @@ from mflux.models.common.networks.mmdit import (
     TransformerBlock,
     latent_image_ids,
 )
+from mflux.models.common.networks.modulation import Condition, Known
+from mflux.models.common.networks.once import Once, kept
 from mflux.models.common.replaced import also_as_024, refuse_more, step_at
 
 __all__ = ["FluxTransformer", "FluxTransformerConfig", "FluxTrunk", "Residuals", "latent_image_ids"]
@@ -152,6 +154,8 @@ class FluxTransformer(FluxTrunk):
         guidance: mx.array | None = None,
         residuals: Residuals | None = None,
         watch: Callable[..., None] | None = None,
+        known: Known | None = None,
+        once: Once | None = None,
     ) -> mx.array:
         """Predict the velocity.
 
@@ -165,15 +169,17 @@ class FluxTransformer(FluxTrunk):
             guidance: (B,); needed by guidance-distilled models (`guidance_embeds`), unused by others.
             residuals: what a ControlNet adds.
             watch: called in each double block with its number, the block, and what `TransformerBlock` tells.
+            known: the condition that follows from noise level, guidance and prompt, where it was known ahead.
+            once: keeps what the image's other steps need as well.
 
         Returns:
             (B, L, out_channels).
         """
-        condition = self.time_text_embed(sigma, guidance, pooled_prompt_embeds)
+        condition: Condition = known or self.time_text_embed(sigma, guidance, pooled_prompt_embeds)
         image = self.x_embedder(hidden_states)
-        text = self.context_embedder(prompt_embeds)
+        text = kept(once, "text", prompt_embeds, lambda: self.context_embedder(prompt_embeds))
         length = text.shape[1]
-        rotary = self.rotary(length, image_ids)
+        rotary = kept(once, "rotary", image_ids, lambda: self.rotary(length, image_ids))
         residuals = residuals or Residuals()
 
         for number, block in enumerate(self.transformer_blocks):
@@ -202,6 +208,7 @@ class FluxTransformer(FluxTrunk):
         pooled_prompt_embeds: mx.array,
         image_ids: mx.array,
         guidance: mx.array | None = None,
+        once: Once | None = None,
         **more: Any,
     ) -> mx.array:
         """A prediction of what stands in this one's place; the other arguments are this one's."""

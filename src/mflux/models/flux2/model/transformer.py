@@ -20,6 +20,8 @@ from mflux.models.common.networks.layers import (
     attention,
     merge_heads,
     modulate,
+    normed_heads,
+    product_of_parts,
     residual,
     rotary_embedding,
     rotate_pairs,
@@ -28,6 +30,8 @@ from mflux.models.common.networks.layers import (
     waves,
 )
 from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation
+from mflux.models.common.networks.modulation import Condition, Known
+from mflux.models.common.networks.once import Once, kept
 from mflux.models.common.replaced import also_as_024, refuse_more
 
 # Keys and values, (B, heads, L, head_dim) each.
@@ -176,13 +180,14 @@ class JointAttention(Interior):
         return self.leave(self.to_out[0](attend(rotate_pairs(q, rotary), own, None)), image), own
 
     def of_image(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        q, k, v = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
+        q = normed_heads(self.norm_q, self.to_q(x), self.heads)
+        k = normed_heads(self.norm_k, self.to_k(x), self.heads)
+        return q, k, split_heads(self.to_v(x), self.heads)
 
     def of_text(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        projections = self.add_q_proj, self.add_k_proj, self.add_v_proj
-        q, k, v = (split_heads(project(x), self.heads) for project in projections)
-        return self.norm_added_q(q), self.norm_added_k(k), v
+        q = normed_heads(self.norm_added_q, self.add_q_proj(x), self.heads)
+        k = normed_heads(self.norm_added_k, self.add_k_proj(x), self.heads)
+        return q, k, split_heads(self.add_v_proj(x), self.heads)
 
 
 class DoubleBlock(nn.Module):
@@ -237,10 +242,10 @@ class ParallelAttention(Interior):
     def __call__(self, x: mx.array, rotary: Rotary, cached: KeysValues | None = None) -> tuple[mx.array, KeysValues]:
         width = x.shape[-1]
         q, k, v, hidden = mx.split(self.to_qkv_mlp_proj(self.enter(x)), [width, 2 * width, 3 * width], axis=-1)
-        q = rotate_pairs(self.norm_q(split_heads(q, self.heads)), rotary)
-        k = rotate_pairs(self.norm_k(split_heads(k, self.heads)), rotary)
+        q = rotate_pairs(normed_heads(self.norm_q, q, self.heads), rotary)
+        k = rotate_pairs(normed_heads(self.norm_k, k, self.heads), rotary)
         own = k, split_heads(v, self.heads)
-        out = self.to_out(mx.concatenate([attend(q, own, cached), gated(hidden)], axis=-1))
+        out = product_of_parts(self.to_out, attend(q, own, cached), gated(hidden))
         return self.leave(out, x), own
 
 
@@ -313,6 +318,8 @@ class Flux2Transformer(nn.Module):
         image_ids: mx.array,
         text_ids: mx.array,
         references: list[KeysValues] | None = None,
+        known: Known | None = None,
+        once: Once | None = None,
     ) -> mx.array:
         """Predict the velocity.
 
@@ -323,25 +330,27 @@ class Flux2Transformer(nn.Module):
             image_ids: (L, 4), see `grid_ids`.
             text_ids: (T, 4), see `text_ids`.
             references: what `keep` returned, for a model that was trained to find its references there.
+            known: the condition that follows from the noise level, where it was known ahead.
+            once: keeps what the image's other steps need as well.
 
         Returns:
             (B, L, out_channels).
         """
-        condition = self.time_guidance_embed(sigma, prompt_embeds.dtype)
+        condition: Condition = known or self.time_guidance_embed(sigma, prompt_embeds.dtype)
         of_image = self.double_stream_modulation_img(condition)
         of_text = self.double_stream_modulation_txt(condition)
         image = self.x_embedder(hidden_states)
-        text = self.context_embedder(prompt_embeds)
-        rotary = self.rotary(mx.concatenate([text_ids, image_ids]))
-        kept = iter(references or [])
+        text = kept(once, "text", prompt_embeds, lambda: self.context_embedder(prompt_embeds))
+        rotary = kept(once, "rotary", prompt_embeds, lambda: self.rotary(mx.concatenate([text_ids, image_ids])))
+        of_references = iter(references or [])
 
         for block in self.transformer_blocks:
-            image, text = block(image, text, of_image, of_text, rotary, next(kept, None))
+            image, text = block(image, text, of_image, of_text, rotary, next(of_references, None))
         length = text.shape[1]
         x = mx.concatenate([text, image], axis=1)
         modulation = self.single_stream_modulation(condition)
         for single in self.single_transformer_blocks:
-            x, _ = single(x, modulation, rotary, next(kept, None))
+            x, _ = single(x, modulation, rotary, next(of_references, None))
 
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(x[:, length:], shift, scale, self.config.eps))
@@ -356,6 +365,7 @@ class Flux2Transformer(nn.Module):
         prompt_embeds: mx.array,
         image_ids: mx.array,
         text_ids: mx.array,
+        once: Once | None = None,
         **more: Any,
     ) -> mx.array:
         """A prediction of what stands in this one's place; the other arguments are this one's."""
@@ -369,7 +379,13 @@ class Flux2Transformer(nn.Module):
             guidance=None,
         )
 
-    def keep(self, hidden_states: mx.array, image_ids: mx.array, dtype: mx.Dtype = mx.float32) -> list[KeysValues]:
+    def keep(
+        self,
+        hidden_states: mx.array,
+        image_ids: mx.array,
+        dtype: mx.Dtype = mx.float32,
+        known: Known | None = None,
+    ) -> list[KeysValues]:
         """What the blocks need of references that never change: the keys and values of each.
 
         Such references attend to themselves alone, and are pictures without noise at every step: neither the prompt nor
@@ -379,8 +395,9 @@ class Flux2Transformer(nn.Module):
             hidden_states: the references' latents (B, R, in_channels).
             image_ids: (R, 4).
             dtype: to compute in.
+            known: the condition without noise, where it was known ahead.
         """
-        condition = self.time_guidance_embed(mx.zeros(1), dtype)
+        condition: Condition = known or self.time_guidance_embed(mx.zeros(1), dtype)
         rotary = self.rotary(image_ids)
         kept = []
         x = self.x_embedder(hidden_states)

@@ -20,14 +20,16 @@ from mflux.models.common.networks.layers import (
     Linear,
     MLPEmbedder,
     RMSNorm,
+    Rotary,
     modulate,
-    parts_of,
     residual,
     rotary_embedding,
     waves,
 )
 from mflux.models.common.networks.mmdit import JointAttention, MMDiTConfig, Modulation
-from mflux.models.common.replaced import also_as_024, step_at
+from mflux.models.common.networks.modulation import Condition, Known, Modulated, ModulationLinear, modulation
+from mflux.models.common.networks.once import Once, kept
+from mflux.models.common.replaced import also_as_024, refuse_more, step_at
 
 _EPS = 1e-6
 
@@ -86,21 +88,27 @@ class TimeEmbedder(nn.Module):
         return self.timestep_embedder(waves(sigma, scale=1000).astype(dtype))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Modulated):
     """Each stream is modulated and fed forward on its own; attention joins them."""
 
     def __init__(self, config: QwenTransformerConfig):
         super().__init__()
         width = config.inner_dim
         # SiLU stands at 0 in the reference, and has no weights.
-        self.img_mod = [Activation("silu"), Linear(width, 6 * width)]
-        self.txt_mod = [Activation("silu"), Linear(width, 6 * width)]
+        self.img_mod = [Activation("silu"), ModulationLinear(width, 6 * width)]
+        self.txt_mod = [Activation("silu"), ModulationLinear(width, 6 * width)]
         self.attn = JointAttention(config.num_attention_heads, config.attention_head_dim)
         self.img_mlp = FeedForward(width)
         self.txt_mlp = FeedForward(width)
 
     def __call__(
-        self, image: mx.array, text: mx.array, condition: mx.array, clean: mx.array | None, drawn: mx.array, rotary: Any
+        self,
+        image: mx.array,
+        text: mx.array,
+        condition: Condition,
+        clean: Condition | None,
+        drawn: mx.array,
+        rotary: Any,
     ) -> tuple[mx.array, mx.array]:
         """One block on picture tokens (B, L, width) and text tokens (B, T, width).
 
@@ -109,11 +117,11 @@ class TransformerBlock(nn.Module):
             clean: (B, width), the condition of tokens without noise, or None if all have the same.
             drawn: (L, 1), which picture tokens `condition` is for.
         """
-        mods = self._parts(self.img_mod, condition)
+        mods, mods_t = self.modulation(condition)
         if clean is not None:
-            mods = [mx.where(drawn, *pair) for pair in zip(mods, self._parts(self.img_mod, clean), strict=True)]
+            mods = [mx.where(drawn, *pair) for pair in zip(mods, self._of_image(clean), strict=True)]
         shift, scale, gate, shift_ff, scale_ff, gate_ff = mods
-        shift_t, scale_t, gate_t, shift_ff_t, scale_ff_t, gate_ff_t = self._parts(self.txt_mod, condition)
+        shift_t, scale_t, gate_t, shift_ff_t, scale_ff_t, gate_ff_t = mods_t
         image_out, text_out = self.attn(modulate(image, shift, scale), modulate(text, shift_t, scale_t), rotary)
         image = residual(image, gate, image_out)
         image = residual(image, gate_ff, self.img_mlp(modulate(image, shift_ff, scale_ff)))
@@ -121,10 +129,14 @@ class TransformerBlock(nn.Module):
         text = residual(text, gate_ff_t, self.txt_mlp(modulate(text, shift_ff_t, scale_ff_t)))
         return image, text
 
-    @staticmethod
-    def _parts(layers: list[Any], condition: mx.array) -> list[mx.array]:
-        activation, linear = layers
-        return parts_of(linear(activation(condition))[:, None], 6)
+    def modulation(self, condition: Condition) -> tuple[list[mx.array], list[mx.array]]:
+        """Of the picture's stream and of the text's."""
+        activation, linear = self.txt_mod
+        return self._of_image(condition), modulation(linear, condition, 6, activation)
+
+    def _of_image(self, condition: Condition) -> list[mx.array]:
+        activation, linear = self.img_mod
+        return modulation(linear, condition, 6, activation)
 
 
 def called_as_024(
@@ -153,8 +165,6 @@ class QwenTransformer(nn.Module):
     """Predicts the velocity noise - picture of packed latents."""
 
     config_class = QwenTransformerConfig
-    # What fewer bits get wrong in the picture's modulation adds up over the steps: a flat surface gets grainy.
-    least_bits = {r"\.img_mod\.": 8}
 
     def __init__(self, config: QwenTransformerConfig):
         super().__init__()
@@ -170,7 +180,14 @@ class QwenTransformer(nn.Module):
 
     @also_as_024(called_as_024, known_by="config")
     def __call__(
-        self, hidden_states: mx.array, *, sigma: mx.array, prompt_embeds: mx.array, grids: Sequence[Grid]
+        self,
+        hidden_states: mx.array,
+        *,
+        sigma: mx.array,
+        prompt_embeds: mx.array,
+        grids: Sequence[Grid],
+        known: Known | None = None,
+        once: Once | None = None,
     ) -> mx.array:
         """Predict the velocity of all picture tokens; only that of the first picture's means something.
 
@@ -179,20 +196,34 @@ class QwenTransformer(nn.Module):
             sigma: (B,), how noisy the first picture is: 1 is pure noise, 0 is a picture.
             prompt_embeds: (B, T, joint_attention_dim), without padding.
             grids: rows and columns of each picture's tokens, the one that is drawn first.
+            known: the condition that follows from the noise level, where it was known ahead, and with it the one of
+                pictures without noise, if there are such.
+            once: keeps what the image's other steps need as well.
 
         Returns:
             (B, L, patch_size² · out_channels).
         """
         image = self.img_in(hidden_states)
-        text = self.txt_in(self.txt_norm(prompt_embeds))
-        condition = self.time_text_embed(sigma, image.dtype)
-        clean = self.time_text_embed(mx.zeros_like(sigma), image.dtype) if self.config.zero_cond_t else None
+        text = kept(once, "text", prompt_embeds, lambda: self.txt_in(self.txt_norm(prompt_embeds)))
+        condition: Condition = known or self.time_text_embed(sigma, image.dtype)
+        clean: Condition | None = None
+        if self.config.zero_cond_t:
+            clean = (known and known.at(0.0)) or self.time_text_embed(mx.zeros_like(sigma), image.dtype)
         drawn = (mx.arange(image.shape[1]) < grids[0][0] * grids[0][1])[:, None]
-        rotary = rotary_embedding(positions(text.shape[1], grids), self.config.axes_dims_rope)
+        length = text.shape[1]
+        rotary = kept(once, "rotary", prompt_embeds, lambda: self.rotary(length, grids))
         for block in self.transformer_blocks:
             image, text = block(image, text, condition, clean, drawn, rotary)
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(image, shift, scale))
+
+    def rotary(self, length: int, grids: Sequence[Grid]) -> Rotary:
+        return rotary_embedding(positions(length, grids), self.config.axes_dims_rope)
+
+    def condition(self, sigma: mx.array, dtype: mx.Dtype) -> mx.array:
+        """The condition (B, width) at noise levels (B,), for latents of a dtype."""
+        stream = self.img_in(mx.zeros((1, 1, self.config.in_channels), dtype)).dtype
+        return self.time_text_embed(sigma, stream)
 
     @staticmethod
     def asked_as_024(
@@ -203,8 +234,11 @@ class QwenTransformer(nn.Module):
         sigma: mx.array,
         prompt_embeds: mx.array,
         grids: Sequence[Grid],
+        once: Once | None = None,
+        **more: Any,
     ) -> mx.array:
         """A prediction of what stands in this one's place; the other arguments are this one's."""
+        refuse_more("Qwen-Image's transformer", **more)
         beside = [(1, rows, columns) for rows, columns in grids[1:]]
         return other(
             t=step_at(config, sigma),

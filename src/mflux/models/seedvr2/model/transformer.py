@@ -23,6 +23,7 @@ from mflux.models.common.networks.layers import (
     Linear,
     RMSNorm,
     Rotary,
+    Turns,
     attention,
     gelu_approx,
     merge_heads,
@@ -177,7 +178,7 @@ def _rotary(config: SeedVR2TransformerConfig, positions: np.ndarray, frequencies
     angles = positions.astype(np.float32)[..., None] * frequencies.astype(np.float32)
     angles = angles.transpose(1, 0, 2).reshape(positions.shape[1], -1).astype(np.float64)
     angles = np.pad(angles, [(0, 0), (0, config.head_dim // 2 - angles.shape[1])])
-    return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
+    return Turns((mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))))
 
 
 def _from_minus_one_to_one(steps: np.ndarray, number: np.ndarray) -> np.ndarray:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from mflux.backend import mx
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.networks.layers import Linear, Rotary
+from mflux.models.common.networks.modulation import Condition, Known
+from mflux.models.common.networks.once import Once, kept
 from mflux.models.z_image.model.transformer import (
     BlockConfig,
     ComputesInside,
     TransformerBlock,
     ZImageTransformer,
     fill_up,
-    joined,
+    joined_rotary,
     patchify,
 )
 
@@ -61,7 +63,7 @@ class ControlBlock(TransformerBlock):
             self.before_proj = Linear(config.dim, config.dim)
         self.after_proj = Linear(config.dim, config.dim)
 
-    def hint(self, control: mx.array, x: mx.array, rotary: Rotary, condition: mx.array) -> tuple[mx.array, mx.array]:
+    def hint(self, control: mx.array, x: mx.array, rotary: Rotary, condition: Condition) -> tuple[mx.array, mx.array]:
         """The control tokens for the next block, and the hint."""
         if "before_proj" in self:
             control = self.before_proj(control) + x
@@ -97,6 +99,8 @@ class ZImageControlNet(ComputesInside):
         timestep: mx.array,
         prompt_embeds: mx.array,
         strength: float = 1.0,
+        known: Known | None = None,
+        once: Once | None = None,
     ) -> dict[int, mx.array]:
         """The hints for one evaluation of the transformer.
 
@@ -106,14 +110,18 @@ class ZImageControlNet(ComputesInside):
             control: the control picture's latents (B, 16, H, W), scaled as the autoencoder's are. Where the ControlNet
                 takes more channels (a mask and a picture to fill in), these are zeros.
             strength: of the hints, also of those that its own copy of the refiner gets.
+            known, once: as the transformer is given them.
 
         Returns:
             What to add after each layer, by its number: (B, L, dim).
         """
         config, dtype = self.config, latents.dtype
-        condition = base.embed_time(timestep, dtype)
-        caption, caption_rotary = base.embed_caption(prompt_embeds.astype(dtype))
-        picture, rotary = base.embed_picture(latents, caption.shape[1])
+        condition: Condition = known or base.embed_time(timestep, dtype)
+        refined = kept(once, "caption", prompt_embeds, lambda: base.embed_caption(prompt_embeds.astype(dtype)))
+        caption, caption_rotary = refined
+        picture = base.embed_picture(latents)
+        where = latents.shape[2:], picture.shape[1], caption.shape[1]
+        rotary = kept(once, "picture", prompt_embeds, lambda: base.picture_rotary(*where))
         batch, channels, height, width = control.shape
         rest = mx.zeros((batch, config.control_in_dim - channels, height, width), dtype=dtype)
         control = mx.concatenate([control.astype(dtype), rest], axis=1)
@@ -132,14 +140,15 @@ class ZImageControlNet(ComputesInside):
             if number in hints:
                 picture = picture + strength * hints[number]
 
-        x, both = joined((picture, rotary), (caption, caption_rotary))
+        x = mx.concatenate([picture, caption], axis=1)
+        both = kept(once, "rotary", prompt_embeds, lambda: joined_rotary(rotary, caption_rotary))
         control = mx.concatenate([control, caption], axis=1)
         _, found = run(self.control_layers, control, x, both, condition)
         return {place: strength * hint for place, hint in zip(config.control_layers_places, found, strict=True)}
 
 
 def run(
-    layers: list[ControlBlock], control: mx.array, x: mx.array, rotary: Rotary, condition: mx.array
+    layers: list[ControlBlock], control: mx.array, x: mx.array, rotary: Rotary, condition: Condition
 ) -> tuple[mx.array, list[mx.array]]:
     """All blocks one after the other: the control tokens at the end, and the hints."""
     hints = []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mflux.backend import mx, nn, tree_map
+from mflux.backend import has_gpu, mx, nn, tree_map
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
@@ -19,10 +19,12 @@ from mflux.models.common.networks.layers import (
     Linear,
     RMSNorm,
     Rotary,
+    Turns,
     attention,
     layer_norm,
     merge_heads,
-    parts_of,
+    normed_and_scaled,
+    normed_heads,
     residual,
     rotary_embedding,
     rotate_pairs,
@@ -30,6 +32,8 @@ from mflux.models.common.networks.layers import (
     split_heads,
     waves,
 )
+from mflux.models.common.networks.modulation import Condition, Known, Modulated, ModulationLinear, modulation
+from mflux.models.common.networks.once import Once, kept
 from mflux.models.common.replaced import also_as_024, refuse_more
 
 _CONDITION = 256
@@ -153,10 +157,12 @@ class Attention(Interior):
         dtype, scale = x.dtype, 1.0
         if self.interior is not None:
             x, scale = x.astype(self.interior), _VALUE_SCALE
-        q, k = (split_heads(layer(x), self.heads) for layer in (self.to_q, self.to_k))
-        v = split_heads(self.to_v(x if scale == 1 else x / scale), self.heads)
+        q, k = self.to_q(x), self.to_k(x)
         if "norm_q" in self:
-            q, k = self.norm_q(q), self.norm_k(k)
+            q, k = normed_heads(self.norm_q, q, self.heads), normed_heads(self.norm_k, k, self.heads)
+        else:
+            q, k = split_heads(q, self.heads), split_heads(k, self.heads)
+        v = split_heads(self.to_v(x if scale == 1 else x / scale), self.heads)
         x = merge_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v))
         return self.outside(self.to_out[0](x), scale, dtype)
 
@@ -180,7 +186,7 @@ class FeedForward(Interior):
         return self.outside(self.w2(hidden), _GATED_SCALE, dtype)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Modulated):
     """Norms before and after attention and feed-forward; scales and gates from the time where it is `modulated`."""
 
     def __init__(self, config: BlockConfig, *, modulated: bool = True):
@@ -192,18 +198,27 @@ class TransformerBlock(nn.Module):
         self.attention_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm2 = RMSNorm(config.dim, eps=config.norm_eps)
         if modulated:
-            self.adaLN_modulation = [Linear(config.condition_dim, 4 * config.dim)]
+            self.adaLN_modulation = [ModulationLinear(config.condition_dim, 4 * config.dim)]
 
-    def __call__(self, x: mx.array, rotary: Rotary, condition: mx.array | None = None) -> mx.array:
+    def modulation(self, condition: Condition) -> list[mx.array]:
+        return modulation(self.adaLN_modulation[0], condition, 4) if "adaLN_modulation" in self else []
+
+    def __call__(self, x: mx.array, rotary: Rotary, condition: Condition | None = None) -> mx.array:
         scale: mx.array | int = 1
         gate: mx.array | int = 1
         scale_ff: mx.array | int = 1
         gate_ff: mx.array | int = 1
-        if condition is not None and "adaLN_modulation" in self:
-            parts = parts_of(self.adaLN_modulation[0](condition)[:, None], 4)
+        if condition is not None and (parts := self.modulation(condition)):
             scale, gate, scale_ff, gate_ff = 1 + parts[0], mx.tanh(parts[1]), 1 + parts[2], mx.tanh(parts[3])
-        x = residual(x, gate, self.attention_norm2(self.attention(self.attention_norm1(x) * scale, rotary)))
-        return residual(x, gate_ff, self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_ff)))
+        y = self.attention(normed_and_scaled(self.attention_norm1, x, scale), rotary)
+        x = added(x, self.attention_norm2, y, gate)
+        y = self.feed_forward(normed_and_scaled(self.ffn_norm1, x, scale_ff))
+        return added(x, self.ffn_norm2, y, gate_ff)
+
+
+def added(x: mx.array, norm: RMSNorm, y: mx.array, gate: mx.array | int) -> mx.array:
+    """x + gate · the norm of y."""
+    return x + normed_and_scaled(norm, y, gate) if has_gpu() else residual(x, gate, norm(y))
 
 
 class TimeEmbedder(nn.Module):
@@ -218,15 +233,18 @@ class TimeEmbedder(nn.Module):
         return x
 
 
-class FinalLayer(nn.Module):
+class FinalLayer(Modulated):
     def __init__(self, config: ZImageTransformerConfig):
         super().__init__()
         self.linear = Linear(config.dim, config.patch**2 * config.in_channels)
-        self.adaLN_modulation = [Activation("silu"), Linear(config.condition_dim, config.dim)]
+        self.adaLN_modulation = [Activation("silu"), ModulationLinear(config.condition_dim, config.dim)]
 
-    def __call__(self, x: mx.array, condition: mx.array) -> mx.array:
+    def modulation(self, condition: Condition) -> mx.array:
         silu, scale = self.adaLN_modulation
-        return self.linear(layer_norm(x, _FINAL_EPS) * (1 + scale(silu(condition))[:, None]))
+        return modulation(scale, condition, 1, silu)[0]
+
+    def __call__(self, x: mx.array, condition: Condition) -> mx.array:
+        return self.linear(layer_norm(x, _FINAL_EPS) * (1 + self.modulation(condition)))
 
 
 # ---- from pictures to tokens and back
@@ -322,6 +340,8 @@ class ZImageTransformer(ComputesInside):
         timestep: mx.array,
         prompt_embeds: mx.array,
         hints: Mapping[int, mx.array] | None = None,
+        known: Known | None = None,
+        once: Once | None = None,
     ) -> mx.array:
         """Predict picture - noise.
 
@@ -331,17 +351,23 @@ class ZImageTransformer(ComputesInside):
             timestep: (B,), from 0 for noise to 1 for a picture: 1 - sigma.
             prompt_embeds: (B, T, cap_feat_dim).
             hints: what a ControlNet adds after layers, by their numbers.
+            known: the condition that follows from the time, where it was known ahead.
+            once: keeps what the image's other steps need as well: the refined caption is one of them.
 
         Returns:
             (B, in_channels, H, W).
         """
-        condition = self.embed_time(timestep, latents.dtype)
-        caption, caption_rotary = self.embed_caption(prompt_embeds.astype(latents.dtype))
-        picture, picture_rotary = self.embed_picture(latents, caption.shape[1])
+        condition: Condition = known or self.embed_time(timestep, latents.dtype)
+        refined = kept(once, "caption", prompt_embeds, lambda: self.embed_caption(prompt_embeds.astype(latents.dtype)))
+        caption, caption_rotary = refined
+        picture = self.embed_picture(latents)
+        where = latents.shape[2:], picture.shape[1], caption.shape[1]
+        picture_rotary = kept(once, "picture", prompt_embeds, lambda: self.picture_rotary(*where))
         for layer in self.noise_refiner:
             picture = layer(picture, picture_rotary, condition)
 
-        x, rotary = joined((picture, picture_rotary), (caption, caption_rotary))
+        x = mx.concatenate([picture, caption], axis=1)
+        rotary = kept(once, "rotary", prompt_embeds, lambda: joined_rotary(picture_rotary, caption_rotary))
         for number, layer in enumerate(self.layers):
             x = layer(x, rotary, condition)
             if hints and number in hints:
@@ -359,6 +385,7 @@ class ZImageTransformer(ComputesInside):
         *,
         timestep: mx.array,
         prompt_embeds: mx.array,
+        once: Once | None = None,
         **more: Any,
     ) -> mx.array:
         """A prediction of what stands in this one's place; the other arguments are this one's."""
@@ -382,19 +409,27 @@ class ZImageTransformer(ComputesInside):
             x = layer(x, rotary)
         return x, rotary
 
-    def embed_picture(self, latents: mx.array, caption_length: int) -> tuple[mx.array, Rotary]:
-        """The picture's tokens, filled up, before refinement: (B, L, dim), and their positions."""
-        patch = self.config.patch
-        x = self.all_x_embedder[self.config.patch_name](patchify(latents, patch))
-        x = fill_up(x, self.x_pad_token)
-        rows, columns = (size // patch for size in latents.shape[2:])
-        return x, self.rotary(picture_ids(caption_length + 1, rows, columns, x.shape[1]))
+    def embed_picture(self, latents: mx.array) -> mx.array:
+        """The picture's tokens, filled up, before refinement: (B, L, dim)."""
+        x = self.all_x_embedder[self.config.patch_name](patchify(latents, self.config.patch))
+        return fill_up(x, self.x_pad_token)
+
+    def picture_rotary(self, size: tuple[int, ...], length: int, caption_length: int) -> Rotary:
+        """Where the picture's tokens are.
+
+        Args:
+            size: rows and columns of the latents.
+            length: so many tokens, with those that fill up.
+            caption_length: of the caption's.
+        """
+        rows, columns = (side // self.config.patch for side in size)
+        return self.rotary(picture_ids(caption_length + 1, rows, columns, length))
 
     def rotary(self, ids: mx.array) -> Rotary:
         return rotary_embedding(ids, self.config.axes_dims, self.config.rope_theta)
 
 
-def joined(first: tuple[mx.array, Rotary], second: tuple[mx.array, Rotary]) -> tuple[mx.array, Rotary]:
-    """Two runs of tokens with their positions, one behind the other."""
-    (x, (cos, sin)), (other, (other_cos, other_sin)) = first, second
-    return mx.concatenate([x, other], axis=1), (mx.concatenate([cos, other_cos]), mx.concatenate([sin, other_sin]))
+def joined_rotary(first: Rotary, second: Rotary) -> Rotary:
+    """Of two runs of tokens, one behind the other."""
+    (cos, sin), (other_cos, other_sin) = first, second
+    return Turns((mx.concatenate([cos, other_cos]), mx.concatenate([sin, other_sin])))

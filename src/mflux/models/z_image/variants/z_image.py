@@ -30,6 +30,8 @@ class ZImage(ZImagePipeline):
         *,
         cfg_normalization: float | bool = False,
         cfg_truncation: float | None = 1.0,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image; arguments and errors are those of `Flux1.generate_image` but for these.
 
@@ -42,6 +44,7 @@ class ZImage(ZImagePipeline):
             negative_prompt: what not to show; used with guidance.
             cfg_normalization: how long a guided prediction may be, as a multiple of the prompt's own; False for any.
             cfg_truncation: from which time on (0 is noise, 1 the image) guidance stops.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
         """
         refuse_pid(pid_decode, pid_degrade_sigma)
         config = self.settings(
@@ -54,6 +57,8 @@ class ZImage(ZImagePipeline):
             image_path=image_path,
             image_strength=image_strength,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompts

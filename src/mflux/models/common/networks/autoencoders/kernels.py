@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mflux import fused
 from mflux.backend import has_gpu, mx, nn
 from mflux.cpu import work
 from mflux.cpu.convolutions import Sides, convolve
@@ -37,23 +38,28 @@ class OnGPU:
     array = own = strip
 
     @staticmethod
+    def begun(x: mx.array) -> mx.array:
+        """Have it computed while something else goes on; what is to be waited for."""
+        mx.async_eval(x)
+        return x
+
+    @staticmethod
     def add(one: mx.array, other: mx.array) -> mx.array:
         return one + other
 
     @staticmethod
-    def moments(x: mx.array) -> tuple[np.ndarray, np.ndarray]:
-        """Of each channel: the mean (B, C), and the sum of squared distances from it."""
-        x = x.astype(mx.float32)
-        mean = x.mean(axis=(1, 2))
-        squares = (x - mean[:, None, None]).square().sum(axis=(1, 2))
-        mx.eval(mean, squares)
-        return np.array(mean), np.array(squares)
+    def moments(x: mx.array) -> tuple[mx.array, mx.array]:
+        """Of each channel: the mean (B, C), and the sum of squared distances from it. Nobody waits for them yet."""
+        mean = x.astype(mx.float32).mean(axis=(1, 2))
+        squares = fused.squared_distance(x, mean[:, None, None]).sum(axis=(1, 2))
+        mx.async_eval(mean, squares)
+        return mean, squares
 
     @staticmethod
     def affine(x: mx.array, factor: np.ndarray, offset: np.ndarray, silu: bool) -> mx.array:
         """factor · x + offset, both (B, C), and then SiLU if asked for."""
-        y = (mx.array(factor)[:, None, None] * x + mx.array(offset)[:, None, None]).astype(x.dtype)
-        return nn.silu(y) if silu else y
+        chain = fused.affine_silu if silu else fused.affine
+        return chain(x, mx.array(factor)[:, None, None], mx.array(offset)[:, None, None])
 
     @staticmethod
     def rms_norm(x: mx.array, weight: mx.array, eps: float, silu: bool) -> mx.array:
@@ -98,8 +104,10 @@ class OnCPU:
         return np.concatenate(parts, axis)
 
     @staticmethod
-    def evaluate(x: np.ndarray) -> None:
+    def begun(x: np.ndarray) -> None:
         """There is nothing left to do."""
+
+    evaluate = begun
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> np.ndarray:

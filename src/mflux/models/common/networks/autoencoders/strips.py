@@ -24,11 +24,22 @@ from typing import Any, Self
 
 import numpy as np
 
-from mflux.backend import mx, nn
+from mflux.backend import has_gpu, mx, nn
 from mflux.models.common.networks.autoencoders.kernels import kernels
 
-# A map that is normalised is stored if it and what it is made of take no more bytes than this.
+# A map that is normalised is stored if it and what it is made of take no more bytes than this; a GPU with much memory
+# gives this part of what it may have.
 ROOM = 900 * 10**6
+_PART = 1 / 8
+
+
+def room() -> int:
+    """Bytes that maps may take: a second pass over a map's layers costs more than memory that nothing else needs."""
+    if not has_gpu():
+        return ROOM
+    may_have = mx.device_info().get("max_recommended_working_set_size", 0)
+    return max(ROOM, int(_PART * may_have)) if isinstance(may_have, int) else ROOM
+
 
 Strip = Any  # mx.array or np.ndarray, as `kernels` has it
 Read = Callable[[int], Strip]
@@ -169,7 +180,7 @@ class Map:
     def _statistics(self, layer: nn.GroupNorm) -> tuple[np.ndarray, np.ndarray]:
         """What a group norm multiplies each channel with and adds to it, (B, C) each."""
         if self._moments is None:
-            if self.nbytes + sum(source.nbytes for source in self._graph() if source._strips is not None) <= ROOM:
+            if self.nbytes + sum(source.nbytes for source in self._graph() if source._strips is not None) <= room():
                 self.store(keep=True)
             self._moments = self._count_moments()
         batch, rows, columns, channels = self.shape
@@ -188,9 +199,10 @@ class Map:
         """Each channel's mean and sum of squared distances from it, (B, C), added up as in Chan et al. (1979)."""
         mean = squares = np.zeros((self.shape[0], self.shape[3]))
         count = 0
-        for strip in self._run(drain=False):
-            more = strip.shape[1] * strip.shape[2]
-            its_mean, its_squares = (values.astype(np.float64) for values in self._kernels.moments(strip))
+        # A GPU's are looked at when all are counted.
+        found = [(strip.shape[1] * strip.shape[2], *self._kernels.moments(strip)) for strip in self._run(drain=False)]
+        for more, *values in found:
+            its_mean, its_squares = (np.array(value).astype(np.float64) for value in values)
             distance = its_mean - mean
             mean = mean + distance * more / (count + more)
             squares = squares + its_squares + distance**2 * count * more / (count + more)
@@ -212,9 +224,14 @@ class Map:
         wanted = max(1, self._kernels.strip_bytes * self.shape[1] // widest)
         wanted = -(-wanted // self.multiple) * self.multiple
         read = _Pass(drain).open(self)
+        before = None
         for top in range(0, self.shape[1], wanted):
             strip = read(min(wanted, self.shape[1] - top))
-            self._kernels.evaluate(strip)
+            # A GPU computes it while the next one is made ready; no more than two are on their way.
+            begun = self._kernels.begun(strip)
+            if before is not None:
+                self._kernels.evaluate(before)
+            before = begun
             yield strip
 
     def _open(self, run: _Pass) -> Read:

@@ -32,6 +32,8 @@ class FIBOEdit(FiboPipeline):
         guidance: float = 4.0,
         scheduler: str | None = None,
         negative_prompt: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Edit an image; arguments and errors are those of `FIBO.generate_image` but for these.
 
@@ -40,6 +42,7 @@ class FIBOEdit(FiboPipeline):
             image_path: the image to edit. The model sees it at its own size, up to about a megapixel.
             mask_path: an image of the same size, white where it is to be edited; the model sees grey there.
             height, width: in pixels, rounded down to multiples of 16; None for the size at which the model sees it.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
         """
         check_edit(prompt)
         source = source_picture(image_path, mask_path)
@@ -52,6 +55,8 @@ class FIBOEdit(FiboPipeline):
             width=seen_width if width is None else width,
             guidance=guidance,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompts

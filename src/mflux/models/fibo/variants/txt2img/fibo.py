@@ -28,6 +28,8 @@ class FIBO(FiboPipeline):
         image_strength: float | None = None,
         scheduler: str | None = None,
         negative_prompt: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image; arguments and errors are those of `Flux1.generate_image` but for these.
 
@@ -38,6 +40,7 @@ class FIBO(FiboPipeline):
             scheduler: None, "linear" and "flow_match_euler_discrete" are the checkpoint's own; or
                 "package.module.Class".
             negative_prompt: what to stay away from, in JSON or in words.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
         """
         check_prompt(prompt)
         if "fibo-lite" in self.model_config.aliases:
@@ -52,6 +55,8 @@ class FIBO(FiboPipeline):
             image_path=image_path,
             image_strength=image_strength,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompts

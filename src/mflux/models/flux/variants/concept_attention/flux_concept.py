@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +58,22 @@ class ConceptPipeline(FluxPipeline):
     ) -> tuple[Velocity, ConceptStream]:
         """`predictor` feeding a `ConceptStream`; returns both."""
         predict = self.predictor(config, prompt)
-        stream = ConceptStream(self.own_transformer(), concept.embeds, concept.pooled, layers)
-        guidance = mx.array([config.guidance]) if self.transformer.config.guidance_embeds else None
-        steps = count()
+        guidance = mx.array([config.guidance]) if self.configuration("transformer").guidance_embeds else None
+        stream = ConceptStream(
+            self.own_transformer(), concept.embeds, concept.pooled, layers, self.sigmas_ahead(config), guidance
+        )
+        again = {number - config.init_time_step for number in self.left_out(config)}
+        steps = (number for number in range(len(config.time_steps)) if number not in again)
+        if again.issuperset(timesteps):
+            raise UsageError(
+                "the step cache leaves out every step that is looked at: name others of them (--heatmap-timesteps), or "
+                "leave step_cache_ratio (--step-cache-ratio) out"
+            )
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             if next(steps) not in timesteps:
                 return predict(latents, sigma)
-            prediction = predict(latents, sigma, watch=stream.watch(sigma[None], guidance))
+            prediction = predict(latents, sigma, watch=stream.watch(sigma[None]))
             # Now, so that nothing of this step is kept but the sum.
             mx.eval(stream.heat)
             return prediction
@@ -91,6 +98,8 @@ class Flux1Concept(ConceptPipeline):
         scheduler: str | None = None,
         heatmap_layer_indices: list[int] | None = None,
         heatmap_timesteps: list[int] | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image.
 
@@ -100,6 +109,7 @@ class Flux1Concept(ConceptPipeline):
             concept: what to look for in the image, a word or a few; encoded once and kept.
             heatmap_layer_indices: the double blocks to look at, from 0; by default the last four.
             heatmap_timesteps: the steps to look at, counted from 0 among those that are taken; by default all.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Returns:
             The image; `concept_heatmap` is a `ConceptHeatmap`.
@@ -117,6 +127,8 @@ class Flux1Concept(ConceptPipeline):
             image_path=image_path,
             image_strength=image_strength,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
         layers, timesteps = self.looked_at(config, concept, heatmap_layer_indices, heatmap_timesteps)
 

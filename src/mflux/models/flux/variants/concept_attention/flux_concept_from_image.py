@@ -35,6 +35,8 @@ class Flux1ConceptFromImage(ConceptPipeline):
         scheduler: str | None = None,
         heatmap_layer_indices: list[int] | None = None,
         heatmap_timesteps: list[int] | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Look at an image.
 
@@ -46,6 +48,7 @@ class Flux1ConceptFromImage(ConceptPipeline):
             image_strength: the share of steps, those with the most noise, that are left out; from 0 to 1.
             concept, heatmap_layer_indices, heatmap_timesteps: as for `Flux1Concept.generate_image`.
             num_inference_steps, height, width, scheduler: likewise.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Returns:
             The image as the autoencoder gives it back; `concept_heatmap` is a `ConceptHeatmap`.
@@ -63,6 +66,8 @@ class Flux1ConceptFromImage(ConceptPipeline):
             image_path=needed(image_path, "image_path (--input-image-path)"),
             image_strength=image_strength or None,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
         layers, timesteps = self.looked_at(config, concept, heatmap_layer_indices, heatmap_timesteps)
 

@@ -15,6 +15,7 @@ from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.controls.canny import canny
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent
+from mflux.models.common.networks.once import Once
 from mflux.models.flux.family import CONTROLNET, FAMILY
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.model.controlnet import FluxControlNet
@@ -91,6 +92,8 @@ class Flux1Controlnet(FluxPipeline):
         guidance: float = 4.0,
         controlnet_strength: float = 1.0,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image.
 
@@ -99,6 +102,7 @@ class Flux1Controlnet(FluxPipeline):
             controlnet_image_path: the image to follow; for a ControlNet of edges they are found in it.
             height, width: in pixels, rounded down to multiples of 16; None for the image's own.
             controlnet_strength: how closely to follow the image; 0 is not at all.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Raises:
             as `Flux1.generate_image`.
@@ -116,6 +120,8 @@ class Flux1Controlnet(FluxPipeline):
             image_path=source,
             controlnet_strength=strength,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompt
@@ -137,11 +143,19 @@ class Flux1Controlnet(FluxPipeline):
             "pooled_prompt_embeds": encoded.pooled,
             "image_ids": latent_image_ids(config.height // 16, config.width // 16),
             "guidance": mx.array([config.guidance]) if asks else None,
+            "once": Once(),
         }
+
+        known = self.ahead(
+            config,
+            "transformer_controlnet",
+            lambda controlnet, sigma: controlnet.time_text_embed(sigma[None], common["guidance"], encoded.pooled),
+            of=(config.guidance, encoded.digest),
+        )
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             seen = latents.astype(encoded.embeds.dtype)
-            residuals = self.transformer_controlnet(seen, sigma=sigma[None], **common)
+            residuals = self.transformer_controlnet(seen, sigma=sigma[None], known=known(sigma), **common)
             return predict(latents, sigma, residuals=residuals)
 
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt, canny_image=edges)

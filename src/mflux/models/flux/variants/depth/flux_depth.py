@@ -44,6 +44,8 @@ class Flux1Depth(FluxPipeline):
         image_strength: float | None = None,
         depth_image_path: Path | str | None = None,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image.
 
@@ -54,6 +56,7 @@ class Flux1Depth(FluxPipeline):
             image_path: an image whose depth Depth Pro finds.
             image_strength: has no use here, as a warning says: it starts from noise.
             depth_image_path: a depth map, white where it is near; with it Depth Pro is not loaded.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Returns:
             The image; `depth_image` is Depth Pro's map, None where one was given.
@@ -76,6 +79,8 @@ class Flux1Depth(FluxPipeline):
             image_path=depth_image_path or image_path,
             depth_image_path=depth_image_path,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompt, and find the depth

@@ -59,6 +59,8 @@ class Flux1Fill(FillPipeline):
         guidance: float = 4.0,
         image_strength: float | None = None,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Paint in an image.
 
@@ -71,6 +73,7 @@ class Flux1Fill(FillPipeline):
                 image's own.
             guidance: how closely to follow the prompt; the model was made for about 30.
             image_strength: has no use here, as a warning says: it starts from noise.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Raises:
             as `Flux1.generate_image`.
@@ -85,6 +88,8 @@ class Flux1Fill(FillPipeline):
             image_path=needed(image_path, "image_path (--image-path)"),
             masked_image_path=needed(masked_image_path, "masked_image_path (--masked-image-path)"),
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
         pixels = ImageUtil.to_array(picture(image_path, config.width, config.height))
         white = mask(masked_image_path, config.width, config.height, image_path)

@@ -34,6 +34,8 @@ class Flux1InContextDev(FluxPipeline):
         image_path: Path | str | None = None,
         image_strength: float | None = None,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate an image beside another.
 
@@ -43,6 +45,7 @@ class Flux1InContextDev(FluxPipeline):
             height, width: of one image in pixels, rounded down to multiples of 16; None for the left one's own.
             image_path: the left image.
             image_strength: has no use here, as a warning says: it starts from noise.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Returns:
             Both images; `get_right_half` gives the one that was generated.
@@ -60,6 +63,8 @@ class Flux1InContextDev(FluxPipeline):
             image_path=needed(image_path, "image_path (--reference-image)"),
             scheduler=scheduler,
             side_by_side=2,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
         width = config.width // 2
 

@@ -53,6 +53,8 @@ class Flux1InContextFill(FillPipeline):
         masked_image_path: Path | str | None = None,
         image_strength: float | None = None,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Paint the right one of two images.
 
@@ -65,6 +67,7 @@ class Flux1InContextFill(FillPipeline):
             right_image_path: an image to paint in; without it all of the right one is painted.
             masked_image_path: of the right image, white where to paint and black elsewhere.
             image_strength: has no use here, as a warning says: it starts from noise.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Returns:
             Both images; `get_right_half` gives the right one.
@@ -85,6 +88,8 @@ class Flux1InContextFill(FillPipeline):
             masked_image_path=masked_image_path,
             scheduler=scheduler,
             side_by_side=2,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
         size = config.width // 2, config.height
         left = ImageUtil.to_array(picture(left_image_path, *size))

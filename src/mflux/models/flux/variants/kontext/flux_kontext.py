@@ -33,6 +33,8 @@ class Flux1Kontext(FluxPipeline):
         image_path: Path | str | None = None,
         image_strength: float | None = None,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Edit an image.
 
@@ -43,6 +45,7 @@ class Flux1Kontext(FluxPipeline):
                 more than a megapixel is generated at about one, with a warning.
             image_path: the image to edit. The model sees it at the size that is generated.
             image_strength: has no use here, as a warning says: it starts from noise.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Raises:
             as `Flux1.generate_image`.
@@ -59,6 +62,8 @@ class Flux1Kontext(FluxPipeline):
             guidance=guidance,
             image_path=source,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompt

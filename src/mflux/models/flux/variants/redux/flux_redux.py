@@ -58,6 +58,8 @@ class Flux1Redux(FluxPipeline):
         redux_image_strengths: list[float] | None = None,
         image_strength: float | None = None,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image.
 
@@ -68,6 +70,7 @@ class Flux1Redux(FluxPipeline):
             guidance: how closely to follow prompt and images.
             redux_image_strengths: how much of each image, in their order; 1 where there are fewer than images.
             image_strength: has no use here, as a warning says: it starts from noise.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Raises:
             as `Flux1.generate_image`.
@@ -84,6 +87,8 @@ class Flux1Redux(FluxPipeline):
             redux_image_paths=paths,
             redux_image_strengths=strengths,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompt, and the images after it

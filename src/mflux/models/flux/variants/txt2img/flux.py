@@ -29,6 +29,8 @@ class Flux1(FluxPipeline):
         negative_prompt: str | None = None,
         pid_decode: bool = False,
         pid_degrade_sigma: float = 0.0,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image.
 
@@ -44,6 +46,7 @@ class Flux1(FluxPipeline):
                 "package.module.Class".
             negative_prompt: FLUX.1 has no use for it; a warning says so.
             pid_decode, pid_degrade_sigma: not built in this version.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Raises:
             MfluxError: sizes, steps, image or weights are unusable; the message says which.
@@ -60,6 +63,8 @@ class Flux1(FluxPipeline):
             image_path=image_path,
             image_strength=image_strength,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompt

@@ -42,6 +42,8 @@ class Flux2KleinEdit(KleinPipeline):
         image_strength: float | None = None,
         scheduler: str | None = None,
         use_kv_cache: bool | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image; arguments and errors are those of `Flux2Klein.generate_image` but for these.
 
@@ -52,6 +54,7 @@ class Flux2KleinEdit(KleinPipeline):
             image_strength: has no use here, as a warning says: editing starts from noise.
             use_kv_cache: whether the images pass through the model once instead of in each step; None for what the
                 model was trained for. It is faster, and right for klein 9B KV only.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
         """
         image_paths = list(image_paths or ())
         config = self.settings(
@@ -63,6 +66,8 @@ class Flux2KleinEdit(KleinPipeline):
             guidance=guidance,
             image_path=image_paths[0] if image_paths else None,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
         pictures = [reference_picture(ImageUtil.load_image(path), path) for path in image_paths]
 
@@ -77,7 +82,9 @@ class Flux2KleinEdit(KleinPipeline):
         kept = None
         if beside is not None and (self.keeps_references if use_kv_cache is None else use_kv_cache):
             dtype = encoded[0].embeds.dtype
-            kept = self.own_transformer().keep(beside[0].astype(dtype), beside[1], dtype)
+            transformer = self.own_transformer()
+            known = self.known(config, encoded[0], zero=True)(mx.array(0.0))
+            kept = transformer.keep(beside[0].astype(dtype), beside[1], dtype, known)
             mx.eval(kept)
             beside = None
         velocity = self.predictor(config, *encoded, beside=beside, references=kept)

@@ -26,12 +26,15 @@ class Flux2Klein(KleinPipeline):
         scheduler: str | None = None,
         pid_decode: bool = False,
         pid_degrade_sigma: float = 0.0,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image; arguments and errors are those of `Flux1.generate_image` but for these.
 
         Args:
             num_inference_steps: 1 or more; 4 for the distilled models, 50 for the base models.
             guidance: above 1, classifier-free guidance for the base models; each step takes twice as long.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
         """
         refuse_pid(pid_decode, pid_degrade_sigma)
         config = self.settings(
@@ -44,6 +47,8 @@ class Flux2Klein(KleinPipeline):
             image_path=image_path,
             image_strength=image_strength,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompt

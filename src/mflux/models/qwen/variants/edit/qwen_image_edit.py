@@ -106,6 +106,8 @@ class QwenImageEdit(QwenPipeline):
         image_path: Path | str | None = None,
         scheduler: str | None = None,
         negative_prompt: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Edit images; arguments and errors are those of `QwenImage.generate_image` but for these.
 
@@ -115,6 +117,7 @@ class QwenImageEdit(QwenPipeline):
             height, width: in pixels, rounded down to multiples of 16; None for about a million pixels in the shape of
                 the last image.
             image_path: an image whose shape is taken instead of the last one's.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
         """
         pictures = self._pictures(image_paths)
         shape = pictures[-1] if image_path is None else ImageUtil.load_image(image_path)
@@ -127,6 +130,8 @@ class QwenImageEdit(QwenPipeline):
             width=natural_width if width is None else width,
             guidance=guidance,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompts together with the pictures

@@ -48,6 +48,8 @@ class QwenImage(QwenPipeline):
         negative_prompt: str | None = None,
         pid_decode: bool = False,
         pid_degrade_sigma: float = 0.0,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Generate one image; arguments and errors are those of `Flux1.generate_image` but for these.
 
@@ -56,6 +58,7 @@ class QwenImage(QwenPipeline):
             guidance: how far to go away from the negative prompt; each step takes two passes above 1, one otherwise.
             scheduler: also "lightning".
             negative_prompt: what not to show; a single space if there is none.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
         """
         refuse_pid(pid_decode, pid_degrade_sigma)
         config = self.settings(
@@ -68,6 +71,8 @@ class QwenImage(QwenPipeline):
             image_path=image_path,
             image_strength=image_strength,
             scheduler=scheduler,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompts

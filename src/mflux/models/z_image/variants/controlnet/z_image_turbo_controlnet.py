@@ -15,6 +15,8 @@ from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.controls.canny import canny
 from mflux.models.common.family import Component
 from mflux.models.common.memory import LazyComponent, give_back_memory
+from mflux.models.common.networks.modulation import Known
+from mflux.models.common.networks.once import Once
 from mflux.models.z_image.family import COMPONENTS, CONTROLNET
 from mflux.models.z_image.latent_creator import ZImageLatentCreator
 from mflux.models.z_image.layouts import LAYOUT
@@ -92,6 +94,8 @@ class ZImageTurboControlnet(ZImagePipeline):
         width: int | None = 1024,
         controlnet_strength: float = 0.8,
         scheduler: str | None = None,
+        step_cache_ratio: float | None = None,
+        cfg_end: float | None = None,
     ) -> GeneratedImage:
         """Draw one picture after others.
 
@@ -101,6 +105,7 @@ class ZImageTurboControlnet(ZImagePipeline):
                 is drawn, whatever their shape.
             height, width: in pixels, rounded down to multiples of 16.
             controlnet_strength: how much all of them count; the ControlNet's authors advise 0.65 to 1.
+            step_cache_ratio, cfg_end: see `Pipeline.settings`.
 
         Raises:
             NotBuiltError: a control of a type that is not built.
@@ -118,6 +123,8 @@ class ZImageTurboControlnet(ZImagePipeline):
             guidance=0.0,
             scheduler=scheduler,
             controlnet_strength=strength,
+            step_cache_ratio=step_cache_ratio,
+            cfg_end=cfg_end,
         )
 
         # 1. Encode the prompt, and what the control images show
@@ -131,15 +138,15 @@ class ZImageTurboControlnet(ZImagePipeline):
         latents = ZImageLatentCreator.create_noise(seed, config.height, config.width)
 
         # 3. Denoise
-        def hints(latents: mx.array, sigma: mx.array) -> dict[int, mx.array]:
+        def hints(latents: mx.array, sigma: mx.array, known: Known | None, once: Once) -> dict[int, mx.array]:
             summed: dict[int, mx.array] = {}
             for control, control_latents in zip(controls, latents_of_controls, strict=True):
-                found = self.hints(latents, sigma, encoded, control_latents, strength * control.strength)
+                found = self.hints(latents, sigma, encoded, control_latents, strength * control.strength, known, once)
                 for place, hint in found.items():
                     summed[place] = summed[place] + hint if place in summed else hint
             return summed
 
-        velocity = self.predictor(config, encoded, hints=hints)
+        velocity = self.predictor(config, encoded, hints=hints, controlnet=self.controlnet)
         latents = self.denoise(config, latents, velocity, seed=seed, prompt=prompt, control_images=images)
 
         # 4. Decode
@@ -153,7 +160,14 @@ class ZImageTurboControlnet(ZImagePipeline):
         )
 
     def hints(
-        self, latents: mx.array, sigma: mx.array, prompt_embeds: mx.array, control: mx.array, strength: float
+        self,
+        latents: mx.array,
+        sigma: mx.array,
+        prompt_embeds: mx.array,
+        control: mx.array,
+        strength: float,
+        known: Known | None = None,
+        once: Once | None = None,
     ) -> dict[int, mx.array]:
         """What the ControlNet adds after layers of the transformer, by their numbers."""
         dtype, timestep = self.inputs(sigma, prompt_embeds)
@@ -164,6 +178,8 @@ class ZImageTurboControlnet(ZImagePipeline):
             timestep=timestep,
             prompt_embeds=prompt_embeds,
             strength=strength,
+            known=known,
+            once=once,
         )
 
 

@@ -1,0 +1,131 @@
+"""Shifts, scales and gates of a transformer's blocks, worked out for all steps before the first one.
+
+They follow from the noise level alone, in FLUX.1 also from guidance and the prompt as a whole; so all that a modulation
+layer will see is known once the schedule is. What it makes of that is a few megabytes a step for all layers together,
+which are a quarter of FLUX.1's weights and a third of Qwen-Image's: these are read for it, one after the other, and let
+go (`checkpoints.late`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mflux.backend import has_gpu, mx, nn
+from mflux.checkpoints.late import LateLinear
+from mflux.models.common.networks.layers import Linear, parts_of
+
+Activation = Callable[[mx.array], mx.array]
+
+
+class ModulationLinear(Linear):
+    """A linear layer from the condition to what modulates. `-q` leaves it as it is stored."""
+
+    read_late = True
+
+
+class Modulated(nn.Module):
+    """A part of a model with modulation layers of its own."""
+
+    def modulation(self, condition: Condition) -> Any:
+        """What they make of the condition."""
+        raise NotImplementedError
+
+
+class Ahead:
+    """What modulation layers make of every condition of an image.
+
+    Args:
+        conditions: by the noise level that each belongs to, (1, features).
+    """
+
+    def __init__(self, conditions: dict[float, mx.array]):
+        self._rows = {level: row for row, level in enumerate(conditions)}
+        self._conditions = list(conditions.values())
+        # By layer, which is kept so that no other one gets its number.
+        self._made: dict[int, tuple[nn.Module, mx.array]] = {}
+
+    def at(self, sigma: mx.array | float) -> Known | None:
+        """The condition at a noise level; None if nobody knew that it would come."""
+        row = self._rows.get(float(sigma))
+        return None if row is None else Known(self, row)
+
+    def work_out(self, *modules: nn.Module) -> None:
+        """Have all modulation layers of these do their work."""
+        if self._rows:
+            known = Known(self, 0)
+            for module in modules:
+                for part in module.modules():
+                    if isinstance(part, Modulated):
+                        part.modulation(known)
+
+    def of(self, layer: nn.Module, activation: Activation | None) -> mx.array:
+        """What a layer makes of all conditions, (steps, out); its weights are read and let go the first time."""
+        if id(layer) not in self._made:
+            weights: Any = layer.read() if isinstance(layer, LateLinear) else layer
+            rows = [row if activation is None else activation(row) for row in self._conditions]
+            # A GPU reads the weights once for all of them. BLAS adds up a single row in another order than several, and
+            # a step is to get the same bits whoever worked out its vectors.
+            made = weights(mx.concatenate(rows)) if has_gpu() else mx.concatenate([weights(row) for row in rows])
+            mx.eval(made)
+            self._made[id(layer)] = layer, made
+        return self._made[id(layer)][1]
+
+
+@dataclass(frozen=True)
+class Known:
+    """One of the conditions that were known ahead; stands where a condition (1, features) may stand."""
+
+    ahead: Ahead
+    row: int
+
+    def at(self, sigma: mx.array | float) -> Known | None:
+        """The condition at another noise level."""
+        return self.ahead.at(sigma)
+
+
+# What modulates: (B, features), or one that is known.
+Condition = mx.array | Known
+
+
+def modulation(
+    layer: nn.Module, condition: Condition, parts: int, activation: Activation | None = None
+) -> list[mx.array]:
+    """A layer's shifts, scales and gates, (B, 1, features) each, of the condition after an activation."""
+    if isinstance(condition, Known):
+        made = condition.ahead.of(layer, activation)[condition.row : condition.row + 1]
+    else:
+        linear: Any = layer
+        made = linear(condition if activation is None else activation(condition))
+    return parts_of(made[:, None], parts)
+
+
+def ahead_of(
+    module: nn.Module,
+    sigmas: Sequence[mx.array],
+    condition: Callable[[mx.array], mx.array],
+    *beside: nn.Module,
+    of: Hashable = (),
+) -> Ahead:
+    """The modulation of all steps, worked out unless it is that of the image before.
+
+    Args:
+        module: keeps it for the next image.
+        sigmas: the noise levels of the steps.
+        condition: gives the condition (1, features) at one of them.
+        beside: further modules with the same condition.
+        of: what the condition follows from besides the noise level.
+    """
+    levels = {float(sigma): sigma for sigma in sigmas}
+    key = tuple(levels), of, tuple(map(id, beside))
+    kept = module.__dict__.get("_ahead")
+    if kept is None or kept[0] != key:
+        # Before the next ones are made.
+        module.__dict__.pop("_ahead", None)
+        # One by one, as a step would have it.
+        ahead = Ahead({level: condition(sigma) for level, sigma in levels.items()})
+        ahead.work_out(module, *beside)
+        # Not as an attribute of MLX's, which would take it for parameters.
+        kept = module.__dict__["_ahead"] = (key, ahead)
+    return kept[1]
