@@ -145,7 +145,7 @@ def enlarge(folder: Path, name: str) -> None:
             )
         write_json(path, config)
         kind = component.module_class()
-        module = getattr(kind, "whole", kind)(kind.config_class.from_dict(config))
+        module = getattr(kind, "saved_class", kind)(kind.config_class.from_dict(config))
         tensors = published(module, seed=number, dtype=mx.bfloat16)
         for key in tensors:
             if key.endswith("running_var"):

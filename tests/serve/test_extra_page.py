@@ -108,9 +108,10 @@ def test_from_a_prompt_to_an_image(page, shared: Running):
 
 def test_what_is_typed_before_the_models_are_known(page, shared: Running):
     held = []
-    page.route("**/v1/models", held.append)
+    page.route("**/v1/models", lambda route: held.append(route))
     page.goto(shared.url)
     generate(page, steps=3)
+    page.wait_for_timeout(50)
     held[0].continue_()
     expect(gallery(page).get_by_role("img", name=PROMPT)).to_be_visible()
     assert shared.engine.jobs[0].steps == 3
