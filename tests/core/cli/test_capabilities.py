@@ -79,7 +79,7 @@ def test_one_command(cli, described, name):
     assert found["commands"] == [described["mflux-info"]]
     assert found["commands"][0]["options"][-1] == {
         "flag": "image_path", "type": "str", "parser_default": None, "status": "honored", "required": True,
-        "help": "the picture, or a .metadata.json",
+        "help": "the image, a .metadata.json, or a file of weights (safetensors, GGUF, .pt)",
     }  # fmt: skip
 
 
