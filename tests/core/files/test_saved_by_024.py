@@ -23,6 +23,7 @@ from mflux.errors import CheckpointError
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.model import open_folder
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
+from mflux.models.common.networks.modulation import ModulationLinear
 from mflux.models.common.networks.text_encoders.clip import CLIPTextEncoder
 from mflux.models.common.networks.text_encoders.t5 import T5Encoder
 from mflux.models.flux.family import FAMILY
@@ -58,6 +59,12 @@ def saved(tmp_path_factory) -> Path:
 
 def bits_of(name: str) -> int | None:
     return None if name == "whole" else int(name.removeprefix("q"))
+
+
+@pytest.fixture(autouse=True)
+def what_modulates_is_packed(monkeypatch):
+    """As 0.24 did it, so that both sides are the same; `tests/families/test_modulation.py` has what is done here."""
+    monkeypatch.setattr(ModulationLinear, "read_late", False)
 
 
 def load_old(root: Path, part: str, **options):

@@ -96,9 +96,9 @@ def test_what_is_in_the_folder(cli, in_folder, wide):
         "format_version": 1, "mflux_version": mflux.__version__, "model_name": "wide-schnell",
         "base_model": "schnell", "quantize": 4, "size_gb": round(size / 1e9, 2), "upstream": None, "loras": [],
     }  # fmt: skip
-    # Half a megabyte that is mostly the autoencoder's; the transformer shrinks to little more than a quarter.
+    # Half a megabyte that is mostly the autoencoder's; of the transformer what modulates, a quarter of it, stays whole.
     sizes = [(root / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size for root in (wide, target)]
-    assert 0.27 < sizes[1] / sizes[0] < 0.35
+    assert 0.27 < sizes[1] / sizes[0] < 0.55
 
 
 def test_unquantized_tensors_come_back_as_they_were(cli, in_folder, wide):

@@ -18,6 +18,7 @@ from mflux.checkpoints.loading import FolderTensors, layout_turns
 from mflux.errors import CheckpointError, ImageError, UsageError
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
+from mflux.models.common.networks.modulation import ModulationLinear
 from mflux.models.flux2 import small_parts
 from mflux.models.flux2.latent_creator.flux2_latent_creator import Flux2LatentCreator
 from mflux.models.flux2.model.text_encoder import AdapterConfig, SmallQwen3, SmallTextAdapter
@@ -322,7 +323,9 @@ def saved_by_024(source: Path, target: Path, bits: int | None) -> Path:
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_a_folder_of_mflux_024(tmp_path, bits):
+def test_a_folder_of_mflux_024(tmp_path, bits, monkeypatch):
+    # 0.24 packed what modulates as well.
+    monkeypatch.setattr(ModulationLinear, "read_late", False)
     source = write_tiny(tmp_path / "source", wide=True, changes=AS_PUBLISHED)
     old = saved_by_024(source, tmp_path / "old", bits)
     fresh, stored = klein(source, quantize=bits), klein(old)
