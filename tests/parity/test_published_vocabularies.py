@@ -197,6 +197,7 @@ def tekken(tmp_path_factory):
 
 def test_tekken(tekken):
     ours, theirs, ranks = tekken
+    assert not ours._strange, "each prompt would be tried in a process of its own first: seconds, with such a file"
     for prompt in MANY:
         found = ours.encode(prompt, max_length=100_000)
         assert found == theirs(plain(prompt)).input_ids, prompt
@@ -209,10 +210,10 @@ def test_tekken(tekken):
     ]
 
 
-@pytest.mark.parametrize("length", [1, 16, 512])
+@pytest.mark.parametrize("length", [1, 512])
 def test_tekken_cut(tekken, length):
     ours, theirs, _ = tekken
-    for prompt in (*MANY[::40], MANY[-1]):
+    for prompt in MANY[-8:]:
         assert (
             ours.encode(prompt, max_length=length)
             == theirs(plain(prompt), max_length=length, truncation=True).input_ids

@@ -38,10 +38,15 @@ _MOST_BYTE_LEVELS = 2
 # Places of templates that a whole prompt is put into: one where there is one text, two where there are two.
 _MOST_INSERTIONS = 4
 # The library bounds one pattern at one place of a text, not several at all places. These are the published ones, of
-# CLIP, T5, Qwen2 and Llama 3.
+# CLIP, T5, Qwen2, Llama 3 and Mistral's tekken.
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _KNOWN_PATTERNS = frozenset(
-    (" {2,}", r"\s+", _SPLIT % r"\p{N}", _SPLIT % r"\p{N}{1,3}",
+    (" {2,}", _TEKKEN, r"\s+", _SPLIT % r"\p{N}", _SPLIT % r"\p{N}{1,3}",
      r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
      r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 )  # fmt: skip
