@@ -125,3 +125,15 @@ def test_a_model_that_is_not_there(cli_process):
     for words, status in ((("--model", "nonsense"), 2), (("--model", "schnell"), 1)):
         done = cli_process("serve", "--port", "0", *words)
         assert (done.status, len(done.errors), done.out) == (status, 1, "")
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 0.9])
+def test_a_signal_while_it_starts(tmp_path, seconds):
+    call = [sys.executable, "-m", "mflux.cli.serve", "--port", "0", "--model", "demo"]
+    with (tmp_path / "errors.txt").open("w") as file:
+        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=file, cwd=tmp_path)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    # Python itself ends by the signal before the command has begun.
+    assert process.wait(15) in (143, -signal.SIGTERM)
+    assert "Traceback" not in (tmp_path / "errors.txt").read_text()

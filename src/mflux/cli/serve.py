@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mflux.cli.parser.groups import add_lora_options, add_machine_options
 from mflux.cli.parser.parsers import MfluxParser
-from mflux.cli.terminal import run, say_line
+from mflux.cli.process import status_of
+from mflux.cli.terminal import complain, run, say_line
 from mflux.errors import MfluxError, UsageError
 from mflux.text import shown
 from mflux.utils import values
@@ -175,6 +176,11 @@ def serve(argv: Sequence[str] | None) -> int:
             add_workers(engine, args.worker, rules.key)
         server = Server(engine, rules, page=not args.no_page, sdapi=not args.no_sdapi, log_prompts=args.log_prompts)
         return _run(server, engine, listener, args)
+    except KeyboardInterrupt as interrupt:
+        # While a model is fetched or loaded, which the thread of MLX does: Python cannot end before it.
+        complain("stopped")
+        _end_now(status_of(interrupt))
+        raise
     finally:
         listener.close()
 

@@ -717,13 +717,14 @@ class _Watch:
         taken, steps, wanted = t + 1 - self._steps.start, len(self._steps), self._job.wanted_previews
         if wanted is None:
             # None after a first step, which is noise.
-            return taken > 1 and taken - self._last_preview >= steps / (self._affordable(steps) + 1)
+            most = self._affordable(steps)
+            return most > 0 and taken > 1 and taken - self._last_preview >= steps / (most + 1)
         if self._previewed >= wanted:
             return False
         of_each = -(-wanted // self._job.n)
         return taken in [round(steps * number / (of_each + 1)) for number in range(1, of_each + 1)]
 
-    def _affordable(self, steps: int) -> float:
+    def _affordable(self, steps: int) -> int:
         """How many previews of an image cost next to nothing."""
         costs, key = self._engine._preview_seconds, (self._job.model, self._job.size)
         # One decodes a quarter of the image, or less.
@@ -731,7 +732,7 @@ class _Watch:
         if self._last_preview == 0:
             # What was measured on a busy moment is not to be the last word.
             costs[key] = cost * 0.99
-        return _PREVIEW_SHARE * self.step_seconds * steps / cost if cost else 1.0
+        return int(_PREVIEW_SHARE * self.step_seconds * steps / cost) if cost else 1
 
     def _preview(self, config: Config, denoised: mx.array) -> None:
         is_first = not self._engine._preview_seconds.get((self._job.model, self._job.size))
