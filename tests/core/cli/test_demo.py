@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,9 @@ def test_it_draws_what_held_out_captions_say(tools, marks, bits):
         in_them = sum(layer.weight.size * 32 // bits for layer in layers)
         assert {layer.bits for layer in layers} == {bits}
         path = checkpoint_folder() / "transformer" / "diffusion_pytorch_model.safetensors"
-        assert in_them >= 0.9 * sum(tensor.size for tensor in mx.load(str(path)).values())
+        # Modulation is worked out before the steps, from weights as they are stored.
+        tensors = {name: value for name, value in mx.load(str(path)).items() if not re.search(r"norm.*linear", name)}
+        assert in_them >= 0.9 * sum(tensor.size for tensor in tensors.values())
 
 
 def test_a_lora_turns_everything_into_squares(marks):

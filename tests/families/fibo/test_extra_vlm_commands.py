@@ -198,11 +198,11 @@ def test_a_folder_that_is_no_model(model, here, capsys):
 
 
 def test_options_are_those_of_mflux():
-    """Flags and defaults of mflux 0.24; --model is new."""
+    """Flags and defaults of mflux 0.24; --model and --device are new."""
     shared = {
         ("--output",): ..., ("-q", "--quantize"): None, ("--top-p",): 0.9, ("--temperature",): 0.2,
         ("--max-tokens",): 4096, ("--seed",): None, ("--verbose", "-v"): False,
-        ("--model", "-m"): "briaai/FIBO-vlm",
+        ("--model", "-m"): "briaai/FIBO-vlm", ("--device",): None,
     }  # fmt: skip
     for module, own, output in (
         (fibo_inspire, {("--image-path",): None, ("--prompt",): None}, "inspired.json"),
