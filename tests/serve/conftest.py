@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -24,6 +25,12 @@ class Pace:
 
     seconds: float = 0.0
     failure: Exception | None = None
+
+
+@pytest.fixture(autouse=True)
+def no_words_about_closed_streams(monkeypatch) -> None:
+    """A command's log ends with its test, and an engine in this process may still have something to say."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
 @pytest.fixture

@@ -188,7 +188,7 @@ def serve(argv: Sequence[str] | None) -> int:
 def _rules(args: argparse.Namespace) -> Rules:
     from mflux.serve.guard import LOOPBACK, Rules
 
-    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     if args.api_key_file is not None:
         try:
             key = read_bounded(args.api_key_file, 4096).decode().strip().partition("\n")[0].strip()

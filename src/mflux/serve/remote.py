@@ -83,14 +83,17 @@ class Server:
         Raises:
             UsageError: it is no address of a server.
         """
-        parts = urlsplit(url)
         try:
+            parts = urlsplit(url)
             sound = parts.scheme in ("http", "https") and parts.hostname and not parts.query and parts.port != 0
         except ValueError:
             sound = False
-        if not sound or parts.username is not None:
+        if not sound or parts.username is not None or not url.isprintable():
             raise UsageError(f"{option} {shown(url, 100)} is no address of a server: http://127.0.0.1:7860")
-        return Server(url.rstrip("/"), os.environ.get(KEY_VARIABLE))
+        key = os.environ.get(KEY_VARIABLE) or None
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise UsageError(f"{KEY_VARIABLE} holds what no header can: use letters, digits and - . _")
+        return Server(url.rstrip("/"), key)
 
     def ask(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
         """An answer, its body unread.

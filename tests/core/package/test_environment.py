@@ -7,17 +7,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import mflux
 from mflux import backend, cpu
+from mflux.cli import serve
 from mflux.cli.completions import guess_shell, usual_folder
+from mflux.cli.ranks import own_part
 from mflux.errors import MfluxError
 from mflux.hub.secrets import without_secrets
 from mflux.models.common.controls.depth_pro.download import cache_folder, fetch_archive
 from mflux.models.common.lora.library import library, library_folders
 from mflux.models.common.saved_model import models_folder
+from mflux.serve import remote
 
 NONSENSE = (
     "",
@@ -47,6 +51,16 @@ def download(_):
     return fetch_archive("http://127.0.0.1:9/x", cache_folder() / "x.pt", remedy="wait")
 
 
+def key_of_a_server(_):
+    """Both that know it; what the first refuses, the second has to refuse as well."""
+    try:
+        serve._rules(serve.build_parser().parse_args([]))
+    except MfluxError:
+        remote.Server.at("http://127.0.0.1:9")
+        return None
+    return remote.Server.at("http://127.0.0.1:9")
+
+
 # Every variable that this package reads itself, and what reads it.
 READERS = {
     "OMP_NUM_THREADS": lambda _: cpu.threads(),
@@ -58,6 +72,12 @@ READERS = {
     "XDG_DATA_HOME": lambda _: usual_folder("bash"),
     "LORA_LIBRARY_PATH": lambda _: library(library_folders()),
     "SHELL": lambda _: guess_shell(),
+    "MFLUX_SERVER": lambda _: remote.Server.at(os.environ["MFLUX_SERVER"]),
+    "MFLUX_API_KEY": lambda _: (
+        remote.Server.at("http://127.0.0.1:9"),
+        serve._rules(serve.build_parser().parse_args([])),
+    ),
+    "MLX_RANK": lambda _: own_part(SimpleNamespace()),
     "HF_TOKEN": hub,
     "HUGGING_FACE_HUB_TOKEN": hub,
 }
