@@ -301,6 +301,7 @@ def _ask_process(module: str, function: str, seconds: int) -> Part:
 
 def answer_probe() -> None:
     """The other end of `probe_mlx`: print one line of JSON."""
+    from mflux import chips
     from mflux.backend import mx, on_gpu
     from mflux.cpu import blas
 
@@ -310,6 +311,7 @@ def answer_probe() -> None:
         "backend": kinds.pop() if on_gpu() and kinds else "cpu",
         "device": _safely(lambda: dict(mx.device_info())),
         "blas": _safely(lambda: {"name": blas.name(), "multiplies": blas.is_fast()}),
+        "chip": chips.told(),
     }
     answer["gflops"] = _safely(lambda: {"value": _gflops(mx)})
     print(json.dumps(answer, default=str))
@@ -338,6 +340,7 @@ def mlx_part(probe: Part) -> Part:
     library = library_part()
     problems = library.pop("problems")
     part: Part = {name: probe.get(name) for name in ("version", "backend", "device")}
+    part["chip"] = probe.get("chip", [])
     part |= {"error": probe.get("error")} if "error" in probe else {}
     part["library"] = library
     part["nvidia_driver"] = _has_nvidia_driver()
@@ -475,7 +478,7 @@ def describe(found: dict[str, Any]) -> list[str]:
         "python": ("Python", lambda part: [f"{part['version']}, {part['executable']}"]),
         "platform": ("platform", lambda part: [f"{part['system']}, {part['machine']}, {part['cores']} cores"]),
         "memory": ("memory", lambda part: [_memory_text(part)]),
-        "mlx": ("MLX", lambda part: [_mlx_text(part)]),
+        "mlx": ("MLX", lambda part: [_mlx_text(part), *(f"on this chip {rule}" for rule in part["chip"])]),
         "blas": ("BLAS", lambda part: [_blas_text(part, found["mlx"].get("backend"))]),
         "extras": ("extras", _extras_lines),
         "caches": ("caches", _cache_lines),

@@ -284,6 +284,15 @@ def test_cuda_without_a_driver_leads_back_to_the_cpu(site, linux, plain_pip):
     ]
 
 
+def test_what_is_done_on_a_chip_is_told(site, linux, quick):
+    site.install("mlx", "0.32.4", {})
+    site.install("mlx-cpu", "0.32.4", {LIBRARY: CPU})
+    quick |= {"backend": "metal", "device": {"device_name": "Apple M1"}, "chip": ["layers are unpacked"]}
+    lines = doctor.describe({"mlx": doctor.mlx_part(quick), "problems": []})
+    assert lines[0].startswith("MLX           0.32.4 on Metal (Apple M1)")
+    assert lines[1] == f"{'':14}on this chip layers are unpacked"
+
+
 def test_a_driver_and_the_cpu_wheel(site, linux, plain_pip, quick, monkeypatch):
     site.install("mlx", "0.32.4", {})
     site.install("mlx-cpu", "0.32.4", {LIBRARY: CPU})
