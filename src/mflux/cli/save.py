@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,10 @@ def save(argv: Sequence[str] | None) -> None:
     if args.lora_paths and family.lora is None:
         raise UsageError(f"{family.title} takes no LoRAs: leave --lora out")
     loras = {"lora_paths": args.lora_paths, "lora_scales": args.lora_scales} if family.lora else {}
+    parts = {name: value for name in ("text_encoder_paths", "vae_path") if (value := getattr(args, name))}
+    pipeline_class = family.pipeline_class(key)
+    if parts and not parts.keys() <= inspect.signature(pipeline_class).parameters.keys():
+        raise UsageError(f"{family.title} takes no parts from elsewhere: leave --vae and --text-encoder out")
     model_path = None if is_builtin(args.model) else args.model
     parent = models_folder() if args.path is None else None
 
@@ -68,12 +73,11 @@ def save(argv: Sequence[str] | None) -> None:
 
     if args.path is not None:
         refuse_existing(args.path)
-    pipeline = family.pipeline_class(key)(
+    pipeline = pipeline_class(
         args.quantize,
         model_config=ModelConfig.from_name(args.model, args.base_model),
         model_path=model_path,
-        text_encoder_paths=args.text_encoder_paths,
-        vae_path=args.vae_path,
+        **parts,
         **loras,
     )
     if parent is None:

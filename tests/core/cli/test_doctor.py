@@ -57,7 +57,7 @@ def test_it_tells_every_part_of_this_installation(cli):
     assert found["blas"]["gflops"] > 0
     assert found["caches"]["hugging_face"]["free"] > 0
     assert found["hugging_face"]["offline"] is True
-    assert set(found["extras"]) == {"torch-lite", "vlm", "serve", "full"}
+    assert set(found["extras"]) == {"torch-lite", "vlm", "gguf", "serve", "full"}
     assert "sizes" not in found
     for part in found.values():
         assert "error" not in part

@@ -628,7 +628,7 @@ def test_a_picture_carries_its_settings(draw, tiny_dev, name):
         "negative_prompt",
     )
     nothing += ("controlnet_image_path", "controlnet_strength", "masked_image_path", "depth_image_path")
-    nothing += ("redux_image_paths", "redux_image_strengths")
+    nothing += ("redux_image_paths", "redux_image_strengths", "text_encoder_paths", "vae_path")
     import mflux
 
     assert settings == dict.fromkeys(nothing) | {

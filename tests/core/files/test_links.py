@@ -268,7 +268,6 @@ _ALLOWED = {
     "utils/atomic_files.py": "the one place",
     "hub/guard.py": "removes links in Hugging Face's cache before huggingface_hub writes there",
     "hub/resolve.py": "removes what a download that broke off has left",
-    "utils/picture_files.py": "begins its own temporary file anew",
     "checkpoints/saving.py": "removes the folders that it made, where they are empty",
     "checkpoints/writing.py": "lengthens its own temporary file",
     "models/common/controls/depth_pro/download.py": "appends to its own file, which it opens with O_NOFOLLOW",

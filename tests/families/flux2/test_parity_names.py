@@ -14,12 +14,19 @@ from support.reference import as_numpy, relative_error
 from families.flux2.cases import SCHEDULER, TRANSFORMER, write_klein
 from mflux.backend import tree_flatten
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.networks.modulation import ModulationLinear
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 
 DOUBLE = (
     "img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2", "txt_attn.qkv", "txt_attn.proj", "txt_mlp.0",
     "txt_mlp.2",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def all_at_once(monkeypatch):
+    """Modulation is loaded with the rest: these tests look at every weight."""
+    monkeypatch.setattr(ModulationLinear, "read_late", False)
 
 
 @pytest.fixture(scope="module")

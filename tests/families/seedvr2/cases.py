@@ -41,9 +41,10 @@ class Data:
         self.inputs = {name: value.astype(mx.float32) for name, value in self.inputs.items()}
 
     def module(self, dtype: mx.Dtype = mx.float32) -> nn.Module:
-        """Ours, with these weights."""
+        """Ours, with these weights. What is added up of them while they load is not rounded to what the file holds."""
         module_class = SeedVR2Transformer if self.name in TRANSFORMERS else SeedVR2Autoencoder
-        return load_component(module_class, DATA / self.name, dtype=dtype, config=self.config, tensors=self.weights)
+        weights = {name: value.astype(dtype) for name, value in self.weights.items()}
+        return load_component(module_class, DATA / self.name, dtype=dtype, config=self.config, tensors=weights)
 
 
 def whole_model() -> dict[str, tuple[dict[str, Any], dict[str, mx.array]]]:

@@ -24,6 +24,7 @@ from families.z_image.cases import controlnet_reference, pipeline_reference, wri
 from mflux.backend import tree_flatten
 from mflux.checkpoints.published import PublishedFolder
 from mflux.models.common.config.model_config import ModelConfig
+from mflux.models.common.networks.modulation import ModulationLinear
 from mflux.models.z_image import ZImage
 from mflux.models.z_image.layouts import LAYOUT, controlnet_config
 
@@ -40,6 +41,12 @@ GLOBALS = (
     "all_x_embedder.2-1", "all_final_layer.2-1.linear", "all_final_layer.2-1.adaLN_modulation.1", "cap_embedder.1",
     "t_embedder.mlp.0", "t_embedder.mlp.2",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def all_at_once(monkeypatch):
+    """Modulation is loaded with the rest: these tests look at every weight."""
+    monkeypatch.setattr(ModulationLinear, "read_late", False)
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ class _Header:
     def left(self) -> int:
         return self._size - self.at
 
-    def take(self, count: int, what: str) -> bytes:
+    def next(self, count: int, what: str) -> bytes:
         if count <= self.left and self.at + count > _LARGEST_HEADER:
             raise self.damaged(f"its header is larger than {_LARGEST_HEADER:,} bytes")
         data = self._file.read(count) if count <= self.left else b""
@@ -91,14 +91,14 @@ class _Header:
         return data
 
     def number(self, code: str, what: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(code), what))[0]
+        return struct.unpack(f"<{code}", self.next(struct.calcsize(code), what))[0]
 
     def text(self, what: str, most: int | None = None) -> str:
         length = self.number("Q", what)
         if most is not None and length > most:
             raise self.damaged(f"{what} is {length:,} bytes long")
         try:
-            return self.take(length, what).decode()
+            return self.next(length, what).decode()
         except UnicodeDecodeError:
             raise self.damaged(f"{what} is not UTF-8") from None
 
@@ -112,7 +112,7 @@ class _Header:
         inner, length = self.number("I", what), self.number("Q", what)
         if inner in _NUMBERS:
             code = _NUMBERS[inner]
-            data = self.take(length * struct.calcsize(code), what)
+            data = self.next(length * struct.calcsize(code), what)
             return list(struct.unpack(f"<{length}{code}", data)) if length <= _LONGEST_LIST else length
         if inner != _STRING:
             raise self.damaged(f"{what} is a list of lists")
@@ -120,7 +120,7 @@ class _Header:
             raise self.damaged(f"{what} is said to have {length:,} entries")
         words = []
         for _ in range(length):
-            word = self.take(self.number("Q", what), what)
+            word = self.next(self.number("Q", what), what)
             if length <= _LONGEST_LIST:
                 words.append(word.decode(errors="replace"))
         return words if length <= _LONGEST_LIST else length
@@ -148,7 +148,7 @@ def read_header(path: str | Path) -> tuple[dict[str, GgufInfo], dict[str, Any]]:
 
 
 def _read_header(header: _Header, path: Path, size: int) -> tuple[dict[str, GgufInfo], dict[str, Any]]:
-    if header.take(4, "its first word") != MAGIC:
+    if header.next(4, "its first word") != MAGIC:
         raise CheckpointError(f"{path} is not a GGUF file: fetch it again")
     _check_version(header.number("I", "its version"), path)
     tensors, entries = header.number("Q", "the count of tensors"), header.number("Q", "the count of entries")

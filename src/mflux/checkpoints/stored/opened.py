@@ -15,6 +15,7 @@ from mflux.checkpoints.readers.gguf import KINDS, MAGIC, GgufFile, GgufInfo
 from mflux.checkpoints.readers.plain import naming_the_copy, open_file
 from mflux.checkpoints.readers.pytorch import PytorchFile
 from mflux.checkpoints.readers.safetensors import SafetensorsFile
+from mflux.checkpoints.readers.zip_records import LOCAL_MAGIC
 from mflux.checkpoints.stored.blocks import FORMS
 from mflux.checkpoints.stored.kinds import told_apart
 from mflux.checkpoints.stored.tensors import Blocks, Chosen, Stored, Understood, spec
@@ -42,7 +43,8 @@ def open_container(path: Path) -> Container:
     if head.startswith(MAGIC):
         return GgufFile(path)
     # A safetensors header is JSON behind its length.
-    if head[8:] == b"{" or path.suffix == ".safetensors":
+    is_torch = head.startswith((LOCAL_MAGIC, b"\x80"))
+    if head[8:] == b"{" or (path.suffix == ".safetensors" and not is_torch):
         return SafetensorsFile(path)
     with naming_the_copy(path):
         return PytorchFile(path)

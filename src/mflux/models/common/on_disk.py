@@ -109,6 +109,8 @@ def _weights(path: Path) -> tuple[str, str]:
     for known, pattern in _OTHER_MODELS.items():
         if any(re.search(pattern, name) for name in names):
             return f"is {known}", "mflux --help lists the models that are built"
+    if not names:
+        return "holds no tensors", "fetch it again"
     return (
         f"holds {len(names)} tensors, whose names ({some(sorted(names), 3)}) belong to no model that is built",
         f"give {_MODEL}",

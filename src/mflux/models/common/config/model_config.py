@@ -259,7 +259,8 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
         if len(fitting) > 1 and model_name not in _assumed:
             _assumed.add(model_name)
             others = ", ".join(key for key in fitting[1:] if "controlnet" not in key)
-            log.warning("%s is taken for %s: if it is %s, say so with --base-model", model_name, fitting[0], others)
+            if others:
+                log.warning("%s is taken for %s: if it is %s, say so with --base-model", model_name, fitting[0], others)
         return fitting[0]
     if (here := kind_on_disk(model_name)) is not None:
         raise ModelConfigError(here)
