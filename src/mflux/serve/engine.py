@@ -28,6 +28,7 @@ from mflux.models.common.family import STAGES
 from mflux.serve.jobs import FORMATS, Job, JobError, Picture, Preview
 from mflux.serve.models import Served, cached_models, named, served
 from mflux.text import shown, size
+from mflux.utils import values
 from mflux.utils.exceptions import StopImageGenerationException
 from mflux.utils.given_image import GivenImage, given
 
@@ -100,8 +101,8 @@ class Engine:
             job.pictures[0].save("lighthouse.png")
 
     Args:
-        models: names, folders or repositories; what may be asked for, and nothing else. The first is the default. None
-            for every built-in model that is whole in Hugging Face's cache, and the one that comes with mflux.
+        models: names, folders or repositories, or one of them; what may be asked for, and nothing else. The first is the
+            default. None for every built-in model that is whole in Hugging Face's cache, and the one that comes with mflux.
         queue: how many jobs may wait.
         keep: seconds without work after which a model leaves memory; -1 for never.
         memory_limit: bytes that models may have together; None for three quarters of this machine's.
@@ -118,16 +119,25 @@ class Engine:
 
     def __init__(
         self,
-        models: Sequence[str] | None = None,
+        models: Sequence[str] | str | None = None,
         *,
         queue: int = 16,
         keep: float = 900,
         memory_limit: int | None = None,
         **options: Any,
     ):
-        self.models: list[Served] = [served(name, options) for name in (cached_models() if models is None else models)]
+        # What is wrong here would end the thread, or be the fault of every request.
+        values.number(queue, "queue", values.Whole(1))
+        values.number(keep, "keep", values.Real(-1))
+        if memory_limit is not None:
+            values.number(memory_limit, "memory_limit", values.Whole(1))
+        names = cached_models() if models is None else [models] if isinstance(models, str) else models
+        self.models: list[Served] = [served(name, options) for name in dict.fromkeys(names)]
         if not self.models:
             raise UsageError("no model is to be served: name one")
+        if options:
+            for model in self.models:
+                model.sample()
         self.queue_limit, self.keep, self.memory_limit = queue, keep, memory_limit
         self.options = options
         self.output: Path | None = None
@@ -209,16 +219,21 @@ class Engine:
             StoppingError: nothing more is taken.
         """
         self.check_room()
-        found = self.model(model)
-        if output_format not in FORMATS:
+        found = self.model(None if model is None else values.text(model, "model"))
+        if output_format not in [*FORMATS]:
             raise UsageError(f"output_format: {shown(output_format, 40)!r} is none of {', '.join(FORMATS)}")
         if type(n) is not int or n < 1:
             raise UsageError(f"n: {shown(n, 40)} is not a number of images: 1 or more")
+        if quality is not None:
+            values.number(quality, "quality", values.Whole(0, 100))
+        if previews is not None:
+            values.number(previews, "previews", values.Whole(0))
         wanted = {name: value for name, value in settings.items() if value is not None}
         pairs: list[tuple[str, float]] = []
         if loras is not None:
-            pairs = list(loras)
+            pairs = _pairs(loras)
             wanted |= {"lora_paths": [name for name, _ in pairs], "lora_scales": [scale for _, scale in pairs]}
+        images = () if images is None else images
         sources = [_image(one) for one in ([images] if _is_one(images) else images)]
         mask = None if mask is None else _image(mask)
         from mflux import hub
@@ -530,7 +545,9 @@ class Engine:
             job.end("done")
         except Exception as error:
             kind, message = _kind_of(error, job)
-            if kind == "failed" and not isinstance(error, MfluxError):
+            # Where Python ends, nobody is there who has lost an image.
+            is_told = threading.main_thread().is_alive() and not isinstance(error, MfluxError)
+            if kind == "failed" and is_told:
                 log.error("%s: %s: %s", job.id, type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
                 # Whatever state it is in.
                 self._release([one for one in self._loaded.values() if one.pipeline is pipeline])
@@ -827,14 +844,19 @@ def _kind_of(error: Exception, job: Job) -> tuple[str, str]:
     return "failed", f"the model failed ({type(error).__name__}): the server's log has more"
 
 
+def _pairs(loras: Any) -> list[tuple[str, float]]:
+    try:
+        return [(values.text(name, "loras"), scale) for name, scale in loras]
+    except (TypeError, ValueError):
+        raise UsageError('loras: names with their scales are wanted, as in [("style", 0.8)]') from None
+
+
 def _is_one(images: Any) -> bool:
     return isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or given(images) is not None
 
 
 def _image(value: Any) -> GivenImage:
     """A source image of a program: opened, contents, or a path, which is read now."""
-    from mflux.utils import values
-
     found = values.image(value, "images")
     if isinstance(found, GivenImage):
         return found

@@ -162,7 +162,11 @@ class Guard:
         return hmac.compare_digest(sent.strip().encode(), self.rules.key.encode())
 
     def _is_own(self, origin: str, host: str) -> bool:
-        parts = urlsplit(origin)
+        try:
+            parts = urlsplit(origin)
+        except ValueError:
+            # As "http://[": no browser's.
+            return False
         return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
 
     def cors(self, headers: Mapping[str, str]) -> dict[str, str]:

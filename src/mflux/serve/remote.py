@@ -69,10 +69,12 @@ class Server:
     Attributes:
         url: http or https, with a host, perhaps a port and a path before the routes.
         key: that it wants, if any.
+        option: what said so, for messages.
     """
 
     url: str
     key: str | None = None
+    option: str = "--server"
 
     @staticmethod
     def at(url: str, option: str = "--server") -> Server:
@@ -85,7 +87,8 @@ class Server:
         """
         try:
             parts = urlsplit(url)
-            sound = parts.scheme in ("http", "https") and parts.hostname and not parts.query and parts.port != 0
+            sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            sound = sound and not (parts.query or parts.fragment)
         except ValueError:
             sound = False
         if not sound or parts.username is not None or not url.isprintable():
@@ -93,7 +96,8 @@ class Server:
         key = os.environ.get(KEY_VARIABLE) or None
         if key is not None and not (key.isascii() and key.isprintable()):
             raise UsageError(f"{KEY_VARIABLE} holds what no header can: use letters, digits and - . _")
-        return Server(url.rstrip("/"), key)
+        # OpenAI's clients are given the address with /v1.
+        return Server(url.rstrip("/").removesuffix("/v1"), key, option)
 
     def ask(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
         """An answer, its body unread.
@@ -119,13 +123,22 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise self._away(error) from None
-        if answer.status >= 400:
+        if answer.status >= 300:
             with closing(answer):
                 raise self._error(answer)
         return answer
 
     def json(self, method: str, path: str, body: Any = None) -> Any:
-        return json.loads(self.read(method, path, body))
+        try:
+            return json.loads(self.read(method, path, body))
+        except ValueError:
+            raise self.other() from None
+
+    def other(self) -> MfluxError:
+        """Something answers, and talks of other things."""
+        return MfluxError(
+            f"what answers at {shown(self.url, 100)} is no mflux serve: check the address, or leave {self.option} out"
+        )
 
     def read(self, method: str, path: str, body: Any = None) -> bytes:
         try:
@@ -159,7 +172,7 @@ class Server:
         reason = getattr(error, "strerror", None) or error or type(error).__name__
         return AwayError(
             f"no server answers at {shown(self.url, 100)} ({one_line(reason, 200)}): start one with mflux serve, or "
-            "leave --server out"
+            f"leave {self.option} out"
         )
 
     def _error(self, answer: http.client.HTTPResponse) -> RefusedError:
@@ -180,7 +193,8 @@ def generate(command: Generate, plan: Plan, url: str) -> None:
     """
     from mflux.utils.picture_files import check_output
 
-    args, server = plan.options, Server.at(url)
+    args = plan.options
+    server = Server.at(url, "--server" if args.server else VARIABLE)
     _refuse_what_is_not_sent(command, plan)
     outputs = [args.output.replace("{seed}", str(seed)) for seed in args.seed]
     for output in outputs:
@@ -192,7 +206,10 @@ def generate(command: Generate, plan: Plan, url: str) -> None:
         for seed, output in zip(args.seed, outputs, strict=True):
             output_format = _FORMATS.get(Path(output).suffix.lower(), "png")
             body = wanted | {"seed": seed, "output_format": output_format}
-            jobs.append(server.json("POST", "/v1/jobs", body))
+            job = server.json("POST", "/v1/jobs", body)
+            if not isinstance(job, dict) or not job.keys() >= {"id", "steps"}:
+                raise server.other()
+            jobs.append(job)
         for job, output in zip(list(jobs), outputs, strict=True):
             _follow(server, job)
             _write(server.read("GET", f"/v1/jobs/{job['id']}/images/0"), output, args)

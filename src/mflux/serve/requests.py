@@ -283,7 +283,7 @@ def _model(fields: Mapping[str, Any], engine: Engine) -> Served:
 
 def _prompt(fields: Mapping[str, Any]) -> str:
     prompt = fields.get("prompt")
-    if prompt is None or prompt == "":
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         raise RequestError("there is no prompt: say what the image shows", param="prompt", code="missing")
     if not isinstance(prompt, str):
         raise RequestError(f"prompt is {shown(prompt, 60)}, which is no text", param="prompt")
@@ -291,6 +291,9 @@ def _prompt(fields: Mapping[str, Any]) -> str:
         raise RequestError(
             f"the prompt has {len(prompt):,} characters, and {LONGEST_PROMPT:,} is the most: cut it", param="prompt"
         )
+    # Half of a surrogate pair, which JSON can spell, is none either.
+    if "\0" in prompt or prompt != prompt.encode(errors="replace").decode():
+        raise RequestError("the prompt holds what no text does, such as a zero byte: leave it out", param="prompt")
     return prompt
 
 
@@ -315,7 +318,9 @@ def _side(value: Any, param: str) -> int:
     if type(value) is not int:
         raise RequestError(f"{param} is {shown(value, 40)}, which is no number of pixels", param=param)
     if not GRID <= value <= LARGEST:
-        raise RequestError(f"a side of {value} pixels is none that an image has: {GRID} to {LARGEST}", param=param)
+        raise RequestError(
+            f"a side of {shown(value, 40)} pixels is none that an image has: {GRID} to {LARGEST}", param=param
+        )
     if value % GRID:
         near = round(value / GRID) * GRID
         raise RequestError(f"a side of {value} is not a multiple of {GRID}: {near} is near", param=param)
@@ -401,7 +406,7 @@ def of_url(value: Any, param: str) -> bytes:
     if isinstance(value, dict):
         value = value.get("image_url")
     if not isinstance(value, str):
-        raise RequestError(f"an {param} is text: data:image/png;base64,…", param=param, code="invalid_image")
+        raise RequestError(f"the {param} is no text: send data:image/png;base64,…", param=param, code="invalid_image")
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|file:", value):
         raise RequestError(
             "no address is fetched: send the image itself, as data:image/png;base64,…",

@@ -192,7 +192,8 @@ class Sdapi:
             fields["images"] = sources
             if model.takes_mask and asked.get("mask"):
                 fields["mask"] = asked["mask"]
-            strength = asked.get("denoising_strength", 0.75)
+            strength = asked.get("denoising_strength")
+            strength = 0.75 if strength is None else strength
             if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
                 raise RequestError("denoising_strength is a number from 0 to 1", param="denoising_strength")
             if any(one.has_strength for one in model.variants):

@@ -55,13 +55,16 @@ class Worker:
         Raises:
             MfluxError: it does not answer.
         """
-        return [str(model["id"]) for model in self._server.json("GET", "/v1/models")["data"]]
+        try:
+            return [str(model["id"]) for model in self._server.json("GET", "/v1/models")["data"]]
+        except (KeyError, TypeError):
+            raise self._server.other() from None
 
     def _work(self) -> None:
         while not self._engine.is_stopping:
             try:
                 models = self.models()
-            except (MfluxError, ValueError, KeyError, TypeError) as error:
+            except MfluxError as error:
                 self._tell(away=True, why=str(error))
                 time.sleep(_RETRY_SECONDS)
                 continue
