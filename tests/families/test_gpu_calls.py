@@ -72,6 +72,7 @@ def test_steps_wait_once_each(tiny, calls_of):
     allowed = {
         "checkpoints/loading.py",  # reading weights in batches, and whether they are finite
         "models/common/networks/layers.py",  # whether a token's id has a row
+        "models/common/networks/modulation.py",  # before the steps, layer by layer; a noise level that is known already
         "models/common/networks/qwen2_5_vl.py",  # where windows end, from ids alone
         "models/common/networks/vision.py",  # a tower is done before its images are forgotten
         "models/common/networks/autoencoders/kernels.py",  # a group norm's statistics of a whole map

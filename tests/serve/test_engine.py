@@ -112,7 +112,14 @@ def test_source_images_of_any_kind(engine, tmp_path):
         ({"images": "/nowhere/photo.png"}, ImageError, "does not exist"),
         ({"images": 5}, UsageError, "images"),
         ({"model": "schnell"}, ModelNotFoundError, "there is no model 'schnell' here: demo are served"),
+        ({"model": 5}, UsageError, "model is 5"),
         ({"loras": [("nope", 1.0)]}, MfluxError, "nope"),
+        ({"loras": ["nope"]}, UsageError, "loras: names with their scales"),
+        ({"output_format": ["png"]}, UsageError, "output_format"),
+        ({"quality": 101}, UsageError, "quality"),
+        ({"quality": "best"}, UsageError, "quality"),
+        ({"previews": -1}, UsageError, "previews"),
+        ({"previews": "all"}, UsageError, "previews"),
     ],
 )
 def test_what_makes_no_sense_is_told_at_once(engine, wanted, error, told):
@@ -121,6 +128,31 @@ def test_what_makes_no_sense_is_told_at_once(engine, wanted, error, told):
         job.wait(30)
     # And nothing is left of it.
     engine.submit(prompt=PROMPT, seed=1, steps=1).wait(60)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"queue": 0}, "queue"),
+        ({"queue": "many"}, "queue"),
+        ({"keep": "long"}, "keep"),
+        ({"keep": -2}, "keep"),
+        ({"memory_limit": "much"}, "memory_limit"),
+        ({"nonsense": 4}, "no setting 'nonsense'"),
+        ({"quantize": 7}, "quantize"),
+    ],
+)
+def test_an_engine_that_makes_no_sense_is_none(wanted, told):
+    threads = threading.active_count()
+    with pytest.raises(UsageError, match=told):
+        Engine(["demo"], **wanted)
+    assert threading.active_count() == threads
+
+
+def test_one_name_is_one_model():
+    for names in ("demo", ["demo", "demo"]):
+        with Engine(names) as engine:
+            assert [model.id for model in engine.models] == ["demo"]
 
 
 def test_the_queue_is_first_in_first_out_and_has_an_end(pace):

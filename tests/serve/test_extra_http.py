@@ -137,6 +137,8 @@ def test_both_spellings_and_images_in_json(client):
     [
         ({}, "prompt", "missing"),
         ({"prompt": ""}, "prompt", "missing"),
+        ({"prompt": " \n"}, "prompt", "missing"),
+        ({"prompt": "half \ud83d"}, "prompt", "invalid_value"),
         ({"prompt": 5}, "prompt", "invalid_value"),
         ({"prompt": "x" * 32_001}, "prompt", "invalid_value"),
         ({"prompt": "a\0b"}, "prompt", "invalid_value"),
@@ -414,6 +416,7 @@ def test_pages_of_others(shared: Running, client):
         {"origin": "https://example.org"},
         {"origin": "null"},
         {"origin": "file://"},
+        {"origin": "http://["},
         {"origin": f"http://127.0.0.1:{shared.port + 1}"},
         {"sec-fetch-site": "cross-site"},
     ):

@@ -6,7 +6,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mflux.errors import MfluxError
 from mflux.serve import Engine
+from mflux.serve.workers import add_workers
 from mflux.utils.metadata_reader import MetadataReader
 
 from .conftest import PROMPT, Running, running
@@ -52,6 +54,7 @@ def test_several_seeds_formats_and_an_image(cli, in_folder, monkeypatch, shared:
         (("--server", "nonsense"), 2, "--server nonsense is no address of a server"),
         (("--server", "ftp://127.0.0.1"), 2, "no address of a server"),
         (("--server", "http://key@127.0.0.1:7860"), 2, "no address of a server"),
+        (("--server", "http://127.0.0.1:7860/#here"), 2, "no address of a server"),
         (("--server", "http://127.0.0.1:9"), 1, "no server answers at http://127.0.0.1:9 (Connection refused)"),
         (("-q", "4"), 2, "--quantize is for whoever starts the server"),
         (("--low-ram",), 2, "--low-ram is for whoever starts the server"),
@@ -101,3 +104,45 @@ def test_who_stops_ends_the_job(cli, in_folder, monkeypatch, pace):
         monkeypatch.setattr(remote.Server, "events", interrupted)
         assert cli(*WORDS, "--steps", 100, "--server", server.url).status == 130
         assert engine.jobs[0].status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [(200, b"<html>"), (200, b"[]"), (200, b'{"ok": true}'), (302, b"there"), (500, b"\xff")]
+)
+def test_what_is_no_mflux_serve_is_told(cli, in_folder, monkeypatch, status, body):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        monkeypatch.setenv("MFLUX_SERVER", url)
+        told = f"what answers at {url} is no mflux serve" if status == 200 else f"{url}: it answered {status}"
+        done = cli(*WORDS, "--output", "out.png")
+        assert (done.status, len(done.errors)) == (1, 1)
+        assert told in done.err
+        if status == 200:
+            assert "leave MFLUX_SERVER out" in done.err
+        # As a worker it is refused in the same words, and the option is named.
+        with Engine(["demo"]) as engine, pytest.raises(MfluxError, match=told):
+            add_workers(engine, [url])
+        other.shutdown()
+
+
+def test_the_address_that_openai_s_clients_have(cli, in_folder, shared: Running):
+    done = cli(*WORDS, "--steps", 1, "--output", "out.png", "--server", f"{shared.url}/v1/")
+    assert done.status == 0, done.err
