@@ -101,8 +101,9 @@ class Engine:
             job.pictures[0].save("lighthouse.png")
 
     Args:
-        models: names, folders or repositories, or one of them; what may be asked for, and nothing else. The first is the
-            default. None for every built-in model that is whole in Hugging Face's cache, and the one that comes with mflux.
+        models: names, folders or repositories, or one of them; what may be asked for, and nothing else. The first is
+            the default. None for every built-in model that is whole in Hugging Face's cache, and the one that comes
+            with mflux.
         queue: how many jobs may wait.
         keep: seconds without work after which a model leaves memory; -1 for never.
         memory_limit: bytes that models may have together; None for three quarters of this machine's.
