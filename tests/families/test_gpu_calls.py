@@ -111,7 +111,9 @@ def calls_at(part: steps.Part, pixels: int) -> list[Call]:
         # Whatever would have it computed: statistics of a map, and waiting for a strip.
         patch.setattr(kernels.OnGPU, "moments", staticmethod(lambda x: (np.zeros((x.shape[0], x.shape[-1])),) * 2))
         patch.setattr(kernels.OnGPU, "evaluate", staticmethod(lambda x: None))
-        patch.setattr(mx, "eval", lambda *_: None)
+        patch.setattr(kernels.OnGPU, "begun", staticmethod(lambda x: x))
+        for name in ("eval", "async_eval"):
+            patch.setattr(mx, name, lambda *_: None)
         module = component.module(component.module.config_class.from_dict(config))
         module.set_dtype(mx.bfloat16)
         inputs = part.inputs(module.config, pixels)
