@@ -275,8 +275,9 @@ def test_tensors_tell_which_model_it_is(change, key, transformer, tmp_path, capl
         assert key_of(file) == key
     told = [record.getMessage() for record in caplog.records]
     assert any("is taken for dev: if it is krea-dev, dev-kontext" in line for line in told) == (key == "dev")
-    with pytest.raises(ModelConfigError, match=f"is no z-image by its tensors: say --base-model {key}"):
-        key_of(file, "z-image")
+    for other in ("z-image", "demo"):
+        with pytest.raises(ModelConfigError, match=f"is no {other} by its tensors: say --base-model {key}"):
+            key_of(file, other)
 
 
 def test_a_name_tells_what_tensors_cannot(transformer, tmp_path):

@@ -288,7 +288,7 @@ def _check_fits(model_name: str, base: str) -> None:
     from mflux.models.common.on_disk import models_of
 
     fitting = models_of(model_name) if is_file(user_path(model_name)) else ()
-    if fitting and base != "demo" and base not in fitting:
+    if fitting and base not in fitting:
         raise ModelConfigError(
             f"{shown(model_name, 300)} is no {base} by its tensors: say --base-model {fitting[0]}, or leave it out"
         )
