@@ -84,8 +84,8 @@ def understood(files: list[Container], source: object, *, packs: bool = True, pr
     if prefix:
         chosen = {name.removeprefix(prefix): one for name, one in stored.items() if name.startswith(prefix)}
         names = {name.removeprefix(prefix): name for name in plain if name.startswith(prefix)}
-        return Understood(chosen, Chosen(_Several(plain), names), packs=packs, source=source)
-    return Understood(stored, _Several(plain), packs=packs, source=source)
+        return Understood(chosen, Chosen(Joined(plain), names), packs=packs, source=source)
+    return Understood(stored, Joined(plain), packs=packs, source=source)
 
 
 def _blocks(file: GgufFile, name: str) -> Stored:
@@ -147,7 +147,7 @@ class _Numbers(Mapping[str, mx.array]):
         return sum(1 for _ in self)
 
 
-class _Several(Mapping[str, mx.array]):
+class Joined(Mapping[str, mx.array]):
     """Tensors from several places, read when they are asked for."""
 
     def __init__(self, where: Mapping[str, Mapping[str, mx.array]]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from mflux.backend import mx
 from mflux.checkpoints.folders import read_json
 from mflux.checkpoints.loading import FolderTensors, load_component
 from mflux.checkpoints.readers.safetensors import SafetensorsFile
+from mflux.checkpoints.stored.opened import Joined
 from mflux.errors import CheckpointError
 from mflux.hub import fetch_file, resolve_model
 from mflux.models.flux2.model.text_encoder import (
@@ -113,19 +114,3 @@ def with_small_decoder(
     where = {name: tensors for name in tensors if not name.startswith(_DECODING)}
     where |= {name: small for name in small if name.startswith(_DECODING)}
     return dict(config) | {"decoder_block_out_channels": channels}, Joined(where)
-
-
-class Joined(Mapping[str, mx.array]):
-    """Tensors from several places, read when they are asked for."""
-
-    def __init__(self, where: Mapping[str, Mapping[str, mx.array]]):
-        self._where = where
-
-    def __getitem__(self, name: str) -> mx.array:
-        return self._where[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
