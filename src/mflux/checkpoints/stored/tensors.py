@@ -59,7 +59,7 @@ class Stored(ABC):
 
     def codes(self, data: Any, start: int, stop: int) -> tuple[np.ndarray, ...]:
         """The same of blocks as `held` has them: packed (bytes in one row), scales, and biases of an affine form."""
-        raise NotImplementedError(self.kind)
+        raise AssertionError(f"{self.kind} is held in no form, and has no codes")
 
     @property
     def becomes(self) -> Quantization | None:

@@ -30,7 +30,7 @@ class Modulated(nn.Module):
 
     def modulation(self, condition: Condition) -> Any:
         """What they make of the condition."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} says nothing of its modulation")
 
 
 class Ahead:
