@@ -358,3 +358,19 @@ def test_saved_and_generated_through_the_commands(transformer, tmp_path, cli, in
 
     images = [np.asarray(PIL.Image.open(path)) for path in (done.paths[0], from_saved.paths[0])]
     assert np.array_equal(*images)
+
+
+def test_a_lora_beside_packed_weights(transformer, tmp_path):
+    file, lora = write("Q8_0", transformer, tmp_path / "mine"), tmp_path / "style.safetensors"
+    down, up = (mx.random.normal(shape, key=mx.random.key(n)) for n, shape in enumerate(((4, 64), (64, 4))))
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    mx.save_safetensors(str(lora), {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up})
+    plain, changed = (
+        Flux1(model_path=str(file), model_config=ModelConfig.dev(), lora_paths=paths).transformer
+        for paths in (None, [str(lora)])
+    )
+    x = mx.random.normal((1, 5, 64), key=mx.random.key(9))
+    before, after = (one.transformer_blocks[0].attn.to_q for one in (plain, changed))
+    assert after.linear.bits == before.bits == 8
+    expected = before(x) + (x @ down.T) @ up.T
+    assert np.allclose(np.array(after(x)), np.array(expected), atol=1e-3)
