@@ -11,7 +11,7 @@ from typing import Any
 from mflux.checkpoints.published import Layout, PublishedFolder
 from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns
 from mflux.models.common.lora.black_forest_labs import NORMS, SWAPPED
-from mflux.models.common.networks.autoencoders import kl_024
+from mflux.models.common.networks.autoencoders import flux2_024, kl_024
 from mflux.models.common.networks.text_encoders import qwen3_024
 from mflux.models.flux2.lora_names import BLACK_FOREST_LABS
 
@@ -21,13 +21,13 @@ _NAMES: dict[str, Names] = {
         (r"^(transformer_blocks\.\d+\.attn\.to_out)\.", r"\1.0."),
     ),
     "text_encoder": by_patterns((r"^", "model.")),
-    "vae": kl_024.FLUX2_NAMES,
+    "vae": by_patterns(*flux2_024.NAMES),
 }
 _SQUARE = (
     # Its own rows are as many as its columns.
     ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.weight"),
     ("model.layers.0.self_attn.k_proj", "model.layers.0.input_layernorm.weight"),
-    ("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),
+    *kl_024.SQUARE,
 )
 
 _SCHEDULER = {
@@ -80,7 +80,7 @@ def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     }
 
 
-_CONFIGS = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": kl_024.flux2_config}
+_CONFIGS = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": flux2_024.config}
 
 
 def _scheduler(_: PublishedFolder) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _models(transformer: Mapping[str, Any]) -> tuple[str, ...]:
 
 LAYOUT = Layout(
     title="FLUX.2",
-    files={"transformer": _SINGLE_FILE, "text_encoder": qwen3_024.GGUF, "vae": kl_024.FLUX2_FILE},
+    files={"transformer": _SINGLE_FILE, "text_encoder": qwen3_024.GGUF, "vae": flux2_024.SINGLE_FILE},
     inside={
         "text_encoder": ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
         "vae": ("vae.", "first_stage_model."),

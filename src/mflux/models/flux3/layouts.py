@@ -10,7 +10,7 @@ from typing import Any
 
 from mflux.checkpoints.published import Layout
 from mflux.checkpoints.renamed import Names, Place, Renamed, Table, by_patterns
-from mflux.models.common.networks.autoencoders import kl_024
+from mflux.models.common.networks.autoencoders import flux2_024, kl_024
 from mflux.models.common.networks.text_encoders import qwen3_024
 from mflux.models.flux3.lora_names import BLACK_FOREST_LABS, BLOCKS, SWAPPED
 
@@ -18,7 +18,7 @@ _LANGUAGE = "model.language_model"
 _NAMES: dict[str, Names] = {
     "transformer": by_patterns((r"(\.attn\.to_out)\.(?!0\.)", r"\1.0.")),
     "text_encoder": by_patterns((r"^(model\.)?", f"{_LANGUAGE}.")),
-    "vae": kl_024.FLUX2_NAMES,
+    "vae": by_patterns(*flux2_024.NAMES),
 }
 _SQUARE = (
     # Its own rows are as many as its columns.
@@ -92,12 +92,12 @@ def _models(transformer: Mapping[str, Any]) -> tuple[str, ...]:
 
 LAYOUT = Layout(
     title="FLUX.3",
-    files={"transformer": _single_file, "vae": kl_024.FLUX2_FILE},
+    files={"transformer": _single_file, "vae": flux2_024.SINGLE_FILE},
     inside={"vae": ("vae.", "first_stage_model.")},
     changes={"vae": kl_024.as_matrix},
     models=_models,
     names=_NAMES,
-    configs={"transformer": _transformer, "text_encoder": _text_encoder, "vae": kl_024.flux2_config},
+    configs={"transformer": _transformer, "text_encoder": _text_encoder, "vae": flux2_024.config},
     has_schedule=False,
     square=_SQUARE,
 )

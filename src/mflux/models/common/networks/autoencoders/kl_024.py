@@ -1,9 +1,8 @@
-"""The KL autoencoder of FLUX.1, FLUX.2 and those who have theirs in other layouts: folders that mflux 0.24 or earlier
-saved, and the authors' single file (`ae.safetensors`)."""
+"""The KL autoencoder of FLUX.1, FLUX.2 and Z-Image in other layouts: folders that mflux 0.24 or earlier saved, and the
+authors' single file (`ae.safetensors`)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,16 +41,6 @@ def _single_file(names: Iterable[str]) -> dict[str, Place]:
 
 SINGLE_FILE: Names = where(r"^decoder\.up\.\d", _single_file)
 
-# FLUX.2's: what mflux 0.24 saved, and the file, in which what is between the halves belongs to one of them.
-FLUX2_NAMES: Names = by_patterns((r"(\.attentions\.\d+\.to_out)\.", r"\1.0."))
-FLUX2_FILE: Names = where(
-    r"^decoder\.up\.\d",
-    lambda names: {
-        re.sub(r"^(en|de)coder\.((post_)?quant_conv)\.", r"\2.", name): place
-        for name, place in _single_file(names).items()
-    },
-)
-
 
 def as_matrix(name: str, value: mx.array) -> mx.array:
     """The authors' attention has convolutions of one pixel where ours has matrices."""
@@ -61,11 +50,6 @@ def as_matrix(name: str, value: mx.array) -> mx.array:
 def config(tensors: Renamed) -> dict[str, Any]:
     """As FLUX.1 has it, whose scale no shape tells."""
     return shape(tensors) | {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159}
-
-
-def flux2_config(tensors: Renamed) -> dict[str, Any]:
-    """As FLUX.2 has it."""
-    return shape(tensors) | {"_class_name": "AutoencoderKLFlux2", "batch_norm_eps": 1e-4, "patch_size": [2, 2]}
 
 
 def shape(tensors: Renamed) -> dict[str, Any]:
