@@ -120,6 +120,8 @@ _ANIMA: dict[str, Any] = {
     "max_sequence_length": 4096,
     "supports_guidance": True,
     "requires_sigma_shift": False,
+    "sigma_shift": 3.0,
+    "sigma_grid": 1000,
     "steps": 30,
 }
 

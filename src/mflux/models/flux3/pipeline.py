@@ -12,6 +12,7 @@ from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.latent_creator.tokens import SIDE
 from mflux.models.common.memory import LazyComponent
+from mflux.models.common.model import key_in_registry
 from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
 from mflux.models.common.networks.once import Once
 from mflux.models.common.pipeline import Pipeline, Velocity
@@ -77,26 +78,39 @@ class Flux3Pipeline(Pipeline):
         )
 
     def opened(self) -> None:
-        self.tokenizers = {"qwen3_vl": qwen_tokenizer(self.root / "text_encoder")}
+        folder = self.root / "text_encoder"
+        if not folder.is_dir():
+            # It lies with the text encoder, wherever that is.
+            folder = self.folder_of(self.component("text_encoder")).root
+        self.tokenizers = {"qwen3_vl": qwen_tokenizer(folder)}
+
+    @cached_property
+    def flow_map(self) -> bool:
+        """Whether each step is told where it goes."""
+        found: bool = self.configuration("transformer").flow_map
+        return found
 
     @cached_property
     def is_distilled(self) -> bool:
-        """Whether guidance is in the model already, and each of its steps is told where it goes."""
-        found: bool = self.configuration("transformer").flow_map
-        return found
+        """Whether guidance is in the model already."""
+        return self.flow_map
 
     def check_folder(self) -> None:
         super().check_folder()
         asked = self.registered.transformer_overrides.get("flow_map", True)
-        if self.is_distilled != asked:
+        if self.flow_map != asked:
             what, other = ("distilled", "flux3-image-klein") if asked is False else ("base", "flux3-image-klein-base")
-            has = "has" if self.is_distilled else "has no"
+            has = "has" if self.flow_map else "has no"
             raise CheckpointError(
                 f"{self.root} holds FLUX.3's {what} model (its transformer {has} target_timestep_embedder), and was "
-                f"taken for {self.key}: say --base-model {other}"
+                f"taken for {key_in_registry(self.registered)}: say --base-model {other}"
             )
 
     # ---- the stages of an image
+
+    def steps_of(self, asked: int | None) -> int:
+        """How many steps are taken where none are said: the model's own."""
+        return self.model_config.default_steps if asked is None else asked
 
     def guidance_of(self, asked: float | None) -> float:
         """What is taken for it; 0 where the model was made without."""
@@ -149,7 +163,7 @@ class Flux3Pipeline(Pipeline):
 
         def after(sigma: mx.array) -> mx.array | None:
             """The noise level to which the step goes."""
-            if not self.is_distilled:
+            if not self.flow_map:
                 return None
             lower = [level for level in levels if level < float(sigma)]
             return mx.array([max(lower, default=0.0)])

@@ -105,13 +105,16 @@ class Modulation(Modulated):
 
 
 class Kinds(nn.Module):
-    """What modulates each kind of token."""
+    """What modulates each kind of token: shift, scale and gate for images, text and references."""
 
     def __init__(self, width: int):
         super().__init__()
         self.image = Modulation(width, 3, of_image)
         self.image_cond = Modulation(width, 3, of_others)
         self.txt = Modulation(width, 3, of_others)
+
+    def __call__(self, condition: Condition) -> list[list[mx.array]]:
+        return [self.image(condition), self.txt(condition), self.image_cond(condition)]
 
 
 # ---- blocks
@@ -169,6 +172,13 @@ class Block(nn.Module):
             after.append(residual(part, gate, out[:, start : start + part.shape[1]]))
             start += part.shape[1]
         return after
+
+
+def through(blocks: Sequence[Block], x: mx.array, modulation: Sequence[mx.array], rotary: Rotary) -> mx.array:
+    """Tokens of one kind after the blocks that they go through on their own."""
+    for block in blocks:
+        (x,) = block([x], [modulation], rotary)
+    return x
 
 
 class ModeBlocks(nn.Module):
@@ -270,30 +280,34 @@ class Flux3Transformer(nn.Module):
             (B, L, in_channels).
         """
         condition: Condition = known or self.condition(sigma, next_sigma, prompt_embeds.dtype)
-        early, joint = self.early_stream_modulations, self.single_stream_modulations
-        tokens = [self.x_embedders.image(hidden_states)]
-        # What comes behind the image is the same for all steps, but not what becomes of it: it follows from the next
-        # noise level.
-        tokens.append(kept(once, "text", prompt_embeds, lambda: self.context_embedder(prompt_embeds)))
-        ids, kinds = [image_ids, text_ids], [(early.image, joint.image), (early.txt, joint.txt)]
-        blocks = [self.mode_blocks.image, self.txt_mode_blocks]
+        early, joint = self.early_stream_modulations(condition), self.single_stream_modulations(condition)
+        text_rotary = kept(once, "text rotary", prompt_embeds, lambda: self.rotary(text_ids))
+        image_rotary = kept(once, "image rotary", image_ids, lambda: self.rotary(image_ids))
+        text = kept(once, "text", prompt_embeds, lambda: self.context_embedder(prompt_embeds))
+        # A distilled model modulates by where its step goes, so that text and references are others in each.
+        still = None if self.config.flow_map else once
+        tokens = [
+            through(self.mode_blocks.image, self.x_embedders.image(hidden_states), early[0], image_rotary),
+            kept(
+                still, "text through", prompt_embeds,
+                lambda: through(self.txt_mode_blocks, text, early[1], text_rotary),
+            ),
+        ]  # fmt: skip
+        ids = [image_ids, text_ids]
         if references is not None and reference_ids is not None:
-            embedded = kept(once, "references", references, lambda: self.x_embedders.image_cond(references))
-            tokens.append(embedded)
+            rotary = kept(once, "reference rotary", references, lambda: self.rotary(reference_ids))
+            x = kept(once, "references", references, lambda: self.x_embedders.image_cond(references))
+            tokens.append(
+                kept(
+                    still, "references through", references,
+                    lambda: through(self.mode_blocks.image_cond, x, early[2], rotary),
+                )
+            )  # fmt: skip
             ids.append(reference_ids)
-            kinds.append((early.image_cond, joint.image_cond))
-            blocks.append(self.mode_blocks.image_cond)
 
-        rotaries = kept(once, "rotary", prompt_embeds, lambda: [self.rotary(places) for places in ids])
-        for place, (x, (kind, _), own) in enumerate(zip(tokens, kinds, blocks, strict=True)):
-            modulated = [kind(condition)]
-            for block in own:
-                (x,) = block([x], modulated, rotaries[place])
-            tokens[place] = x
-        together = kept(once, "joint rotary", prompt_embeds, lambda: self.rotary(mx.concatenate(ids)))
-        modulations = [kind(condition) for _, kind in kinds]
+        together = kept(once, "rotary", prompt_embeds, lambda: self.rotary(mx.concatenate(ids)))
         for block in self.single_transformer_blocks:
-            tokens = block(tokens, modulations, together)
+            tokens = block(tokens, joint[: len(tokens)], together)
 
         scale, shift = self.norm_out(condition)
         return self.proj_out(modulate(tokens[0], shift, scale, self.config.eps))

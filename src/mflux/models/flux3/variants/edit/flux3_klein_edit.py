@@ -59,7 +59,7 @@ class Flux3KleinEdit(Flux3Pipeline):
         config = self.settings(
             seed=seed,
             prompt=prompt,
-            num_inference_steps=num_inference_steps or self.model_config.default_steps,
+            num_inference_steps=self.steps_of(num_inference_steps),
             height=natural_height if height is None or is_natural else height,
             width=natural_width if width is None or is_natural else width,
             guidance=self.guidance_of(guidance),

@@ -41,7 +41,7 @@ class Flux3Klein(Flux3Pipeline):
         config = self.settings(
             seed=seed,
             prompt=prompt,
-            num_inference_steps=num_inference_steps or self.model_config.default_steps,
+            num_inference_steps=self.steps_of(num_inference_steps),
             height=height,
             width=width,
             guidance=self.guidance_of(guidance),
