@@ -27,6 +27,7 @@ _NAMES = {"t5_text_encoder": "t5_encoder", "clip_text_encoder": "clip_encoder"}
 _TOKENIZERS = {
     "flux": {"clip": "tokenizer", "t5": "tokenizer_2"},
     "flux2": {"qwen3": "tokenizer"},
+    "flux3": {"qwen3_vl": "text_encoder"},
     "qwen": {"qwen": "tokenizer"},
     "z_image": {"z_image": "tokenizer"},
     "fibo": {"fibo": "tokenizer"},
@@ -134,6 +135,10 @@ class FluxWeightDefinition(_WeightDefinition):
 
 class Flux2KleinWeightDefinition(_WeightDefinition):
     family_name = "flux2"
+
+
+class Flux3KleinWeightDefinition(_WeightDefinition):
+    family_name = "flux3"
 
 
 class QwenWeightDefinition(_WeightDefinition):

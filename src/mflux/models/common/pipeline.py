@@ -115,7 +115,7 @@ class Pipeline(Model):
         check_prompt(prompt)
         self._started = time.perf_counter()
         scheduler = self.schedule if scheduler is None else scheduler
-        config = Config(model_config=self.model_config, scheduler=scheduler, **settings)
+        config = Config(model_config=self.model_config, scheduler=scheduler, seed=seed, **settings)
         config.width *= side_by_side
         check_room(self.configuration("transformer"), config.width, config.height)
         self._check_weights()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
@@ -29,6 +29,7 @@ from mflux.models.common.networks.layers import (
     rotate_halves,
     split_heads,
 )
+from mflux.models.common.networks.yarn import yarn_frequencies, yarn_problem, yarn_scale
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,19 @@ class DecoderConfig(ComponentConfig):
     use_sliding_window: bool = False
     layer_types: tuple[str, ...] | None = None
 
-    # Not in the files: the `model_type` to insist on, whether each head's queries and keys are normed, and which rotary
-    # positions can be built.
+    # Not in the files: the `model_type` to insist on, where these values stand in the file of a model that is more than
+    # a decoder ("text_config"), whether each head's queries and keys are normed, and which rotary positions can be
+    # built.
     kind = ""
+    part: ClassVar[str] = ""
     qk_norm = True
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: object = "config.json") -> Self:
+        if cls.part and isinstance(values, Mapping) and cls.part in values:
+            values, source = values[cls.part], f"{cls.part} of {source}"
+        return super().from_dict(values, source=source)
 
     @property
     def head_size(self) -> int:
@@ -82,6 +91,11 @@ class DecoderConfig(ComponentConfig):
     def rope(self) -> Mapping[str, Any]:
         return {"rope_theta": self.rope_theta} | dict(self.rope_parameters or self.rope_scaling or {})
 
+    @property
+    def rope_type(self) -> str:
+        kind: str = self.rope.get("rope_type", self.rope.get("type", "default"))
+        return kind
+
     def check(self) -> str | None:
         if self.kind and self.model_type != self.kind:
             return f"this is a model of type {self.model_type!r}, and {self.kind!r} belongs here"
@@ -93,10 +107,12 @@ class DecoderConfig(ComponentConfig):
             return f"{self.num_attention_heads} heads cannot share {self.kv_heads} keys and values"
         if self.head_size % 2:
             return f"head_dim {self.head_size} is odd"
-        if (kind := self.rope.get("rope_type", self.rope.get("type", "default"))) not in self.rope_types:
-            return f"rotary positions of type {kind!r} are not built"
+        if self.rope_type not in self.rope_types:
+            return f"rotary positions of type {self.rope_type!r} are not built"
         if not self.rope["rope_theta"] > 0:
             return f"rope_theta {self.rope['rope_theta']} is not a positive number"
+        if self.rope_type == "yarn" and (problem := yarn_problem(self.head_size, self.rope)):
+            return problem
         if self.use_sliding_window or any(kind != "full_attention" for kind in self.layer_types or ()):
             return "attention in a sliding window is not built"
         return None
@@ -187,7 +203,8 @@ class DecoderStack(nn.Module):
             if number < len(deepstack):
                 x = x + deepstack[number]
             if number + 1 in wanted:
-                states[number + 1] = self.norm(x) if number + 1 == self.config.num_hidden_layers else x
+                is_normed = "norm" in self and number + 1 == self.config.num_hidden_layers
+                states[number + 1] = self.norm(x) if is_normed else x
         return [states[number] for number in wanted]
 
 
@@ -200,20 +217,42 @@ class DecoderTextEncoder(nn.Module):
     Attributes:
         hidden_states: 0 is the token embedding, k what layer k puts out, and the last one is normed; negative numbers
             count from it (-1).
+        norms_last: False gives the last one as its layer puts it out.
+        place: where the files of the whole model have the language model, "language_model.model". A re-saved file may
+            lack it.
+        beside: what else such files have, by the beginnings of names: towers that no text goes through.
     """
 
     config_class: type[DecoderConfig] = DecoderConfig
     hidden_states: tuple[int, ...] = (-1,)
+    norms_last: ClassVar[bool] = True
+    place: ClassVar[str] = "model"
+    beside: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
         self.wanted = resolved(self.hidden_states_of(config), config.num_hidden_layers)
-        depth, has_norm = max(self.wanted), config.num_hidden_layers in self.wanted
-        self.model = DecoderStack(config, depth, norm=has_norm)
-        self.differences = FileDifferences(
-            ignored=unused_patterns("model.", depth, config.num_hidden_layers, norm=has_norm), optional_prefix="model."
-        )
+        depth, has_norm = max(self.wanted), self.norms_last and config.num_hidden_layers in self.wanted
+        *outer, name = self.place.split(".")
+        holder: nn.Module = self
+        for step in outer:
+            holder[step] = nn.Module()
+            holder = holder[step]
+        holder[name] = DecoderStack(config, depth, norm=has_norm)
+        prefix = f"{self.place}."
+        unused = unused_patterns(prefix, depth, config.num_hidden_layers, norm=has_norm)
+        towers = tuple(f"^{re.escape(start)}" for start in self.beside)
+        self.differences = FileDifferences(ignored=(*unused, *towers), optional_prefix=prefix)
+
+    @property
+    def decoder(self) -> DecoderStack:
+        """The language model, wherever its place is."""
+        found: nn.Module = self
+        for step in self.place.split("."):
+            found = found[step]
+        assert isinstance(found, DecoderStack)
+        return found
 
     @classmethod
     def hidden_states_of(cls, config: Any) -> tuple[int, ...]:
@@ -235,8 +274,8 @@ class DecoderTextEncoder(nn.Module):
         length = input_ids.shape[1]
         rotary = text_rotary(mx.arange(length), self.config)
         mask = causal_mask(attention_mask, length)
-        embeddings = embedded(self.model.embed_tokens, input_ids)
-        return self.model.hidden_states(embeddings, rotary, mask, self.wanted)
+        embeddings = embedded(self.decoder.embed_tokens, input_ids)
+        return self.decoder.hidden_states(embeddings, rotary, mask, self.wanted)
 
 
 def resolved(hidden_states: Sequence[int], layers: int) -> tuple[int, ...]:
@@ -273,9 +312,16 @@ def unused_patterns(prefix: str, depth: int, layers: int, *, norm: bool) -> tupl
 
 def text_rotary(positions: mx.array, config: DecoderConfig) -> Rotary:
     """Cosines and sines of positions (L,): (L, head_size / 2) each, float32."""
-    frequencies = inverse_frequencies(config.head_size, config.rope["rope_theta"])
+    is_yarn = config.rope_type == "yarn"
+    frequencies = (
+        yarn_frequencies(config.head_size, config.rope)
+        if is_yarn
+        else inverse_frequencies(config.head_size, config.rope["rope_theta"])
+    )
     angles = positions[:, None].astype(mx.float32) * frequencies
-    return mx.cos(angles), mx.sin(angles)
+    scale = yarn_scale(config.rope) if is_yarn else 1.0
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    return (cos, sin) if scale == 1 else (scale * cos, scale * sin)
 
 
 def causal_mask(attention_mask: mx.array | None, length: int) -> mx.array | str:

@@ -6,6 +6,7 @@ Reference class: diffusers' `AutoencoderKLFlux2`, and of its pipelines the lines
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
@@ -54,9 +55,19 @@ class Statistics(nn.Module):
 
 
 class AutoencoderKLFlux2(AutoencoderKL):
-    """Pictures in [-1, 1] ↔ latents of zero mean and unit variance, one for 16 × 16 pixels."""
+    """Pictures in [-1, 1] ↔ latents of zero mean and unit variance, one for 16 × 16 pixels.
+
+    What other families with this autoencoder do otherwise, a subclass says.
+
+    Attributes:
+        epsilon: added to the variances; None takes what the configuration says.
+        square_first: whether a channel of latents, and its statistics, is counted by its place in the square before
+            its channel there.
+    """
 
     config_class = AutoencoderKLFlux2Config
+    epsilon: ClassVar[float | None] = None
+    square_first: ClassVar[bool] = False
     differences = FileDifferences(ignored=(r"^bn\.num_batches_tracked$",))
 
     config: AutoencoderKLFlux2Config
@@ -81,26 +92,34 @@ class AutoencoderKLFlux2(AutoencoderKL):
 
         Returns:
             (B, latent_channels, H / spatial_scale, W / spatial_scale); channel 4c + 2i + j is row i and column j of the
-            square's channel c.
+            square's channel c. With `square_first` that is channel 32 (2i + j) + c.
         """
         x = super().encode(image)
         batch, channels, height, width = x.shape
         side = self.config.patch_size[0]
         x = x.reshape(batch, channels, height // side, side, width // side, side)
-        x = x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, -1, height // side, width // side)
-        mean, deviation = self._statistics()
+        order = (0, 3, 5, 1, 2, 4) if self.square_first else (0, 1, 3, 5, 2, 4)
+        x = x.transpose(order).reshape(batch, -1, height // side, width // side)
+        mean, deviation = self._per_channel()
         return ((x - mean) / deviation).astype(image.dtype)
 
     def decode(self, latents: mx.array) -> mx.array:
         """Latents (B, latent_channels, h, w) to pictures (B, out_channels, h · scale, w · scale), about [-1, 1]."""
-        mean, deviation = self._statistics()
+        mean, deviation = self._per_channel()
         batch, _, height, width = latents.shape
         side = self.config.patch_size[0]
-        x = (latents * deviation + mean).astype(latents.dtype).reshape(batch, -1, side, side, height, width)
-        x = x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * side, width * side)
-        return super().decode(x)
+        x = (latents * deviation + mean).astype(latents.dtype)
+        if self.square_first:
+            x = x.reshape(batch, side, side, -1, height, width).transpose(0, 3, 4, 1, 5, 2)
+        else:
+            x = x.reshape(batch, -1, side, side, height, width).transpose(0, 1, 4, 2, 5, 3)
+        return super().decode(x.reshape(batch, -1, height * side, width * side))
 
-    def _statistics(self) -> tuple[mx.array, mx.array]:
-        shape = 1, -1, 1, 1
-        deviation = mx.sqrt(self.bn.running_var + self.config.batch_norm_eps)
-        return self.bn.running_mean.reshape(shape), deviation.reshape(shape)
+    def statistics(self) -> tuple[mx.array, mx.array]:
+        """Mean and deviation of each channel of latents, (latent_channels,) each."""
+        epsilon = self.config.batch_norm_eps if self.epsilon is None else self.epsilon
+        return self.bn.running_mean, mx.sqrt(self.bn.running_var + epsilon)
+
+    def _per_channel(self) -> tuple[mx.array, mx.array]:
+        mean, deviation = self.statistics()
+        return mean.reshape(1, -1, 1, 1), deviation.reshape(1, -1, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mflux.checkpoints.renamed import Renamed, by_patterns, where
@@ -24,18 +25,19 @@ GGUF = where(
 )
 
 
-def shape(tensors: Renamed) -> dict[str, Any]:
-    """What the shapes tell, and what all Qwen3 have in common."""
-    head = tensors.rows("model.layers.0.self_attn.q_norm.weight")
+def shape(tensors: Renamed, place: str = "model") -> dict[str, Any]:
+    """What the shapes tell, and what all Qwen3 have in common; `place` is the language model's in the names."""
+    first = f"{place}.layers.0"
+    head = tensors.rows(f"{first}.self_attn.q_norm.weight")
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": tensors.rows("model.embed_tokens.weight"),
-        "hidden_size": tensors.rows("model.layers.0.input_layernorm.weight"),
-        "intermediate_size": tensors.rows("model.layers.0.mlp.gate_proj.weight"),
-        "num_hidden_layers": tensors.count(r"model\.layers\.(\d+)\."),
-        "num_attention_heads": tensors.rows("model.layers.0.self_attn.q_proj.weight") // head,
-        "num_key_value_heads": tensors.rows("model.layers.0.self_attn.k_proj.weight") // head,
+        "vocab_size": tensors.rows(f"{place}.embed_tokens.weight"),
+        "hidden_size": tensors.rows(f"{first}.input_layernorm.weight"),
+        "intermediate_size": tensors.rows(f"{first}.mlp.gate_proj.weight"),
+        "num_hidden_layers": tensors.count(rf"{re.escape(place)}\.layers\.(\d+)\."),
+        "num_attention_heads": tensors.rows(f"{first}.self_attn.q_proj.weight") // head,
+        "num_key_value_heads": tensors.rows(f"{first}.self_attn.k_proj.weight") // head,
         "head_dim": head,
         "hidden_act": "silu",
     }
