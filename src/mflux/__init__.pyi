@@ -4,6 +4,7 @@ import os
 from typing import Any, Literal, overload
 
 from mflux.models.common.pipeline import Pipeline
+from mflux.models.ernie_image.variants.txt2img.ernie_image import ErnieImage
 from mflux.models.fibo.variants.edit.fibo_edit import FIBOEdit
 from mflux.models.fibo.variants.txt2img.fibo import FIBO
 from mflux.models.flux.variants.controlnet.flux_controlnet import Flux1Controlnet
@@ -292,6 +293,22 @@ def load(
     base_model: str | None = None,
     **settings: Any,
 ) -> SeedVR2: ...
+@overload
+def load(
+    name: Literal[
+        "ernie-image",
+        "baidu/ERNIE-Image",
+        "ernie-image-turbo",
+        "baidu/ERNIE-Image-Turbo",
+    ],
+    *,
+    quantize: int | None = None,
+    model_path: str | os.PathLike[str] | None = None,
+    lora_paths: list[str] | None = None,
+    lora_scales: list[float] | None = None,
+    base_model: str | None = None,
+    **settings: Any,
+) -> ErnieImage: ...
 @overload
 def load(
     name: str | os.PathLike[str],

@@ -31,6 +31,7 @@ _TOKENIZERS = {
     "z_image": {"z_image": "tokenizer"},
     "fibo": {"fibo": "tokenizer"},
     "seedvr2": {},
+    "ernie_image": {"ernie": "tokenizer"},
 }
 
 
@@ -150,6 +151,10 @@ class FIBOWeightDefinition(_WeightDefinition):
 
 class SeedVR2WeightDefinition(_WeightDefinition):
     family_name = "seedvr2"
+
+
+class ErnieWeightDefinition(_WeightDefinition):
+    family_name = "ernie_image"
 
 
 class WeightLoader:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.published import Layout, PublishedFolder
-from mflux.checkpoints.renamed import Names, Place, Renamed, by_patterns, where
+from mflux.checkpoints.renamed import PREFIXED, Names, Place, Renamed, by_patterns, where
 from mflux.models.common.networks.text_encoders import qwen3_024
 
 # A level of the autoencoder's encoder has so many residual blocks, in all releases; the published names count through.
@@ -147,12 +147,6 @@ def _with_axes(name: str, value: mx.array) -> mx.array:
     return value
 
 
-_PREFIXED = where(
-    r"^((model\.)?diffusion_model|transformer)\.transformer_blocks\.",
-    by_patterns((r"^((model\.)?diffusion_model|transformer)\.", "")),
-)
-
-
 def _vae_file(names: Iterable[str]) -> dict[str, Place]:
     """The names of Wan's authors. Levels of the decoder are three residual blocks and what enlarges, but the last."""
     each = _BLOCKS + 2
@@ -185,7 +179,7 @@ def _vae_file(names: Iterable[str]) -> dict[str, Place]:
 LAYOUT = Layout(
     title="Qwen-Image",
     files={
-        "transformer": _PREFIXED,
+        "transformer": PREFIXED,
         "text_encoder": qwen3_024.GGUF,
         "vae": where(r"^decoder\.upsamples\.", _vae_file),
     },
