@@ -173,12 +173,13 @@ MOVED: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 # Where 0.24's tables of a family's weights stood: family → class, in the package and in a module of it.
 WEIGHTS = {
-    "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition", "flux2": "Flux2KleinWeightDefinition",
-    "flux3": "Flux3KleinWeightDefinition",
+    "ernie_image": "ErnieWeightDefinition", "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition",
+    "flux2": "Flux2KleinWeightDefinition", "flux3": "Flux3KleinWeightDefinition",
     "qwen": "QwenWeightDefinition", "seedvr2": "SeedVR2WeightDefinition", "z_image": "ZImageWeightDefinition",
 }  # fmt: skip
+_STEMS = {"ernie_image": "ernie"}
 for _family, _name in WEIGHTS.items():
-    for _place in ("weights", f"weights.{_family}_weight_definition"):
+    for _place in ("weights", f"weights.{_STEMS.get(_family, _family)}_weight_definition"):
         MOVED[f"mflux.models.{_family}.{_place}"] = {f"{_PROGRAMS}.weights": (_name,)}
 
 # Module or package → the names that it offers: each by the module that it stands in, and what it draws with.

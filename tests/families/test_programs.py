@@ -28,6 +28,7 @@ SHAPES = {
     "qwen": lambda h, w: (1, h // 16 * (w // 16), 64),
     "fibo": lambda h, w: (1, h // 16 * (w // 16), 48),
     "z_image": lambda h, w: (16, 1, h // 8, w // 8),
+    "ernie_image": lambda h, w: (1, 128, h // 16, w // 16),
 }
 TOKENIZERS = {
     "flux": {"clip", "t5"},
@@ -36,6 +37,7 @@ TOKENIZERS = {
     "qwen": {"qwen"},
     "fibo": {"fibo"},
     "z_image": {"z_image"},
+    "ernie_image": {"ernie"},
 }
 
 
@@ -134,6 +136,7 @@ CALLED_WITH = {
         "cond_hidden_states", "cond_ids",
     ),
     "z_image": keywords("x", "timestep", "sigmas", "cap_feats"),
+    "ernie_image": keywords("hidden_states", "timestep", "text_bth", "text_lens"),
 }
 BESIDE = {"Flux1Kontext": {"kontext_image_ids"}, "QwenImageEdit": {"cond_image_grid"}}
 # Their ControlNet, or what they look at, needs more of a transformer than its prediction.

@@ -32,6 +32,7 @@ _TOKENIZERS = {
     "z_image": {"z_image": "tokenizer"},
     "fibo": {"fibo": "tokenizer"},
     "seedvr2": {},
+    "ernie_image": {"ernie": "tokenizer"},
 }
 
 
@@ -155,6 +156,10 @@ class FIBOWeightDefinition(_WeightDefinition):
 
 class SeedVR2WeightDefinition(_WeightDefinition):
     family_name = "seedvr2"
+
+
+class ErnieWeightDefinition(_WeightDefinition):
+    family_name = "ernie_image"
 
 
 class WeightLoader:

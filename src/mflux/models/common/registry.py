@@ -96,7 +96,7 @@ _Z_IMAGE: dict[str, Any] = {
 }
 _SEEDVR2: dict[str, Any] = {"model_name": "numz/SeedVR2_comfyUI", "family": "seedvr2", "supports_guidance": True}
 _ERNIE: dict[str, Any] = {
-    "family": "ernie",
+    "family": "ernie_image",
     "num_train_steps": 1000,
     "max_sequence_length": 2048,
     "requires_sigma_shift": True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mflux.checkpoints.published import Layout, PublishedFolder
-from mflux.checkpoints.renamed import Names, Renamed, by_patterns, where
+from mflux.checkpoints.renamed import PREFIXED, Names, Renamed, by_patterns
 from mflux.models.common.networks.autoencoders import wan_024
 from mflux.models.common.networks.text_encoders import qwen3_024
 
@@ -104,16 +104,10 @@ def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     }
 
 
-_PREFIXED = where(
-    r"^((model\.)?diffusion_model|transformer)\.transformer_blocks\.",
-    by_patterns((r"^((model\.)?diffusion_model|transformer)\.", "")),
-)
-
-
 LAYOUT = Layout(
     title="Qwen-Image",
     files={
-        "transformer": _PREFIXED,
+        "transformer": PREFIXED,
         "text_encoder": qwen3_024.GGUF,
         "vae": wan_024.SINGLE_FILE,
     },
