@@ -48,7 +48,9 @@ class Both:
         weights = self.session.lora_weights()
         drawn = np.random.default_rng(5)
         self.weights = {
-            name: (drawn.standard_normal(value.shape) / value.shape[1] ** 0.5).astype(np.float32)
+            name: (drawn.standard_normal(value.shape) / value.shape[-1] ** 0.5).astype(np.float32)
+            if value.ndim == 2
+            else np.array(value) * drawn.uniform(0.8, 1.2, value.shape).astype(np.float32)
             for name, value in weights.items()
         }
         self.session.set_lora_weights({name: mx.array(value) for name, value in self.weights.items()})
@@ -85,7 +87,7 @@ class Both:
 
     # ---- the reference's side
 
-    def wrap(self) -> dict[str, torch.nn.Parameter]:
+    def wrap(self, **kind: bool) -> dict[str, torch.nn.Parameter]:
         """The reference's transformer with PEFT's layers; their factors by the names that the session has."""
         layers = self.session.layers
         config = LoraConfig(
@@ -95,10 +97,11 @@ class Both:
             target_modules="|".join(re.escape(layer.path) for layer in layers),
             rank_pattern={f"^{layer.path}$": layer.rank for layer in layers},
             alpha_pattern={f"^{layer.path}$": layer.alpha for layer in layers},
+            **kind,
         )
         self.transformer.add_adapter(config)
         found = {
-            name.replace(".default.weight", ".weight"): parameter
+            name.replace("_vector.default.weight", "_vector").replace(".default.weight", ".weight"): parameter
             for name, parameter in self.transformer.named_parameters()
             if ".lora_" in name
         }
@@ -251,6 +254,42 @@ def test_mlx_s_own_kernels_give_the_same(both):
 
 
 FLUX = "flux training with guidance"
+
+
+@pytest.mark.parametrize("kind", ["use_rslora", "use_dora"])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_other_kinds_agree_with_peft(kind, recomputes, tmp_path):
+    if FLUX not in CASES:
+        pytest.skip("another family is tested")
+    layers = {"targets": list(CASES[FLUX].targets), kind: True}
+    both = Both(CASES[FLUX], tmp_path, lora_layers=layers, gradient_checkpointing=recomputes)
+    parameters = both.wrap(**{kind: True})
+    wanted = both.loss()
+    wanted.backward()
+    loss, gradients = both.ours()
+    assert abs(loss - wanted.item()) <= LOSS * wanted.item()
+    theirs = {name: parameter.grad.numpy().copy() for name, parameter in parameters.items()}
+    compare(gradients, theirs, GRADIENT, LAYER)
+    if kind == "use_dora":
+        assert any("magnitude" in name for name in gradients)
+    # What is generated with is what was trained.
+    path = tmp_path / "adapter.safetensors"
+    both.session.save_adapter(path)
+    for bake in (True, False):
+        pipeline = type(both.session.pipeline)(
+            model_path=str(both.model),
+            model_config=both.session.pipeline.registered,
+            lora_paths=[str(path)],
+            lora_scales=[1.0],
+            bake_lora=bake,
+        )
+        pipeline.works_ahead = False
+        kept, both.session.adapter.pipeline = both.session.adapter.pipeline, pipeline
+        try:
+            drawn = both.session.loss(both.session.items, SIGMAS, [mx.array(noise) for noise in both.noise])
+        finally:
+            both.session.adapter.pipeline = kept
+        assert abs(float(drawn) - loss) <= LOSS * loss
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """The layers that are trained, and the file that they become.
 
-Hu et al. 2021 (arxiv.org/abs/2106.09685): y = W x + s · B (A x) with s = alpha / rank. PEFT's names and its
-orientation, and its settings in the header: diffusers and PEFT read the file as it is, and generate with the same s.
+Hu et al. 2021 (arxiv.org/abs/2106.09685): y = W x + s · B (A x) with s = alpha / rank; Kalajdzievski 2023 (2312.03732,
+rsLoRA): s = alpha / √rank; Liu et al. 2024 (2402.09353, DoRA): rows of W + s · B A have lengths that are learned.
+
+PEFT's names and its orientation, and its settings in the header: diffusers and PEFT read the file as it is, and generate
+with the same s.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 from mflux.backend import mx, nn
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import CheckpointError, UsageError
-from mflux.models.common.lora.adapters import LoraLinear
+from mflux.models.common.lora.adapters import LoraLinear, dense
 from mflux.models.common.networks.layers import product
 from mflux.models.common.training.spec import LoraTargetSpec
 from mflux.text import shown, some
@@ -25,20 +28,29 @@ from mflux.utils.version_util import VersionUtil
 
 # Where a configuration names no layers.
 DEFAULT_RANK = 4
-_LEAVES = ("lora_A", "lora_B")
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that is to be trained: its path from the transformer on."""
+    """A layer that is to be trained.
+
+    Attributes:
+        path: from the transformer on.
+        rank, alpha: of the two factors.
+        stabilised: whether what is learned counts alpha / √rank.
+        magnitudes: whether the lengths of the rows are learned as well.
+    """
 
     path: str
     rank: int
     alpha: float
+    stabilised: bool = False
+    magnitudes: bool = False
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
 
 class TrainedLinear(nn.Module):
@@ -56,11 +68,39 @@ class TrainedLinear(nn.Module):
         self.lora_A = mx.random.uniform(-bound, bound, (layer.rank, width), key=key)
         self.lora_B = mx.zeros((out, layer.rank))
         self._scale = layer.scale
+        self.leaves: tuple[str, ...] = ("lora_A", "lora_B")
+        if layer.magnitudes:
+            if isinstance(linear, LoraLinear):
+                raise UsageError(
+                    f"lora_layers: use_dora cannot learn the lengths of {layer.path}, beside which another LoRA "
+                    'stands: leave it out, or say "assistant_lora": null'
+                )
+            # Of the rows as they are; what they are divided by follows from this and the factors.
+            self._squares = mx.square(dense(linear)).sum(axis=1)
+            self.lora_magnitude_vector = mx.sqrt(self._squares)
+            self.leaves += (_MAGNITUDE,)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.linear(x)
-        change = product(product(x, self.lora_A.astype(x.dtype)), self.lora_B.astype(x.dtype))
-        return y + (self._scale * change).astype(y.dtype)
+        change = self._scale * product(product(x, self.lora_A.astype(x.dtype)), self.lora_B.astype(x.dtype))
+        if len(self.leaves) == 2:
+            return y + change.astype(y.dtype)
+        factors = (self.lora_magnitude_vector / self._lengths()).astype(y.dtype)
+        bias = self.linear.get("bias")
+        plain = y if bias is None else y - bias
+        return y + (factors - 1) * plain + factors * change.astype(y.dtype)
+
+    def _lengths(self) -> mx.array:
+        """Of the rows of W + s · B A, (out,), without writing these down; to a gradient they are constant, as the paper
+        has it (section 4.3)."""
+        a, b = mx.stop_gradient(self.lora_A), mx.stop_gradient(self.lora_B)
+        along = self.linear(a)
+        if (bias := self.linear.get("bias")) is not None:
+            along = along - bias
+        mixed = (along.T.astype(mx.float32) * b).sum(axis=1)
+        own = (product(b, product(a, a)) * b).sum(axis=1)
+        squares = self._squares + 2 * self._scale * mixed + self._scale**2 * own
+        return mx.stop_gradient(mx.sqrt(mx.maximum(squares, mx.finfo(mx.float32).eps)))
 
 
 # ---- which
@@ -87,6 +127,7 @@ def chosen(
     usual: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
     spelled: Mapping[str, str],
+    **kind: bool,
 ) -> list[Layer]:
     """The layers that are trained, checked against the architecture, in its order.
 
@@ -95,13 +136,14 @@ def chosen(
         usual: ends of paths.
         shapes: all linear layers of the transformer.
         spelled: other names of layers that are taken as well, by these.
+        kind: what all of them are, see `Layer`.
 
     Raises:
         UsageError: there is no such layer, or one is named twice.
     """
     if targets is None:
         ends = tuple(f".{end}" for end in usual)
-        return [Layer(path, DEFAULT_RANK, DEFAULT_RANK) for path in shapes if path.endswith(ends)]
+        return [Layer(path, DEFAULT_RANK, DEFAULT_RANK, **kind) for path in shapes if path.endswith(ends)]
     counts: dict[str, int] = {}
     for path in shapes:
         for found in re.finditer(r"\.(\d+)(?=\.|$)", path):
@@ -123,7 +165,8 @@ def chosen(
                     f"lora_layers: a rank of {target.rank} is more than {path} has, {shapes[path][0]} × "
                     f"{shapes[path][1]}: {min(shapes[path])} is all of it"
                 )
-            layers[path] = Layer(path, target.rank, target.rank if target.alpha is None else target.alpha)
+            alpha = target.rank if target.alpha is None else target.alpha
+            layers[path] = Layer(path, target.rank, alpha, **kind)
     return [layers[path] for path in shapes if path in layers]
 
 
@@ -178,14 +221,18 @@ def inject_lora_targets(transformer: nn.Module, targets: Sequence[LoraTargetSpec
 
 def weights_of(trained: Mapping[str, TrainedLinear]) -> dict[str, mx.array]:
     """The factors under PEFT's names, without a component."""
-    return {f"{path}.{leaf}.weight": layer[leaf] for path, layer in trained.items() for leaf in _LEAVES}
+    return {_named(path, leaf): layer[leaf] for path, layer in trained.items() for leaf in layer.leaves}
+
+
+def _named(path: str, leaf: str) -> str:
+    return f"{path}.{leaf}" if leaf == _MAGNITUDE else f"{path}.{leaf}.weight"
 
 
 def put_weights(trained: Mapping[str, TrainedLinear], weights: Mapping[str, mx.array]) -> None:
     """The way back."""
     for path, layer in trained.items():
-        for leaf in _LEAVES:
-            layer[leaf] = weights[f"{path}.{leaf}.weight"]
+        for leaf in layer.leaves:
+            layer[leaf] = weights[_named(path, leaf)]
 
 
 def check_weights(trained: Mapping[str, TrainedLinear], weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -228,13 +275,15 @@ def metadata(
         modules = f"^(?:{'|'.join(map(re.escape, modules))})$"
     ranks, alphas = [layer.rank for layer in layers], [layer.alpha for layer in layers]
     rank, alpha = max(set(ranks), key=ranks.count), max(set(alphas), key=alphas.count)
-    settings = {
+    settings: dict[str, Any] = {
         "r": rank,
         "lora_alpha": _plain(alpha),
         "rank_pattern": {_pattern(layer): layer.rank for layer in layers if layer.rank != rank},
         "alpha_pattern": {_pattern(layer): _plain(layer.alpha) for layer in layers if layer.alpha != alpha},
         "target_modules": modules,
     }
+    settings |= {"use_rslora": True} if any(layer.stabilised for layer in layers) else {}
+    settings |= {"use_dora": True} if any(layer.magnitudes for layer in layers) else {}
     named = {f"{component}.{name}": value for name, value in settings.items()}
     return {
         "format": "pt",

@@ -17,8 +17,6 @@ import numpy as np
 from mflux.backend import mx, nn
 from mflux.models.common.training.lora import TrainedLinear
 
-_LEAVES = ("lora_A", "lora_B")
-
 
 class Recomputed:
     """Stands in the place of a block, and is called like it."""
@@ -30,13 +28,13 @@ class Recomputed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = (list(args), kwargs)
         places, arrays = _arrays(call)
-        factors = [layer[leaf] for layer in self._trained for leaf in _LEAVES]
+        factors = [layer[leaf] for layer in self._trained for leaf in layer.leaves]
         shape: list[Any] = []
 
         def compute(*values: mx.array) -> list[mx.array]:
             """The block's arrays, of its own and its factors'."""
             inner = iter(values[len(arrays) :])
-            before = [(layer, leaf, layer[leaf]) for layer in self._trained for leaf in _LEAVES]
+            before = [(layer, leaf, layer[leaf]) for layer in self._trained for leaf in layer.leaves]
             try:
                 for layer, leaf, _ in before:
                     layer[leaf] = next(inner)

@@ -68,8 +68,15 @@ class TrainingSession:
         self.pipeline.works_ahead = False
         self.adapter: TrainingAdapter = load_object(spec.trained.adapter)(self.pipeline)
         self.shapes = self._shapes()
-        targets = None if spec.lora_layers is None else spec.lora_layers.targets
-        self.layers = lora.chosen(targets, self.adapter.targets, self.shapes, self.spelled())
+        said = spec.lora_layers
+        self.layers = lora.chosen(
+            None if said is None else said.targets or None,
+            self.adapter.targets,
+            self.shapes,
+            self.spelled(),
+            stabilised=said is not None and said.use_rslora,
+            magnitudes=said is not None and said.use_dora,
+        )
         if not self.layers:
             raise UsageError("there is no layer to train: name some in lora_layers")
         check_memory(self)
@@ -184,7 +191,11 @@ class TrainingSession:
     @property
     def trainable(self) -> int:
         """How many numbers are trained."""
-        return sum(layer.rank * sum(self.shapes[layer.path]) for layer in self.layers)
+        numbers = 0
+        for layer in self.layers:
+            out, width = self.shapes[layer.path]
+            numbers += layer.rank * (out + width) + (out if layer.magnitudes else 0)
+        return numbers
 
     # ---- steps
 
@@ -297,8 +308,8 @@ class TrainingSession:
             return {"float32": mx.float32, "bfloat16": mx.bfloat16}[self.spec.adapter_dtype]
         component = self.pipeline.component("transformer")
         tensors = self.pipeline.folder_of(component).tensors(component.folder)
-        kinds = {tensors.describe(name).dtype for name in tensors} if hasattr(tensors, "describe") else set()
-        return mx.float32 if mx.float32 in kinds or not kinds & {mx.bfloat16, mx.float16} else mx.bfloat16
+        kinds = [tensors.spec(name).dtype for name in tensors]
+        return max((mx.float32, mx.bfloat16), key=lambda dtype: kinds.count(dtype))
 
     def preview(self, prompt: str, image: Path | None, width: int, height: int) -> Any:
         """What `mflux-generate` draws with the LoRA as it is now, with the run's seed, steps and guidance.

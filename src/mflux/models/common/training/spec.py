@@ -165,8 +165,17 @@ class LoraTargetSpec:
 
 @dataclass
 class LoraLayersSpec:
+    """All layers that are trained.
+
+    Attributes:
+        use_rslora: what is learned counts alpha / √rank, so that a higher rank learns as fast.
+        use_dora: the lengths of the weights' rows are learned beside the factors.
+    """
+
     targets: list[LoraTargetSpec]
     state_path: str | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
 
 
 @dataclass
@@ -213,7 +222,9 @@ class _Blocks:
 
 @dataclass
 class _Layers:
-    targets: list[Any]
+    targets: list[Any] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
 
 
 @dataclass
@@ -618,9 +629,10 @@ def _fits(value: Any, kind: str) -> bool:
 
 def _layers(table: Any) -> LoraLayersSpec:
     layers = _section(_Layers, table, "lora_layers")
-    if not layers.targets:
-        raise UsageError("lora_layers: targets is empty: name a layer, or leave lora_layers out for the usual ones")
-    return LoraLayersSpec([_target(target, f"lora_layers: targets[{n}]") for n, target in enumerate(layers.targets)])
+    if layers.targets is not None and not layers.targets:
+        raise UsageError("lora_layers: targets is empty: name a layer, or leave targets out for the usual ones")
+    targets = [_target(target, f"lora_layers: targets[{n}]") for n, target in enumerate(layers.targets or ())]
+    return LoraLayersSpec(targets, use_rslora=layers.use_rslora, use_dora=layers.use_dora)
 
 
 def _target(table: Any, name: str) -> LoraTargetSpec:
