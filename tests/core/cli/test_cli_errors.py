@@ -475,7 +475,7 @@ def test_an_option_that_is_not_built(refused, words, message):
 
 def test_a_command_that_is_not_built(cli):
     name = next(name for name in NOT_BUILT if name.startswith("generate-"))
-    for words in ([name], [name, "--prompt", "x"], ["mflux-train"]):
+    for words in ([name], [name, "--prompt", "x"], [f"mflux-{name}"]):
         result = cli(*words)
         assert result.status == 2
         assert result.err == f"error: mflux {words[0]} is not built yet in this version (see mflux --help)\n"

@@ -213,7 +213,7 @@ class KleinPipeline(Pipeline):
         def predict(tokens: mx.array, sigma: mx.array, prompt: Prompt) -> mx.array:
             return self.predicting(config)(
                 tokens.astype(prompt.embeds.dtype),
-                sigma=sigma[None],
+                sigma=sigma.reshape(-1),
                 prompt_embeds=prompt.embeds,
                 image_ids=image_ids,
                 text_ids=prompt.ids,
