@@ -3,6 +3,7 @@
 import os
 from typing import Any, Literal, overload
 
+from mflux.models.anima.variants.txt2img.anima import Anima
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.fibo.variants.edit.fibo_edit import FIBOEdit
 from mflux.models.fibo.variants.txt2img.fibo import FIBO
@@ -14,6 +15,7 @@ from mflux.models.flux.variants.kontext.flux_kontext import Flux1Kontext
 from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
+from mflux.models.flux3.variants.txt2img.flux3_klein import Flux3Klein
 from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
 from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
 from mflux.models.seedvr2.variants.upscale.seedvr2 import SeedVR2
@@ -172,6 +174,28 @@ def load(
 @overload
 def load(
     name: Literal[
+        "flux3-image-klein",
+        "flux3-klein",
+        "flux3",
+        "flux-3-image-klein",
+        "black-forest-labs/flux-3-image-klein",
+        "flux3-image-klein-base",
+        "flux3-klein-base",
+        "flux3-base",
+        "flux-3-image-klein-base",
+        "black-forest-labs/flux-3-image-klein-base",
+    ],
+    *,
+    quantize: int | None = None,
+    model_path: str | os.PathLike[str] | None = None,
+    lora_paths: list[str] | None = None,
+    lora_scales: list[float] | None = None,
+    base_model: str | None = None,
+    **settings: Any,
+) -> Flux3Klein: ...
+@overload
+def load(
+    name: Literal[
         "qwen-image",
         "qwen",
         "qwen-image-2512",
@@ -292,6 +316,23 @@ def load(
     base_model: str | None = None,
     **settings: Any,
 ) -> SeedVR2: ...
+@overload
+def load(
+    name: Literal[
+        "anima-turbo",
+        "anima",
+        "circlestone-labs/Anima",
+        "anima-aesthetic",
+        "anima-base",
+    ],
+    *,
+    quantize: int | None = None,
+    model_path: str | os.PathLike[str] | None = None,
+    lora_paths: list[str] | None = None,
+    lora_scales: list[float] | None = None,
+    base_model: str | None = None,
+    **settings: Any,
+) -> Anima: ...
 @overload
 def load(
     name: str | os.PathLike[str],

@@ -173,7 +173,8 @@ MOVED: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 # Where 0.24's tables of a family's weights stood: family → class, in the package and in a module of it.
 WEIGHTS = {
-    "anima": "AnimaWeightDefinition", "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition", "flux2": "Flux2KleinWeightDefinition",
+    "anima": "AnimaWeightDefinition", "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition",
+    "flux2": "Flux2KleinWeightDefinition",
     "flux3": "Flux3KleinWeightDefinition",
     "qwen": "QwenWeightDefinition", "seedvr2": "SeedVR2WeightDefinition", "z_image": "ZImageWeightDefinition",
 }  # fmt: skip

@@ -52,8 +52,8 @@ class FolderOf024(PublishedFolder):
             told = self.layout.configs[part](self.tensors(part))
         except (KeyError, IndexError, ZeroDivisionError) as error:
             raise CheckpointError(
-                f"{self.root / self._holder(part)} holds no {part} of {self.layout.title} as mflux 0.24 saves it ({error} is missing "
-                "or makes no sense): fetch it again, or take a model in the diffusers layout"
+                f"{self.root / self._holder(part)} holds no {part} of {self.layout.title} as mflux 0.24 saves it "
+                f"({error} is missing or makes no sense): fetch it again, or take a model in the diffusers layout"
             ) from None
         said = self.overrides.get(part, {})
         # What a shape tells is truer than what a name says.

@@ -117,11 +117,15 @@ def test_an_empty_prompt_is_one_token(model):
     assert np.array(embeds)[0, 1:].any() == np.False_ and np.array(embeds)[0, 0].any()
 
 
-def test_a_long_prompt_is_not_cut(model):
+def test_a_long_prompt_is_cut_where_mflux_024_cut_it(model, caplog):
     pipeline = anima(model)
     text = "a b " * 400
     (embeds,) = pipeline.encode_prompts(text)
     assert embeds.shape[1] == len(pipeline.ids_of(text)[1]) > 512
+    assert caplog.messages == []
+    words, queries = pipeline.ids_of("a b " * 3000)
+    assert len(words) == len(queries) == 4096 and queries[-1] == pipeline.ids_of("")[1][-1]
+    assert "4096 tokens" in caplog.text
 
 
 # ---- the repository's own files

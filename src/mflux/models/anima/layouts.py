@@ -1,5 +1,5 @@
-"""Anima in other layouts than diffusers': its own repository's files, which ComfyUI reads as well, and folders that mflux
-0.24 saved.
+"""Anima in other layouts than diffusers': its own repository's files, which ComfyUI reads, and folders that mflux 0.24
+saved.
 
 In both the text conditioner stands in the transformer's file. The configurations follow from the shapes, and where no
 shape tells, they are the published ones.

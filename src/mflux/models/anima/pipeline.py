@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from mflux.models.common.networks.once import Once
 from mflux.models.common.pipeline import Pipeline, Velocity
 from mflux.models.common.tokenizers.prompt_tokenizers import PromptTokenizer, t5_tokenizer
 from mflux.models.common.tokenizers.qwen import QwenTokenizer, qwen_tokenizer
+
+log = logging.getLogger(__name__)
 
 GUIDANCE, TURBO, TURBO_GUIDANCE = 4.0, "anima-turbo", 1.0
 # Anima's own repository has no tokenizers: they are those of the models that it was made with.
@@ -107,9 +110,7 @@ class AnimaPipeline(Pipeline):
             pair = ["vocab.json", "merges.txt"]
             qwen = resolve_model(QWEN_REPOSITORY, QWEN_FILES, required=["tokenizer.json"], alternatives=[pair])
         if found is None:
-            found = resolve_model(
-                T5_REPOSITORY, T5_FILES, required=["spiece.model"], alternatives=[["tokenizer.json"]]
-            )
+            found = resolve_model(T5_REPOSITORY, T5_FILES, required=["spiece.model"], alternatives=[["tokenizer.json"]])
         return qwen, found
 
     def copy_beside(self, target: Path) -> None:
@@ -136,17 +137,23 @@ class AnimaPipeline(Pipeline):
         return self.remembered(prompts, self._encode, "text_encoder", "text_conditioner")
 
     def _encode(self, prompts: list[str]) -> Iterator[mx.array]:
-        for prompt in prompts:
-            words, queries = self.ids_of(prompt)
-            embeds = self.text_conditioner(self.text_encoder(mx.array([words])), mx.array([queries]))
+        ids = [self.ids_of(prompt) for prompt in prompts]
+        states = [self.text_encoder(mx.array([words])) for words, _ in ids]
+        mx.eval(states)
+        self.release_encoders("text_encoder")
+        for state, (_, queries) in zip(states, ids, strict=True):
+            embeds = self.text_conditioner(state, mx.array([queries]))
             mx.eval(embeds)
             yield embeds
 
     def ids_of(self, prompt: str) -> tuple[Sequence[int], Sequence[int]]:
-        """A prompt's tokens for Qwen3, one that ends a text where there are none, and for T5, with that which ends it."""
-        qwen, t5 = self.tokenizers["qwen3"], self.tokenizers["t5"]
+        """A prompt's tokens for Qwen3, that which ends a text where there are none, and for T5, with its last."""
+        qwen, t5, most = self.tokenizers["qwen3"], self.tokenizers["t5"], self.longest_prompt
         assert isinstance(qwen, QwenTokenizer) and isinstance(t5, PromptTokenizer)
-        return qwen.encode(prompt) or [qwen.pad], t5.whole(prompt)
+        words, queries = qwen.encode(prompt) or [qwen.pad], t5.whole(prompt)
+        if len(words) > most or len(queries) > most:
+            log.warning("the prompt is longer than the %d tokens this model is given: its end is left out", most)
+        return words[:most], queries if len(queries) <= most else [*queries[: most - 1], queries[-1]]
 
     def predictor(self, config: Config, positive: mx.array, negative: mx.array | None = None) -> Velocity:
         """The velocity of latents at a noise level, without classifier-free guidance or with it

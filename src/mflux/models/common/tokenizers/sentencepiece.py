@@ -39,7 +39,9 @@ def t5_content(path: Path) -> dict[str, Any]:
         vocabulary = [[piece, score] for piece, score in pieces]
         unknown = [piece for piece, _ in pieces].index(_UNKNOWN)
     except (ValueError, IndexError, struct.error, UnicodeDecodeError):
-        raise CheckpointError(f"{path} is damaged: it is no sentencepiece model with {_UNKNOWN}; fetch it again") from None
+        raise CheckpointError(
+            f"{path} is damaged: it is no sentencepiece model with {_UNKNOWN}; fetch it again"
+        ) from None
     vocabulary += [[f"<extra_id_{number}>", 0.0] for number in reversed(range(GAPS))]
     normalizer = None
     if characters:
