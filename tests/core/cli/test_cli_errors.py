@@ -484,7 +484,7 @@ def test_an_option_that_is_not_built(refused, words, message):
 
 
 def test_a_command_that_is_not_built(cli):
-    for words in (["generate-krea2"], ["generate-anima", "--prompt", "x"], ["mflux-train"]):
+    for words in (["generate-krea2"], ["generate-boogu", "--prompt", "x"], ["mflux-train"]):
         result = cli(*words)
         assert result.status == 2
         assert result.err == f"error: mflux {words[0]} is not built yet in this version (see mflux --help)\n"
