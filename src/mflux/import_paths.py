@@ -208,8 +208,8 @@ _NOT_YET = {
 _OTHERWISE = (
     r"models\.common\.(cfg_end|checking|compute_precision|lora\.(layer|mapping)|resolution|step_cache|tokenizer"
     r"|vae\.(block_decoder|vae_decode_options)|weights)|models\.common_models|release"
-    r"|models\.\w+\.(model|tokenizer|weights|\w+_initializer)"
-    r"|models\.\w+\.variants\.(\w+\.)?(util|utils|\w+_(concept|controlnet|helpers|rewriter|util))"
+    r"|models\.\w+\.(model|tokenizer|weights|\w+_initializer|latent_creator\.\w+_reference_images)"
+    r"|models\.\w+\.variants\.(\w+\.)?(util|utils|\w+_(concept|controlnet|core|helpers|rewriter|util))"
     r"|callbacks\.callbacks|cli\.completions\.generator"
     r"|utils\.(image_compare|info_util|logging_util|lora_library_util)"
 )

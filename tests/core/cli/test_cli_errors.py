@@ -63,8 +63,8 @@ def test_no_model_at_all(refused):
 
 def test_an_unknown_model(refused):
     told = (
-        "a repository or folder whose name does not tell needs --base-model, as schnell, flux2-klein-4b, qwen-image, "
-        "fibo, z-image-turbo or seedvr2-3b"
+        "a repository or folder whose name does not tell needs --base-model, as schnell, flux2-klein-4b, "
+        "flux3-image-klein, qwen-image, fibo, z-image-turbo, seedvr2-3b or anima-turbo"
     )
     refused(model="nonsense", status=2, message=f"the model 'nonsense' is not known: {SUGGESTION}; {told}")
 
