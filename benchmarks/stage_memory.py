@@ -49,6 +49,20 @@ LARGER = {
         },
         "vae": _KL,
     },
+    "flux3": {
+        "transformer": {"num_layers": 1, "num_single_layers": 6, **_MMDIT,
+                        "axes_dims_rope": [32, 32, 32, 32]},
+        "vae": _KL,
+    },
+    "anima": {
+        "text_encoder": {**_QWEN3, "num_hidden_layers": 8},
+        "text_conditioner": {"source_dim": 1024, "target_dim": 1024, "model_dim": 1024, "num_layers": 2},
+        "transformer": {
+            "num_attention_heads": 8, "attention_head_dim": 128, "num_layers": 4, "text_embed_dim": 1024,
+            "adaln_lora_dim": 256,
+        },
+        "vae": {"base_dim": 64, "dim_mult": [1, 2, 4, 4]},
+    },
     "qwen": {
         "text_encoder": {
             "text_config": {

@@ -3,6 +3,7 @@
 import os
 from typing import Any, Literal, overload
 
+from mflux.models.anima.variants.txt2img.anima import Anima
 from mflux.models.common.pipeline import Pipeline
 from mflux.models.ernie_image.variants.txt2img.ernie_image import ErnieImage
 from mflux.models.fibo.variants.edit.fibo_edit import FIBOEdit
@@ -332,6 +333,23 @@ def load(
     base_model: str | None = None,
     **settings: Any,
 ) -> ErnieImage: ...
+@overload
+def load(
+    name: Literal[
+        "anima-turbo",
+        "anima",
+        "circlestone-labs/Anima",
+        "anima-aesthetic",
+        "anima-base",
+    ],
+    *,
+    quantize: int | None = None,
+    model_path: str | os.PathLike[str] | None = None,
+    lora_paths: list[str] | None = None,
+    lora_scales: list[float] | None = None,
+    base_model: str | None = None,
+    **settings: Any,
+) -> Anima: ...
 @overload
 def load(
     name: str | os.PathLike[str],

@@ -193,7 +193,7 @@ MOVED: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 # Where 0.24's tables of a family's weights stood: family → class, in the package and in a module of it.
 WEIGHTS = {
-    "ernie_image": "ErnieWeightDefinition", "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition",
+    "anima": "AnimaWeightDefinition", "ernie_image": "ErnieWeightDefinition", "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition",
     "flux2": "Flux2KleinWeightDefinition", "flux3": "Flux3KleinWeightDefinition",
     "qwen": "QwenWeightDefinition", "seedvr2": "SeedVR2WeightDefinition", "z_image": "ZImageWeightDefinition",
 }  # fmt: skip
@@ -228,8 +228,8 @@ _NOT_YET = {
 _OTHERWISE = (
     r"models\.common\.(cfg_end|checking|compute_precision|lora\.(layer|mapping)|resolution|step_cache|tokenizer|training"
     r"|vae\.(block_decoder|vae_decode_options)|weights)|models\.common_models|release"
-    r"|models\.\w+\.(model|tokenizer|weights|\w+_initializer)"
-    r"|models\.\w+\.variants\.(\w+\.)?(util|utils|\w+_(concept|controlnet|helpers|rewriter|util))"
+    r"|models\.\w+\.(model|tokenizer|weights|\w+_initializer|latent_creator\.\w+_reference_images)"
+    r"|models\.\w+\.variants\.(\w+\.)?(util|utils|\w+_(concept|controlnet|core|helpers|rewriter|util))"
     r"|callbacks\.callbacks|cli\.completions\.generator"
     r"|utils\.(image_compare|info_util|logging_util|lora_library_util)"
 )

@@ -24,6 +24,7 @@ from mflux.utils.exceptions import StopImageGenerationException
 SHAPES = {
     "flux": lambda h, w: (1, h // 16 * (w // 16), 64),
     "flux2": lambda h, w: (1, h // 16 * (w // 16), 128),
+    "anima": lambda h, w: (1, 16, h // 8, w // 8),
     "flux3": lambda h, w: (1, h // 16 * (w // 16), 128),
     "qwen": lambda h, w: (1, h // 16 * (w // 16), 64),
     "fibo": lambda h, w: (1, h // 16 * (w // 16), 48),
@@ -34,6 +35,7 @@ TOKENIZERS = {
     "flux": {"clip", "t5"},
     "flux2": {"qwen3"},
     "flux3": {"qwen3_vl"},
+    "anima": {"qwen3", "t5"},
     "qwen": {"qwen"},
     "fibo": {"fibo"},
     "z_image": {"z_image"},
@@ -132,11 +134,18 @@ CALLED_WITH = {
     "qwen": keywords("t", "config", "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask"),
     "flux2": keywords("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "guidance"),
     "flux3": keywords(
-        "hidden_states", "encoder_hidden_states", "timestep", "target_timestep", "img_ids", "txt_ids",
-        "cond_hidden_states", "cond_ids",
+        "hidden_states",
+        "encoder_hidden_states",
+        "timestep",
+        "target_timestep",
+        "img_ids",
+        "txt_ids",
+        "cond_hidden_states",
+        "cond_ids",
     ),
     "z_image": keywords("x", "timestep", "sigmas", "cap_feats"),
     "ernie_image": keywords("hidden_states", "timestep", "text_bth", "text_lens"),
+    "anima": keywords("latents", "sigma", "context"),
 }
 BESIDE = {"Flux1Kontext": {"kontext_image_ids"}, "QwenImageEdit": {"cond_image_grid"}}
 # Their ControlNet, or what they look at, needs more of a transformer than its prediction.

@@ -43,6 +43,9 @@ class Layout:
         takes_overrides: whether what the registry says of a transformer are settings of its `config.json`, also where
             no shape tells them.
         changes: component → what changes a tensor of its single file, by its published name.
+        lies_in: components that mflux 0.24 saved in another one's folder, and whose.
+        split: the files of a model's own repository that are its components, by the model's key in the registry, where
+            it is published so.
         inside: a component's names in a file that holds several begin with one of these.
         models: which of the family's models a transformer may be, from its configuration, the likeliest first.
     """
@@ -61,6 +64,8 @@ class Layout:
     reshape: Callable[[str, mx.array], mx.array] | None = None
     takes_overrides: bool = True
     has_schedule: bool = True
+    lies_in: Mapping[str, str] = field(default_factory=dict)
+    split: Callable[[str], Mapping[str, str]] | None = None
     inside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     models: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     changes: Mapping[str, Callable[[str, mx.array], mx.array]] = field(default_factory=dict)
@@ -188,7 +193,7 @@ class PublishedFolder:
     def scheduler(self) -> dict[str, Any]:
         """What `scheduler_config.json` says."""
         path = self.root / "scheduler" / "scheduler_config.json"
-        if self.layout.published is not None or not (self.layout.has_schedule or is_file(path)):
+        if not is_file(path) and (self.layout.published is not None or not self.layout.has_schedule):
             # A model that is files has no such settings.
             return {}
         return read_json(path)

@@ -38,6 +38,13 @@ def open_folder(
 class FolderOf024(PublishedFolder):
     """A model that mflux 0.24 or earlier saved, as if it were published."""
 
+    def has(self, part: str) -> bool:
+        return super().has(self._holder(part)) or part in self.files
+
+    def _holder(self, part: str) -> str:
+        """The folder that a component lies in."""
+        return self.layout.lies_in.get(part, part)
+
     def config(self, part: str) -> dict[str, Any]:
         if part in self.files:
             return super().config(part)
@@ -45,8 +52,8 @@ class FolderOf024(PublishedFolder):
             told = self.layout.configs[part](self.tensors(part))
         except (KeyError, IndexError, ZeroDivisionError) as error:
             raise CheckpointError(
-                f"{self.root / part} holds no {part} of {self.layout.title} as mflux 0.24 saves it ({error} is missing "
-                "or makes no sense): fetch it again, or take a model in the diffusers layout"
+                f"{self.root / self._holder(part)} holds no {part} of {self.layout.title} as mflux 0.24 saves it "
+                f"({error} is missing or makes no sense): fetch it again, or take a model in the diffusers layout"
             ) from None
         said = self.overrides.get(part, {})
         # What a shape tells is truer than what a name says.
@@ -55,7 +62,7 @@ class FolderOf024(PublishedFolder):
     def tensors(self, part: str) -> Renamed:
         if part in self.files:
             return super().tensors(part)
-        folder, layout = self.root / part, self.layout
+        folder, layout = self.root / self._holder(part), self.layout
         tensors = self.as_stored(part)
         places = (layout.names.get(part) or by_patterns())(tensors) or {}
         zeros = {name: rows for name, rows in layout.zeros.items() if name not in places and rows in places}
@@ -72,7 +79,7 @@ class FolderOf024(PublishedFolder):
 
     def as_stored(self, part: str) -> FolderTensors:
         """A component's tensors by the names that mflux 0.24 gave them, and as it laid them out."""
-        folder = self.root / part
+        folder = self.root / self._holder(part)
         # Early versions wrote no index; their files are numbered.
         numbered = sorted(
             (path for path in folder.glob("*.safetensors") if path.stem.isdecimal()), key=lambda path: int(path.stem)

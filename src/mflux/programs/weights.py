@@ -30,6 +30,7 @@ _TOKENIZERS = {
     "flux3": {"qwen3_vl": "text_encoder"},
     "qwen": {"qwen": "tokenizer"},
     "z_image": {"z_image": "tokenizer"},
+    "anima": {"qwen3": "tokenizer", "t5": "tokenizer_2"},
     "fibo": {"fibo": "tokenizer"},
     "seedvr2": {},
     "ernie_image": {"ernie": "tokenizer"},
@@ -152,6 +153,10 @@ class ZImageWeightDefinition(_WeightDefinition):
 
 class FIBOWeightDefinition(_WeightDefinition):
     family_name = "fibo"
+
+
+class AnimaWeightDefinition(_WeightDefinition):
+    family_name = "anima"
 
 
 class SeedVR2WeightDefinition(_WeightDefinition):

@@ -30,6 +30,8 @@ TRANSFORMERS = {
     "dev-fill": "FLUX.1-Fill-dev", "dev-fill-catvton": "FLUX.1-Fill-dev", "dev-depth": "FLUX.1-Depth-dev",
     "schnell-controlnet-canny": "FLUX.1-schnell", "flux2-klein-4b": "FLUX.2-klein-4B",
     "flux2-klein-9b": "FLUX.2-klein-9B", "flux2-klein-base-9b": "FLUX.2-klein-9B", "qwen-image": "Qwen-Image",
+    "anima-base": "Anima",
+    "flux3-image-klein": "flux-3-image-klein", "flux3-image-klein-base": "flux-3-image-klein-base",
     "qwen-image-edit-2511": "Qwen-Image-Edit-2511", "fibo": "FIBO", "z-image": "Z-Image", "z-image-turbo": "Z-Image",
     "seedvr2-3b": "SeedVR2-3B", "seedvr2-7b": "SeedVR2-7B",
 }  # fmt: skip
@@ -48,6 +50,8 @@ def test_other_components_too():
     for key, folder, entry in [
         ("flux2-klein-9b", "text_encoder", "FLUX.2-klein-9B/text_encoder"),
         ("flux2-klein-4b", "text_encoder", "FLUX.2-klein-4B/text_encoder"),
+        ("anima-turbo", "text_conditioner", "Anima/text_conditioner"),
+        ("anima-turbo", "text_encoder", "Anima/text_encoder (Qwen3-0.6B-Base)"),
         ("dev", "text_encoder_2", "FLUX.1/text_encoder_2"),
         ("seedvr2-3b", "vae", "SeedVR2/vae"),
         ("fibo", "vae", "FIBO/vae (Wan 2.2)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -180,3 +182,72 @@ def test_the_first_step(steps, strength, start):
 def test_the_number_of_tokens():
     assert Config(ModelConfig.schnell(), height=1024, width=512).image_seq_len == 64 * 32
     assert Config(ModelConfig.schnell(), height=47, width=33).image_seq_len == 2 * 2
+
+
+# ---- er_sde
+
+
+def spread(level: float) -> float:
+    return level * (math.exp(level**0.3) + 10)
+
+
+def er_sde_by_hand(levels: list[float], velocities: list[np.ndarray], x: np.ndarray, seed: int, order: int = 3):
+    """Every step's latents, number by number, in double precision; `order` leaves what is higher out."""
+    key = mx.random.key(seed ^ 0xA41A)
+    noises = [level / (1 - level) for level in levels]
+    cleans, slopes, found = [], [], []
+    for step, velocity in enumerate(velocities):
+        here, there = noises[step], noises[step + 1]
+        cleans.append(x - levels[step] * velocity)
+        if there == 0:
+            found.append(cleans[-1])
+            break
+        ratio = spread(there) / spread(here)
+        # Of latents without their scale.
+        y = ratio * x / (1 - levels[step]) + (1 - ratio) * cleans[-1]
+        width = (here - there) / 200
+        at = [there + number * width for number in range(200)]
+        slopes.append((cleans[-1] - cleans[-2]) / (here - noises[step - 1]) if step else None)
+        if step and order > 1:
+            y = y + (there - here + spread(there) * sum(width / spread(one) for one in at)) * slopes[-1]
+        if step > 1 and order > 2:
+            bend = (slopes[-1] - slopes[-2]) / ((here - noises[step - 2]) / 2)
+            integral = sum(width * (one - here) / spread(one) for one in at)
+            y = y + ((there - here) ** 2 / 2 + spread(there) * integral) * bend
+        key, own = mx.random.split(key)
+        y = y + math.sqrt(max(there**2 - (ratio * here) ** 2, 0)) * np.array(mx.random.normal(x.shape, key=own))
+        x = (1 - levels[step + 1]) * y
+        found.append(x)
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_er_sde_is_of_third_order(steps):
+    config = Config(ModelConfig.from_name("anima-turbo"), steps, 32, 32, scheduler="er_sde", seed=7)
+    scheduler = config.scheduler
+    levels = scheduler.sigmas.tolist()
+    # At 1 there would be no end of noise.
+    assert levels[0] == pytest.approx(3 * (1 - 1e-4) / (1 + 2 * (1 - 1e-4)))
+    random = np.random.default_rng(1)
+    x = random.standard_normal((1, 2, 3, 4))
+    velocities = [random.standard_normal(x.shape) for _ in range(steps)]
+    expected, latents, ours = er_sde_by_hand(levels, velocities, x, seed=7), mx.array(x.astype(np.float32)), []
+    for step, velocity in enumerate(velocities):
+        latents = scheduler.step(mx.array(velocity.astype(np.float32)), step, latents)
+        ours.append(np.array(latents))
+    assert all(np.allclose(one, other, rtol=0, atol=2e-5) for one, other in zip(ours, expected, strict=True))
+    for order in (1, 2):
+        lower = er_sde_by_hand(levels, velocities, x, seed=7, order=order)
+        # The second step may be of second order, the third of third; the last is the prediction itself.
+        assert np.allclose(ours[-1], lower[-1], rtol=0, atol=2e-5) == (steps <= order + 1)
+
+
+def test_er_sde_is_the_seed_s():
+    x, velocity = mx.ones((1, 2, 3)), mx.zeros((1, 2, 3))
+
+    def first(seed: int) -> mx.array:
+        config = Config(ModelConfig.from_name("anima-turbo"), 4, 32, 32, scheduler="er_sde", seed=seed)
+        return config.scheduler.step(velocity, 0, x)
+
+    assert mx.array_equal(first(1), first(1)) and not mx.array_equal(first(1), first(2))
+    assert first(2**64 - 1).shape == x.shape

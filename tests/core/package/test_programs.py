@@ -336,6 +336,7 @@ def test_weights_that_are_not_there(tmp_path):
         ("z_image", "ZImageWeightDefinition", {"z_image": "tokenizer"}),
         ("fibo", "FIBOWeightDefinition", {"fibo": "tokenizer"}),
         ("seedvr2", "SeedVR2WeightDefinition", {}),
+        ("anima", "AnimaWeightDefinition", {"qwen3": "tokenizer", "t5": "tokenizer_2"}),
     ],
 )
 def test_what_a_family_is_made_of(module, name, tokenizers):

@@ -348,7 +348,7 @@ def test_a_folder_of_mflux_024(tmp_path, bits, monkeypatch):
 def test_a_file_that_is_no_whole_transformer(model, tmp_path, monkeypatch, content):
     file = tmp_path / "klein-4b.safetensors"
     mx.save_safetensors(str(file), content)
-    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_: model)
+    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_, **__: model)
     with pytest.raises(CheckpointError, match=file.name):
         klein(file)
 

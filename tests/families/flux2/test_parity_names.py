@@ -83,7 +83,7 @@ def test_single_file(folder, tmp_path, monkeypatch, prefix):
     tensors = black_forest_labs(model, seed=5)
     file = tmp_path / "flux-2-klein-4b.safetensors"
     save_file({prefix + name: value for name, value in tensors.items()}, file)
-    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_: folder)
+    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_, **__: folder)
 
     pipeline = klein(file)
     expected = convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors))

@@ -71,7 +71,7 @@ def test_single_file(folders, tmp_path, monkeypatch, prefix, flow_map):
     file = tmp_path / "flux-3-image-klein.safetensors"
     more = {"repa_projectors.0.weight": torch.ones(3, 3)}
     save_file({prefix + name: value for name, value in (tensors | more).items()}, file)
-    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_: folders[flow_map])
+    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_, **__: folders[flow_map])
     expected = convert_flux3_transformer_checkpoint_to_diffusers(dict(tensors))
     pipeline = klein(file, flow_map)
     ours = flat(pipeline)

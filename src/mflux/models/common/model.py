@@ -7,7 +7,7 @@ is in `pipeline.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -239,7 +239,14 @@ class Model:
             return checkpoint_folder()
         name = self.source(model_path, model_config)
         parts = [component for component in self.own_components() if component.folder not in self._files]
-        return resolve(name, parts, self.family.beside)
+        layout = layout_of(self.family)
+        split = {} if layout.split is None else layout.split(key_in_registry(model_config))
+        split = {part.folder: split[part.folder] for part in parts if part.folder in split}
+        files = tuple(dict.fromkeys(split.values()))
+        root = resolve(name, parts, self.family.beside, split=files, lies_in=layout.lies_in)
+        there = {part: root / file for part, file in split.items() if is_file(root / file)}
+        self._files = {part: file for part, file in there.items() if not is_folder(root / part)} | self._files
+        return root
 
     def source(self, model_path: str | None, model_config: ModelConfig) -> str:
         """The folder or repository to look in. Where `model_path` is one component in a file, that is noted, and it is
@@ -519,7 +526,7 @@ class Model:
                     del component
                     give_back_memory()
                     copy_beside(self.folder_of(part).root, target, part.beside)
-            copy_beside(self.root, target, self.family.beside)
+            self.copy_beside(target)
             for path, content in self.folder.lacking().items():
                 write_json(target / path, content)
             content = record(
@@ -536,6 +543,10 @@ class Model:
                 },
             )
             write_json(target / FILE_NAME, content)
+
+    def copy_beside(self, target: Path) -> None:
+        """Copy what a model needs beside its components into a folder that is being saved."""
+        copy_beside(self.root, target, self.family.beside)
 
     def _estimated_bytes(self, part: Component, wanted: Quantization | None) -> int:
         folder = self.folder_of(part)
@@ -580,8 +591,19 @@ def open_folder(root: Path, family: Family, **options: Any) -> PublishedFolder:
     return saved_by_024.open_folder(root, layout_of(family), **options)
 
 
-def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> Path:
+def resolve(
+    name: str,
+    components: list[Component],
+    beside: tuple[str, ...],
+    *,
+    split: tuple[str, ...] = (),
+    lies_in: Collection[str] = (),
+) -> Path:
     """The folder of a model in the published layout or in mflux 0.24's, downloaded if need be.
+
+    Args:
+        split: the files that are its components where it is published without folders for them.
+        lies_in: components that mflux 0.24 saved with another one.
 
     Raises:
         DownloadError: it cannot be had.
@@ -595,14 +617,17 @@ def resolve(name: str, components: list[Component], beside: tuple[str, ...]) -> 
     parts = [f"{component.folder}/" if component.folder else "" for component in components]
     files = [entry if "." in entry else f"{entry}/*" for entry in beside]
     files += [f"{part}*{ending}" for part in parts for ending in (".json", ".safetensors")]
+    files += split
 
-    def required(settings: str) -> list[str]:
+    def required(settings: str, parts: list[str]) -> list[str]:
         return [f"{part}{file}" for part in parts for file in (settings, "*.safetensors")]
 
     # What mflux 0.24 saved has no configurations.
-    saved_by_024 = required("model.safetensors.index.json")
-    root = resolve_model(name, files, required=required("config.json"), alternatives=[saved_by_024])
-    if is_folder(here) and all(parts) and not any(is_folder(root / part) for part in parts):
+    saved = [part for part in parts if part.rstrip("/") not in lies_in]
+    alternatives = [required("model.safetensors.index.json", saved), *([list(split)] if split else [])]
+    root = resolve_model(name, files, required=required("config.json", parts), alternatives=alternatives)
+    is_split = any(is_file(root / file) for file in split)
+    if is_folder(here) and all(parts) and not is_split and not any(is_folder(root / part) for part in parts):
         raise CheckpointError(str(kind_on_disk(root)))
     return root
 

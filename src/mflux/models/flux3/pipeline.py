@@ -168,7 +168,7 @@ class Flux3Pipeline(Pipeline):
             lower = [level for level in levels if level < float(sigma)]
             return mx.array([max(lower, default=0.0)])
 
-        levels = config.scheduler.sigmas.tolist()
+        levels = [float(level) for level in config.scheduler.sigmas]
         known = self.ahead(
             config,
             "transformer",

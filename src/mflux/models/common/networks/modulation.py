@@ -123,8 +123,7 @@ def low_rank_modulation(
         few = condition.ahead.of(first, activation)
         made = condition.ahead.of(second, None, few)[condition.row : condition.row + 1]
     else:
-        linear, last = first, second
-        made = last(linear(activation(condition)))  # type: ignore[operator]
+        made = second(first(activation(condition)))
     return parts_of(made[:, None], parts)
 
 

@@ -33,7 +33,7 @@ class ErSdeScheduler(LinearScheduler):
     def __init__(self, config: ScheduleSettings):
         super().__init__(config)
         self._key = mx.random.key(config.seed ^ self.stream)
-        levels = self._sigmas.tolist()
+        levels = [float(level) for level in self._sigmas]
         # Of each level: how much of the latents is image, and the noise on it.
         self._alphas = [1 - level for level in levels]
         self._lambdas = [level / (1 - level) for level in levels]
@@ -42,7 +42,7 @@ class ErSdeScheduler(LinearScheduler):
 
     def _get_sigmas(self) -> mx.array:
         sigmas = super()._get_sigmas()
-        if sigmas[0].item() < 1:
+        if float(sigmas[0]) < 1:
             return sigmas
         shift, level = self.config.model_config.sigma_shift, 1 - _BELOW
         first = shift * level / (1 + (shift - 1) * level)

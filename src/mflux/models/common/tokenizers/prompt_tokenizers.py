@@ -23,6 +23,7 @@ from mflux.models.common.tokenizers.checks import (
     has_strange_patterns,
     library_call,
 )
+from mflux.models.common.tokenizers.sentencepiece import GAPS, t5_content
 from mflux.text import plain, shown
 
 # Contractions, words, single digits, and runs of anything else that is not space (Radford et al. 2021).
@@ -61,9 +62,13 @@ class PromptTokenizer:
         """Ids of one prompt as an array (1, max_length)."""
         return mx.array([self.encode(prompt, max_length=max_length)])
 
+    def whole(self, prompt: str) -> list[int]:
+        """Ids of one prompt, all of them, with the token that ends it."""
+        return [*self._prefix, *self._ids(prompt), self._end]
+
     def is_cut(self, prompt: str, *, max_length: int) -> bool:
         """Whether `encode` has to leave something of the prompt out."""
-        return len(self._prefix) + len(self._ids(prompt)) + 1 > max_length
+        return len(self.whole(prompt)) > max_length
 
     def _ids(self, prompt: str) -> list[int]:
         return text_ids(self._tokenizer, prompt, self._source, strange=self._strange)
@@ -158,14 +163,16 @@ def clip_tokenizer(folder: str | Path) -> PromptTokenizer:
 
 
 def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
-    """T5's unigram model from `tokenizer.json`.
+    """T5's unigram model from `tokenizer.json`, or where that is missing from `spiece.model`.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     folder = Path(folder)
-    path = folder / "tokenizer.json"
-    content = read_json(path)
+    path, other = folder / "tokenizer.json", folder / "spiece.model"
+    if not path.is_file() and other.is_file():
+        path = other
+    content = t5_content(path) if path == other else read_json(path)
     check_tokenizer(content, path)
     if characters := _character_map(content.get("normalizer")):
         # Made from sentencepiece. The converter's generations wrote different rules for the space before a word; the
@@ -178,7 +185,12 @@ def t5_tokenizer(folder: str | Path) -> PromptTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    special, _ = special_tokens(folder, _T5_SPECIAL)
+    special, added = special_tokens(folder, _T5_SPECIAL)
+    if path == other:
+        # What says so of itself, `tokenizer.json` has already.
+        with library_call(path):
+            gaps = [AddedToken(f"<extra_id_{number}>", special=True, normalized=False) for number in range(GAPS)]
+            tokenizer.add_special_tokens([*added, *gaps])
     end, pad = (id_of(vocabulary, special[kind], folder) for kind in ("eos_token", "pad_token"))
     strange = has_strange_patterns(content)
     return PromptTokenizer(tokenizer, prefix=(), end=end, pad=pad, source=folder, strange=strange)

@@ -165,7 +165,9 @@ class Block(nn.Module):
             modulations: shift, scale and gate of each kind.
             rotary: of all of them, one behind the other.
         """
-        normed = [modulate(x, *shift_scale, self.eps) for x, (*shift_scale, _) in zip(parts, modulations, strict=True)]
+        normed = [
+            modulate(part, shift, scale, self.eps) for part, (shift, scale, _) in zip(parts, modulations, strict=True)
+        ]
         x = normed[0] if len(normed) == 1 else mx.concatenate(normed, axis=1)
         out, start, after = self.attn(x, rotary) + self.ff(x), 0, []
         for part, (*_, gate) in zip(parts, modulations, strict=True):

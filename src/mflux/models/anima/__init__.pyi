@@ -1,0 +1,3 @@
+"""Written by tools/stubs.py."""
+
+from mflux.models.anima.variants.txt2img.anima import Anima as Anima
