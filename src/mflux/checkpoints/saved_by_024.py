@@ -27,7 +27,7 @@ def open_folder(
     packs: bool = True,
 ) -> PublishedFolder:
     """A model's folder, of whichever layout it is; the arguments are those of `PublishedFolder`."""
-    part = root / "transformer"
+    part = root / layout.places.get("transformer", "transformer")
     written = not (part / "config.json").is_file() and (
         (part / "model.safetensors.index.json").is_file() or (part / "0.safetensors").is_file()
     )
@@ -55,7 +55,7 @@ class FolderOf024(PublishedFolder):
     def tensors(self, part: str) -> Renamed:
         if part in self.files:
             return super().tensors(part)
-        folder, layout = self.root / part, self.layout
+        folder, layout = self._place(part), self.layout
         tensors = self.as_stored(part)
         places = (layout.names.get(part) or by_patterns())(tensors) or {}
         zeros = {name: rows for name, rows in layout.zeros.items() if name not in places and rows in places}
@@ -72,7 +72,7 @@ class FolderOf024(PublishedFolder):
 
     def as_stored(self, part: str) -> FolderTensors:
         """A component's tensors by the names that mflux 0.24 gave them, and as it laid them out."""
-        folder = self.root / part
+        folder = self._place(part)
         # Early versions wrote no index; their files are numbered.
         numbered = sorted(
             (path for path in folder.glob("*.safetensors") if path.stem.isdecimal()), key=lambda path: int(path.stem)
@@ -80,9 +80,14 @@ class FolderOf024(PublishedFolder):
         has_index = (folder / "model.safetensors.index.json").is_file()
         return FolderTensors(folder, None if has_index or not numbered else numbered)
 
+    def has(self, part: str) -> bool:
+        return super().has(part) or part in self.layout.places
+
+    def _place(self, part: str) -> Path:
+        return self.root / self.layout.places.get(part, part)
+
     def lacking(self) -> dict[str, dict[str, Any]]:
-        contents = {"model_index.json": self.layout.model_index, "scheduler/scheduler_config.json": self.scheduler()}
-        return {path: dict(content) for path, content in contents.items() if content}
+        return self.missing()
 
     def scheduler(self) -> dict[str, Any]:
         said = self.layout.scheduler(self) if self.layout.scheduler else {}

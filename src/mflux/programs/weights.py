@@ -32,6 +32,7 @@ _TOKENIZERS = {
     "fibo": {"fibo": "tokenizer"},
     "seedvr2": {},
     "ernie_image": {"ernie": "tokenizer"},
+    "krea2": {"qwen3vl": "tokenizer"},
 }
 
 
@@ -155,6 +156,10 @@ class SeedVR2WeightDefinition(_WeightDefinition):
 
 class ErnieWeightDefinition(_WeightDefinition):
     family_name = "ernie_image"
+
+
+class Krea2WeightDefinition(_WeightDefinition):
+    family_name = "krea2"
 
 
 class WeightLoader:

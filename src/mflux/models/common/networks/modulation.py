@@ -51,6 +51,9 @@ class Ahead:
         row = self._rows.get(float(sigma))
         return None if row is None else Known(self, row)
 
+    def condition(self, row: int) -> mx.array:
+        return self._conditions[row]
+
     def work_out(self, *modules: nn.Module) -> None:
         """Have all modulation layers of these do their work."""
         if self._rows:
@@ -79,6 +82,11 @@ class Known:
 
     ahead: Ahead
     row: int
+
+    @property
+    def vector(self) -> mx.array:
+        """The condition itself, (1, features), for what takes it without a layer between."""
+        return self.ahead.condition(self.row)
 
     def at(self, sigma: mx.array | float) -> Known | None:
         """The condition at another noise level."""

@@ -10,6 +10,7 @@ import importlib
 
 from mflux.errors import UsageError
 from mflux.models.common.schedulers.base_scheduler import BaseScheduler
+from mflux.models.common.schedulers.er_sde_scheduler import ErSdeScheduler
 from mflux.models.common.schedulers.flow_match_euler_discrete_scheduler import FlowMatchEulerDiscreteScheduler
 from mflux.models.common.schedulers.linear_scheduler import (
     LightningScheduler,
@@ -19,6 +20,7 @@ from mflux.models.common.schedulers.linear_scheduler import (
 
 __all__ = [
     "BaseScheduler",
+    "ErSdeScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "LightningScheduler",
     "LinearScheduler",
@@ -42,6 +44,9 @@ class InvalidSchedulerType(UsageError, TypeError):
 SCHEDULER_REGISTRY: dict[str, type[BaseScheduler]] = {
     "linear": LinearScheduler,
     "LinearScheduler": LinearScheduler,
+    # Krea 2's names in mflux 0.24.
+    "euler": LinearScheduler,
+    "er_sde": ErSdeScheduler,
     "lightning": LightningScheduler,
     "LightningScheduler": LightningScheduler,
     "flow_match_euler_discrete": FlowMatchEulerDiscreteScheduler,
@@ -72,7 +77,7 @@ def try_import_external_scheduler(scheduler_object_path: str) -> type[BaseSchedu
     if not module_name:
         raise SchedulerModuleNotFound(
             f"the scheduler {name!r} is not known: use linear, flow_match_euler_discrete, "
-            "lightning, or your own as package.module.Class"
+            "lightning, er_sde, or your own as package.module.Class"
         )
     wrong: type[UsageError] = SchedulerModuleNotFound
     try:

@@ -25,6 +25,7 @@ class ScheduleSettings(Protocol):
     """What a schedule is made from; a `Config` is one."""
 
     num_inference_steps: int
+    seed: int
 
     @property
     def model_config(self) -> ModelShift: ...
