@@ -17,6 +17,7 @@ from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from mflux.models.flux3.variants.txt2img.flux3_klein import Flux3Klein
+from mflux.models.krea2.variants.txt2img.krea2 import Krea2
 from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
 from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
 from mflux.models.seedvr2.variants.upscale.seedvr2 import SeedVR2
@@ -129,6 +130,24 @@ def load(
     base_model: str | None = None,
     **settings: Any,
 ) -> Flux1Redux: ...
+@overload
+def load(
+    name: Literal[
+        "krea-2",
+        "krea2",
+        "krea/Krea-2-Turbo",
+        "krea-2-raw",
+        "krea2-raw",
+        "krea/Krea-2-Raw",
+    ],
+    *,
+    quantize: int | None = None,
+    model_path: str | os.PathLike[str] | None = None,
+    lora_paths: list[str] | None = None,
+    lora_scales: list[float] | None = None,
+    base_model: str | None = None,
+    **settings: Any,
+) -> Krea2: ...
 @overload
 def load(
     name: Literal[

@@ -193,8 +193,9 @@ MOVED: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 # Where 0.24's tables of a family's weights stood: family → class, in the package and in a module of it.
 WEIGHTS = {
-    "anima": "AnimaWeightDefinition", "ernie_image": "ErnieWeightDefinition", "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition",
-    "flux2": "Flux2KleinWeightDefinition", "flux3": "Flux3KleinWeightDefinition",
+    "anima": "AnimaWeightDefinition", "ernie_image": "ErnieWeightDefinition", "fibo": "FIBOWeightDefinition",
+    "flux": "FluxWeightDefinition", "flux2": "Flux2KleinWeightDefinition", "flux3": "Flux3KleinWeightDefinition",
+    "krea2": "Krea2WeightDefinition",
     "qwen": "QwenWeightDefinition", "seedvr2": "SeedVR2WeightDefinition", "z_image": "ZImageWeightDefinition",
 }  # fmt: skip
 _STEMS = {"ernie_image": "ernie"}

@@ -30,6 +30,7 @@ SHAPES = {
     "fibo": lambda h, w: (1, h // 16 * (w // 16), 48),
     "z_image": lambda h, w: (16, 1, h // 8, w // 8),
     "ernie_image": lambda h, w: (1, 128, h // 16, w // 16),
+    "krea2": lambda h, w: (1, 16, h // 8, w // 8),
 }
 TOKENIZERS = {
     "flux": {"clip", "t5"},
@@ -40,6 +41,7 @@ TOKENIZERS = {
     "fibo": {"fibo"},
     "z_image": {"z_image"},
     "ernie_image": {"ernie"},
+    "krea2": {"qwen3vl"},
 }
 
 
@@ -149,7 +151,7 @@ CALLED_WITH = {
 }
 BESIDE = {"Flux1Kontext": {"kontext_image_ids"}, "QwenImageEdit": {"cond_image_grid"}}
 # Their ControlNet, or what they look at, needs more of a transformer than its prediction.
-NEEDS_MORE = {"Flux1Controlnet", "Flux1Concept", "FIBO"}
+NEEDS_MORE = {"Flux1Controlnet", "Flux1Concept", "FIBO", "Krea2", "Krea2Controlnet"}
 
 
 @EVERY_TINY

@@ -21,6 +21,7 @@ from families.flux.test_single_file import original
 from mflux.backend import mx
 from mflux.models.flux.layouts import LAYOUT as FLUX
 from mflux.models.flux2.layouts import LAYOUT as FLUX2
+from mflux.models.krea2.layouts import LAYOUT as KREA2
 from mflux.models.qwen.layouts import LAYOUT as QWEN
 from mflux.models.z_image.layouts import LAYOUT as Z_IMAGE
 
@@ -124,6 +125,7 @@ QWEN2 = [
 ]  # fmt: skip
 QWEN3 = [name for name in QWEN2 if not name.endswith("bias")]
 QWEN3 += [f"{_LAYER}.self_attn.{part}_norm.weight" for part in "qk"]
+QWEN3_VL = [name.replace("model.", "language_model.", 1) for name in QWEN3 if name != "lm_head.weight"]
 
 
 @pytest.mark.parametrize(
@@ -133,11 +135,13 @@ QWEN3 += [f"{_LAYER}.self_attn.{part}_norm.weight" for part in "qk"]
         (gguf.MODEL_ARCH.QWEN2VL, QWEN2, QWEN, "text_encoder"),
         (gguf.MODEL_ARCH.QWEN3, QWEN3, FLUX2, "text_encoder"),
         (gguf.MODEL_ARCH.QWEN3, QWEN3, Z_IMAGE, "text_encoder"),
+        (gguf.MODEL_ARCH.QWEN3VL, QWEN3_VL, KREA2, "text_encoder"),
     ],
-    ids=["T5", "Qwen2.5-VL", "Qwen3 of FLUX.2", "Qwen3 of Z-Image"],
+    ids=["T5", "Qwen2.5-VL", "Qwen3 of FLUX.2", "Qwen3 of Z-Image", "Qwen3-VL of Krea 2"],
 )
 def test_text_encoders_in_gguf(arch, published, layout, part):
-    theirs = llama_names(arch, published)
+    plain = [name.replace("language_model.", "model.") for name in published]
+    theirs = dict(zip(published, llama_names(arch, plain).values(), strict=True))
     assert len(set(theirs.values())) == len(published)
     places = layout.files[part](list(theirs.values()))
     assert {ours: place.name for ours, place in places.items()} == theirs

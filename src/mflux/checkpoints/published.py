@@ -34,16 +34,18 @@ class Layout:
             settings in the registry.
         wanted: what such a file is called, for the message that it is missing.
         names: how the names that mflux 0.24 saves become the published ones; a component that is not here has them.
-        scheduler: what `scheduler_config.json` would say of a folder that mflux 0.24 saved; None if there is none.
         has_schedule: whether a published model has a `scheduler_config.json`; else the registry has its schedule.
+        scheduler: what `scheduler_config.json` would say of a folder that mflux 0.24 saved, or of files without one;
+            None if there is none.
         model_index: what `model_index.json` would say.
         square: see `Renamed`.
         zeros: vectors that some versions lost → the matrix that has as many rows; they are zero.
         reshape: changes a tensor by its published name, once its kernel's axes are in place.
+        told_beside: components of whose configuration a part stands elsewhere, in `overrides`.
         takes_overrides: whether what the registry says of a transformer are settings of its `config.json`, also where
             no shape tells them.
         changes: component → what changes a tensor of its single file, by its published name.
-        lies_in: components that mflux 0.24 saved in another one's folder, and whose.
+        lies_in: components that mflux 0.24 saved in another folder than their own, and in which: {"transformer": ""}.
         split: the files of a model's own repository that are its components, by the model's key in the registry, where
             it is published so.
         inside: a component's names in a file that holds several begin with one of these.
@@ -62,6 +64,7 @@ class Layout:
     square: Sequence[tuple[str, str]] = ()
     zeros: Mapping[str, str] = field(default_factory=dict)
     reshape: Callable[[str, mx.array], mx.array] | None = None
+    told_beside: tuple[str, ...] = ()
     takes_overrides: bool = True
     has_schedule: bool = True
     lies_in: Mapping[str, str] = field(default_factory=dict)
@@ -161,10 +164,11 @@ class PublishedFolder:
     def config(self, part: str) -> dict[str, Any]:
         """What the `config.json` of a component says, or the shapes of its tensors where it may have none."""
         path = self.root / part / "config.json"
+        more = self.overrides.get(part, {}) if part in self.layout.told_beside else {}
         if not self._by_shape(part):
-            return read_json(path)
+            return {**read_json(path), **more}
         try:
-            return self.layout.configs[part](self.tensors(part))
+            return {**self.layout.configs[part](self.tensors(part)), **more}
         except (KeyError, IndexError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{self.files.get(part, path.parent)} holds no {part} of {self.layout.title} ({error} is missing or "
@@ -188,14 +192,22 @@ class PublishedFolder:
 
     def lacking(self) -> dict[str, dict[str, Any]]:
         """The settings that a published model has and this folder does not, by their paths."""
-        return {}
+        if self.layout.published is None:
+            return {}
+        return {path: content for path, content in self.missing().items() if not is_file(self.root / path)}
+
+    def missing(self) -> dict[str, dict[str, Any]]:
+        """What these settings would say, by the layout and by what is known of the model."""
+        index = {**self.layout.model_index, **self.overrides.get("model_index", {})}
+        contents = {"model_index.json": index, "scheduler/scheduler_config.json": self.scheduler()}
+        return {path: dict(content) for path, content in contents.items() if content}
 
     def scheduler(self) -> dict[str, Any]:
         """What `scheduler_config.json` says."""
         path = self.root / "scheduler" / "scheduler_config.json"
         if not is_file(path) and (self.layout.published is not None or not self.layout.has_schedule):
-            # A model that is files has no such settings.
-            return {}
+            # A model that is files may have no such settings.
+            return dict(self.layout.scheduler(self)) if self.layout.scheduler else {}
         return read_json(path)
 
     def stored(self, part: str) -> Quantization | None:

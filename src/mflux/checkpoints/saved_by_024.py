@@ -27,7 +27,7 @@ def open_folder(
     packs: bool = True,
 ) -> PublishedFolder:
     """A model's folder, of whichever layout it is; the arguments are those of `PublishedFolder`."""
-    part = root / "transformer"
+    part = root / layout.lies_in.get("transformer", "transformer")
     written = not (part / "config.json").is_file() and (
         (part / "model.safetensors.index.json").is_file() or (part / "0.safetensors").is_file()
     )
@@ -87,9 +87,11 @@ class FolderOf024(PublishedFolder):
         has_index = (folder / "model.safetensors.index.json").is_file()
         return FolderTensors(folder, None if has_index or not numbered else numbered)
 
+    def has(self, part: str) -> bool:
+        return super().has(part) or part in self.layout.places
+
     def lacking(self) -> dict[str, dict[str, Any]]:
-        contents = {"model_index.json": self.layout.model_index, "scheduler/scheduler_config.json": self.scheduler()}
-        return {path: dict(content) for path, content in contents.items() if content}
+        return self.missing()
 
     def scheduler(self) -> dict[str, Any]:
         said = self.layout.scheduler(self) if self.layout.scheduler else {}

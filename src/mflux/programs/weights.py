@@ -34,6 +34,7 @@ _TOKENIZERS = {
     "fibo": {"fibo": "tokenizer"},
     "seedvr2": {},
     "ernie_image": {"ernie": "tokenizer"},
+    "krea2": {"qwen3vl": "tokenizer"},
 }
 
 
@@ -165,6 +166,10 @@ class SeedVR2WeightDefinition(_WeightDefinition):
 
 class ErnieWeightDefinition(_WeightDefinition):
     family_name = "ernie_image"
+
+
+class Krea2WeightDefinition(_WeightDefinition):
+    family_name = "krea2"
 
 
 class WeightLoader:

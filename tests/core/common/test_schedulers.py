@@ -9,6 +9,7 @@ import pytest
 
 from mflux.backend import mx
 from mflux.errors import UsageError
+from mflux.models.anima.schedule import AnimaErSdeScheduler
 from mflux.models.common import schedulers
 from mflux.models.common.config import ModelConfig
 from mflux.models.common.config.config import Config
@@ -223,8 +224,7 @@ def er_sde_by_hand(levels: list[float], velocities: list[np.ndarray], x: np.ndar
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_er_sde_is_of_third_order(steps):
-    config = Config(ModelConfig.from_name("anima-turbo"), steps, 32, 32, scheduler="er_sde", seed=7)
-    scheduler = config.scheduler
+    scheduler = AnimaErSdeScheduler(Config(ModelConfig.from_name("anima-turbo"), steps, 32, 32, seed=7))
     levels = scheduler.sigmas.tolist()
     # At 1 there would be no end of noise.
     assert levels[0] == pytest.approx(3 * (1 - 1e-4) / (1 + 2 * (1 - 1e-4)))
@@ -246,8 +246,8 @@ def test_er_sde_is_the_seed_s():
     x, velocity = mx.ones((1, 2, 3)), mx.zeros((1, 2, 3))
 
     def first(seed: int) -> mx.array:
-        config = Config(ModelConfig.from_name("anima-turbo"), 4, 32, 32, scheduler="er_sde", seed=seed)
-        return config.scheduler.step(velocity, 0, x)
+        config = Config(ModelConfig.from_name("anima-turbo"), 4, 32, 32, seed=seed)
+        return AnimaErSdeScheduler(config).step(velocity, 0, x)
 
     assert mx.array_equal(first(1), first(1)) and not mx.array_equal(first(1), first(2))
     assert first(2**64 - 1).shape == x.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.saving import copy_beside
@@ -15,12 +16,14 @@ from mflux.models.anima.latent_creator.anima_latent_creator import CHANNELS, SID
 from mflux.models.anima.model.text_conditioner import AnimaTextConditioner
 from mflux.models.anima.model.text_encoder import AnimaTextEncoder
 from mflux.models.anima.model.transformer import AnimaTransformer
+from mflux.models.anima.schedule import AnimaErSdeScheduler
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.wan import AutoencoderWan
 from mflux.models.common.networks.once import Once
 from mflux.models.common.pipeline import Pipeline, Velocity
+from mflux.models.common.schedulers.er_sde_scheduler import ER_SDE
 from mflux.models.common.tokenizers.prompt_tokenizers import PromptTokenizer, t5_tokenizer
 from mflux.models.common.tokenizers.qwen import QwenTokenizer, qwen_tokenizer
 
@@ -122,6 +125,13 @@ class AnimaPipeline(Pipeline):
             copy_beside(t5, target / "t5_tokenizer", T5_FILES)
 
     # ---- the stages of an image
+
+    def settings(self, *, scheduler: str | None = None, **settings: Any) -> Config:
+        """As `Pipeline.settings`; er_sde is Anima's own."""
+        config = super().settings(scheduler=scheduler, **settings)
+        if config.scheduler_name in ER_SDE:
+            config.use(AnimaErSdeScheduler(config))
+        return config
 
     def guidance_of(self, asked: float | None) -> float:
         """What is taken for it: Turbo's is 1, which is none."""

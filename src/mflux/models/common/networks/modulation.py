@@ -89,6 +89,11 @@ class Known:
     ahead: Ahead
     row: int
 
+    @property
+    def vector(self) -> mx.array:
+        """The condition itself, (1, features), for what takes it without a layer between."""
+        return self.ahead.condition(self.row)
+
     def at(self, sigma: mx.array | float) -> Known | None:
         """The condition at another noise level."""
         return self.ahead.at(sigma)

@@ -49,6 +49,8 @@ SCHEDULER_REGISTRY: dict[str, type[BaseScheduler]] = {
     "flow_match_euler_discrete": FlowMatchEulerDiscreteScheduler,
     "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
     "er_sde": ErSdeScheduler,
+    "ErSdeScheduler": ErSdeScheduler,
+    # Krea 2's and Anima's name in mflux 0.24.
     "euler": LinearScheduler,
     "seedvr2_euler": SeedVR2EulerScheduler,
     "SeedVR2EulerScheduler": SeedVR2EulerScheduler,
@@ -76,7 +78,7 @@ def try_import_external_scheduler(scheduler_object_path: str) -> type[BaseSchedu
     if not module_name:
         raise SchedulerModuleNotFound(
             f"the scheduler {name!r} is not known: use linear, flow_match_euler_discrete, "
-            "lightning, or your own as package.module.Class"
+            "lightning, er_sde, or your own as package.module.Class"
         )
     wrong: type[UsageError] = SchedulerModuleNotFound
     try:

@@ -32,6 +32,13 @@ _SPLIT = "|".join(
 )
 _SPECIAL = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 _START, _END = "<|im_start|>", "<|im_end|>"
+# Qwen-Image and Krea 2 were trained with exactly this turn before each prompt; so many tokens of what comes out are the
+# template's, up to the prompt.
+DESCRIBE = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:"
+)
+DESCRIBE_TOKENS = 34
 
 
 def chat(prompt: str, *, system: str | None = None, think: bool = True) -> str:

@@ -1,5 +1,5 @@
-"""Wan's autoencoder as Qwen-Image has it in other layouts: folders that mflux 0.24 or earlier saved, and Wan's own file
-(ComfyUI's `qwen_image_vae.safetensors`)."""
+"""The autoencoders of Qwen-Image's kind in other layouts: folders that mflux 0.24 or earlier saved, and the names of
+Wan's authors."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from mflux.backend import mx
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.qwen2_5_vl import Qwen25VLTextEncoder
 from mflux.models.common.pipeline import refuse_pid
-from mflux.models.common.tokenizers.qwen import chat
+from mflux.models.common.tokenizers.qwen import DESCRIBE, DESCRIBE_TOKENS, chat
 from mflux.models.qwen.family import FAMILY
 from mflux.models.qwen.latent_creator.qwen_latent_creator import QwenLatentCreator
 from mflux.models.qwen.pipeline import NOTHING, QwenPipeline
@@ -18,12 +18,6 @@ from mflux.utils.generated_image import GeneratedImage
 
 log = logging.getLogger(__name__)
 
-# The model was trained with exactly this before each prompt; so many tokens of what comes out are the template's.
-SYSTEM = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
-    "objects and background:"
-)
-_TEMPLATE_TOKENS = 34
 _LONGEST = 1024
 
 
@@ -92,11 +86,11 @@ class QwenImage(QwenPipeline):
         return self.remembered(prompts, self._encode, "text_encoder")
 
     def _encode(self, prompts: list[str]) -> Iterator[mx.array]:
-        most = _LONGEST + _TEMPLATE_TOKENS
+        most = _LONGEST + DESCRIBE_TOKENS
         for prompt in prompts:
-            text = chat(prompt, system=SYSTEM)
+            text = chat(prompt, system=DESCRIBE)
             if self.tokenizers["qwen"].is_cut(text, max_length=most):
                 log.warning("the prompt is longer than the %d tokens this model reads: its end is left out", _LONGEST)
-            embeds = self.text_encoder(self.tokenizers["qwen"].encode(text, max_length=most))[:, _TEMPLATE_TOKENS:]
+            embeds = self.text_encoder(self.tokenizers["qwen"].encode(text, max_length=most))[:, DESCRIBE_TOKENS:]
             mx.eval(embeds)
             yield embeds
