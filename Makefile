@@ -1,4 +1,5 @@
 # make demo   a core-only install and a picture          make test   the whole suite
+# make train-demo   a LoRA for the embedded model, and pictures without it and with it
 # Each target does its own set-up and installs the versions that uv.lock has; only `make lock` moves those. With uv on
 # the PATH, uv makes environments and installs; else venv and pip do.
 
@@ -58,11 +59,16 @@ CORE_TESTS := $(or $(OF_FAMILY),tests/core tests/families tests/serve)
 # Each worker has a core, and the references' small models are fastest on one thread.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-gpu test-core fuzz test-newest test-environments lint format wheel lock clean bench
+.PHONY: demo train-demo test test-gpu test-core fuzz test-newest test-environments lint format wheel lock clean bench
 
 demo: $(CORE)/.ready
 	@drawn="$$($(CORE)/bin/mflux-generate --model demo --prompt="$$MFLUX_DEMO_PROMPT" --seed 4 --output demo.png)" && \
 	if [ "$$drawn" = demo.png ]; then echo "wrote demo.png"; else echo "wrote $$drawn; kept demo.png"; fi
+
+# Teaches the embedded model a style in a new folder, and fails unless it was learned: minutes on two cores.
+STYLE ?= demo-style
+train-demo: $(CORE)/.ready
+	$(CORE)/bin/python tools/train_demo_style.py --out $(STYLE)
 
 # The suite with the reference implementations, then the core's tests once more in an environment that holds only the
 # wheel, with torch and transformers refused.

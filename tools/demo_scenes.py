@@ -137,19 +137,17 @@ class Verdict:
     place: str | None
 
 
-def judge(
-    picture: np.ndarray, shapes: tuple[str, ...] = SHAPES, colours: dict[str, tuple[int, int, int]] = COLOURS
-) -> Verdict:
+def judge(picture: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Verdict:
     """Say what a picture shows, from its pixels alone.
 
-    A pixel belongs to the nearest of `colours` if it is nearer than 60 (Euclidean, 0-255 RGB). The
+    A pixel belongs to the nearest colour of the palette if it is nearer than 60 (Euclidean, 0-255 RGB). The
     background is what most of the border is; the object is the most frequent other colour; its shape is the one of
     `shapes` whose outline, drawn into the object's bounding box, overlaps it best, at 0.8 or more.
     """
     pixels = np.asarray(picture)[..., :3].astype(np.float32)
     height, width, _ = pixels.shape
-    names = list(colours)
-    palette = np.array([colours[name] for name in names], np.float32)
+    names = list(COLOURS)
+    palette = np.array([COLOURS[name] for name in names], np.float32)
     distances = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)
     labels = np.where(distances.min(-1) < 60, distances.argmin(-1), -1)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _DTYPES = ("bfloat16", "float16", "float32")
+LORA_LAYOUTS = ("comfyui", "kohya")
 
 
 def build_parser() -> MfluxParser:
@@ -53,6 +54,14 @@ def build_parser() -> MfluxParser:
         type=int,
         choices=QUANTIZE_CHOICES,
         help="bits per weight for linear layers and embeddings; mflux loads the result, PyTorch does not",
+    )
+    parser.add_argument(
+        "--lora-layout",
+        choices=LORA_LAYOUTS,
+        help="write a LoRA that has diffusers' names, as mflux-train's, under those of ComfyUI or kohya's scripts",
+    )
+    parser.add_argument(
+        "--base-model", metavar="MODEL", help="what the LoRA is for, with --lora-layout (default: what its header says)"
     )
     add_device_option(parser)
     return parser
@@ -210,6 +219,32 @@ def list_tensors(source: str | Path, key: str | None = None) -> None:
     _report(checkpoint, [])
 
 
+def lay_out(
+    source: str | Path, destination: str | Path, layout: str, base_model: str | None = None, *, force: bool = False
+) -> Path:
+    """Write a LoRA under other programs' names, see `relaying.relaid`.
+
+    Args:
+        base_model: the model that it is for; None for the one that its header names, as mflux-train's does.
+
+    Raises:
+        UsageError: nobody says which model it is for, or that takes none.
+    """
+    from mflux.checkpoints.readers.safetensors import read_header
+    from mflux.models.common.config.model_config import built_key
+    from mflux.models.common.family import family_of, load_object
+    from mflux.models.common.lora.relaying import relaid
+
+    path = user_path(source)
+    name = base_model or (read_header(path)[1].get("model") if path.suffix == ".safetensors" else None)
+    if name is None:
+        raise UsageError(f"{path} does not say which model it is for: give --base-model, as dev or z-image")
+    family = family_of(built_key(name))
+    if family.lora is None:
+        raise UsageError(f"{family.title} takes no LoRAs")
+    return relaid(path, _with_suffix(user_path(destination)), layout, load_object(family.lora), force=force)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     return run(_convert, argv)
 
@@ -223,6 +258,14 @@ def _convert(argv: Sequence[str] | None) -> None:
         return
     if args.destination is None:
         raise UsageError("name the file to write: mflux-convert SRC DST.safetensors")
+    if args.lora_layout is not None:
+        asked = {"--dtype": args.dtype, "--key": args.key, "--quantize": args.quantize}
+        if given := [option for option, value in asked.items() if value is not None]:
+            raise UsageError(f"{given[0]} and --lora-layout do not go together: do one after the other")
+        say_line(lay_out(args.source, args.destination, args.lora_layout, args.base_model, force=args.force))
+        return
+    if args.base_model is not None:
+        raise UsageError("--base-model says whose names --lora-layout takes: leave it out")
     options = {"dtype": args.dtype, "key": args.key, "force": args.force, "quantize": args.quantize}
     say_line(convert(args.source, args.destination, **options))
 

@@ -32,9 +32,10 @@ from mflux.cpu.elementwise import (
 )
 from mflux.cpu.products import product, quantized_product, quantized_serves
 from mflux.cpu.scores import attention, attention_serves
-from mflux.cpu.work import lazily, serves, threads
+from mflux.cpu.work import apart, lazily, serves, threads
 
 __all__ = [
+    "apart",
     "attention",
     "attention_serves",
     "convolution",

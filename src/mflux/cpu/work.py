@@ -143,6 +143,14 @@ def room(shape: tuple[int, ...]) -> tuple[mx.array, np.ndarray]:
 # ---- gradients
 
 
+def apart(value: mx.array) -> mx.array:
+    """A copy of a computed array that knows nothing of what it was computed from: while a gradient is prepared, MLX
+    lets nothing go that an array leads back to, and each gradient leads back to the one before it."""
+    wide = value.view(mx.uint16) if value.dtype == mx.bfloat16 else value
+    copy = mx.array(np.array(wide))
+    return copy.view(mx.bfloat16) if value.dtype == mx.bfloat16 else copy
+
+
 def differentiable(
     compute: Plain, plain: Plain, gradient: Callable[[Sequence[mx.array], mx.array], Sequence[mx.array]] | None = None
 ) -> Plain:
@@ -167,6 +175,9 @@ def differentiable(
     def backward(primals: Any, cotangent: mx.array, _: Any) -> Any:
         primals = list(primals) if isinstance(primals, (list, tuple)) else [primals]
         found = mx.vjp(plain, primals, [cotangent])[1] if gradient is None else gradient(primals, cotangent)
+        with contextlib.suppress(ValueError):  # inside mx.compile or mx.vmap
+            mx.eval(found)
+            found = [apart(value) for value in found]
         return found[0] if len(found) == 1 else tuple(found)
 
     def call(*arrays: mx.array) -> mx.array:

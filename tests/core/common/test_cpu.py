@@ -319,7 +319,46 @@ def test_fewer_keys_than_queries_and_causal():
     assert error(cpu.attention(q, k, k, 0.3, "causal"), plain) < 1e-6
 
 
-def test_gradients_of_attention(counted):
+@pytest.mark.parametrize("key_heads", [6, 2])
+@pytest.mark.parametrize("bytes_at_once", [4 << 20, 1 << 16])
+def test_gradients_of_attention(key_heads, bytes_at_once, counted, monkeypatch):
+    """With keys that several heads share, all masks, and few rows at a time."""
+    monkeypatch.setattr(work, "ROOM", bytes_at_once)
+    q = mx.random.normal((2, 6, 130, 32))
+    k, v = mx.random.normal((2, key_heads, 150, 32)), mx.random.normal((2, key_heads, 150, 24))
+
+    def gradients(function):
+        return mx.grad(lambda q, k, v: mx.square(function(q, k, v)).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    for name, mask in masks(2, 6, 130, 150).items():
+        ours = gradients(lambda q, k, v, mask=mask: layers.attention(q, k, v, scale=0.2, mask=mask))
+        plain = gradients(
+            lambda q, k, v, mask=mask: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.2, mask=mask)
+        )
+        assert max(error(a, b) for a, b in zip(ours, plain, strict=True)) < 1e-5, name
+    assert counted
+
+
+def test_what_a_gradient_was_computed_from_is_let_go():
+    """Of a chain of layers only what went in is kept, not all that a gradient passed."""
+    weights = [mx.random.normal((256, 256)) / 16 for _ in range(12)]
+    x = mx.random.normal((2000, 256))
+    mx.eval(weights, x)
+
+    def loss(x):
+        for weight in weights:
+            x = layers.gelu_approx(cpu.product(x, weight, frozen=True))
+        return x.sum()
+
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(loss)(x))
+    # A few arrays a layer; all that the gradients passed would be twice as many.
+    assert mx.get_peak_memory() - before < 5 * len(weights) * x.nbytes
+
+
+def test_gradients_of_attention_with_a_mask_of_numbers(counted):
     q, k, v = (mx.random.normal((1, 4, 200, 32)) for _ in range(3))
     mask = mx.random.normal((200, 200))
 

@@ -657,7 +657,7 @@ def test_recomputing_takes_less_memory_with_our_kernels(tmp_path, monkeypatch):
     class Stack(nn.Module):
         def __init__(self):
             super().__init__()
-            self.blocks = [SingleTransformerBlock(4, 32) for _ in range(8)]
+            self.blocks = [SingleTransformerBlock(4, 32) for _ in range(16)]
 
         def __call__(self, x, condition, rotary):
             for block in self.blocks:
@@ -669,7 +669,7 @@ def test_recomputing_takes_less_memory_with_our_kernels(tmp_path, monkeypatch):
         mx.random.seed(1)
         stack = Stack()
         stack.freeze()
-        shapes = {f"blocks.{number}.attn.to_q": (128, 128) for number in range(8)}
+        shapes = {f"blocks.{number}.attn.to_q": (128, 128) for number in range(16)}
         layers = [lora.Layer(path, 4, 4.0) for path in shapes]
         trained = lora.inject(stack, layers, shapes, 0)
         drawn = {name: mx.random.normal(value.shape, key=mx.random.key(number)) * 0.1

@@ -74,4 +74,4 @@ _LAYOUTS = {
     "LyCORIS LoKr": "lycoris_transformer_blocks_0_attn_to_q.lokr_w1",
 }
 
-LORA = LoraNames(_SPELLINGS, _LAYOUTS)
+LORA = LoraNames(_SPELLINGS, _LAYOUTS, BLACK_FOREST_LABS, SWAPPED, heights={"proj_mlp": 4})

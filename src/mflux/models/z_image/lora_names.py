@@ -45,4 +45,5 @@ LORA = LoraNames(
         "kohya": "lora_unet_layers_0_attention_to_q.lora_down.weight",
         "dotted": "layers.0.attention.to.q.lora.down.weight",
     },
+    native=ORIGINAL | FUSED,
 )

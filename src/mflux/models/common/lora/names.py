@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mflux.models.common.lora.adapters import Rows
@@ -48,10 +48,17 @@ class LoraNames:
     Attributes:
         spellings: how files name the layers.
         layouts: an example of a name for each layout, for the sentence that says what is known.
+        native: what ComfyUI and kohya's scripts have for these layers, where that is not their own names: name →
+            layers, as in `Spelling.table`, and those of `swapped` the other way round.
+        heights: ends of layers' paths, each with how many times as high as wide its matrix is; others in one matrix
+            with them are square.
     """
 
     spellings: tuple[Spelling, ...]
     layouts: Mapping[str, str]
+    native: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    swapped: tuple[str, ...] = ()
+    heights: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

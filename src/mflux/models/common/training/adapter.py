@@ -33,6 +33,12 @@ class TrainingAdapter:
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
 
+    def check(self, caption: str) -> None:
+        """
+        Raises:
+            UsageError: the model cannot read such a caption.
+        """
+
     def latents(self, image: Path, width: int, height: int) -> mx.array:
         """An image as the transformer takes it, without noise: a batch of one, float32."""
         encoded: mx.array = self.pipeline.encode_image(image, height, width)

@@ -90,9 +90,9 @@ def look_through(folder: Path, *, max_resolution: int | None = None, previews: b
     is_edit = any(path.stem.endswith(_TARGET) for path in images)
     items = list(_pairs(images) if is_edit else _captioned(images))
     for item in items:
-        item.width, item.height = _size(item.image, max_resolution)
+        item.width, item.height = size_of(item.image, max_resolution)
         if item.input_image is not None:
-            _size(item.input_image, None)
+            size_of(item.input_image, None)
     shown_before = _previews(folder, files, items, is_edit=is_edit) if previews else {}
     return Found(items, is_edit, shown_before)
 
@@ -146,7 +146,7 @@ def _words(path: Path) -> str:
     return content.decode("utf-8-sig", errors="replace").strip()
 
 
-def _size(image: Path, max_resolution: int | None) -> tuple[int, int]:
+def size_of(image: Path, max_resolution: int | None) -> tuple[int, int]:
     """What an image is resized to: its own size, made smaller if it is too large, in whole tokens."""
     from mflux.utils.picture_files import oriented_size
 

@@ -21,7 +21,7 @@ from mflux.errors import MfluxError, OutputError
 from mflux.models.common.memory import give_back_memory, keeping_memory
 from mflux.models.common.training import checkpoint, objective, plot
 from mflux.models.common.training.checkpoint import Losses
-from mflux.models.common.training.data import Batch, Dataset, Iterator, described
+from mflux.models.common.training.data import Batch, Dataset, Iterator, described, size_of
 from mflux.models.common.training.estimate import estimate
 from mflux.models.common.training.session import TrainingSession
 from mflux.models.common.training.spec import TrainingSpec
@@ -222,7 +222,9 @@ class Loop:
         for name, prompt, image in zip(
             monitoring.preview_prompt_names, monitoring.preview_prompts, images, strict=True
         ):
-            drawn = self.session.preview(prompt, image, monitoring.preview_width, monitoring.preview_height)
+            # An edit has the size of the image that it starts from.
+            side = (monitoring.preview_width, monitoring.preview_height) if image is None else size_of(image, None)
+            drawn = self.session.preview(prompt, image, *side)
             path = folder / f"{self.iterator.num_iterations:07d}_preview_image_{name}.png"
             write_atomically(path, partial(drawn.image.save, format="PNG"), overwrite=True)
 

@@ -3,8 +3,8 @@
 Hu et al. 2021 (arxiv.org/abs/2106.09685): y = W x + s · B (A x) with s = alpha / rank; Kalajdzievski 2023 (2312.03732,
 rsLoRA): s = alpha / √rank; Liu et al. 2024 (2402.09353, DoRA): rows of W + s · B A have lengths that are learned.
 
-PEFT's names and its orientation, and its settings in the header: diffusers and PEFT read the file as it is, and generate
-with the same s.
+PEFT's names and its orientation, and its settings in the header: diffusers and PEFT read the file as it is, and
+generate with the same s.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from enum import Enum
 from typing import Any, cast
 
 from mflux.backend import mx, optimizers
-from mflux.errors import CheckpointError
-from mflux.models.common.training.spec import OptimizerSpec
-from mflux.text import some
+from mflux.errors import CheckpointError, UsageError
+from mflux.models.common.training.spec import OPTIMIZERS, OptimizerSpec
+from mflux.text import shown, some
 
 # As torch has it: a norm of nothing divides nothing by nothing.
 _LEAST_NORM = 1e-6
@@ -34,7 +34,10 @@ class Optimizers(Enum):
 
     @staticmethod
     def from_alias(alias: str) -> Any:
-        return next(one.optimizer for one in Optimizers if one.alias == alias)
+        for one in Optimizers:
+            if one.alias == alias:
+                return one.optimizer
+        raise UsageError(f"there is no optimizer {shown(repr(alias), 60)}: it is {', '.join(OPTIMIZERS)}")
 
 
 class Optimizer:

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mflux.backend import mx, nn
+from mflux.cpu import apart
 from mflux.models.common.training.lora import TrainedLinear
 
 
@@ -44,19 +43,20 @@ class Recomputed:
                 for layer, leaf, value in before:
                     layer[leaf] = value
             out_places, out = _arrays(result)
-            shape[:] = [result, out_places]
+            # Without the arrays, which would keep all that they were computed from.
+            shape[:] = [_filled(result, dict.fromkeys(out_places)), out_places]
             return out
 
         @mx.custom_function
         def run(*values: mx.array) -> Any:
-            out = [_apart(value) for value in _computed(compute(*map(_apart, _computed(values))))]
+            out = [apart(value) for value in _computed(compute(*map(apart, _computed(values))))]
             return out[0] if len(out) == 1 else tuple(out)
 
         @run.vjp
         def backward(primals: Any, cotangents: Any, _: Any) -> Any:
             values = list(primals) if isinstance(primals, (list, tuple)) else [primals]
             wanted = list(cotangents) if isinstance(cotangents, (list, tuple)) else [cotangents]
-            values, wanted = ([_apart(one) for one in _computed(some)] for some in (values, wanted))
+            values, wanted = ([apart(one) for one in _computed(some)] for some in (values, wanted))
             # Whole numbers, such as positions, have no gradient.
             moving = [number for number, value in enumerate(values) if mx.issubdtype(value.dtype, mx.floating)]
 
@@ -67,7 +67,7 @@ class Recomputed:
                 return compute(*whole)
 
             found = mx.vjp(of_moving, [values[number] for number in moving], wanted)[1]
-            gradients = dict(zip(moving, map(_apart, _computed(found)), strict=True))
+            gradients = dict(zip(moving, map(apart, _computed(found)), strict=True))
             result = [gradients.get(number) for number in range(len(values))]
             filled = [mx.zeros_like(value) if one is None else one for one, value in zip(result, values, strict=True)]
             return filled[0] if len(filled) == 1 else tuple(filled)
@@ -109,7 +109,7 @@ def _leaves(tree: Any, at: str = "") -> list[tuple[str, Any]]:
     return [(at, tree)]
 
 
-def _filled(tree: Any, values: Mapping[str, mx.array], at: str = "") -> Any:
+def _filled(tree: Any, values: Mapping[str, mx.array | None], at: str = "") -> Any:
     """The same with other arrays in their places."""
     if isinstance(tree, dict):
         return {key: _filled(value, values, f"{at}.{key}") for key, value in tree.items()}
@@ -122,11 +122,3 @@ def _computed(values: Any) -> list[mx.array]:
     values = list(values)
     mx.eval(values)
     return values
-
-
-def _apart(value: mx.array) -> mx.array:
-    """A copy that knows nothing of what it was computed from: while a gradient is prepared, MLX lets nothing go that an
-    array of its own leads back to."""
-    wide = value.view(mx.uint16) if value.dtype == mx.bfloat16 else value
-    copy = mx.array(np.array(wide))
-    return copy.view(mx.bfloat16) if value.dtype == mx.bfloat16 else copy

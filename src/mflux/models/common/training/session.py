@@ -79,6 +79,8 @@ class TrainingSession:
         )
         if not self.layers:
             raise UsageError("there is no layer to train: name some in lora_layers")
+        for item in spec.data:
+            self.adapter.check(item.prompt)
         check_memory(self)
         try:
             self.items: Sequence[DataItem] = self._encoded(spec.data)

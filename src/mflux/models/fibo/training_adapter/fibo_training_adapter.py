@@ -8,6 +8,7 @@ from mflux.backend import mx
 from mflux.models.common.config.config import Config
 from mflux.models.common.networks.mmdit import latent_image_ids
 from mflux.models.common.training.adapter import TrainingAdapter
+from mflux.models.fibo.prompts import check_prompt
 
 
 class FiboTrainingAdapter(TrainingAdapter):
@@ -15,6 +16,9 @@ class FiboTrainingAdapter(TrainingAdapter):
 
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     blocks = ("transformer_blocks", "single_transformer_blocks")
+
+    def check(self, caption: str) -> None:
+        check_prompt(caption)
 
     def condition(self, encoded: list[mx.array]) -> dict[str, mx.array]:
         # All hidden states of the text encoder, in one array.
