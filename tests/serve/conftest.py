@@ -42,7 +42,7 @@ def pace(monkeypatch) -> Pace:
             # In small parts, so that a test's change takes effect at once.
             until = time.monotonic() + pace.seconds
             while time.monotonic() < until and time.monotonic() < until + pace.seconds:
-                time.sleep(0.005)
+                time.sleep(0.01)
                 if pace.seconds == 0:
                     break
             if pace.failure is not None:
@@ -59,12 +59,12 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 90.0) -> Any:
     """What a condition gives once it is true."""
     until = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < until, "it did not come"
-        time.sleep(0.005)
+        time.sleep(0.01)
     return found
 
 
@@ -86,7 +86,7 @@ class Running:
     def client(self, **options: Any) -> Any:
         import httpx2
 
-        return self._closed_at_end(httpx2.Client(base_url=self.url, timeout=30, **options))
+        return self._closed_at_end(httpx2.Client(base_url=self.url, timeout=90, **options))
 
     def openai(self, **options: Any) -> Any:
         import openai

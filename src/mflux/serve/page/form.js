@@ -37,7 +37,13 @@ export class Form {
 
   get model() {
     const id = input("model").value;
-    return this.models.find((model) => model.id === id) ?? this.models[0];
+    return this.#known(id);
+  }
+
+  /** @param {string} id of a model, or what is no model's: the default one */
+  #known(id) {
+    const find = (/** @type {(model: any) => boolean} */ is) => this.models.find(is);
+    return find((model) => model.id === id) ?? find((model) => model.mflux.default) ?? this.models[0];
   }
 
   /** Ask what can be asked. What was typed stays. */
@@ -47,8 +53,9 @@ export class Form {
     this.loraNames = (await json("/v1/loras")).data.map((/** @type {any} */ one) => one.id);
     const options = this.models.map((model) => new Option(model.id, model.id));
     element("model").replaceChildren(...options);
-    const known = this.models.some((model) => model.id === chosen);
-    input("model").value = known ? chosen : (this.models.find((model) => model.mflux.default) ?? this.models[0]).id;
+    const { id } = this.#known(chosen);
+    const known = id === chosen;
+    input("model").value = id;
     // Somebody may have been quicker.
     this.#modelChanged(known ? "none" : "empty");
   }
@@ -138,24 +145,39 @@ export class Form {
     input("source").value = "";
   }
 
-  /** What is asked for, as /v1/jobs takes it. */
-  async request() {
-    const { id, mflux } = this.model;
-    const images = mflux.images[1] === 0 ? [] : this.sources.slice(0, mflux.images[1]);
-    const loras = element("loras-box").hidden ? [] : this.#loras();
+  /** What the fields say now: the models may not be known yet, and somebody may go on typing. */
+  typed() {
     return {
       prompt: input("prompt").value,
-      model: id,
+      model: input("model").value,
       width: number("width"),
       height: number("height"),
       steps: number("steps"),
-      guidance: mflux.guidance === null ? undefined : number("guidance"),
-      negative_prompt: (mflux.negative_prompt && input("negative").value) || undefined,
+      guidance: number("guidance"),
+      negative_prompt: input("negative").value,
       seed: number("seed"),
       n: number("count"),
-      loras: loras.length ? loras : undefined,
+      loras: this.#loras(),
+      sources: this.sources,
+      image_strength: number("strength"),
+    };
+  }
+
+  /**
+   * What is asked for, as /v1/jobs takes it, of what the model takes.
+   * @param {ReturnType<Form["typed"]>} typed
+   */
+  async request({ sources, ...typed }) {
+    const { id, mflux } = this.#known(typed.model);
+    const images = sources.slice(0, mflux.images[1]);
+    return {
+      ...typed,
+      model: id,
+      guidance: mflux.guidance === null ? undefined : typed.guidance,
+      negative_prompt: (mflux.negative_prompt && typed.negative_prompt) || undefined,
+      loras: mflux.lora && typed.loras.length ? typed.loras : undefined,
       images: images.length ? await Promise.all(images.map(({ bytes, type }) => dataUrl(bytes, type))) : undefined,
-      image_strength: images.length && mflux.strength ? number("strength") : undefined,
+      image_strength: images.length && mflux.strength ? typed.image_strength : undefined,
       previews: "auto",
     };
   }

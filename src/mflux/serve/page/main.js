@@ -339,11 +339,12 @@ async function takeFiles(files) {
 
 async function generate() {
   allIsWell();
+  const typed = form.typed();
   await started;
   if (!element("key-box").hidden) await takeTyped();
   if (!form.model) return;
   try {
-    const job = await json("/v1/jobs", await form.request());
+    const job = await json("/v1/jobs", await form.request(typed));
     keepOwn(own().add(job.id));
     say(job.position > 0 ? `In the queue, ${job.position} before it.` : "It begins.");
     follow(job);
