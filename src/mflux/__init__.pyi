@@ -14,6 +14,7 @@ from mflux.models.flux.variants.kontext.flux_kontext import Flux1Kontext
 from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
+from mflux.models.ideogram4.variants.txt2img.ideogram4 import Ideogram4
 from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
 from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
 from mflux.models.seedvr2.variants.upscale.seedvr2 import SeedVR2
@@ -292,6 +293,24 @@ def load(
     base_model: str | None = None,
     **settings: Any,
 ) -> SeedVR2: ...
+@overload
+def load(
+    name: Literal[
+        "ideogram-4-fp8",
+        "ideogram4-fp8",
+        "ideogram4",
+        "ideogram-4",
+        "ideogram",
+        "ideogram-ai/ideogram-4-fp8",
+    ],
+    *,
+    quantize: int | None = None,
+    model_path: str | os.PathLike[str] | None = None,
+    lora_paths: list[str] | None = None,
+    lora_scales: list[float] | None = None,
+    base_model: str | None = None,
+    **settings: Any,
+) -> Ideogram4: ...
 @overload
 def load(
     name: str | os.PathLike[str],

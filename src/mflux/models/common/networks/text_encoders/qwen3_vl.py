@@ -6,7 +6,9 @@ Qwen3 with another theta; the vision tower in its files is left there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from mflux.models.common.networks.decoder import DecoderTextEncoder
 from mflux.models.common.networks.qwen3_vl import Qwen3VLTextConfig
@@ -15,6 +17,12 @@ from mflux.models.common.networks.qwen3_vl import Qwen3VLTextConfig
 @dataclass(frozen=True)
 class Qwen3VLEncoderConfig(Qwen3VLTextConfig):
     """`config.json` of a Qwen3-VL, of which the language model's part is read."""
+
+    rope_scaling: Mapping[str, Any] | None = field(
+        default_factory=lambda: {
+            "mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default", "rope_theta": 5_000_000,
+        }
+    )  # fmt: skip
 
     kind = "qwen3_vl_text"
     part = "text_config"
