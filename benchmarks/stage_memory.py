@@ -77,6 +77,16 @@ LARGER = {
         },
         "vae": _KL,
     },
+    "ernie_image": {
+        "text_encoder": {
+            "text_config": {"model_type": "mistral", **_QWEN3, "num_hidden_layers": 9, "head_dim": 128},
+        },
+        "transformer": {
+            "hidden_size": 1536, "num_attention_heads": 12, "rope_axes_dim": [32, 48, 48], "num_layers": 4,
+            "ffn_hidden_size": 4608, "text_in_dim": 1024,
+        },
+        "vae": _KL,
+    },
 }  # fmt: skip
 
 

@@ -70,7 +70,13 @@ def every_scene() -> list[Scene]:
     ]
 
 
-def render(scene: Scene, height: int, width: int, rng: np.random.Generator | None = None) -> np.ndarray:
+def render(
+    scene: Scene,
+    height: int,
+    width: int,
+    rng: np.random.Generator | None = None,
+    colours: dict[str, tuple[int, int, int]] = COLOURS,
+) -> np.ndarray:
     """Draw a scene with smooth edges.
 
     With a generator, place and radius vary a little (±0.5 % of the side, ±2 %), so that seeds have something to
@@ -89,8 +95,8 @@ def render(scene: Scene, height: int, width: int, rng: np.random.Generator | Non
         y0 += rng.uniform(-0.005, 0.005) * side
         radius *= rng.uniform(0.98, 1.02)
     coverage = shape_coverage(scene.shape, height, width, x0, y0, radius)[..., None]
-    ink = np.array(COLOURS[scene.colour], np.float32)
-    paper = np.array(COLOURS[scene.background], np.float32)
+    ink = np.array(colours[scene.colour], np.float32)
+    paper = np.array(colours[scene.background], np.float32)
     return np.round(paper + (ink - paper) * coverage).astype(np.uint8)
 
 
@@ -131,17 +137,19 @@ class Verdict:
     place: str | None
 
 
-def judge(picture: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Verdict:
+def judge(
+    picture: np.ndarray, shapes: tuple[str, ...] = SHAPES, colours: dict[str, tuple[int, int, int]] = COLOURS
+) -> Verdict:
     """Say what a picture shows, from its pixels alone.
 
-    A pixel belongs to the nearest colour of the palette if it is nearer than 60 (Euclidean, 0-255 RGB). The
+    A pixel belongs to the nearest of `colours` if it is nearer than 60 (Euclidean, 0-255 RGB). The
     background is what most of the border is; the object is the most frequent other colour; its shape is the one of
     `shapes` whose outline, drawn into the object's bounding box, overlaps it best, at 0.8 or more.
     """
     pixels = np.asarray(picture)[..., :3].astype(np.float32)
     height, width, _ = pixels.shape
-    names = list(COLOURS)
-    palette = np.array([COLOURS[name] for name in names], np.float32)
+    names = list(colours)
+    palette = np.array([colours[name] for name in names], np.float32)
     distances = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)
     labels = np.where(distances.min(-1) < 60, distances.argmin(-1), -1)
 

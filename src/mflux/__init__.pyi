@@ -4,6 +4,7 @@ import os
 from typing import Any, Literal, overload
 
 from mflux.models.common.pipeline import Pipeline
+from mflux.models.ernie_image.variants.txt2img.ernie_image import ErnieImage
 from mflux.models.fibo.variants.edit.fibo_edit import FIBOEdit
 from mflux.models.fibo.variants.txt2img.fibo import FIBO
 from mflux.models.flux.variants.controlnet.flux_controlnet import Flux1Controlnet
@@ -14,6 +15,7 @@ from mflux.models.flux.variants.kontext.flux_kontext import Flux1Kontext
 from mflux.models.flux.variants.redux.flux_redux import Flux1Redux
 from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
+from mflux.models.flux3.variants.txt2img.flux3_klein import Flux3Klein
 from mflux.models.ideogram4.variants.txt2img.ideogram4 import Ideogram4
 from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
 from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
@@ -173,6 +175,28 @@ def load(
 @overload
 def load(
     name: Literal[
+        "flux3-image-klein",
+        "flux3-klein",
+        "flux3",
+        "flux-3-image-klein",
+        "black-forest-labs/flux-3-image-klein",
+        "flux3-image-klein-base",
+        "flux3-klein-base",
+        "flux3-base",
+        "flux-3-image-klein-base",
+        "black-forest-labs/flux-3-image-klein-base",
+    ],
+    *,
+    quantize: int | None = None,
+    model_path: str | os.PathLike[str] | None = None,
+    lora_paths: list[str] | None = None,
+    lora_scales: list[float] | None = None,
+    base_model: str | None = None,
+    **settings: Any,
+) -> Flux3Klein: ...
+@overload
+def load(
+    name: Literal[
         "qwen-image",
         "qwen",
         "qwen-image-2512",
@@ -293,6 +317,22 @@ def load(
     base_model: str | None = None,
     **settings: Any,
 ) -> SeedVR2: ...
+@overload
+def load(
+    name: Literal[
+        "ernie-image",
+        "baidu/ERNIE-Image",
+        "ernie-image-turbo",
+        "baidu/ERNIE-Image-Turbo",
+    ],
+    *,
+    quantize: int | None = None,
+    model_path: str | os.PathLike[str] | None = None,
+    lora_paths: list[str] | None = None,
+    lora_scales: list[float] | None = None,
+    base_model: str | None = None,
+    **settings: Any,
+) -> ErnieImage: ...
 @overload
 def load(
     name: Literal[

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mflux.errors import UsageError
@@ -30,6 +31,7 @@ __all__ = [
     "named_arrays",
     "nn",
     "on_gpu",
+    "optimizers",
     "settle_compiling",
     "tree_flatten",
     "tree_map",

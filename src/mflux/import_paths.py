@@ -127,6 +127,7 @@ CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # What else programs import: module of 0.24 → the module here → names, the same in both.
 _PROGRAMS = "mflux.programs"
+_TRAINING = "mflux.models.common.training"
 MOVED: dict[str, dict[str, tuple[str, ...]]] = {
     "mflux.callbacks.callback_manager": {f"{_PROGRAMS}.commands": ("CallbackManager",)},
     "mflux.callbacks.generation_context": {"mflux.callbacks.callback_registry": ("GenerationContext",)},
@@ -149,6 +150,25 @@ MOVED: dict[str, dict[str, tuple[str, ...]]] = {
     "mflux.models.common.config": {"mflux.models.common.config.config": ("Config",)},
     "mflux.models.common.schedulers.seedvr2_euler_scheduler": {
         "mflux.models.common.schedulers": ("SeedVR2EulerScheduler",)
+    },
+    "mflux.models.common.training.adapters": {f"{_TRAINING}.adapter": ("TrainingAdapter",)},
+    "mflux.models.common.training.adapters.base": {f"{_TRAINING}.adapter": ("TrainingAdapter",)},
+    "mflux.models.common.training.dataset": {f"{_TRAINING}.data": ("Batch", "DataItem", "Dataset", "Iterator")},
+    "mflux.models.common.training.dataset.batch": {f"{_TRAINING}.data": ("Batch", "DataItem")},
+    "mflux.models.common.training.dataset.dataset": {f"{_TRAINING}.data": ("Dataset",)},
+    "mflux.models.common.training.dataset.iterator": {f"{_TRAINING}.data": ("Iterator",)},
+    "mflux.models.common.training.lora.path_util": {
+        f"{_TRAINING}.lora": ("expand_module_paths", "get_at_path", "set_at_path")
+    },
+    "mflux.models.common.training.lora.target_injector": {f"{_TRAINING}.lora": ("inject_lora_targets",)},
+    "mflux.models.common.training.optimization": {f"{_TRAINING}.optimizer": ("Optimizer", "Optimizers")},
+    "mflux.models.common.training.optimization.optimizer": {f"{_TRAINING}.optimizer": ("Optimizer", "Optimizers")},
+    "mflux.models.common.training.state": {f"{_TRAINING}.spec": ("TrainingSpec",)},
+    "mflux.models.common.training.state.training_spec": {
+        f"{_TRAINING}.spec": (
+            "BlockRange", "CheckpointSpec", "DataSpec", "LoraLayersSpec", "LoraTargetSpec", "MonitoringSpec",
+            "OptimizerSpec", "StatisticsSpec", "TrainingLoopSpec", "TrainingSpec",
+        ),
     },
     "mflux.models.common.vae": {f"{_PROGRAMS}.images": ("VAETiler",)},
     "mflux.models.common.vae.vae_tiler": {f"{_PROGRAMS}.images": ("VAETiler",)},
@@ -173,11 +193,13 @@ MOVED: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 # Where 0.24's tables of a family's weights stood: family → class, in the package and in a module of it.
 WEIGHTS = {
-    "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition", "flux2": "Flux2KleinWeightDefinition",
+    "ernie_image": "ErnieWeightDefinition", "fibo": "FIBOWeightDefinition", "flux": "FluxWeightDefinition",
+    "flux2": "Flux2KleinWeightDefinition", "flux3": "Flux3KleinWeightDefinition",
     "qwen": "QwenWeightDefinition", "seedvr2": "SeedVR2WeightDefinition", "z_image": "ZImageWeightDefinition",
 }  # fmt: skip
+_STEMS = {"ernie_image": "ernie"}
 for _family, _name in WEIGHTS.items():
-    for _place in ("weights", f"weights.{_family}_weight_definition"):
+    for _place in ("weights", f"weights.{_STEMS.get(_family, _family)}_weight_definition"):
         MOVED[f"mflux.models.{_family}.{_place}"] = {f"{_PROGRAMS}.weights": (_name,)}
 
 # Module or package → the names that it offers: each by the module that it stands in, and what it draws with.
@@ -198,13 +220,13 @@ _MODULES.add(_MORE_BELOW)
 # What of 0.24 is known by its path alone, below `mflux`, and is not here: what is not built yet, and what is made
 # otherwise.
 _NOT_YET = {
-    "training": r"models\.common\.(training|cli\.train)|models\.\w+\.training_adapter",
+    "training for this family": r"models\.\w+\.training_adapter",
     "PiD decoding": r"models\.common\.pid_decoder",
     "a control of poses": r"models\.openpose",
     "a control of soft edges": r"models\.hed",
 }
 _OTHERWISE = (
-    r"models\.common\.(cfg_end|checking|compute_precision|lora\.(layer|mapping)|resolution|step_cache|tokenizer"
+    r"models\.common\.(cfg_end|checking|compute_precision|lora\.(layer|mapping)|resolution|step_cache|tokenizer|training"
     r"|vae\.(block_decoder|vae_decode_options)|weights)|models\.common_models|release"
     r"|models\.\w+\.(model|tokenizer|weights|\w+_initializer)"
     r"|models\.\w+\.variants\.(\w+\.)?(util|utils|\w+_(concept|controlnet|helpers|rewriter|util))"

@@ -220,7 +220,7 @@ def test_a_file_that_changed_since(tiny, in_folder):
 
 def test_every_family_that_has_modulation_is_here():
     kinds = {case.pipeline_class().__module__.split(".")[2] for case in TINY.values()}
-    assert kinds >= {"flux", "flux2", "qwen", "fibo", "z_image"}
+    assert kinds >= {"flux", "flux2", "flux3", "qwen", "fibo", "z_image", "ernie_image"}
 
 
 @EVERY_FAMILY

@@ -24,16 +24,20 @@ from mflux.utils.exceptions import StopImageGenerationException
 SHAPES = {
     "flux": lambda h, w: (1, h // 16 * (w // 16), 64),
     "flux2": lambda h, w: (1, h // 16 * (w // 16), 128),
+    "flux3": lambda h, w: (1, h // 16 * (w // 16), 128),
     "qwen": lambda h, w: (1, h // 16 * (w // 16), 64),
     "fibo": lambda h, w: (1, h // 16 * (w // 16), 48),
     "z_image": lambda h, w: (16, 1, h // 8, w // 8),
+    "ernie_image": lambda h, w: (1, 128, h // 16, w // 16),
 }
 TOKENIZERS = {
     "flux": {"clip", "t5"},
     "flux2": {"qwen3"},
+    "flux3": {"qwen3_vl"},
     "qwen": {"qwen"},
     "fibo": {"fibo"},
     "z_image": {"z_image"},
+    "ernie_image": {"ernie"},
 }
 
 
@@ -127,7 +131,12 @@ CALLED_WITH = {
     "flux": keywords("t", "config", "hidden_states", "prompt_embeds", "pooled_prompt_embeds"),
     "qwen": keywords("t", "config", "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask"),
     "flux2": keywords("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "guidance"),
+    "flux3": keywords(
+        "hidden_states", "encoder_hidden_states", "timestep", "target_timestep", "img_ids", "txt_ids",
+        "cond_hidden_states", "cond_ids",
+    ),
     "z_image": keywords("x", "timestep", "sigmas", "cap_feats"),
+    "ernie_image": keywords("hidden_states", "timestep", "text_bth", "text_lens"),
 }
 BESIDE = {"Flux1Kontext": {"kontext_image_ids"}, "QwenImageEdit": {"cond_image_grid"}}
 # Their ControlNet, or what they look at, needs more of a transformer than its prediction.

@@ -82,8 +82,8 @@ def test_every_command_records_it_in_one_form(tiny, in_folder):
         pytest.skip("it takes no prompt")
     form = tiny.case.prompt + FORMS["all"] if not tiny.case.prompt.startswith("{") else tiny.case.prompt + "\r\n"
     negative = ["--negative-prompt", FORMS["all"]] if "--negative-prompt" in flags else []
-    if "flux2" in tiny.case.command:
-        # It refuses one.
+    if "flux2" in tiny.case.command or "flux3" in tiny.case.command:
+        # They refuse one.
         negative = []
     result = tiny.run("--prompt", form, *negative, "--steps", 1, *SIZE, "--metadata", "--seed", 1)
     assert result.status == 0, result.err

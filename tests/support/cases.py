@@ -1,7 +1,8 @@
 """What a family tells about itself, so that the tests that every family has to pass are written once.
 
-A family's files `tests/families/<family>/cases*.py` hold `COMPONENTS`, `PIPELINES` and `TINY`. They are read without
-torch as well: whatever needs the reference implementations imports them inside a function.
+A family's files `tests/families/<family>/cases*.py` hold `COMPONENTS`, `PIPELINES`, `TINY` and
+`TRAINING`. They are read without torch as well: whatever needs the reference implementations imports them inside a
+function.
 """
 
 from __future__ import annotations
@@ -127,6 +128,40 @@ class Tiny:
         return getattr(importlib.import_module(module), name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a family's LoRAs are trained, beside its reference.
+
+    Attributes:
+        name: what it is called in the tests.
+        model: the key that the tiny model is trained as.
+        write: writes it with the reference classes, in the published layout.
+        pipeline: the reference's pipeline class, which reads LoRA files.
+        targets: the configuration's layers, with ranks and alphas that differ.
+        encoded: (folder, image, prompt, width, height, source) → the reference's latents, as a batch of one, and its
+            conditions by the names that `DataItem.cond` has.
+        velocity: (transformer, latents, sigma, conditions, width, height, guidance) → the reference's velocity.
+        transformer: the reference's class.
+        captions: of the three images.
+        guidance: what the configuration says of it.
+        pairs: whether it learns from pairs of images.
+        prefix: what stands before the names in the file.
+    """
+
+    name: str
+    model: str
+    write: Callable[[Path], Path]
+    pipeline: str
+    targets: Sequence[Settings]
+    encoded: Callable[..., tuple[Any, dict[str, Any]]]
+    velocity: Callable[..., Any]
+    transformer: str
+    captions: Sequence[str] = ("a red circle", "two blue squares on a table", "a red circle")
+    guidance: float = 0.0
+    pairs: bool = False
+    prefix: str = "transformer"
+
+
 def families() -> list[str]:
     """The families that are to be tested: all of them, or the one that MFLUX_TEST_FAMILY names."""
     chosen = os.environ.get("MFLUX_TEST_FAMILY")
@@ -143,7 +178,7 @@ def case_modules(family: str) -> list[ModuleType]:
 
 
 def every(what: str) -> dict[str, Any]:
-    """`COMPONENTS`, `PIPELINES` or `TINY` of all families, by "family name"."""
+    """`COMPONENTS`, `PIPELINES`, `TINY` or `TRAINING` of all families, by "family name"."""
     found = {}
     for family in families():
         for case in (case for module in case_modules(family) for case in getattr(module, what, ())):

@@ -111,5 +111,6 @@ def write_as_024(
         mx.save_safetensors(str(target / part / "0.safetensors"), tensors)
         index = {"metadata": {"mflux_version": "0.24.0"}, "weight_map": dict.fromkeys(tensors, "0.safetensors")}
         write_json(target / part / "model.safetensors.index.json", index)
-    shutil.copytree(source / "tokenizer", target / "tokenizer")
+    for folder in source.glob("*tokenizer*"):
+        shutil.copytree(folder, target / folder.name)
     return target

@@ -35,6 +35,7 @@ class Layout:
         wanted: what such a file is called, for the message that it is missing.
         names: how the names that mflux 0.24 saves become the published ones; a component that is not here has them.
         scheduler: what `scheduler_config.json` would say of a folder that mflux 0.24 saved; None if there is none.
+        has_schedule: whether a published model has a `scheduler_config.json`; else the registry has its schedule.
         model_index: what `model_index.json` would say.
         square: see `Renamed`.
         zeros: vectors that some versions lost → the matrix that has as many rows; they are zero.
@@ -59,6 +60,7 @@ class Layout:
     zeros: Mapping[str, str] = field(default_factory=dict)
     reshape: Callable[[str, mx.array], mx.array] | None = None
     takes_overrides: bool = True
+    has_schedule: bool = True
     inside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     models: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
     changes: Mapping[str, Callable[[str, mx.array], mx.array]] = field(default_factory=dict)
@@ -185,10 +187,11 @@ class PublishedFolder:
 
     def scheduler(self) -> dict[str, Any]:
         """What `scheduler_config.json` says."""
-        if self.layout.published is not None:
+        path = self.root / "scheduler" / "scheduler_config.json"
+        if self.layout.published is not None or not (self.layout.has_schedule or is_file(path)):
             # A model that is files has no such settings.
             return {}
-        return read_json(self.root / "scheduler" / "scheduler_config.json")
+        return read_json(path)
 
     def stored(self, part: str) -> Quantization | None:
         """What a component is quantized to, if at all."""

@@ -170,6 +170,11 @@ def either(*known: Names) -> Names:
     return places
 
 
+_BEFORE = r"^((model\.)?diffusion_model|transformer)\."
+# The published names of a transformer in a file that may hold more, or that a trainer wrote.
+PREFIXED = where(_BEFORE, by_patterns((_BEFORE, "")))
+
+
 @cache
 def _translated(name: str, patterns: Patterns) -> str:
     for pattern, replacement in patterns:

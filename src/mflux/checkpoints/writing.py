@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -98,13 +98,9 @@ class SafetensorsWriter:
         self._left.remove(name)
         if array.size == 0:
             return
-        # The bytes as they lie in memory: row by row and, on every machine that MLX runs on, little-endian. Python's
-        # buffers do not know all of MLX's dtypes, so they see integers of the same width.
-        data = mx.contiguous(array.reshape(1) if array.ndim == 0 else array).view(_BY_WIDTH[dtype.size])
-        mx.eval(data)
+        data = _bytes(array)
         try:
-            # MLX's stubs do not say that its arrays are buffers.
-            self._write_at(self._temporary, self._places[name], memoryview(cast(Any, data)).cast("B"))
+            self._write_at(self._temporary, self._places[name], data)
         except OSError as error:
             raise self._cannot_write(error) from None
 
@@ -159,6 +155,31 @@ class SafetensorsWriter:
         if isinstance(error, FileNotFoundError):
             return OutputError(f"cannot write {self.path}: the folder {self.path.parent} does not exist")
         return OutputError(f"cannot write {self.path}: {error.strerror or error}")
+
+
+def serialised(
+    arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file of these arrays, piece by piece, for what is written into another file.
+
+    Raises:
+        OutputError: a name cannot stand in the format.
+    """
+    specs = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+    header, places, _ = _layout(Path(), specs, metadata)
+    yield header
+    for name in sorted(places, key=lambda name: (places[name], arrays[name].size)):
+        if arrays[name].size:
+            yield _bytes(arrays[name])
+
+
+def _bytes(array: mx.array) -> memoryview:
+    """An array's bytes as they lie in memory: row by row and, on every machine that MLX runs on, little-endian."""
+    # Python's buffers do not know all of MLX's dtypes, so they see integers of the same width.
+    data = mx.contiguous(array.reshape(1) if array.ndim == 0 else array).view(_BY_WIDTH[array.dtype.size])
+    mx.eval(data)
+    # MLX's stubs do not say that its arrays are buffers.
+    return memoryview(cast(Any, data)).cast("B")
 
 
 def _layout(

@@ -7,6 +7,7 @@ from mflux.models.common.family import Command, families
 # By the name after "mflux-"; the console scripts in pyproject.toml are the same.
 _OF_NO_FAMILY = (
     Command("serve", "mflux.cli.serve", "keep models loaded, and generate over HTTP, with a page"),
+    Command("train", "mflux.models.common.cli.train", "train a LoRA on images and captions"),
     Command("save", "mflux.cli.save", "save a model, quantized or not, to a folder"),
     Command("convert", "mflux.cli.convert", "turn PyTorch weights into safetensors"),
     Command("lora-library", "mflux.models.common.cli.lora_library", "list the LoRAs in LORA_LIBRARY_PATH"),

@@ -27,10 +27,12 @@ _NAMES = {"t5_text_encoder": "t5_encoder", "clip_text_encoder": "clip_encoder"}
 _TOKENIZERS = {
     "flux": {"clip": "tokenizer", "t5": "tokenizer_2"},
     "flux2": {"qwen3": "tokenizer"},
+    "flux3": {"qwen3_vl": "text_encoder"},
     "qwen": {"qwen": "tokenizer"},
     "z_image": {"z_image": "tokenizer"},
     "fibo": {"fibo": "tokenizer"},
     "seedvr2": {},
+    "ernie_image": {"ernie": "tokenizer"},
 }
 
 
@@ -136,6 +138,10 @@ class Flux2KleinWeightDefinition(_WeightDefinition):
     family_name = "flux2"
 
 
+class Flux3KleinWeightDefinition(_WeightDefinition):
+    family_name = "flux3"
+
+
 class QwenWeightDefinition(_WeightDefinition):
     family_name = "qwen"
 
@@ -150,6 +156,10 @@ class FIBOWeightDefinition(_WeightDefinition):
 
 class SeedVR2WeightDefinition(_WeightDefinition):
     family_name = "seedvr2"
+
+
+class ErnieWeightDefinition(_WeightDefinition):
+    family_name = "ernie_image"
 
 
 class WeightLoader:

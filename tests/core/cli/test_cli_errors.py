@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support import not_built
 
 from mflux.backend import mx
+from mflux.cli.commands import NOT_BUILT
 from mflux.cli.parser.parsers import Said
 from mflux.cli.replay import take_settings
 from mflux.errors import UsageError
-from mflux.models.common.family import all_settings
+from mflux.models.common.family import all_settings, families
 from mflux.utils import values
 
 SUGGESTION = (
@@ -62,9 +64,10 @@ def test_no_model_at_all(refused):
 
 
 def test_an_unknown_model(refused):
+    first = [family.commands[0].models[0] for family in families().values() if family.commands[0].models]
+    names = [name if name != "demo" else "schnell" for name in first]
     told = (
-        "a repository or folder whose name does not tell needs --base-model, as schnell, flux2-klein-4b, qwen-image, "
-        "fibo, z-image-turbo or seedvr2-3b"
+        f"a repository or folder whose name does not tell needs --base-model, as {', '.join(names[:-1])} or {names[-1]}"
     )
     refused(model="nonsense", status=2, message=f"the model 'nonsense' is not known: {SUGGESTION}; {told}")
 
@@ -72,7 +75,6 @@ def test_an_unknown_model(refused):
 def test_every_family_that_draws_is_named_for_a_folder_that_does_not_tell():
     from mflux.errors import ModelConfigError
     from mflux.models.common.config.model_config import ModelConfig
-    from mflux.models.common.family import families
     from mflux.models.common.registry import MODELS
 
     with pytest.raises(ModelConfigError) as failure:
@@ -101,21 +103,9 @@ def test_an_unknown_base_model(refused, tiny_schnell):
     refused("--base-model", "nonsense", model=None, status=2, message=message)
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("krea-2-raw", "the family krea2"),
-        ("krea/Krea-2-Raw", "the family krea2"),
-        ("someone/ernie-image-turbo-mine", "the family ernie"),
-    ],
-)
-def test_a_model_that_is_known_but_not_built(refused, name, what):
-    key = {"krea/Krea-2-Raw": "krea-2-raw", "someone/ernie-image-turbo-mine": "ernie-image-turbo"}.get(name, name)
-    refused(
-        model=name,
-        status=2,
-        message=f"{key} is not built yet in this version ({what}): mflux --help lists those that are",
-    )
+@pytest.mark.parametrize("name", [not_built.KEY, not_built.REPOSITORY, f"someone/{not_built.KEY}-mine"])
+def test_a_model_that_is_known_but_not_built(refused, name):
+    refused(model=name, status=2, message=f"{not_built.TOLD}: mflux --help lists those that are")
 
 
 def test_a_model_that_another_command_draws_with(refused):
@@ -484,7 +474,8 @@ def test_an_option_that_is_not_built(refused, words, message):
 
 
 def test_a_command_that_is_not_built(cli):
-    for words in (["generate-krea2"], ["generate-anima", "--prompt", "x"], ["mflux-train"]):
+    name = next(name for name in NOT_BUILT if name.startswith("generate-"))
+    for words in ([name], [name, "--prompt", "x"], [f"mflux-{name}"]):
         result = cli(*words)
         assert result.status == 2
         assert result.err == f"error: mflux {words[0]} is not built yet in this version (see mflux --help)\n"

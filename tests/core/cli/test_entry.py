@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from support import not_built
 
 from mflux.cli.entry import command_for
 from mflux.models.common.family import built, first_command
@@ -53,7 +54,7 @@ def test_every_model_s_options_are_shown(usage):
         (["--model"], None),
         (["--model", "nonsense"], None),
         (["--model", "seedvr2-3b"], None),
-        (["--model", "krea-2-raw"], None),
+        (["--model", not_built.KEY], None),
         (["-C", "nowhere.json"], None),
     ],
     ids=str,
@@ -97,7 +98,7 @@ def test_what_is_wrong_is_said_by_the_command_that_it_was_handed_to(cli):
     ("model", "told"),
     [
         ("seedvr2-3b", "mflux-generate does not generate with seedvr2-3b: see mflux-upscale-seedvr2 --help"),
-        ("krea-2-raw", "krea-2-raw is not built yet in this version (the family krea2)"),
+        (not_built.KEY, not_built.TOLD),
         ("schnel", "there is no model and no folder 'schnel' (did you mean schnell?)"),
         ("black-forest-labs/FLUX.2-dev", "the model 'black-forest-labs/FLUX.2-dev' is not known: 'flux2' in its name"),
     ],

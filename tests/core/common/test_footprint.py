@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support import not_built
 
 from mflux.backend import mx
 from mflux.cli import fits
@@ -117,7 +118,7 @@ def test_plan_of_a_folder_is_that_folder_s(cli, tiny_dev):
 
 
 @pytest.mark.parametrize(
-    ("model", "told"), [("demo", "fits everywhere"), ("nosuch", "is not known"), ("krea-2", "is not built yet")]
+    ("model", "told"), [("demo", "fits everywhere"), ("nosuch", "is not known"), (not_built.KEY, "is not built yet")]
 )
 def test_plan_of_what_has_none(cli, model, told):
     result = cli("doctor", "--plan", model)

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from support import not_built
 from support.cases import Tiny, every
 
 import mflux
@@ -65,7 +66,7 @@ def test_names_of_hugging_face(monkeypatch, tmp_path):
         ("nothing", {}, ModelConfigError, "the model 'nothing' is not known"),
         ("schnel", {}, ModelConfigError, "did you mean schnell?"),
         ("schnell-mine", {}, ModelConfigError, "there is no model and no folder 'schnell-mine'"),
-        ("krea2-raw", {}, UsageError, "krea-2-raw is not built yet in this version (the family krea2)"),
+        (not_built.KEY, {}, UsageError, not_built.TOLD),
         ("schnell", {"base_model": "nothing"}, ModelConfigError, "the base model 'nothing' is not known"),
         ("demo", {"quantize": 7}, UsageError, "7"),
         ("demo", {"lora_scales": [1.0]}, UsageError, "scale"),

@@ -331,6 +331,7 @@ def test_weights_that_are_not_there(tmp_path):
     [
         ("flux", "FluxWeightDefinition", {"clip": "tokenizer", "t5": "tokenizer_2"}),
         ("flux2", "Flux2KleinWeightDefinition", {"qwen3": "tokenizer"}),
+        ("flux3", "Flux3KleinWeightDefinition", {"qwen3_vl": "text_encoder"}),
         ("qwen", "QwenWeightDefinition", {"qwen": "tokenizer"}),
         ("z_image", "ZImageWeightDefinition", {"z_image": "tokenizer"}),
         ("fibo", "FIBOWeightDefinition", {"fibo": "tokenizer"}),

@@ -81,6 +81,14 @@ def test_the_published_table_is_true():
                 "transformer": "Z-Image/transformer (ZImageTransformer)",
             },
         ),
+        (
+            "ernie_image",
+            {
+                "text encoder": "ERNIE-Image/text_encoder (ErnieTextEncoder)",
+                "transformer": "ERNIE-Image/transformer (ErnieTransformer)",
+                "autoencoder": "ERNIE-Image/vae (ErnieAutoencoder)",
+            },
+        ),
     ],
 )
 def test_a_family_s_own_table_is_true(family, rows):

@@ -322,11 +322,11 @@ def test_modules_of_0_24_s_commands_run(module, told):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(told)
 
 
-def test_training_is_told_where_programs_look_for_it():
-    """There is no script that only refuses: what asks `which` for mflux-train is told what is true."""
-    words = [sys.executable, "-m", "mflux.models.common.cli.train", "--config", "a.json"]
+def test_training_is_where_programs_look_for_it():
+    """They fall back to the module where there is no script."""
+    words = [sys.executable, "-m", "mflux.models.common.cli.train", "--config", "nothing.json"]
     done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 1 and "training is not built yet in this version" in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no configuration nothing.json")
     assert done.stderr.count("\n") == 1
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from support.cases import Component, Pipeline, Tiny
+from support.cases import Component, Pipeline, Tiny, Training
 from support.images import generated, mask, noise, photo, pipeline_reference
 from support.tokenizers import write_json, write_whole_tokenizer
 
@@ -513,5 +513,61 @@ TINY = (
             ("transformer", {"guidance_embeds": True}, "guidance_embeds"),
             ("text_encoder", {"bos_token_id": 320}, "none of 320 tokens"),
         ),
+    ),
+)
+
+
+# ---- training
+
+
+def _encoded(folder: Path, image, prompt: str, width: int, height: int, source):
+    import torch
+
+    pipeline = pipeline_reference(folder, "BriaFiboPipeline")
+    vae = pipeline.vae
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        layers = pipeline.encode_prompt(prompt, guidance_scale=1)[5]
+        # Its processor would round to multiples of 32.
+        pixels = torch.tensor(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        latents = (vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+    return latents.flatten(2).transpose(1, 2), {"text_layers": torch.stack(list(layers), dim=1)}
+
+
+def _velocity(transformer, latents, sigma, cond, width: int, height: int, guidance: float):
+    import torch
+    from diffusers import FluxPipeline
+
+    layers = list(cond["text_layers"].unbind(1))
+    blocks = transformer.config.num_layers + transformer.config.num_single_layers
+    chosen = layers[-blocks:] if len(layers) >= blocks else layers + [layers[-1]] * (blocks - len(layers))
+    return transformer(
+        hidden_states=latents,
+        encoder_hidden_states=torch.cat([layers[-1], layers[-2]], dim=-1),
+        text_encoder_layers=chosen,
+        timestep=1000 * torch.tensor([sigma]),
+        img_ids=FluxPipeline._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32),
+        txt_ids=torch.zeros(layers[0].shape[1], 3),
+    ).sample
+
+
+TRAINING = (
+    Training(
+        name="training",
+        model="fibo",
+        write=lambda folder: write_fibo(folder, layers=4, blocks=(2, 2)),
+        pipeline="BriaFiboPipeline",
+        transformer="BriaFiboTransformer2DModel",
+        captions=(PROMPT, EDIT_PROMPT, PROMPT),
+        targets=(
+            {"module_path": "transformer_blocks.{block}.attn.to_q", "blocks": "all", "rank": 4, "alpha": 8},
+            {"module_path": "transformer_blocks.0.norm1_context.linear", "rank": 3, "alpha": 1.5},
+            {"module_path": "single_transformer_blocks.{block}.proj_mlp", "blocks": {"indices": [0]}, "rank": 4},
+            {"module_path": "caption_projection.{block}.linear", "blocks": {"indices": [1]}, "rank": 2},
+            {"module_path": "context_embedder", "rank": 2, "alpha": 3},
+            {"module_path": "proj_out", "rank": 2},
+        ),
+        encoded=_encoded,
+        velocity=_velocity,
     ),
 )

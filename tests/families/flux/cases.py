@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from support.cases import Component, Tiny
+from support.cases import Component, Tiny, Training
 
 from mflux.backend import mx
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
@@ -377,4 +378,83 @@ TINY = (
         base_model="schnell",
         pipeline="mflux.models.flux.variants.txt2img.flux:Flux1",
     ),
+)
+
+
+# ---- training
+
+# As many tokens as schnell and dev read.
+_WORDS = {"schnell": 256, "dev": 512}
+
+
+def _encoded(folder: Path, image, prompt: str, width: int, height: int, source):
+    import torch
+
+    pipeline = _pipeline(folder)
+    with torch.no_grad():
+        embeds, pooled, _ = pipeline.encode_prompt(
+            prompt,
+            None,
+            max_sequence_length=_WORDS["dev" if pipeline.transformer.config.guidance_embeds else "schnell"],
+        )
+        pixels = pipeline.image_processor.preprocess(image)
+        vae = pipeline.vae
+        latents = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    packed = pipeline._pack_latents(latents, 1, 16, height // 8, width // 8)
+    return packed, {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+@cache
+def _pipeline(folder: Path):
+    from diffusers import FluxPipeline
+
+    return FluxPipeline.from_pretrained(folder)
+
+
+def _velocity(transformer, latents, sigma, cond, width: int, height: int, guidance: float):
+    import torch
+    from diffusers import FluxPipeline
+
+    return transformer(
+        hidden_states=latents,
+        timestep=torch.tensor([sigma]),
+        guidance=torch.tensor([guidance]) if transformer.config.guidance_embeds else None,
+        encoder_hidden_states=cond["prompt_embeds"],
+        pooled_projections=cond["pooled_prompt_embeds"],
+        txt_ids=torch.zeros(cond["prompt_embeds"].shape[1], 3),
+        img_ids=FluxPipeline._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32),
+    ).sample
+
+
+def _training(name: str, model: str, guidance: float = 0.0, **settings) -> Training:
+    def write(folder: Path) -> Path:
+        from support.reference import write_flux
+
+        return write_flux(folder, guidance=model == "dev", **settings)
+
+    return Training(
+        name=name,
+        model=model,
+        write=write,
+        pipeline="FluxPipeline",
+        transformer="FluxTransformer2DModel",
+        targets=(
+            {"module_path": "transformer_blocks.{block}.attn.to_q", "blocks": "all", "rank": 4, "alpha": 8},
+            # 0.24's name of a layer.
+            {"module_path": "transformer_blocks.{block}.ff.linear1", "blocks": {"start": 0, "end": 1}, "rank": 2},
+            {"module_path": "transformer_blocks.0.norm1.linear", "rank": 3, "alpha": 1.5},
+            {"module_path": "single_transformer_blocks.{block}.attn.to_v", "blocks": {"indices": [1]}, "rank": 4},
+            {"module_path": "single_transformer_blocks.{block}.proj_out", "blocks": "all", "rank": 4, "alpha": 6},
+            {"module_path": "proj_out", "rank": 2, "alpha": 5},
+            {"module_path": "time_text_embed.timestep_embedder.linear_1", "rank": 2},
+        ),
+        encoded=_encoded,
+        velocity=_velocity,
+        guidance=guidance,
+    )
+
+
+TRAINING = (
+    _training("training without guidance", "schnell"),
+    _training("training with guidance", "dev", 2.5, scheduler="dynamic", heads=3, layers=(2, 2)),
 )

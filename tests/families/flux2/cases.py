@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from support.cases import Component, Pipeline, Settings, Tiny
+from support.cases import Component, Pipeline, Settings, Tiny, Training
 from support.images import generated, photo, pipeline_reference
 from support.tokenizers import write_json, write_qwen_tokenizer
 
@@ -648,5 +648,75 @@ TINY = (
         words=("--image-paths", _SOURCE, _SOURCE),
         pipeline="mflux.models.flux2.variants.edit.flux2_klein_edit:Flux2KleinEdit",
         generate={"image_paths": [_SOURCE, _SOURCE]},
+    ),
+)
+
+
+# ---- training
+
+
+def _encoded(folder: Path, image, prompt: str, width: int, height: int, source):
+    import torch
+
+    pipeline = pipeline_reference(folder, "Flux2KleinPipeline")
+    with torch.no_grad():
+        embeds, _ = pipeline.encode_prompt(prompt)
+        pixels = pipeline.image_processor.preprocess(image)
+        latents = pipeline._pack_latents(pipeline._encode_vae_image(pixels, None))
+        cond = {"prompt_embeds": embeds}
+        if source is not None:
+            pixels = pipeline.image_processor.preprocess(source, *source.size[::-1], resize_mode="crop")
+            tokens, ids = pipeline.prepare_image_latents([pixels], 1, None, "cpu", torch.float32)
+            cond |= {"image_latents": tokens, "image_latent_ids": ids}
+    return latents, cond
+
+
+def _velocity(transformer, latents, sigma, cond, width: int, height: int, guidance: float):
+    import torch
+    from diffusers import Flux2KleinPipeline
+
+    ids = Flux2KleinPipeline._prepare_latent_ids(torch.empty(1, 1, height // 16, width // 16))
+    tokens = latents
+    if "image_latents" in cond:
+        tokens = torch.cat([latents, cond["image_latents"]], dim=1)
+        ids = torch.cat([ids, cond["image_latent_ids"]], dim=1)
+    sample = transformer(
+        hidden_states=tokens,
+        encoder_hidden_states=cond["prompt_embeds"],
+        timestep=torch.tensor([sigma]),
+        img_ids=ids,
+        txt_ids=Flux2KleinPipeline._prepare_text_ids(cond["prompt_embeds"]),
+    ).sample
+    return sample[:, : latents.shape[1]]
+
+
+_TRAINING = dict(
+    pipeline="Flux2KleinPipeline",
+    transformer="Flux2Transformer2DModel",
+    targets=(
+        {"module_path": "transformer_blocks.{block}.attn.to_q", "blocks": "all", "rank": 4, "alpha": 8},
+        # 0.24's name of a layer.
+        {"module_path": "transformer_blocks.{block}.attn.to_out", "blocks": {"indices": [0]}, "rank": 2},
+        {"module_path": "transformer_blocks.{block}.ff.linear_in", "blocks": "all", "rank": 4},
+        {"module_path": "double_stream_modulation_img.linear", "rank": 3, "alpha": 1.5},
+        {"module_path": "single_transformer_blocks.{block}.attn.to_qkv_mlp_proj", "blocks": "all", "rank": 4},
+        {"module_path": "single_transformer_blocks.1.attn.to_out", "rank": 2, "alpha": 5},
+    ),
+    encoded=_encoded,
+    velocity=_velocity,
+)
+TRAINING = (
+    Training(
+        name="training",
+        model="flux2-klein-4b",
+        write=lambda folder: write_klein(folder, is_distilled=True),
+        **_TRAINING,
+    ),
+    Training(
+        name="training to edit",
+        model="flux2-klein-base-4b",
+        write=lambda folder: write_klein(folder, is_distilled=False, heads=3, blocks=(1, 2)),
+        pairs=True,
+        **_TRAINING,
     ),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from support.cases import Component, Pipeline, Tiny
+from support.cases import Component, Pipeline, Tiny, Training
 from support.images import generated, noise, photo, pipeline_reference
 from support.tokenizers import QWEN_VL_SPECIAL, spelled, write_json, write_qwen_tokenizer
 
@@ -675,5 +675,53 @@ TINY = (
         pipeline=f"{_QWEN}.edit.qwen_image_edit:QwenImageEdit",
         generate={"image_paths": [_SOURCE], "guidance": 2.5},
         patches={f"{_QWEN}.edit.qwen_image_edit._AREA": _AREA},
+    ),
+)
+
+
+# ---- training
+
+
+def _encoded(folder: Path, image, prompt: str, width: int, height: int, source):
+    import torch
+
+    pipeline = pipeline_reference(folder, "QwenImagePipeline")
+    vae = pipeline.vae
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        embeds, _ = pipeline.encode_prompt(prompt, max_sequence_length=1024)
+        pixels = pipeline.image_processor.preprocess(image, height=height, width=width)
+        latents = (vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+    return pipeline._pack_latents(latents, 1, 16, height // 8, width // 8), {"prompt_embeds": embeds}
+
+
+def _velocity(transformer, latents, sigma, cond, width: int, height: int, guidance: float):
+    import torch
+
+    return transformer(
+        hidden_states=latents,
+        encoder_hidden_states=cond["prompt_embeds"],
+        timestep=torch.tensor([sigma]),
+        img_shapes=[[(1, height // 16, width // 16)]],
+    ).sample
+
+
+TRAINING = (
+    Training(
+        name="training",
+        model="qwen-image",
+        write=write_qwen,
+        pipeline="QwenImagePipeline",
+        transformer="QwenImageTransformer2DModel",
+        targets=(
+            {"module_path": "transformer_blocks.{block}.attn.to_q", "blocks": "all", "rank": 4, "alpha": 8},
+            {"module_path": "transformer_blocks.{block}.attn.add_k_proj", "blocks": "all", "rank": 4},
+            {"module_path": "transformer_blocks.0.img_mod.1", "rank": 3, "alpha": 1.5},
+            {"module_path": "transformer_blocks.0.txt_mlp.net.2", "rank": 2},
+            {"module_path": "txt_in", "rank": 2, "alpha": 3},
+            {"module_path": "proj_out", "rank": 2},
+        ),
+        encoded=_encoded,
+        velocity=_velocity,
     ),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from support.cases import Component, Pipeline, Tiny
+from support.cases import Component, Pipeline, Tiny, Training
 from support.images import generated, noise, opened, photo
 from support.tokenizers import write_json, write_qwen_tokenizer
 
@@ -567,5 +567,50 @@ TINY = (
         words=("--guidance", "3", "--negative-prompt", "a green square"),
         pipeline="mflux.models.z_image.variants.z_image:ZImage",
         generate={"guidance": 3.0, "negative_prompt": "a green square"},
+    ),
+)
+
+
+# ---- training
+
+
+def _encoded(folder: Path, image, prompt: str, width: int, height: int, source):
+    import torch
+
+    pipeline = pipeline_reference(folder, "ZImagePipeline")
+    with torch.no_grad():
+        embeds, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        vae = pipeline.vae
+        mode = vae.encode(pipeline.image_processor.preprocess(image)).latent_dist.mode()
+        latents = (mode - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents, {"prompt_embeds": embeds[0][None]}
+
+
+def _velocity(transformer, latents, sigma, cond, width: int, height: int, guidance: float):
+    import torch
+
+    (sample,) = transformer([latents.transpose(0, 1)], torch.tensor([1 - sigma]), [cond["prompt_embeds"][0]]).sample
+    return -sample.transpose(0, 1)
+
+
+TRAINING = (
+    Training(
+        name="training",
+        model="z-image",
+        write=lambda folder: write_z_image(folder, shift=6.0),
+        pipeline="ZImagePipeline",
+        transformer="ZImageTransformer2DModel",
+        targets=(
+            {"module_path": "layers.{block}.attention.to_q", "blocks": "all", "rank": 4, "alpha": 8},
+            {"module_path": "layers.{block}.feed_forward.w1", "blocks": {"start": 0, "end": 2}, "rank": 2},
+            {"module_path": "layers.0.adaLN_modulation.0", "rank": 3, "alpha": 1.5},
+            {"module_path": "context_refiner.{block}.attention.to_out.0", "blocks": {"indices": [0]}, "rank": 4},
+            {"module_path": "noise_refiner.{block}.attention.to_k", "blocks": "all", "rank": 4},
+            {"module_path": "cap_embedder.1", "rank": 2, "alpha": 3},
+            {"module_path": "all_final_layer.2-1.linear", "rank": 2},
+        ),
+        encoded=_encoded,
+        velocity=_velocity,
+        prefix="diffusion_model",
     ),
 )

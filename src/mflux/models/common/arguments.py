@@ -113,7 +113,7 @@ def without_effect(model: Any, given: Mapping[str, Any], all_of_them: Mapping[st
     if given.get("guidance") and guidance == 0:
         yield f"guidance is ignored: {_title(model)} was made without"
     above = model.negative_above
-    is_unguided = above is None or (isinstance(guidance, (int, float)) and guidance <= above)
+    is_unguided = above is None or (isinstance(guidance, (int, float)) and not model.is_guided(guidance))
     if given.get("negative_prompt"):
         if above is None:
             yield f"the negative prompt is ignored: {model.family.title} has no negative branch"

@@ -92,6 +92,29 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """Models for which LoRAs can be trained.
+
+    Attributes:
+        models: as keys of `registry.MODELS`.
+        command: what generates with the LoRA, one of the family's commands.
+        adapter: what the family adds to training, "package.module:Class", a `training.adapter.TrainingAdapter`.
+        pairs: whether it learns to make one image of another, from pairs of them, or images from prompts alone.
+        continuous: whether noise levels are drawn from all there are, where a configuration does not say it; else from
+            those of the steps that images are generated with.
+        assistant: a LoRA that stands beside the one that is trained, and in no image, where a configuration says
+            nothing of one: what distilling took away, so that it is not learned again.
+    """
+
+    models: tuple[str, ...]
+    command: str
+    adapter: str
+    pairs: bool = False
+    continuous: bool = False
+    assistant: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models.
 
@@ -109,6 +132,7 @@ class Family:
             and something is wrong with it.
         published: of a model whose published `config.json` is not its class's defaults, what differs, by the model's
             key and the component's name; for planning, where nothing of the model is at hand.
+        training: its models that LoRAs are trained for.
     """
 
     title: str
@@ -120,6 +144,7 @@ class Family:
     layout: str | None = None
     single: tuple[tuple[str, str], ...] = ()
     published: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    training: tuple[Trained, ...] = ()
 
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)
@@ -178,6 +203,16 @@ def _first_commands() -> dict[str, Command]:
             for key in command.models:
                 first.setdefault(key, command)
     return first
+
+
+def trained(key: str, *, pairs: bool = False) -> Trained | None:
+    """How LoRAs are trained for a model, by its key in `registry.MODELS`; None if they are not.
+
+    Args:
+        pairs: from pairs of images.
+    """
+    fitting = (one for family in families().values() for one in family.training if one.pairs == pairs)
+    return next((one for one in fitting if key in one.models), None)
 
 
 def family_of(key: str) -> Family:

@@ -73,6 +73,8 @@ class Model:
             weights' own.
         vae_full_precision: encode and decode in float32, whatever the weights are stored in, and the whole image at
             once.
+        works_ahead: whether what modulates is worked out before the first step, its weights read for that and let go;
+            training has them in each step, for a gradient passes through them.
 
     Raises:
         DownloadError: the weights cannot be had.
@@ -92,6 +94,7 @@ class Model:
     bake_lora = True
     bits: int | None = None
     vae_full_precision = False
+    works_ahead = True
 
     family: ClassVar[Family]
     components: ClassVar[tuple[Component, ...]] = ()
@@ -370,7 +373,7 @@ class Model:
             config=folder.config(part),
             tensors=folder.tensors(part),
             # What is to be saved has to be there.
-            late=component.stage == "denoise" and not keep_dtypes,
+            late=component.stage == "denoise" and not keep_dtypes and self.works_ahead,
         )
         if self._loras is None:
             module = load()

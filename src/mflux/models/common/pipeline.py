@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 K = TypeVar("K")
 
-# Predicts the velocity noise - image of latents at a noise level: (latents, sigma) → an array of the latents' shape.
+# Predicts the velocity noise - image of latents at a noise level: (latents, sigma) → an array of the latents' shape. A
+# batch, which is what training has, may have a noise level for each of its images.
 Velocity = Callable[[mx.array, mx.array], mx.array]
 
 
@@ -115,7 +116,7 @@ class Pipeline(Model):
         check_prompt(prompt)
         self._started = time.perf_counter()
         scheduler = self.schedule if scheduler is None else scheduler
-        config = Config(model_config=self.model_config, scheduler=scheduler, **settings)
+        config = Config(model_config=self.model_config, scheduler=scheduler, seed=seed, **settings)
         config.width *= side_by_side
         check_room(self.configuration("transformer"), config.width, config.height)
         self._check_weights()
@@ -239,10 +240,10 @@ class Pipeline(Model):
 
         Returns:
             What gives the condition at a noise level, or None where it was not known ahead: the schedule turned out
-            otherwise, or a program put something else in the component's place.
+            otherwise, a program put something else in the component's place, or the model is trained.
         """
         module = getattr(self, name)
-        if not isinstance(module, self.component(name).module_class()):
+        if not self.works_ahead or not isinstance(module, self.component(name).module_class()):
             return lambda sigma: None
         sigmas = self.sigmas_ahead(config) + [mx.array(0.0)] * zero
         with timed(f"work out the modulation of {count(len(sigmas), 'noise level')}"):

@@ -44,6 +44,7 @@ _FLUX3: dict[str, Any] = {
     "family": "flux3",
     "max_sequence_length": 4096,
     "requires_sigma_shift": False,
+    "sigma_shift": 6.93,
     "text_encoder_overrides": {
         "hidden_size": 2560,
         "intermediate_size": 9728,
@@ -95,7 +96,7 @@ _Z_IMAGE: dict[str, Any] = {
 }
 _SEEDVR2: dict[str, Any] = {"model_name": "numz/SeedVR2_comfyUI", "family": "seedvr2", "supports_guidance": True}
 _ERNIE: dict[str, Any] = {
-    "family": "ernie",
+    "family": "ernie_image",
     "num_train_steps": 1000,
     "max_sequence_length": 2048,
     "requires_sigma_shift": True,
@@ -119,6 +120,8 @@ _ANIMA: dict[str, Any] = {
     "max_sequence_length": 4096,
     "supports_guidance": True,
     "requires_sigma_shift": False,
+    "sigma_shift": 3.0,
+    "sigma_grid": 1000,
     "steps": 30,
 }
 

@@ -1,6 +1,6 @@
 """FIBO as data: its components, commands and models."""
 
-from mflux.models.common.family import Command, Component, Family
+from mflux.models.common.family import Command, Component, Family, Trained
 
 FAMILY = Family(
     title="FIBO",
@@ -47,4 +47,12 @@ FAMILY = Family(
     lora="mflux.models.fibo.lora_names:LORA",
     layout="mflux.models.fibo.layouts:LAYOUT",
     single=(("FIBO-VLM", "mflux.models.fibo.vlm.weights:check"),),
+    training=(
+        Trained(
+            ("fibo", "fibo-lite"),
+            "generate-fibo",
+            "mflux.models.fibo.training_adapter.fibo_training_adapter:FiboTrainingAdapter",
+            continuous=True,
+        ),
+    ),
 )

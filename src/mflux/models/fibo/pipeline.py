@@ -132,7 +132,12 @@ class FiboPipeline(Pipeline):
         def predict(latents: mx.array, sigma: mx.array, text: Sequence[mx.array]) -> mx.array:
             tokens = latents if reference is None else mx.concatenate([latents, reference], axis=1)
             prediction = self.transformer(
-                tokens.astype(dtype), sigma=sigma[None], text=text, image_ids=image_ids, known=known(sigma), once=once
+                tokens.astype(dtype),
+                sigma=sigma.reshape(-1),
+                text=text,
+                image_ids=image_ids,
+                known=known(sigma),
+                once=once,
             )
             # Guidance multiplies a small difference of the two.
             return prediction[:, : latents.shape[1]].astype(mx.float32)

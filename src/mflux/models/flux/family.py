@@ -1,6 +1,6 @@
 """FLUX.1 as data: its components, commands and models."""
 
-from mflux.models.common.family import Command, Component, Family
+from mflux.models.common.family import Command, Component, Family, Trained
 
 _TEXT_ENCODERS = "mflux.models.common.networks.text_encoders"
 _VARIANTS = "mflux.models.flux.variants"
@@ -36,6 +36,7 @@ IMAGE_EMBEDDER = Component(
     repository="black-forest-labs/FLUX.1-Redux-dev",
 )
 
+_TRAINING = "mflux.models.flux.training_adapter.flux_training_adapter:FluxTrainingAdapter"
 _FILL = {"in_channels": 384, "out_channels": 64}
 
 FAMILY = Family(
@@ -160,4 +161,9 @@ FAMILY = Family(
         "dev-fill-catvton": {"transformer": _FILL},
         "dev-depth": {"transformer": {"in_channels": 128, "out_channels": 64}},
     },
+    training=(
+        # The embedded model learns best at the noise levels that it generates with.
+        Trained(("demo",), "generate", _TRAINING),
+        Trained(("schnell", "dev", "krea-dev"), "generate", _TRAINING, continuous=True),
+    ),
 )

@@ -128,7 +128,7 @@ class FluxPipeline(Pipeline):
         def velocity(latents: mx.array, sigma: mx.array, **more: Any) -> mx.array:
             return self.predicting(config)(
                 latents.astype(prompt.embeds.dtype),
-                sigma=sigma[None],
+                sigma=sigma.reshape(-1),
                 prompt_embeds=prompt.embeds,
                 pooled_prompt_embeds=prompt.pooled,
                 image_ids=image_ids,

@@ -1,6 +1,6 @@
 """FLUX.2 klein as data: its components, commands and models."""
 
-from mflux.models.common.family import Command, Component, Family
+from mflux.models.common.family import Command, Component, Family, Trained
 from mflux.utils.settings import Setting
 from mflux.utils.values import Switch
 
@@ -14,6 +14,8 @@ _9B = {
         "num_attention_heads": 32, "num_layers": 8, "num_single_layers": 24, "joint_attention_dim": 12288,
     },
 }  # fmt: skip
+
+_TRAINING = "mflux.models.flux2.training_adapter.flux2_training_adapter"
 
 FAMILY = Family(
     title="FLUX.2",
@@ -68,4 +70,13 @@ FAMILY = Family(
     ),
     lora="mflux.models.flux2.lora_names:LORA",
     layout="mflux.models.flux2.layouts:LAYOUT",
+    training=(
+        Trained(_MODELS, "generate-flux2", f"{_TRAINING}:Flux2TrainingAdapter"),
+        Trained(
+            ("flux2-klein-base-4b", "flux2-klein-base-9b"),
+            "generate-flux2-edit",
+            f"{_TRAINING}:Flux2EditTrainingAdapter",
+            pairs=True,
+        ),
+    ),
 )

@@ -5,14 +5,13 @@ The configurations follow from the shapes, and where no shape tells, they are th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from mflux.checkpoints.published import Layout, PublishedFolder
-from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns, where
+from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns
 from mflux.models.common.lora.black_forest_labs import NORMS, SWAPPED
-from mflux.models.common.networks.autoencoders import kl_024
+from mflux.models.common.networks.autoencoders import flux2_024, kl_024
 from mflux.models.common.networks.text_encoders import qwen3_024
 from mflux.models.flux2.lora_names import BLACK_FOREST_LABS
 
@@ -22,13 +21,13 @@ _NAMES: dict[str, Names] = {
         (r"^(transformer_blocks\.\d+\.attn\.to_out)\.", r"\1.0."),
     ),
     "text_encoder": by_patterns((r"^", "model.")),
-    "vae": by_patterns((r"(\.attentions\.\d+\.to_out)\.", r"\1.0.")),
+    "vae": by_patterns(*flux2_024.NAMES),
 }
 _SQUARE = (
     # Its own rows are as many as its columns.
     ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.weight"),
     ("model.layers.0.self_attn.k_proj", "model.layers.0.input_layernorm.weight"),
-    ("decoder.mid_block.attentions.0.to_q", "decoder.mid_block.attentions.0.to_q.bias"),
+    *kl_024.SQUARE,
 )
 
 _SCHEDULER = {
@@ -81,15 +80,7 @@ def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     }
 
 
-def _vae(tensors: Renamed) -> dict[str, Any]:
-    return kl_024.shape(tensors) | {
-        "_class_name": "AutoencoderKLFlux2",
-        "batch_norm_eps": 1e-4,
-        "patch_size": [2, 2],
-    }
-
-
-_CONFIGS = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae}
+_CONFIGS = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": flux2_024.config}
 
 
 def _scheduler(_: PublishedFolder) -> dict[str, Any]:
@@ -103,14 +94,6 @@ _SINGLE_FILE = Table(
     leaves={"scale": "weight"},
 )
 
-_VAE_FILE = where(
-    r"^decoder\.up\.\d",
-    lambda names: {
-        re.sub(r"^(en|de)coder\.((post_)?quant_conv)\.", r"\2.", name): place
-        for name, place in (kl_024.SINGLE_FILE(names) or {}).items()
-    },
-)
-
 
 def _models(transformer: Mapping[str, Any]) -> tuple[str, ...]:
     """What a distilled model's step is made for cannot be told from its tensors."""
@@ -121,7 +104,7 @@ def _models(transformer: Mapping[str, Any]) -> tuple[str, ...]:
 
 LAYOUT = Layout(
     title="FLUX.2",
-    files={"transformer": _SINGLE_FILE, "text_encoder": qwen3_024.GGUF, "vae": _VAE_FILE},
+    files={"transformer": _SINGLE_FILE, "text_encoder": qwen3_024.GGUF, "vae": flux2_024.SINGLE_FILE},
     inside={
         "text_encoder": ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
         "vae": ("vae.", "first_stage_model."),

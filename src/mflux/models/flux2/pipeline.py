@@ -13,6 +13,7 @@ from mflux.errors import UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig, key_of
 from mflux.models.common.family import Component
+from mflux.models.common.latent_creator.tokens import SIDE
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.autoencoders.flux2 import AutoencoderKLFlux2
 from mflux.models.common.networks.modulation import Known
@@ -23,7 +24,7 @@ from mflux.models.common.tokenizers.qwen import chat, qwen_tokenizer
 from mflux.models.flux2 import small_parts
 from mflux.models.flux2.distilled import is_distilled, keeps_references
 from mflux.models.flux2.family import FAMILY
-from mflux.models.flux2.latent_creator.flux2_latent_creator import CHANNELS, SIDE, Flux2LatentCreator
+from mflux.models.flux2.latent_creator.flux2_latent_creator import CHANNELS, Flux2LatentCreator
 from mflux.models.flux2.model.text_encoder import KleinTextEncoder, SmallTextEncoder
 from mflux.models.flux2.model.transformer import Flux2Transformer, KeysValues, grid_ids, text_ids
 
@@ -212,7 +213,7 @@ class KleinPipeline(Pipeline):
         def predict(tokens: mx.array, sigma: mx.array, prompt: Prompt) -> mx.array:
             return self.predicting(config)(
                 tokens.astype(prompt.embeds.dtype),
-                sigma=sigma[None],
+                sigma=sigma.reshape(-1),
                 prompt_embeds=prompt.embeds,
                 image_ids=image_ids,
                 text_ids=prompt.ids,

@@ -58,7 +58,7 @@ def _transformer(tensors: Renamed) -> dict[str, Any]:
 
 
 def _text_encoder(tensors: Renamed) -> dict[str, Any]:
-    text = qwen3_024.shape(tensors, _LANGUAGE_MODEL) | {
+    text = qwen3_024.shape(tensors, "language_model") | {
         "model_type": "qwen3_vl_text", "rms_norm_eps": 1e-6, "rope_theta": 5_000_000, "attention_bias": False,
     }  # fmt: skip
     return {"architectures": ["Qwen3VLModel"], "model_type": "qwen3_vl", "text_config": text}

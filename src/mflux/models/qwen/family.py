@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from mflux.models.common.family import Command, Component, Family
+from mflux.models.common.family import Command, Component, Family, Trained
 
 _MODEL = "mflux.models.qwen.model"
 _VARIANTS = "mflux.models.qwen.variants"
@@ -56,4 +56,12 @@ FAMILY = Family(
     beside=("model_index.json", "scheduler", "tokenizer", "processor"),
     lora="mflux.models.qwen.lora_names:LORA",
     layout="mflux.models.qwen.layouts:LAYOUT",
+    training=(
+        Trained(
+            ("qwen-image",),
+            "generate-qwen",
+            "mflux.models.qwen.training_adapter.qwen_training_adapter:QwenTrainingAdapter",
+            continuous=True,
+        ),
+    ),
 )

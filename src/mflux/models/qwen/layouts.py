@@ -5,17 +5,13 @@ The configurations follow from the shapes, and where no shape tells, they are th
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import Any
 
-from mflux.backend import mx
 from mflux.checkpoints.published import Layout, PublishedFolder
-from mflux.checkpoints.renamed import Names, Place, Renamed, by_patterns, where
+from mflux.checkpoints.renamed import PREFIXED, Names, Renamed, by_patterns
+from mflux.models.common.networks.autoencoders import wan_024
 from mflux.models.common.networks.text_encoders import qwen3_024
 
-# A level of the autoencoder's encoder has so many residual blocks, in all releases; the published names count through.
-_BLOCKS = 2
 _NAMES: dict[str, Names] = {
     "transformer": by_patterns(
         (r"\.attn_to_out\.", ".to_out."),
@@ -29,18 +25,7 @@ _NAMES: dict[str, Names] = {
         (r"\.mlp_0\.", ".mlp.0."),
         (r"\.mlp_1\.", ".mlp.2."),
     ),
-    "vae": by_patterns(
-        (r"\.conv3d\.", "."),
-        (r"\.resample_conv\.", ".resample.1."),
-        (r"\.skip_conv\.", ".conv_shortcut."),
-        (r"^decoder\.up_block(\d+)\.", r"decoder.up_blocks.\1."),
-        (r"\.(norm|norm1|norm2|norm_out)\.weight$", r".\1.gamma"),
-        *(
-            (rf"^encoder\.down_blocks\.{level}\.{part}\.", f"encoder.down_blocks.{(_BLOCKS + 1) * level + place}.")
-            for level in range(4)
-            for place, part in enumerate([*(rf"resnets\.{block}" for block in range(_BLOCKS)), r"downsamplers\.0"])
-        ),
-    ),
+    "vae": wan_024.NAMES,
 }
 _SQUARE = (
     ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.bias"),
@@ -119,75 +104,12 @@ def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     }
 
 
-def _vae(tensors: Renamed) -> dict[str, Any]:
-    base = tensors.rows("encoder.conv_in.bias")
-    levels = tensors.count(r"decoder\.up_blocks\.(\d+)\.")
-    widths = [
-        tensors.rows(f"encoder.down_blocks.{(_BLOCKS + 1) * level}.conv1.bias") // base for level in range(levels)
-    ]
-    return {
-        "_class_name": "AutoencoderKLQwenImage",
-        "base_dim": base,
-        "z_dim": tensors.rows("post_quant_conv.bias"),
-        "dim_mult": widths,
-        "num_res_blocks": _BLOCKS,
-        "attn_scales": [],
-        "temperal_downsample": [
-            f"encoder.down_blocks.{(_BLOCKS + 1) * level + _BLOCKS}.time_conv.weight" in tensors
-            for level in range(levels - 1)
-        ],
-        "input_channels": tensors.rows("decoder.conv_out.bias"),
-    }
-
-
-def _with_axes(name: str, value: mx.array) -> mx.array:
-    """Norms of the autoencoder were flattened."""
-    if name.endswith(".gamma") and value.ndim == 1:
-        return value.reshape(-1, *[1] * (2 if ".attentions." in name else 3))
-    return value
-
-
-_PREFIXED = where(
-    r"^((model\.)?diffusion_model|transformer)\.transformer_blocks\.",
-    by_patterns((r"^((model\.)?diffusion_model|transformer)\.", "")),
-)
-
-
-def _vae_file(names: Iterable[str]) -> dict[str, Place]:
-    """The names of Wan's authors. Levels of the decoder are three residual blocks and what enlarges, but the last."""
-    each = _BLOCKS + 2
-
-    def up(name: str) -> str:
-        if (found := re.match(r"decoder\.upsamples\.(\d+)\.(residual|shortcut|resample|time_conv)\.", name)) is None:
-            return name
-        level, place = divmod(int(found[1]), each)
-        inner = "upsamplers.0" if found[2] in ("resample", "time_conv") else f"resnets.{place}"
-        return f"decoder.up_blocks.{level}.{inner}.{name.split('.', 3)[3]}"
-
-    here = {up(name): name for name in names}
-    leaves = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
-    found = by_patterns(
-        (r"^conv1\.", "quant_conv."),
-        (r"^conv2\.", "post_quant_conv."),
-        (r"^(en|de)coder\.conv1\.", r"\1coder.conv_in."),
-        (r"\.head\.0\.", ".norm_out."),
-        (r"\.head\.2\.", ".conv_out."),
-        (r"^encoder\.downsamples\.", "encoder.down_blocks."),
-        (r"\.middle\.0\.", ".mid_block.resnets.0."),
-        (r"\.middle\.1\.", ".mid_block.attentions.0."),
-        (r"\.middle\.2\.", ".mid_block.resnets.1."),
-        *((rf"\.{re.escape(theirs)}\.", f".{ours}.") for theirs, ours in leaves.items()),
-        (r"\.shortcut\.", ".conv_shortcut."),
-    )(here)
-    return {ours: Place(here[place.name]) for ours, place in (found or {}).items()}
-
-
 LAYOUT = Layout(
     title="Qwen-Image",
     files={
-        "transformer": _PREFIXED,
+        "transformer": PREFIXED,
         "text_encoder": qwen3_024.GGUF,
-        "vae": where(r"^decoder\.upsamples\.", _vae_file),
+        "vae": wan_024.SINGLE_FILE,
     },
     inside={
         "text_encoder": ("text_encoders.qwen25_7b.transformer.",),
@@ -196,11 +118,11 @@ LAYOUT = Layout(
     # Editing has the same tensors.
     models=lambda _: ("qwen-image", "qwen-image-edit", "qwen-image-edit-2511"),
     names=_NAMES,
-    configs={"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae},
+    configs={"transformer": _transformer, "text_encoder": _text_encoder, "vae": wan_024.config},
     scheduler=_scheduler,
     model_index=_MODEL_INDEX,
     square=_SQUARE,
     # mflux 0.16 to 0.21 lost it.
     zeros={"norm_out.linear.bias": "norm_out.linear.weight"},
-    reshape=_with_axes,
+    reshape=wan_024.with_axes,
 )

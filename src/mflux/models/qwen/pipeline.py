@@ -72,7 +72,7 @@ class QwenPipeline(Pipeline):
         def predict(tokens: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             x = tokens.astype(prompt_embeds.dtype)
             noise = self.predicting(config)(
-                x, sigma=sigma[None], prompt_embeds=prompt_embeds, grids=grids, known=known(sigma), once=once
+                x, sigma=sigma.reshape(-1), prompt_embeds=prompt_embeds, grids=grids, known=known(sigma), once=once
             )
             return noise[:, :generated].astype(mx.float32)
 

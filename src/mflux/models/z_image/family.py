@@ -1,6 +1,6 @@
 """Z-Image as data: its components, commands and models."""
 
-from mflux.models.common.family import Command, Component, Family
+from mflux.models.common.family import Command, Component, Family, Trained
 from mflux.utils.settings import Setting
 from mflux.utils.values import Switch
 
@@ -36,6 +36,8 @@ CONTROLNET = Component(
     repository="controlnet_model",
 )
 
+_TRAINING = "mflux.models.z_image.training_adapter.z_image_training_adapter:ZImageTrainingAdapter"
+
 FAMILY = Family(
     title="Z-Image",
     components=COMPONENTS,
@@ -65,4 +67,14 @@ FAMILY = Family(
     settings=(Setting("float32", "float32 throughout", kind=Switch(), option="--float32", after="compute_precision"),),
     lora="mflux.models.z_image.lora_names:LORA",
     layout="mflux.models.z_image.layouts:LAYOUT",
+    training=(
+        Trained(("z-image",), "generate-z-image", _TRAINING),
+        # Distilled: what that took away would be learned again.
+        Trained(
+            ("z-image-turbo",),
+            "generate-z-image-turbo",
+            _TRAINING,
+            assistant="ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2.safetensors",
+        ),
+    ),
 )

@@ -115,7 +115,7 @@ class ZImagePipeline(Pipeline):
 
     def inputs(self, sigma: mx.array, prompt_embeds: mx.array) -> tuple[mx.Dtype, mx.array]:
         """What the transformer takes its latents in, and its time (1,)."""
-        return mx.float32 if self.float32 else prompt_embeds.dtype, ((1000 - 1000 * sigma) / 1000)[None]
+        return mx.float32 if self.float32 else prompt_embeds.dtype, ((1000 - 1000 * sigma) / 1000).reshape(-1)
 
     def encode_prompts(self, *prompts: str) -> list[mx.array]:
         """The text encoder's (1, T, D) of several prompts: T is as many tokens as each has, the chat template's

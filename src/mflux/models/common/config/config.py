@@ -47,6 +47,7 @@ class Config:
         scheduler: str = "linear",
         step_cache_ratio: float | None = None,
         cfg_end: float | None = None,
+        seed: int = 0,
     ):
         from mflux.utils.dimension_resolver import DimensionResolver
 
@@ -62,6 +63,8 @@ class Config:
             default=model_config.default_size,
         )
         self.model_config = model_config
+        # Of what a schedule draws beside the first noise.
+        self.seed = seed
         self.num_inference_steps = num_inference_steps
         self.width, self.height = on_grid(across, "width"), on_grid(down, "height")
         self.guidance = 0.0 if guidance is None else float(guidance)

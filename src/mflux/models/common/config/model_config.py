@@ -100,6 +100,7 @@ class ModelConfig(ByName):
         lora_training_guidance: float | None = None,
         supports_kv_cache: bool = False,
         sigma_shift: float = 1.0,
+        sigma_grid: int | None = None,
         default_steps: int = DEFAULT_STEPS,
         default_size: int = DEFAULT_SIZE,
         family: str | None = None,
@@ -124,8 +125,10 @@ class ModelConfig(ByName):
         self.lora_training_steps = lora_training_steps
         self.lora_training_guidance = lora_training_guidance
         self.supports_kv_cache = supports_kv_cache
-        # Beyond mflux 0.24: a shift that does not depend on the size, and what a command takes when nothing is said.
+        # Beyond mflux 0.24: a shift that does not depend on the size, of how many noise levels the steps' are picked,
+        # and what a command takes when nothing is said.
         self.sigma_shift = sigma_shift
+        self.sigma_grid = sigma_grid
         self.default_steps = default_steps
         self.default_size = default_size
         self.family = family
@@ -231,6 +234,9 @@ def key_of(model_name: str | None, base_model: str | None = None) -> str:
             raise ModelConfigError(f"no model was named: {suggestion()}")
         return base
     if (key := _exact(model_name)) is not None:
+        if base is not None and MODELS[base]["model_name"] == model_name and "controlnet_model" not in MODELS[base]:
+            # Of several models in one repository.
+            return base
         if base is not None and "demo" not in (key, base) and MODELS[base]["family"] == MODELS[key]["family"]:
             return key
         if base not in (None, key):

@@ -51,6 +51,10 @@ class Ahead:
         row = self._rows.get(float(sigma))
         return None if row is None else Known(self, row)
 
+    def condition(self, row: int) -> mx.array:
+        """One of the conditions, (1, features)."""
+        return self._conditions[row]
+
     def work_out(self, *modules: nn.Module) -> None:
         """Have all modulation layers of these do their work."""
         if self._rows:
@@ -60,11 +64,16 @@ class Ahead:
                     if isinstance(part, Modulated):
                         part.modulation(known)
 
-    def of(self, layer: nn.Module, activation: Activation | None) -> mx.array:
-        """What a layer makes of all conditions, (steps, out); its weights are read and let go the first time."""
+    def of(self, layer: nn.Module, activation: Activation | None, before: mx.array | None = None) -> mx.array:
+        """What a layer makes of all conditions, (steps, out); its weights are read and let go the first time.
+
+        Args:
+            before: what another layer made of them, which this one takes instead.
+        """
         if id(layer) not in self._made:
             weights: Any = layer.read() if isinstance(layer, LateLinear) else layer
-            rows = [row if activation is None else activation(row) for row in self._conditions]
+            given = self._conditions if before is None else list(mx.split(before, len(before)))
+            rows = [row if activation is None else activation(row) for row in given]
             # A GPU reads the weights once for all of them. BLAS adds up a single row in another order than several, and
             # a step is to get the same bits whoever worked out its vectors.
             made = weights(mx.concatenate(rows)) if has_gpu() else mx.concatenate([weights(row) for row in rows])
@@ -84,6 +93,11 @@ class Known:
         """The condition at another noise level."""
         return self.ahead.at(sigma)
 
+    @property
+    def value(self) -> mx.array:
+        """The condition itself, (1, features)."""
+        return self.ahead.condition(self.row)
+
 
 # What modulates: (B, features), or one that is known.
 Condition = mx.array | Known
@@ -98,6 +112,19 @@ def modulation(
     else:
         linear: Any = layer
         made = linear(condition if activation is None else activation(condition))
+    return parts_of(made[:, None], parts)
+
+
+def low_rank_modulation(
+    first: nn.Module, second: nn.Module, condition: Condition, parts: int, activation: Activation
+) -> list[mx.array]:
+    """The same of two layers, one behind the other, of which the first has few outputs."""
+    if isinstance(condition, Known):
+        few = condition.ahead.of(first, activation)
+        made = condition.ahead.of(second, None, few)[condition.row : condition.row + 1]
+    else:
+        linear, last = first, second
+        made = last(linear(activation(condition)))  # type: ignore[operator]
     return parts_of(made[:, None], parts)
 
 

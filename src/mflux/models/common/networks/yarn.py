@@ -20,10 +20,14 @@ _FAST, _SLOW = 32.0, 1.0
 
 def yarn_frequencies(channels: int, rope: Mapping[str, Any]) -> mx.array:
     """The angle that each pair of channels turns by per position: (channels / 2,), float32."""
-    frequencies = float(rope["rope_theta"]) ** (-np.arange(0, channels, 2) / channels)
+    return mx.array(_frequencies(channels, rope).astype(np.float32))
+
+
+def _frequencies(channels: int, rope: Mapping[str, Any]) -> np.ndarray:
+    frequencies: np.ndarray = float(rope["rope_theta"]) ** (-np.arange(0, channels, 2) / channels)
     low, high = _ramp(channels, rope)
     ramp = np.clip((np.arange(channels // 2) - low) / (high - low), 0, 1)
-    return mx.array((frequencies * (1 - ramp + ramp / rope["factor"])).astype(np.float32))
+    return frequencies * (1 - ramp + ramp / rope["factor"])
 
 
 def _ramp(channels: int, rope: Mapping[str, Any]) -> tuple[float, float]:
@@ -59,7 +63,7 @@ def yarn_problem(channels: int, rope: Mapping[str, Any]) -> str | None:
     try:
         known = rope["rope_theta"] > 1 and rope["factor"] > 0 and rope["original_max_position_embeddings"] > 0
         with np.errstate(all="ignore"):
-            values = np.array(yarn_frequencies(channels, rope)) if known else np.array([math.nan])
+            values = _frequencies(channels, rope) if known else np.array([math.nan])
         known = bool(np.isfinite(values).all() and (values > 0).all() and math.isfinite(yarn_scale(rope)))
     except (KeyError, TypeError, ValueError, ArithmeticError):
         known = False

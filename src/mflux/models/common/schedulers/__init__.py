@@ -10,6 +10,7 @@ import importlib
 
 from mflux.errors import UsageError
 from mflux.models.common.schedulers.base_scheduler import BaseScheduler
+from mflux.models.common.schedulers.er_sde_scheduler import ErSdeScheduler
 from mflux.models.common.schedulers.flow_match_euler_discrete_scheduler import FlowMatchEulerDiscreteScheduler
 from mflux.models.common.schedulers.linear_scheduler import (
     LightningScheduler,
@@ -19,6 +20,7 @@ from mflux.models.common.schedulers.linear_scheduler import (
 
 __all__ = [
     "BaseScheduler",
+    "ErSdeScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "LightningScheduler",
     "LinearScheduler",
@@ -46,6 +48,8 @@ SCHEDULER_REGISTRY: dict[str, type[BaseScheduler]] = {
     "LightningScheduler": LightningScheduler,
     "flow_match_euler_discrete": FlowMatchEulerDiscreteScheduler,
     "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
+    "er_sde": ErSdeScheduler,
+    "euler": LinearScheduler,
     "seedvr2_euler": SeedVR2EulerScheduler,
     "SeedVR2EulerScheduler": SeedVR2EulerScheduler,
 }

@@ -19,12 +19,14 @@ class ModelShift(Protocol):
     sigma_max_seq_len: int
     sigma_shift: float
     sigma_shift_terminal: float | None
+    sigma_grid: int | None
 
 
 class ScheduleSettings(Protocol):
     """What a schedule is made from; a `Config` is one."""
 
     num_inference_steps: int
+    seed: int
 
     @property
     def model_config(self) -> ModelShift: ...

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mflux.backend import mx
-from mflux.errors import CheckpointError
+from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.schedulers.base_scheduler import BaseScheduler, ModelShift, ScheduleSettings
 
 # Of the exponential shift: FLUX.1's largest images are shifted by 12, and what is far beyond leaves float32.
@@ -28,7 +28,11 @@ class LinearScheduler(BaseScheduler):
     def _get_sigmas(self) -> mx.array:
         """The noise levels, (steps + 1,); called once."""
         model, steps = self.config.model_config, self.config.num_inference_steps
-        sigmas = mx.linspace(1.0, 1.0 / steps, steps, dtype=mx.float32)
+        grid = getattr(model, "sigma_grid", None)
+        if grid is None:
+            sigmas = mx.linspace(1.0, 1.0 / steps, steps, dtype=mx.float32)
+        else:
+            sigmas = picked(grid, steps)
         if model.requires_sigma_shift:
             sigmas = shift_exponentially(sigmas, resolution_mu(model, self.config.image_seq_len))
         elif model.sigma_shift != 1.0:
@@ -64,6 +68,13 @@ class LinearScheduler(BaseScheduler):
         if use_terminal and model.sigma_shift_terminal is not None:
             shifted = stretch_to_terminal(shifted, model.sigma_shift_terminal)
         return mx.concatenate([shifted, mx.zeros(1)])
+
+
+def picked(grid: int, steps: int) -> mx.array:
+    """Noise levels from 1 down, as evenly spaced as a grid of so many allows: ComfyUI's "simple"."""
+    if steps > grid:
+        raise UsageError(f"num_inference_steps (--steps) is {steps}: this model has {grid} noise levels; take fewer")
+    return mx.array([(grid - int(number * grid / steps)) / grid for number in range(steps)])
 
 
 class SeedVR2EulerScheduler(LinearScheduler):

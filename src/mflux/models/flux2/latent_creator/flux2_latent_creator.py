@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from mflux.backend import mx
+from mflux.models.common.latent_creator.tokens import SIDE, TokenLatentCreator
 from mflux.models.common.noise import noise
 
 CHANNELS = 128
-# Pixels of a token along each side.
-SIDE = 16
 
 
-class Flux2LatentCreator:
-    @staticmethod
-    def create_noise(seed: int, height: int, width: int) -> mx.array:
+class Flux2LatentCreator(TokenLatentCreator):
+    channels = CHANNELS
+
+    @classmethod
+    def create_noise(cls, seed: int, height: int, width: int) -> mx.array:
         """Noise (1, h · w, 128), float32; `height` and `width` in pixels.
 
         The values are those of mflux 0.24, which drew them channel by channel and rounded them to bfloat16.
         """
         latents = noise(seed, (1, CHANNELS, height // SIDE, width // SIDE)).astype(mx.bfloat16).astype(mx.float32)
-        return Flux2LatentCreator.pack_latents(latents, height, width)
-
-    @staticmethod
-    def pack_latents(latents: mx.array, height: int | None = None, width: int | None = None) -> mx.array:
-        """(B, C, h, w) → (B, h · w, C), row by row. The size in pixels follows from the shape."""
-        return latents.flatten(2).transpose(0, 2, 1)
+        return cls.pack_latents(latents, height, width)
 
     @staticmethod
     def unpack_latents(latents: mx.array, height: int, width: int, vae_scale_factor: int = 8) -> mx.array:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mflux.backend import mx, nn
+from mflux.models.common.networks.interiors import GatedConfig, GatedFeedForward, Interior, compute_in
 from mflux.models.common.networks.layers import (
     Linear,
     MLPEmbedder,
@@ -29,7 +30,7 @@ from mflux.models.common.networks.layers import (
     split_heads,
     waves,
 )
-from mflux.models.common.networks.mmdit import MMDiTConfig, Modulation
+from mflux.models.common.networks.mmdit import Modulation
 from mflux.models.common.networks.modulation import Condition, Known
 from mflux.models.common.networks.once import Once, kept
 from mflux.models.common.replaced import also_as_024, refuse_more
@@ -39,7 +40,7 @@ KeysValues = tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True)
-class Flux2TransformerConfig(MMDiTConfig):
+class Flux2TransformerConfig(GatedConfig):
     """`config.json` of a FLUX.2 transformer; defaults are FLUX.2 klein 4B's."""
 
     patch_size: int = 1
@@ -49,18 +50,11 @@ class Flux2TransformerConfig(MMDiTConfig):
     num_single_layers: int = 20
     joint_attention_dim: int = 7680
     timestep_guidance_channels: int = 256
-    mlp_ratio: float = 3.0
     axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
     rope_theta: float = 2000
-    eps: float = 1e-6
     guidance_embeds: bool = False
 
     axes = 4
-
-    @property
-    def hidden_dim(self) -> int:
-        """Between a feed-forward's two layers."""
-        return int(self.inner_dim * self.mlp_ratio)
 
     def check(self) -> str | None:
         if problem := super().check():
@@ -103,36 +97,10 @@ class TimeEmbedder(nn.Module):
         return self.timestep_embedder(waves(1000 * sigma, self.channels).astype(dtype))
 
 
-class Interior(nn.Module):
-    """A part of a block that may compute in another dtype than the streams around it, see `compute_in`."""
-
-    dtype: mx.Dtype | None = None
-
-    def enter(self, x: mx.array) -> mx.array:
-        return x if self.dtype is None else x.astype(self.dtype)
-
-    def leave(self, x: mx.array, stream: mx.array) -> mx.array:
-        """Back to the stream's dtype; what was too large for the other becomes its largest number."""
-        if self.dtype is None:
-            return x
-        largest = mx.finfo(self.dtype).max
-        return mx.clip(x, -largest, largest).astype(stream.dtype)
-
-
 def gated(x: mx.array) -> mx.array:
     """SiLU of the first half of the channels times the second (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
     gate, up = mx.split(x, 2, axis=-1)
     return silu_times(gate, up)
-
-
-class FeedForward(Interior):
-    def __init__(self, config: Flux2TransformerConfig):
-        super().__init__()
-        self.linear_in = Linear(config.inner_dim, 2 * config.hidden_dim, bias=False)
-        self.linear_out = Linear(config.hidden_dim, config.inner_dim, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.leave(self.linear_out(gated(self.linear_in(self.enter(x)))), x)
 
 
 def attend(q: mx.array, own: KeysValues, cached: KeysValues | None) -> mx.array:
@@ -195,8 +163,8 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.attn = JointAttention(config)
-        self.ff = FeedForward(config)
-        self.ff_context = FeedForward(config)
+        self.ff = GatedFeedForward(config)
+        self.ff_context = GatedFeedForward(config)
 
     def __call__(
         self,
@@ -222,7 +190,7 @@ class DoubleBlock(nn.Module):
         out, kept = self.attn.alone(modulate(image, shift, scale, self.eps), rotary)
         return self.feed(self.ff, residual(image, gate, out), image_ff), kept
 
-    def feed(self, layer: FeedForward, x: mx.array, modulation: Sequence[mx.array]) -> mx.array:
+    def feed(self, layer: GatedFeedForward, x: mx.array, modulation: Sequence[mx.array]) -> mx.array:
         shift, scale, gate = modulation
         return residual(x, gate, layer(modulate(x, shift, scale, self.eps)))
 
@@ -416,10 +384,8 @@ class Flux2Transformer(nn.Module):
 
         Their weights are cast for good, quantized ones' scales included.
         """
-        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
-            for part in block.children().values():
-                part.set_dtype(dtype)
-                part.dtype = dtype
+        blocks = [*self.transformer_blocks, *self.single_transformer_blocks]
+        compute_in((part for block in blocks for part in block.children().values()), dtype)
 
     def rotary(self, ids: mx.array) -> Rotary:
         return rotary_embedding(ids, self.config.axes_dims_rope, self.config.rope_theta)

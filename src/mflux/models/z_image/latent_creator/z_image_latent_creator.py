@@ -24,10 +24,10 @@ class ZImageLatentCreator:
 
     @staticmethod
     def pack_latents(latents: mx.array, height: int | None = None, width: int | None = None) -> mx.array:
-        """(1, 16, h, w), or (1, 16, 1, h, w) as a video has them, → (16, 1, h, w). The size follows from the shape."""
-        return latents.reshape(_CHANNELS, 1, *latents.shape[-2:])
+        """(B, 16, h, w), or (B, 16, 1, h, w) as a video has them, → (16, B, h, w). The size follows from the shape."""
+        return latents.reshape(-1, _CHANNELS, *latents.shape[-2:]).transpose(1, 0, 2, 3)
 
     @staticmethod
     def unpack_latents(latents: mx.array, height: int | None = None, width: int | None = None) -> mx.array:
-        """(16, 1, h, w) → (1, 16, h, w)."""
+        """(16, B, h, w) → (B, 16, h, w)."""
         return latents.transpose(1, 0, 2, 3)

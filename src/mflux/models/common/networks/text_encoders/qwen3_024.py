@@ -25,23 +25,19 @@ GGUF = where(
 )
 
 
-def shape(tensors: Renamed, prefix: str = "model.") -> dict[str, Any]:
-    """What the shapes tell, and what all Qwen3 have in common.
-
-    Args:
-        prefix: what the language model's names begin with.
-    """
-    layer = f"{prefix}layers.0"
-    head = tensors.rows(f"{layer}.self_attn.q_norm.weight")
+def shape(tensors: Renamed, place: str = "model") -> dict[str, Any]:
+    """What the shapes tell, and what all Qwen3 have in common; `place` is the language model's in the names."""
+    first = f"{place}.layers.0"
+    head = tensors.rows(f"{first}.self_attn.q_norm.weight")
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": tensors.rows(f"{prefix}embed_tokens.weight"),
-        "hidden_size": tensors.rows(f"{layer}.input_layernorm.weight"),
-        "intermediate_size": tensors.rows(f"{layer}.mlp.gate_proj.weight"),
-        "num_hidden_layers": tensors.count(rf"{re.escape(prefix)}layers\.(\d+)\."),
-        "num_attention_heads": tensors.rows(f"{layer}.self_attn.q_proj.weight") // head,
-        "num_key_value_heads": tensors.rows(f"{layer}.self_attn.k_proj.weight") // head,
+        "vocab_size": tensors.rows(f"{place}.embed_tokens.weight"),
+        "hidden_size": tensors.rows(f"{first}.input_layernorm.weight"),
+        "intermediate_size": tensors.rows(f"{first}.mlp.gate_proj.weight"),
+        "num_hidden_layers": tensors.count(rf"{re.escape(place)}\.layers\.(\d+)\."),
+        "num_attention_heads": tensors.rows(f"{first}.self_attn.q_proj.weight") // head,
+        "num_key_value_heads": tensors.rows(f"{first}.self_attn.k_proj.weight") // head,
         "head_dim": head,
         "hidden_act": "silu",
     }

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mflux.backend import mx
-from mflux.errors import ImageError
 from mflux.models.common.networks.autoencoders import tiling
-from mflux.models.common.sizes import MEGAPIXEL, shrunk
-from mflux.models.flux2.latent_creator.flux2_latent_creator import SIDE, Flux2LatentCreator
+from mflux.models.common.references import reference_picture
+from mflux.models.flux2.latent_creator.flux2_latent_creator import Flux2LatentCreator
 from mflux.models.flux2.model.transformer import grid_ids
 from mflux.models.flux2.pipeline import KleinPipeline
 from mflux.utils.generated_image import GeneratedImage
@@ -111,21 +110,3 @@ class Flux2KleinEdit(KleinPipeline):
             ids.append(grid_ids(*latents.shape[2:], time=TIME * number))
             mx.eval(tokens)
         return mx.concatenate(tokens, axis=1), mx.concatenate(ids)
-
-
-def reference_picture(picture: PIL.Image.Image, source: object) -> PIL.Image.Image:
-    """A picture as the model sees it: made smaller if it is large, and its middle, in whole squares of 16 × 16.
-
-    Raises:
-        ImageError: nothing is left of it.
-    """
-    from PIL import Image
-
-    size = width, height = shrunk(picture.size, MEGAPIXEL, int)
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    kept_width, kept_height = width - width % SIDE, height - height % SIDE
-    if not (kept_width and kept_height):
-        raise ImageError(f"{source} is too small or too narrow: a picture to edit needs {SIDE} pixels on each side")
-    left, top = (width - kept_width) // 2, (height - kept_height) // 2
-    return picture.crop((left, top, left + kept_width, top + kept_height))

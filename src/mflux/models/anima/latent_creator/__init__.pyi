@@ -1,0 +1,3 @@
+"""Written by tools/stubs.py."""
+
+from mflux.models.anima.latent_creator.anima_latent_creator import AnimaLatentCreator as AnimaLatentCreator
