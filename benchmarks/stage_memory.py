@@ -87,6 +87,15 @@ LARGER = {
         },
         "vae": _KL,
     },
+    "ideogram4": {
+        "text_encoder": {"text_config": {"model_type": "qwen3_vl_text", **_QWEN3 | {
+            "num_hidden_layers": 36, "hidden_size": 512, "intermediate_size": 1024,
+        }}},
+        **dict.fromkeys(("transformer", "unconditional_transformer"), {
+            "num_attention_heads": 6, "num_layers": 4, "intermediate_size": 4096, "llm_features_dim": 13 * 512,
+        }),
+        "vae": _KL,
+    },
 }  # fmt: skip
 
 

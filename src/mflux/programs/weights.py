@@ -33,6 +33,7 @@ _TOKENIZERS = {
     "fibo": {"fibo": "tokenizer"},
     "seedvr2": {},
     "ernie_image": {"ernie": "tokenizer"},
+    "ideogram4": {"ideogram4": "tokenizer"},
 }
 
 
@@ -160,6 +161,10 @@ class SeedVR2WeightDefinition(_WeightDefinition):
 
 class ErnieWeightDefinition(_WeightDefinition):
     family_name = "ernie_image"
+
+
+class Ideogram4WeightDefinition(_WeightDefinition):
+    family_name = "ideogram4"
 
 
 class WeightLoader:

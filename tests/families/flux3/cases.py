@@ -150,9 +150,7 @@ def run_transformer(module, inputs):
     )  # fmt: skip
     yield module(mx.array(inputs["latents"]), **given)
     places = mx.concatenate([grid_ids(*size, reference=number) for number, size in enumerate(sizes, start=1)])
-    yield module(
-        mx.array(inputs["latents"]), references=mx.array(inputs["references"]), reference_ids=places, **given
-    )
+    yield module(mx.array(inputs["latents"]), references=mx.array(inputs["references"]), reference_ids=places, **given)
 
 
 def run_transformer_reference(model, inputs):

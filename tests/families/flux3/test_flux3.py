@@ -282,9 +282,7 @@ def test_a_folder_of_mflux_024(tmp_path, bits, flow_map, monkeypatch):
     changes["text_encoder"]["text_config"]["vocab_size"] = vocabulary["vocab_size"]
     source = write_tiny(tmp_path / "source", wide=True, changes=changes)
     more = {"text_encoder": {"rotary_emb.inv_freq": mx.ones(4)}}
-    old = write_as_024(
-        source, tmp_path / "old", NAMES_024, bits=bits, lost=("bn.num_batches_tracked",), more=more
-    )
+    old = write_as_024(source, tmp_path / "old", NAMES_024, bits=bits, lost=("bn.num_batches_tracked",), more=more)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(source / "text_encoder" / name, old / "text_encoder" / name)
     name = "flux3-image-klein" if flow_map else "flux3-image-klein-base"

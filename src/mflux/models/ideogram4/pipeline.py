@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 
 from mflux.backend import mx
-from mflux.errors import UsageError
+from mflux.errors import CheckpointError, UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.memory import LazyComponent
 from mflux.models.common.networks.modulation import Known
@@ -18,11 +17,6 @@ from mflux.models.ideogram4.latent_creator.ideogram4_latent_creator import SIDE,
 from mflux.models.ideogram4.model.autoencoder import Ideogram4Autoencoder
 from mflux.models.ideogram4.model.text_encoder import Ideogram4TextEncoder
 from mflux.models.ideogram4.model.transformer import Ideogram4Transformer
-
-log = logging.getLogger(__name__)
-
-# Sides that the model was taught with.
-_LEAST, _MOST = 256, 2048
 
 
 class Ideogram4Pipeline(Pipeline):
@@ -39,6 +33,19 @@ class Ideogram4Pipeline(Pipeline):
 
     def opened(self) -> None:
         self.tokenizers = {"ideogram4": qwen_tokenizer(self.root / "tokenizer")}
+
+    def check_folder(self) -> None:
+        super().check_folder()
+        states = len(Ideogram4TextEncoder.hidden_states)
+        width = states * self.configuration("text_encoder").hidden_size
+        for name in ("transformer", "unconditional_transformer"):
+            found = self.configuration(name)
+            if (found.llm_features_dim, found.in_channels) != (width, self.latents[2]):
+                raise CheckpointError(
+                    f"{self.root} holds parts of different models: the {name.replace('_', ' ')} reads "
+                    f"{found.llm_features_dim} numbers a token of the prompt and {found.in_channels} of the image, "
+                    f"and there are {width} and {self.latents[2]}; fetch it again"
+                )
 
     @property
     def conditional_transformer(self) -> Ideogram4Transformer:
@@ -71,13 +78,6 @@ class Ideogram4Pipeline(Pipeline):
             mx.eval(prompt_embeds)
             yield prompt_embeds
 
-    def tell_size(self, config: Config) -> None:
-        """Warn of a size that the model was not taught with."""
-        if not (min(config.width, config.height) >= _LEAST and max(config.width, config.height) <= _MOST):
-            log.warning(
-                "%d × %d: Ideogram 4 was made for sides of %d to %d", config.width, config.height, _LEAST, _MOST
-            )
-
     def predictor(self, config: Config, prompt_embeds: mx.array, guidance: tuple[float, ...]) -> Velocity:
         """The velocity of latents at a noise level, guided away from what the second transformer makes of the image
         alone (Karras et al. 2024, arxiv.org/abs/2406.02507, has a second model guide; here it was taught without
@@ -87,7 +87,7 @@ class Ideogram4Pipeline(Pipeline):
             prompt_embeds: the encoded prompt (1, T, D).
             guidance: of each step: 1 is the prompt's prediction, which needs no second pass.
         """
-        sizes = {"rows": config.height // SIDE, "columns": config.width // SIDE}
+        rows, columns = config.height // SIDE, config.width // SIDE
         strengths = dict(zip(map(float, self.sigmas_ahead(config)), guidance, strict=True))
         dtype, once = prompt_embeds.dtype, Once()
         known = self._known(config, "transformer", dtype)
@@ -96,11 +96,13 @@ class Ideogram4Pipeline(Pipeline):
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             x, time = latents.astype(dtype), (1 - sigma)[None]
             towards = self.own_transformer()(
-                x, time=time, prompt_embeds=prompt_embeds, known=known(sigma), once=once, **sizes
+                x, time=time, rows=rows, columns=columns, prompt_embeds=prompt_embeds, known=known(sigma), once=once
             ).astype(mx.float32)
             strength = strengths[float(sigma)] if config.guides(sigma) else 1.0
             if strength != 1:
-                without = self.unconditional_transformer(x, time=time, known=apart(sigma), once=once, **sizes)
+                without = self.unconditional_transformer(
+                    x, time=time, rows=rows, columns=columns, known=apart(sigma), once=once
+                )
                 towards = strength * towards + (1 - strength) * without.astype(mx.float32)
             # The transformers predict image - noise.
             return -towards

@@ -232,9 +232,7 @@ def from_squares(tokens: mx.array, height: int, width: int, side: int) -> mx.arr
 # ---- the model
 
 
-def called_as_024(
-    transformer: AnimaTransformer, *, latents: mx.array, sigma: mx.array, context: mx.array
-) -> mx.array:
+def called_as_024(transformer: AnimaTransformer, *, latents: mx.array, sigma: mx.array, context: mx.array) -> mx.array:
     """A prediction with mflux 0.24's names of arguments."""
     return transformer(latents, sigma=mx.array(sigma, mx.float32).reshape(-1), prompt_embeds=context)
 

@@ -92,7 +92,6 @@ class Ideogram4(Ideogram4Pipeline):
             cfg_end=cfg_end,
         )
         config.use(LogitNormalScheduler(config, chosen))
-        self.tell_size(config)
         is_preset = guidance is None and config.num_inference_steps == chosen.steps
         strengths = chosen.guidance if is_preset else (config.guidance,) * config.num_inference_steps
 
