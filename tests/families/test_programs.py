@@ -25,6 +25,7 @@ SHAPES = {
     "flux": lambda h, w: (1, h // 16 * (w // 16), 64),
     "flux2": lambda h, w: (1, h // 16 * (w // 16), 128),
     "flux3": lambda h, w: (1, h // 16 * (w // 16), 128),
+    "ideogram4": lambda h, w: (1, h // 16 * (w // 16), 128),
     "qwen": lambda h, w: (1, h // 16 * (w // 16), 64),
     "fibo": lambda h, w: (1, h // 16 * (w // 16), 48),
     "z_image": lambda h, w: (16, 1, h // 8, w // 8),
@@ -34,6 +35,7 @@ TOKENIZERS = {
     "flux": {"clip", "t5"},
     "flux2": {"qwen3"},
     "flux3": {"qwen3_vl"},
+    "ideogram4": {"ideogram4"},
     "qwen": {"qwen"},
     "fibo": {"fibo"},
     "z_image": {"z_image"},
@@ -145,8 +147,8 @@ CALLED_WITH = {
     "ernie_image": keywords("hidden_states", "timestep", "text_bth", "text_lens"),
 }
 BESIDE = {"Flux1Kontext": {"kontext_image_ids"}, "QwenImageEdit": {"cond_image_grid"}}
-# Their ControlNet, or what they look at, needs more of a transformer than its prediction.
-NEEDS_MORE = {"Flux1Controlnet", "Flux1Concept", "FIBO"}
+# Their ControlNet, or what they look at, needs more of a transformer than its prediction; Ideogram 4 has two.
+NEEDS_MORE = {"Flux1Controlnet", "Flux1Concept", "FIBO", "Ideogram4"}
 
 
 @EVERY_TINY

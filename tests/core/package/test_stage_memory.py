@@ -93,7 +93,7 @@ def test_the_published_table_is_true():
             "ideogram4",
             {
                 "text encoder": "ideogram-4/text_encoder (Qwen3-VL-8B) (Ideogram4TextEncoder)",
-                "one transformer": "ideogram-4/transformer (Ideogram4Transformer)",
+                "one transformer, of two": "ideogram-4/transformer (Ideogram4Transformer)",
             },
         ),
     ],

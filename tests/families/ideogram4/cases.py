@@ -96,14 +96,14 @@ def transformer_inputs(model, number: int) -> dict:
         "latents": normal(1, batch, rows * columns, model.config.in_channels),
         "text": normal(2, batch, length, model.config.llm_features_dim),
         # One time for each sample, so that none can stand for all.
-        "time": np.linspace(0.15, 0.7, batch, dtype=np.float32),
+        "timestep": np.linspace(0.15, 0.7, batch, dtype=np.float32),
         "size": np.array([rows, columns]),
     }
 
 
 def run_transformer(module, inputs):
     """With a prompt, and without."""
-    latents, text, time = (mx.array(inputs[name]) for name in ("latents", "text", "time"))
+    latents, text, time = (mx.array(inputs[name]) for name in ("latents", "text", "timestep"))
     rows, columns = inputs["size"].tolist()
     yield module(latents, time=time, rows=rows, columns=columns, prompt_embeds=text)
     yield module(latents, time=time, rows=rows, columns=columns)
@@ -113,14 +113,15 @@ def run_transformer_reference(model, inputs):
     import torch
     from diffusers import Ideogram4Pipeline
 
-    latents, text, time = (torch.tensor(inputs[name]) for name in ("latents", "text", "time"))
+    latents, text, time = (torch.tensor(inputs[name]) for name in ("latents", "text", "timestep"))
+    latents, text = latents.to(model.dtype), text.to(model.dtype)
     batch, length = text.shape[:2]
     rows, columns = inputs["size"].tolist()
     for length in (length, 0):  # noqa: B020
         ids = Ideogram4Pipeline._prepare_ids([length] * batch, rows, columns, length, torch.device("cpu"))
-        features = torch.zeros(batch, length + rows * columns, text.shape[-1])
+        features = torch.zeros(batch, length + rows * columns, text.shape[-1], dtype=text.dtype)
         features[:, :length] = text[:, :length]
-        tokens = torch.cat([torch.zeros(batch, length, latents.shape[-1]), latents], dim=1)
+        tokens = torch.cat([torch.zeros(batch, length, latents.shape[-1], dtype=latents.dtype), latents], dim=1)
         found = model(tokens, time, features, *ids, return_dict=False)[0]
         yield found[:, length:]
 

@@ -20,7 +20,7 @@ class Qwen3VLEncoderConfig(Qwen3VLTextConfig):
 
     rope_scaling: Mapping[str, Any] | None = field(
         default_factory=lambda: {
-            "mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default", "rope_theta": 5_000_000,
+            "mrope_interleaved": True, "mrope_section": (24, 20, 20), "rope_type": "default", "rope_theta": 5_000_000,
         }
     )  # fmt: skip
 
