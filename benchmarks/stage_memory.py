@@ -30,6 +30,9 @@ BITS = (8, 4)
 
 # Family → component → what makes the tests' smallest model larger.
 _QWEN3 = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 2}
+_IDEOGRAM = {
+    "num_attention_heads": 6, "num_layers": 4, "intermediate_size": 4096, "llm_features_dim": 13 * 512,
+}  # fmt: skip
 _KL = {"block_out_channels": [64, 128, 256, 256], "norm_num_groups": 32, "layers_per_block": 2}
 _MMDIT = {"num_attention_heads": 8, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
 LARGER = {
@@ -99,6 +102,14 @@ LARGER = {
             "hidden_size": 1536, "num_attention_heads": 12, "rope_axes_dim": [32, 48, 48], "num_layers": 4,
             "ffn_hidden_size": 4608, "text_in_dim": 1024,
         },
+        "vae": _KL,
+    },
+    "ideogram4": {
+        "text_encoder": {"text_config": {"model_type": "qwen3_vl_text", **_QWEN3 | {
+            "num_hidden_layers": 36, "hidden_size": 512, "intermediate_size": 1024,
+        }}},
+        "transformer": _IDEOGRAM,
+        "unconditional_transformer": _IDEOGRAM,
         "vae": _KL,
     },
 }  # fmt: skip

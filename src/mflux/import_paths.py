@@ -195,7 +195,7 @@ MOVED: dict[str, dict[str, tuple[str, ...]]] = {
 WEIGHTS = {
     "anima": "AnimaWeightDefinition", "ernie_image": "ErnieWeightDefinition", "fibo": "FIBOWeightDefinition",
     "flux": "FluxWeightDefinition", "flux2": "Flux2KleinWeightDefinition", "flux3": "Flux3KleinWeightDefinition",
-    "krea2": "Krea2WeightDefinition",
+    "ideogram4": "Ideogram4WeightDefinition", "krea2": "Krea2WeightDefinition",
     "qwen": "QwenWeightDefinition", "seedvr2": "SeedVR2WeightDefinition", "z_image": "ZImageWeightDefinition",
 }  # fmt: skip
 _STEMS = {"ernie_image": "ernie"}

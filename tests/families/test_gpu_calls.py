@@ -74,6 +74,7 @@ def test_steps_wait_once_each(tiny, calls_of):
         "models/common/networks/layers.py",  # whether a token's id has a row
         "models/common/networks/modulation.py",  # before the steps, layer by layer; noise levels, which are known
         "models/flux/model/concept_attention.py",  # as above
+        "models/ideogram4/model/autoencoder.py",  # whose statistics of latents a folder has, once an image
         "models/common/networks/qwen2_5_vl.py",  # where windows end, from ids alone
         "models/common/networks/vision.py",  # a tower is done before its images are forgotten
         "models/common/networks/autoencoders/kernels.py",  # a group norm's statistics of a whole map

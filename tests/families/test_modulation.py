@@ -105,7 +105,7 @@ def test_another_image_reads_what_is_new_to_it(tiny, monkeypatch):
     steps_of(tiny, model, num_inference_steps=STEPS + 1)
     assert len(read) >= len(layers)
     read.clear()
-    other = tiny.case.prompt.replace("red", "green").replace("night", "noon")
+    other = tiny.case.prompt.replace("red", "green").replace("night", "noon").replace("wall", "hall")
     assert other != tiny.case.prompt
     steps_of(tiny, model, num_inference_steps=STEPS + 1, prompt=other)
     # FLUX.1's follows from the prompt as well.
@@ -220,7 +220,7 @@ def test_a_file_that_changed_since(tiny, in_folder):
 
 def test_every_family_that_has_modulation_is_here():
     kinds = {case.pipeline_class().__module__.split(".")[2] for case in TINY.values()}
-    assert kinds >= {"anima", "flux", "flux2", "flux3", "qwen", "fibo", "z_image", "ernie_image", "krea2"}
+    assert kinds >= {"anima", "flux", "flux2", "flux3", "qwen", "fibo", "z_image", "ernie_image", "krea2", "ideogram4"}
 
 
 @EVERY_FAMILY

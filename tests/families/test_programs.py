@@ -26,6 +26,7 @@ SHAPES = {
     "flux2": lambda h, w: (1, h // 16 * (w // 16), 128),
     "anima": lambda h, w: (1, 16, h // 8, w // 8),
     "flux3": lambda h, w: (1, h // 16 * (w // 16), 128),
+    "ideogram4": lambda h, w: (1, h // 16 * (w // 16), 128),
     "qwen": lambda h, w: (1, h // 16 * (w // 16), 64),
     "fibo": lambda h, w: (1, h // 16 * (w // 16), 48),
     "z_image": lambda h, w: (16, 1, h // 8, w // 8),
@@ -37,6 +38,7 @@ TOKENIZERS = {
     "flux2": {"qwen3"},
     "flux3": {"qwen3_vl"},
     "anima": {"qwen3", "t5"},
+    "ideogram4": {"ideogram4"},
     "qwen": {"qwen"},
     "fibo": {"fibo"},
     "z_image": {"z_image"},
@@ -150,8 +152,8 @@ CALLED_WITH = {
     "anima": keywords("latents", "sigma", "context"),
 }
 BESIDE = {"Flux1Kontext": {"kontext_image_ids"}, "QwenImageEdit": {"cond_image_grid"}}
-# Their ControlNet, or what they look at, needs more of a transformer than its prediction.
-NEEDS_MORE = {"Flux1Controlnet", "Flux1Concept", "FIBO", "Krea2", "Krea2Controlnet"}
+# Their ControlNet, or what they look at, needs more of a transformer than its prediction; Ideogram 4 has two.
+NEEDS_MORE = {"Flux1Controlnet", "Flux1Concept", "FIBO", "Krea2", "Krea2Controlnet", "Ideogram4"}
 
 
 @EVERY_TINY

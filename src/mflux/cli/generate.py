@@ -308,7 +308,7 @@ class Generate:
 
     def _image(self, args: argparse.Namespace, seed: int, width: int | None, height: int | None) -> dict[str, Any]:
         arguments = {"seed": seed, "num_inference_steps": args.steps, "height": height, "width": width}
-        if args.scheduler is not None:
+        if args.scheduler is not None and "scheduler" not in self.ignored:
             arguments["scheduler"] = args.scheduler
         for name in ("step_cache_ratio", "cfg_end"):
             if (part := getattr(args, name, None)) is not None:

@@ -35,6 +35,7 @@ _TOKENIZERS = {
     "seedvr2": {},
     "ernie_image": {"ernie": "tokenizer"},
     "krea2": {"qwen3vl": "tokenizer"},
+    "ideogram4": {"ideogram4": "tokenizer"},
 }
 
 
@@ -170,6 +171,10 @@ class ErnieWeightDefinition(_WeightDefinition):
 
 class Krea2WeightDefinition(_WeightDefinition):
     family_name = "krea2"
+
+
+class Ideogram4WeightDefinition(_WeightDefinition):
+    family_name = "ideogram4"
 
 
 class WeightLoader:

@@ -89,6 +89,13 @@ def test_the_published_table_is_true():
                 "autoencoder": "ERNIE-Image/vae (ErnieAutoencoder)",
             },
         ),
+        (
+            "ideogram4",
+            {
+                "text encoder": "ideogram-4/text_encoder (Qwen3-VL-8B) (Ideogram4TextEncoder)",
+                "one transformer, of two": "ideogram-4/transformer (Ideogram4Transformer)",
+            },
+        ),
     ],
 )
 def test_a_family_s_own_table_is_true(family, rows):

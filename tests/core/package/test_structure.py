@@ -125,8 +125,8 @@ def test_settings_stand_in_one_order():
     assert names == [
         "prompt", "negative_prompt", "model", "model_path", "base_model", "width", "height", "seed", "steps",
         "guidance", "scheduler", "step_cache_ratio", "cfg_end", "quantize", "precision", "compute_precision", "float32",
-        "vae_full_precision", "small_text_encoder", "small_decoder", "text_encoder_paths", "vae_path", "lora_paths",
-        "lora_scales", "bake_lora", "image_path", "image_paths",
+        "vae_full_precision", "preset", "small_text_encoder", "small_decoder", "text_encoder_paths", "vae_path",
+        "lora_paths", "lora_scales", "bake_lora", "image_path", "image_paths",
         "image_strength", "controlnet_image_path", "controlnet_strength", "masked_image_path", "depth_image_path",
         "redux_image_paths", "redux_image_strengths", "resolution", "softness", "pid_decode",
         "generation_time_seconds", "created_at", "mflux_version",

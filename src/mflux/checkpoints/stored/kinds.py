@@ -196,7 +196,11 @@ def told_apart(files: Mapping[str, SafetensorsFile], source: object) -> tuple[di
             stored[name] = _four_bits(every, name)
         elif name.endswith(".weight") and dtype == "I8" and f"{stem}.SCB" in files:
             stored[name] = _int8(every, name, "int8 (bitsandbytes)", f"{stem}.SCB", 1 / 127)
-        elif dtype in _FLOAT8 or (formats.get(stem, "").startswith("float8") and dtype in ("U8", "I8")):
+        elif (
+            dtype in _FLOAT8
+            or (formats.get(stem, "").startswith("float8") and dtype in ("U8", "I8"))
+            or (dtype == "U8" and f"{stem}.weight_scale" in files)  # mflux 0.24, which reads float8 as bytes
+        ):
             stored[name] = _float8(every, name, formats.get(stem), scaled)
         elif formats.get(stem, "").startswith("int8") and name.endswith(".weight"):
             stored[name] = _int8(every, name, formats[stem], f"{stem}.weight_scale", 1)

@@ -31,9 +31,6 @@ _IMAGE, _IMAGES, _TEXT = _optional(values.image), _optional(values.images), _opt
 _REAL, _REALS = _optional(values.real), _optional(values.reals)
 
 
-_SWITCHES = {"bool": values.switch, bool: values.switch, "bool | None": _optional(values.switch)}
-
-
 def _switch_or_real(value: Any, name: str) -> float:
     return float(value) if isinstance(value, bool) else values.real(value, name)
 
@@ -47,6 +44,10 @@ def _dtype(value: Any, name: str) -> Any:
 def _prompt(value: Any, name: str) -> str:
     check_prompt(value, name)
     return cast(str, value)
+
+
+def _prompt_or_table(value: Any, name: str) -> Any:
+    return value if isinstance(value, Mapping) else _prompt(value, name)
 
 
 CHECKS: Mapping[str, Check] = {
@@ -84,6 +85,14 @@ CHECKS: Mapping[str, Check] = {
     "redux_image_paths": _IMAGES,
     "redux_image_strengths": _REALS,
     "base_path": values.path,
+}
+
+# What an argument's annotation tells, whatever its name.
+_BY_TYPE: Mapping[Any, Check] = {
+    "bool": values.switch,
+    bool: values.switch,
+    "bool | None": _optional(values.switch),
+    "str | dict[str, Any]": _prompt_or_table,
 }
 
 
@@ -130,8 +139,8 @@ def checked(function: F) -> F:
     signature = inspect.signature(function)
     checks = {name: CHECKS[name] for name in signature.parameters if name in CHECKS}
     for name, parameter in signature.parameters.items():
-        if parameter.annotation in _SWITCHES:
-            checks[name] = _SWITCHES[parameter.annotation]
+        if parameter.annotation in _BY_TYPE:
+            checks[name] = _BY_TYPE[parameter.annotation]
 
     @functools.wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:

@@ -371,7 +371,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ideogram-4-fp8": {
         "model_name": "ideogram-ai/ideogram-4-fp8",
         "aliases": ["ideogram-4-fp8", "ideogram4-fp8", "ideogram4", "ideogram-4", "ideogram"],
-        "family": "ideogram",
+        "family": "ideogram4",
         "max_sequence_length": 2048,
         "supports_guidance": True,
         "requires_sigma_shift": False,

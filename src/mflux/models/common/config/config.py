@@ -130,6 +130,10 @@ class Config:
             self._scheduler = scheduler_class(self.scheduler_name)(self)
         return self._scheduler
 
+    def use(self, scheduler: BaseScheduler) -> None:
+        """Take a schedule that was made for this image, in place of the named one."""
+        self._scheduler = scheduler
+
     def guides(self, sigma: mx.array) -> bool:
         """Whether the step at a noise level is one of those that `cfg_end` lets guidance have."""
         if self.cfg_end is None:

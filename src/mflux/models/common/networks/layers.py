@@ -226,6 +226,11 @@ def normed_and_scaled(norm: RMSNorm, x: mx.array, scale: mx.array | int) -> mx.a
     return norm(x) * scale
 
 
+def added(x: mx.array, norm: RMSNorm, y: mx.array, gate: mx.array | int) -> mx.array:
+    """x + gate · the norm of y: what a block adds to its stream (B, L, C)."""
+    return x + normed_and_scaled(norm, y, gate) if has_gpu() else residual(x, gate, norm(y))
+
+
 class LayerNorm(nn.LayerNorm):
     """MLX's, on all cores of a CPU."""
 
@@ -339,3 +344,16 @@ class SwiGLU(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(silu_times(gate, up) if self.activation is silu else self.activation(gate) * up)
+
+
+class NumberedSwiGLU(nn.Module):
+    """The same under the names of Lumina and its kin: w1 is the gate, w3 what it lets through."""
+
+    def __init__(self, features: int, hidden: int):
+        super().__init__()
+        self.w1 = Linear(features, hidden, bias=False)
+        self.w2 = Linear(hidden, features, bias=False)
+        self.w3 = Linear(features, hidden, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.w2(silu_times(self.w1(x), self.w3(x)))

@@ -11,21 +11,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mflux.backend import has_gpu, mx, nn, tree_map
+from mflux.backend import mx, nn, tree_map
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
     Activation,
     Linear,
+    NumberedSwiGLU,
     RMSNorm,
     Rotary,
     Turns,
+    added,
     attention,
     layer_norm,
     merge_heads,
     normed_and_scaled,
     normed_heads,
-    residual,
     rotary_embedding,
     rotate_pairs,
     silu_times,
@@ -167,21 +168,14 @@ class Attention(Interior):
         return self.outside(self.to_out[0](x), scale, dtype)
 
 
-class FeedForward(Interior):
-    """SwiGLU (Shazeer 2020): w1 is the gate, w3 what it lets through."""
-
+class FeedForward(Interior, NumberedSwiGLU):
     def __init__(self, features: int):
-        super().__init__()
-        hidden = int(features / 3 * 8)
-        self.w1 = Linear(features, hidden, bias=False)
-        self.w2 = Linear(hidden, features, bias=False)
-        self.w3 = Linear(features, hidden, bias=False)
+        super().__init__(features, int(features / 3 * 8))
 
     def __call__(self, x: mx.array) -> mx.array:
-        dtype = x.dtype
         if self.interior is None:
-            return self.w2(silu_times(self.w1(x), self.w3(x)))
-        x = x.astype(self.interior)
+            return super().__call__(x)
+        dtype, x = x.dtype, x.astype(self.interior)
         hidden = silu_times(self.w1(x), self.w3(x / _GATED_SCALE))
         return self.outside(self.w2(hidden), _GATED_SCALE, dtype)
 
@@ -214,11 +208,6 @@ class TransformerBlock(Modulated):
         x = added(x, self.attention_norm2, y, gate)
         y = self.feed_forward(normed_and_scaled(self.ffn_norm1, x, scale_ff))
         return added(x, self.ffn_norm2, y, gate_ff)
-
-
-def added(x: mx.array, norm: RMSNorm, y: mx.array, gate: mx.array | int) -> mx.array:
-    """x + gate · the norm of y."""
-    return x + normed_and_scaled(norm, y, gate) if has_gpu() else residual(x, gate, norm(y))
 
 
 class TimeEmbedder(nn.Module):
