@@ -87,9 +87,6 @@ class FolderOf024(PublishedFolder):
         has_index = (folder / "model.safetensors.index.json").is_file()
         return FolderTensors(folder, None if has_index or not numbered else numbered)
 
-    def has(self, part: str) -> bool:
-        return super().has(part) or part in self.layout.places
-
     def lacking(self) -> dict[str, dict[str, Any]]:
         return self.missing()
 

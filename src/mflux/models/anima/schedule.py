@@ -18,7 +18,7 @@ class AnimaErSdeScheduler(ErSdeScheduler):
 
     def _get_sigmas(self) -> mx.array:
         sigmas = super()._get_sigmas()
-        if sigmas[0].item() < 1:
+        if float(sigmas[0]) < 1:
             return sigmas
         shift, level = self.config.model_config.sigma_shift, 1 - _BELOW
         first = shift * level / (1 + (shift - 1) * level)

@@ -24,12 +24,6 @@ class Qwen3VLEncoderConfig(Qwen3VLTextConfig):
         }
     )  # fmt: skip
 
-    rope_scaling: Mapping[str, Any] | None = field(
-        default_factory=lambda: {
-            "mrope_interleaved": True, "mrope_section": (24, 20, 20), "rope_type": "default", "rope_theta": 5_000_000,
-        }
-    )  # fmt: skip
-
     kind = "qwen3_vl_text"
     part = "text_config"
 
