@@ -94,6 +94,20 @@ LARGER = {
         },
         "vae": _KL,
     },
+    "krea2": {
+        "text_encoder": {
+            "text_config": {
+                "model_type": "qwen3_vl_text", **_QWEN3, "num_hidden_layers": 9, "head_dim": 128,
+                "rope_scaling": {"mrope_section": [24, 20, 20], "rope_type": "default"},
+            },
+        },
+        "transformer": {
+            "attention_head_dim": 128, "num_attention_heads": 12, "num_key_value_heads": 3, "num_layers": 4,
+            "intermediate_size": 4096, "text_hidden_dim": 1024, "text_num_attention_heads": 8,
+            "text_num_key_value_heads": 8, "text_intermediate_size": 2816, "axes_dims_rope": [32, 48, 48],
+        },
+        "vae": {"base_dim": 64, "dim_mult": [1, 2, 4, 4]},
+    },
     "ernie_image": {
         "text_encoder": {
             "text_config": {"model_type": "mistral", **_QWEN3, "num_hidden_layers": 9, "head_dim": 128},

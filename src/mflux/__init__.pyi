@@ -18,6 +18,7 @@ from mflux.models.flux.variants.txt2img.flux import Flux1
 from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
 from mflux.models.flux3.variants.txt2img.flux3_klein import Flux3Klein
 from mflux.models.ideogram4.variants.txt2img.ideogram4 import Ideogram4
+from mflux.models.krea2.variants.controlnet.krea2_controlnet import Krea2Controlnet
 from mflux.models.krea2.variants.txt2img.krea2 import Krea2
 from mflux.models.qwen.variants.edit.qwen_image_edit import QwenImageEdit
 from mflux.models.qwen.variants.txt2img.qwen_image import QwenImage
@@ -149,6 +150,21 @@ def load(
     base_model: str | None = None,
     **settings: Any,
 ) -> Krea2: ...
+@overload
+def load(
+    name: Literal[
+        "krea-2-controlnet-depth",
+        "krea-2-controlnet",
+        "krea2-controlnet",
+    ],
+    *,
+    quantize: int | None = None,
+    model_path: str | os.PathLike[str] | None = None,
+    lora_paths: list[str] | None = None,
+    lora_scales: list[float] | None = None,
+    base_model: str | None = None,
+    **settings: Any,
+) -> Krea2Controlnet: ...
 @overload
 def load(
     name: Literal[

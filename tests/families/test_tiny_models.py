@@ -268,6 +268,10 @@ def test_saved_and_quantized_it_draws_what_it_drew(tiny):
     assert (record["base_model"], record["quantize"]) == (key_of(tiny.case.base_model), 8)
     fresh, stored = tiny.pipeline(root, quantize=8), tiny.pipeline(saved)
     assert (fresh.bits, stored.bits) == (8, 8)
+    if tiny.case.changes_weights:
+        difference = np.abs(tiny.picture(fresh) - tiny.picture(stored))
+        assert 0 < difference.mean() < 20, "not the same numbers, and nearly the same image"
+        return
     for part in fresh.components:
         if not (saved / part.folder).is_dir():
             continue

@@ -104,6 +104,8 @@ class Tiny:
         prompt: one that the model takes.
         pictures: writes what `words` and `generate` name into a folder, which is the working directory.
         right_half: whether the command writes the right half of what the class draws.
+        changes_weights: whether it changes another component's weights before they are packed, so that a saved model,
+            whose weights are packed already, computes the change beside them.
         refused: (component, change, message): a change to the component's configuration with which the class is not
             made, and a pattern that the message of the `CheckpointError` matches.
         refused_later: the same, of what shows when the component is loaded.
@@ -119,6 +121,7 @@ class Tiny:
     prompt: str = "a red circle"
     pictures: Callable[[Path], None] | None = None
     right_half: bool = False
+    changes_weights: bool = False
     refused: Sequence[tuple[str, Settings, str]] = ()
     refused_later: Sequence[tuple[str, Settings, str]] = ()
     patches: Mapping[str, Any] = field(default_factory=dict)

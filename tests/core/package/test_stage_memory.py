@@ -82,6 +82,14 @@ def test_the_published_table_is_true():
             },
         ),
         (
+            "krea2",
+            {
+                "text encoder": "Krea-2/text_encoder (Qwen3-VL-4B) (Krea2TextEncoder)",
+                "transformer": "Krea-2/transformer (Krea2Transformer)",
+                "with its depth ControlNet": "Krea-2/transformer (Krea2ControlTransformer)",
+            },
+        ),
+        (
             "ernie_image",
             {
                 "text encoder": "ERNIE-Image/text_encoder (ErnieTextEncoder)",

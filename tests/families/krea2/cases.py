@@ -242,12 +242,12 @@ def packed(pipeline, latents):
     return pipeline._pack_latents(latents, *latents.shape)
 
 
-def draw_theirs(folder: Path, settings):
+def draw_theirs(folder: Path, settings, pipeline=None):
     import PIL.Image
     import torch
     from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
 
-    pipeline = pipeline_reference(folder, "Krea2Pipeline")
+    pipeline = pipeline or pipeline_reference(folder, "Krea2Pipeline")
     height, width, steps = settings["height"], settings["width"], settings["num_inference_steps"]
     latents, sigmas = noise(Krea2LatentCreator, settings), np.linspace(1.0, 1 / steps, steps)
     if source := settings.get("image_path"):
@@ -281,6 +281,86 @@ def draw_theirs(folder: Path, settings):
     return pipeline._unpack_latents(seen["latents"], height, width)[:, :, 0].numpy(), np.asarray(image)
 
 
+# ---- with the depth ControlNet
+
+TARGETS = {
+    **{f"attn.{name}": f"attn.{own}" for name, own in (
+        ("wq", "to_q"), ("wk", "to_k"), ("wv", "to_v"), ("wo", "to_out.0"), ("gate", "to_gate"),
+    )},
+    **{f"mlp.{name}": f"ff.{name}" for name in ("gate", "up", "down")},
+}  # fmt: skip
+
+
+def write_control(folder: Path, file: Path, *, rank: int = 3) -> Path:
+    """A ControlNet for a model, under the names of the published one."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(next((folder / "transformer").glob("*.safetensors")))
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    width, channels = weights["img_in.weight"].shape
+    tensors = {"first.weight": draw(width, 2 * channels), "first.bias": draw(width)}
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("transformer_blocks.")})
+    for block in range(blocks):
+        for theirs, ours in TARGETS.items():
+            out, size = weights[f"transformer_blocks.{block}.{ours}.weight"].shape
+            tensors[f"blocks.{block}.{theirs}.A"] = draw(rank, size)
+            tensors[f"blocks.{block}.{theirs}.B"] = draw(out, rank)
+    save_file(tensors, file)
+    return file
+
+
+def write_controlled(folder: Path, **options) -> Path:
+    write_control(write_krea2(folder, **options), folder / "depth-control-lora.safetensors")
+    return folder
+
+
+def draw_controlled(folder: Path, settings):
+    from mflux.models.krea2.variants.controlnet.krea2_controlnet import Krea2Controlnet
+
+    settings = dict(settings)
+    model = Krea2Controlnet(
+        model_path=str(folder), controlnet_path=str(folder / "depth-control-lora.safetensors"),
+        controlnet_strength=settings.pop("strength", 1.0),
+    )  # fmt: skip
+    return generated(model, **settings)
+
+
+def draw_controlled_theirs(folder: Path, settings):
+    """The reference knows no ControlNet of Krea 2: its own pipeline, with the transformer's weights changed."""
+    import PIL.Image
+    import torch
+    from diffusers import Krea2Pipeline
+    from safetensors.torch import load_file
+
+    pipeline = Krea2Pipeline.from_pretrained(folder)
+    control = load_file(folder / "depth-control-lora.safetensors")
+    transformer, strength = pipeline.transformer, settings.get("strength", 1.0)
+    size = settings["width"], settings["height"]
+    picture = settings["depth_image_path"].resize(size, PIL.Image.Resampling.LANCZOS)
+    pixels = pipeline.image_processor.preprocess(picture).numpy()
+    inputs = {"image": pixels, "latents": noise(Krea2LatentCreator, settings).numpy()}
+    with torch.no_grad():
+        tokens = packed(pipeline, run_vae_reference(pipeline.vae, inputs)[0].float())
+        for number, block in enumerate(transformer.transformer_blocks):
+            for theirs, ours in TARGETS.items():
+                a, b = (control[f"blocks.{number}.{theirs}.{half}"] for half in "AB")
+                block.get_submodule(ours).weight += strength * b @ a
+
+    class Entrance(torch.nn.Module):
+        def forward(self, x):
+            both = torch.cat([x, tokens.expand(x.shape[0], -1, -1)], dim=-1)
+            return torch.nn.functional.linear(both, control["first.weight"], control["first.bias"])
+
+    transformer.img_in = Entrance()
+    plain = {name: value for name, value in settings.items() if name not in ("strength", "depth_image_path")}
+    return draw_theirs(folder, plain, pipeline)
+
+
 def _picture(**settings):
     return dict(seed=3, prompt=PROMPT, num_inference_steps=3, height=48, width=80) | settings
 
@@ -312,6 +392,22 @@ PIPELINES = (
         },
         ours=draw_ours,
         theirs=draw_theirs,
+    ),
+    Pipeline(
+        name="images after a depth map",
+        folders={
+            "turbo": write_controlled,
+            "three heads": lambda folder: write_controlled(folder, turbo=False, heads=3, layers=1, taken=[0, 5]),
+        },
+        pictures={
+            "the map's size is another": ("turbo", _picture(depth_image_path=photo(50, 90))),
+            "guided, and stronger": (
+                "three heads", _picture(depth_image_path=photo(48, 96), strength=1.7, guidance=3.0, height=96, width=48)
+            ),
+            "without its changes to the blocks": ("turbo", _picture(depth_image_path=photo(80, 48), strength=0.0)),
+        },
+        ours=draw_controlled,
+        theirs=draw_controlled_theirs,
     ),
 )  # fmt: skip
 
@@ -353,6 +449,19 @@ def write_tiny(folder: Path, *, wide: bool = False, changes: Mapping[str, Settin
     return write_components(folder, parts, changes=changes)
 
 
+def write_tiny_controlled(folder: Path, *, wide: bool = False) -> Path:
+    """The same, with a ControlNet in a folder of its own."""
+    from support.tiny import write_components
+
+    from mflux.models.krea2.model.depth_control import DepthControl
+
+    width = 64 if wide else 32
+    sizes = {"width": width, "in_channels": 64, "key_width": width // 2, "hidden": 2 * width, "num_layers": 2}
+    write_tiny(folder, wide=wide)
+    return write_components(folder, {"controlnet": (DepthControl, sizes | {"rank": 4})}, seed=9)
+
+
+_SOURCE = Path(__file__).parents[3] / "docs" / "demo.png"
 _KREA2 = "mflux.models.krea2.variants.txt2img.krea2:Krea2"
 
 TINY = (
@@ -374,5 +483,14 @@ TINY = (
             ("text_encoder", {"text_config": {"model_type": "llama"}}, "'qwen3_vl_text' belongs here"),
             ("text_encoder", {"text_config": {"model_type": "qwen3_vl_text", "num_hidden_layers": 3}}, "do not have"),
         ),
+    ),
+    Tiny(
+        write=write_tiny_controlled,
+        command="generate-krea2-controlnet",
+        base_model="krea-2-controlnet-depth",
+        words=("--depth-image-path", _SOURCE),
+        pipeline="mflux.models.krea2.variants.controlnet.krea2_controlnet:Krea2Controlnet",
+        generate={"guidance": 1.0, "depth_image_path": _SOURCE},
+        changes_weights=True,
     ),
 )

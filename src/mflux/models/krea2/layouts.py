@@ -13,7 +13,7 @@ from typing import Any
 
 from mflux.backend import mx
 from mflux.checkpoints.published import Layout, PublishedFolder
-from mflux.checkpoints.renamed import Names, Renamed, Table, by_patterns, either, where
+from mflux.checkpoints.renamed import Names, Renamed, Table, as_published, by_patterns, either, where
 from mflux.models.common.networks.autoencoders import wan_024
 from mflux.models.common.networks.text_encoders import qwen3_024
 from mflux.models.krea2.lora_names import NORMS, ORIGINAL
@@ -110,6 +110,18 @@ def _text_encoder(tensors: Renamed) -> dict[str, Any]:
     }
 
 
+def _controlnet(tensors: Renamed) -> dict[str, Any]:
+    """The values of a depth ControlNet, which is published without any."""
+    return {
+        "width": tensors.rows("first.bias"),
+        "in_channels": tensors.width("first") // 2,
+        "key_width": tensors.rows("blocks.0.attn.wk.B"),
+        "hidden": tensors.rows("blocks.0.mlp.gate.B"),
+        "rank": tensors.rows("blocks.0.attn.wq.A"),
+        "num_layers": tensors.count(r"blocks\.(\d+)\."),
+    }
+
+
 def _files(root: Path, _: Mapping[str, Any]) -> dict[str, Path]:
     file = next((root / name for name in SINGLE_FILES if (root / name).is_file()), None)
     return {} if file is None else {"transformer": file}
@@ -133,7 +145,9 @@ LAYOUT = Layout(
         "transformer": _AUTHORS,
         "text_encoder": either(_WITH_HEAD, qwen3_024.gguf(_TEXT)),
         "vae": wan_024.SINGLE_FILE,
+        "controlnet": as_published,
     },
+    config_optional=("controlnet",),
     inside={"vae": ("vae.", "first_stage_model.")},
     changes={"transformer": as_tables},
     published=_files,
@@ -143,7 +157,12 @@ LAYOUT = Layout(
     models=lambda _: ("krea-2", "krea-2-raw", "krea-2-controlnet-depth"),
     names=_NAMES,
     lies_in={"transformer": ""},
-    configs={"transformer": _transformer, "text_encoder": _text_encoder, "vae": wan_024.config},
+    configs={
+        "transformer": _transformer,
+        "text_encoder": _text_encoder,
+        "vae": wan_024.config,
+        "controlnet": _controlnet,
+    },
     scheduler=_scheduler,
     model_index=_MODEL_INDEX,
     square=(("transformer_blocks.0.attn.to_q", "transformer_blocks.0.norm1.weight"),),

@@ -7,6 +7,7 @@ checked, before a tensor is read.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import re
@@ -63,6 +64,20 @@ class Loras:
                 if adapter.read_bias is not None and layer not in biased[component]:
                     raise CheckpointError(f"{path} changes the bias of {layer}, which has none in this model")
                 self._adapters[component].setdefault(layer, []).append(adapter)
+
+    @classmethod
+    def none(cls) -> Loras:
+        """No files, for adapters that come from elsewhere."""
+        return cls([], [], spellings=(), layouts={}, modules={})
+
+    def behind(self, component: str, adapters: Mapping[str, Adapter]) -> Loras:
+        """These, after further adapters of a component's layers."""
+        found = copy.copy(self)
+        own = self._adapters.get(component, {})
+        both = {layer: [*([adapters[layer]] if layer in adapters else ()), *own.get(layer, ())]
+                for layer in adapters.keys() | own.keys()}  # fmt: skip
+        found._adapters = self._adapters | {component: both}
+        return found
 
     def apply(self, component: str, load: Callable[..., nn.Module], *, bake: bool, to_save: bool = False) -> nn.Module:
         """Load a component with its adapters.

@@ -250,9 +250,6 @@ class Krea2Transformer(Modulated):
         """The condition (B, width) at noise levels (B,), for latents of a dtype."""
         return self.time_embed(sigma, dtype)
 
-    def image_tokens(self, hidden_states: mx.array) -> mx.array:
-        return self.img_in(hidden_states)
-
     def __call__(
         self,
         hidden_states: mx.array,
@@ -260,6 +257,7 @@ class Krea2Transformer(Modulated):
         sigma: mx.array,
         prompt_embeds: mx.array,
         grid: Grid,
+        control: mx.array | None = None,
         known: Known | None = None,
         once: Once | None = None,
     ) -> mx.array:
@@ -270,13 +268,16 @@ class Krea2Transformer(Modulated):
             sigma: (B,), how noisy they are: 1 is pure noise, 0 is an image.
             prompt_embeds: (B, T, num_text_layers, text_hidden_dim), without padding.
             grid: rows and columns of the tokens.
+            control: packed latents that stand beside those, for a transformer that takes them.
             known: the condition that follows from the noise level, where it was known ahead.
             once: keeps what the image's other steps need as well.
 
         Returns:
             (B, L, in_channels).
         """
-        image = self.image_tokens(hidden_states)
+        image = self.img_in(hidden_states)
+        if control is not None:
+            image = image + kept(once, "control", control, lambda: self.control_in(control))
         text = kept(once, "text", prompt_embeds, lambda: self.txt_in(self.text_fusion(prompt_embeds)))
         length = text.shape[1]
         rotary = kept(once, "rotary", prompt_embeds, lambda: self._rotary(length, grid))

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
 from mflux.backend import mx
 from mflux.errors import UsageError
-from mflux.models.common.memory import digest_of, give_back_memory
+from mflux.models.common.controls.depth import FindsDepth
 from mflux.models.flux.latent_creator.flux_latent_creator import FluxLatentCreator
 from mflux.models.flux.pipeline import FluxPipeline
 from mflux.utils.generated_image import GeneratedImage
-from mflux.utils.image_util import ImageUtil
 
 
-class Flux1Depth(FluxPipeline):
+class Flux1Depth(FluxPipeline, FindsDepth):
     """FLUX.1-Depth-dev, and anything of that architecture in the diffusers layout; see `Model`.
 
     Reference: diffusers' `FluxControlPipeline`. Each token has, beside its 64 channels of latents, 64 of the depth map.
-
-    Attributes:
-        depth_pro: a program's own Depth Pro, which it keeps; None has one loaded for each image and let go.
     """
 
     sees_image = True
 
     default_model = "dev-depth"
     in_channels = 128
-    depth_pro: Any = None
 
     def generate_image(
         self,
@@ -105,17 +97,3 @@ class Flux1Depth(FluxPipeline):
         image = self.make_image(config, latents, seed=seed, prompt=prompt, **about)
         image.depth_image = found
         return image
-
-    def find_depth(self, image_path: Path | str) -> PIL.Image.Image:
-        """An image's depth map; found once, and Depth Pro is released before the transformer is loaded."""
-
-        def find(_: object) -> Iterator[PIL.Image.Image]:
-            from mflux.models.common.controls.depth_pro.depth_pro import DepthPro
-
-            depth_pro = self.depth_pro or DepthPro(quantize=self._quantize)
-            yield depth_pro.create_depth_map(image_path).depth_image
-            del depth_pro
-            give_back_memory()
-
-        (depth,) = self.remembered([("depth", digest_of(ImageUtil.load_image(image_path)))], find)
-        return depth
