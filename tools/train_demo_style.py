@@ -146,6 +146,8 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.setdefault("TQDM_MININTERVAL", "5")
     out = arguments.out.absolute()
+    if out.exists():
+        parser.error(f"{out} exists already: give --out a new folder")
     write_data(out / "data")
     (out / "config.json").write_text(json.dumps(configuration(out, arguments.epochs), indent=2))
     words = [sys.executable, "-m", "mflux.models.common.cli.train", "--config", str(out / "config.json")]

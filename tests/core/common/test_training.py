@@ -642,6 +642,21 @@ def test_weights_are_set_whole_or_not_at_all(tmp_path):
     assert all(mx.array_equal(value, weights[key]) for key, value in session.lora_weights().items())
 
 
+def test_an_assistant_stands_beside_while_training_alone(written, tmp_path, monkeypatch):
+    with zipfile.ZipFile(written) as archive:
+        (tmp_path / "assistant.safetensors").write_bytes(archive.read("0000006_adapter.safetensors"))
+    assistant = {"path": str(tmp_path / "assistant.safetensors"), "scale": 20}
+    plain, assisted = (TrainingSession(spec_of(tmp_path, assistant_lora=one)) for one in (None, assistant))
+    noise = [mx.random.normal(item.clean_latents.shape, key=mx.random.key(1)) for item in plain.items]
+    losses = [float(one.loss(one.items, [0.5] * 3, noise)) for one in (plain, assisted)]
+    assert losses[0] != losses[1]
+    drawn = [np.asarray(one.preview("a red circle", None, 32, 32).image) for one in (plain, assisted)]
+    assert np.array_equal(*drawn)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MfluxError, match='"assistant_lora": null trains without'):
+        TrainingSession(spec_of(tmp_path, assistant_lora="nobody/has:this.safetensors"))
+
+
 # ---- memory
 
 

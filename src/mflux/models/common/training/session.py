@@ -12,11 +12,12 @@ from mflux.backend import mx, named_arrays
 from mflux.checkpoints.loading import build
 from mflux.checkpoints.readers.opening import open_checkpoint
 from mflux.checkpoints.writing import SafetensorsWriter
-from mflux.errors import UsageError
+from mflux.errors import DownloadError, UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.family import STAGES, load_object
 from mflux.models.common.lora.adapters import linear_layers
+from mflux.models.common.lora.library import find_lora
 from mflux.models.common.memory import give_back_memory, is_loaded, timed
 from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 from mflux.models.common.training import lora, objective
@@ -95,7 +96,14 @@ class TrainingSession:
         spec = self.spec
         loras = [(str(adapter), 1.0)] if adapter is not None else []
         if assistant and spec.assistant_lora is not None:
-            loras.append(spec.assistant_lora)
+            path, scale = spec.assistant_lora
+            try:
+                find_lora(path)
+            except DownloadError as error:
+                raise DownloadError(
+                    f'{error}; in the configuration, "assistant_lora": null trains without it'
+                ) from None
+            loras.append((path, scale))
         given = (
             {"lora_paths": [path for path, _ in loras], "lora_scales": [scale for _, scale in loras]} if loras else {}
         )

@@ -500,10 +500,11 @@ def _settled(config: Mapping[str, Any], path: Path | None) -> TrainingSpec:
         configuration=dict(config) | {"data": str(root)},
     )
     spec.key = key
+    usual = spec.trained.assistant
     if "assistant_lora" in config:
         spec.assistant_lora = _assistant(top.assistant_lora)
-    elif spec.trained.assistant is not None:
-        spec.assistant_lora = spec.trained.assistant, 1.0
+    elif usual is not None:
+        spec.assistant_lora = usual, 1.0
     return spec
 
 
