@@ -118,7 +118,6 @@ class Pipeline(Model):
         scheduler = self.schedule if scheduler is None else scheduler
         config = Config(model_config=self.model_config, scheduler=scheduler, seed=seed, **settings)
         config.width *= side_by_side
-        config.seed = seed
         check_room(self.configuration("transformer"), config.width, config.height)
         self._check_weights()
         return config

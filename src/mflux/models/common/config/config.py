@@ -79,8 +79,6 @@ class Config:
         self.step_cache_ratio = values.number(step_cache_ratio, "step_cache_ratio", values.some_of_them)
         self.cfg_end = values.number(cfg_end, "cfg_end", values.part_of_them)
         self.scheduler_name = values.text(scheduler, "scheduler")
-        # Of the noise that some schedules add at each step.
-        self.seed = 0
         self._scheduler: BaseScheduler | None = None
 
     def _tell_strength(self) -> None:
