@@ -20,7 +20,7 @@ import pytest
 
 from mflux.backend import mx, named_arrays
 from mflux.checkpoints.readers.safetensors import SafetensorsFile
-from mflux.errors import CheckpointError, MfluxError, UsageError
+from mflux.errors import CheckpointError, MfluxError, OutputError, UsageError
 from mflux.models.common.training import checkpoint, lora, objective, plot
 from mflux.models.common.training.checkpoint import Checkpoint, Losses
 from mflux.models.common.training.data import Dataset, Iterator
@@ -399,6 +399,33 @@ def test_a_last_window_that_is_not_full_is_applied(tmp_path):
     loop = Loop(TrainingSession(spec))
     loop.run()
     assert loop.total == 6 and loop.session.optimizer.taken == 2
+
+
+def test_a_full_disk_loses_nothing_that_finds_room_later(tmp_path, monkeypatch):
+    true, calls = checkpoint.write, []
+
+    def write(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OutputError("cannot write: No space left on device")
+        return true(*args)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    monitoring = {"generate_image_frequency": 4, "preview_width": 32, "preview_height": 32}
+    loop = Loop(TrainingSession(spec_of(tmp_path, monitoring=monitoring)))
+    true_preview, seen = loop.session.preview, []
+
+    def preview(*args):
+        seen.append(args)
+        if len(seen) == 2:
+            raise OSError(28, "No space left on device")
+        return true_preview(*args)
+
+    monkeypatch.setattr(loop.session, "preview", preview)
+    assert loop.run().checkpoint.name == "0000006_checkpoint.zip" and len(calls) == 4 and len(seen) == 2
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == [
+        "0000004_checkpoint.zip", "0000006_checkpoint.zip",
+    ]  # fmt: skip
 
 
 def test_only_the_newest_are_kept(tmp_path):

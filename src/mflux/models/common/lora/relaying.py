@@ -1,7 +1,8 @@
 """A LoRA under the names that other programs have for its layers.
 
 Where one of their matrices holds what are several layers here, one below the other, their factors become one pair: A's
-stand one below the other, B's on the diagonal. The product is the same to the last bit, at the sum of the ranks.
+stand one below the other, B's on the diagonal. The product is the same, at the sum of the ranks;
+where layers have different strengths, these are multiplied into B.
 """
 
 from __future__ import annotations

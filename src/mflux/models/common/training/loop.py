@@ -190,20 +190,20 @@ class Loop:
         spec, number = self.spec, self.iterator.num_iterations
         monitoring = spec.monitoring
         shows = monitoring is not None and number % monitoring.plot_frequency == 0
+        previews = monitoring is not None and number % monitoring.generate_image_frequency == 0
         if shows:
             self._look()
-        if monitoring is not None and number % monitoring.generate_image_frequency == 0:
-            self._preview()
-            shows = True
-        saves = number % spec.checkpoint.save_frequency == 0
-        if shows or saves:
-            try:
+        try:
+            if number % spec.checkpoint.save_frequency == 0:
+                self._save()
+                shows = True
+            if previews:
+                self._preview()
+            if shows or previews:
                 plot.write(spec, self.losses, done=number, total=self.total)
-                if saves:
-                    self._save()
-            except OutputError as error:
-                # The next one may find room again; what was learned is not lost for that.
-                log.warning("%s; training goes on", error)
+        except (OutputError, OSError) as error:
+            # The next one may find room again; what was learned is not lost for that.
+            log.warning("%s; training goes on", error)
 
     def _look(self) -> None:
         """The loss of some of the images with noise of its own."""

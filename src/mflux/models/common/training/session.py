@@ -327,10 +327,10 @@ class TrainingSession:
         The transformer makes room for it, and is loaded again.
         """
         weights, state = self.lora_weights(), self.optimizer.state()
-        self._release()
         parent = Path(self.spec.checkpoint.output_path)
         place = Temporary(parent if parent.is_dir() else Path(tempfile.gettempdir()), is_folder=True)
         try:
+            self._release()
             path = place.path / "adapter.safetensors"
             named = {name: value.astype(self.adapter_dtype) for name, value in weights.items()}
             lora.save(path, named, self.layers, **self.about)
