@@ -86,7 +86,9 @@ def run_conditioner(module, inputs):
 def run_conditioner_reference(model, inputs):
     import torch
 
-    return [model(torch.tensor(inputs["states"]), torch.tensor(inputs["ids"]))]
+    # It multiplies with positions in the dtype of what it is given.
+    states = torch.tensor(inputs["states"]).to(model.norm.weight.dtype)
+    return [model(states, torch.tensor(inputs["ids"]))]
 
 
 def conditioner_full_size(config):
