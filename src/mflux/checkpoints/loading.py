@@ -488,7 +488,7 @@ def _whole(name: str) -> str:
 
 def _misfit(kind: type[nn.Module], source: object, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{source} does not fit the {kind.__name__} of its config.json: {what}; "
+        f"{source} does not fit the {getattr(kind, 'stored_class', kind).__name__} of its config.json: {what}; "
         "fetch it again, or take the config.json that belongs to these weights"
     )
 

@@ -487,7 +487,7 @@ def test_a_command_that_does_not_exist(cli):
 
 
 def test_a_scheduler_that_is_not_there(refused):
-    known = "use linear, flow_match_euler_discrete, lightning, or your own as package.module.Class"
+    known = "use linear, flow_match_euler_discrete, lightning, er_sde, or your own as package.module.Class"
     refused("--scheduler", "cosine", status=2, message=f"the scheduler 'cosine' is not known: {known}")
     refused(
         *("--scheduler", "no_such_package.Class"),

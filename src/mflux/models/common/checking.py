@@ -202,8 +202,9 @@ def _component_problems(
 
 def _check_component(component: Component, folder: PublishedFolder) -> None:
     """Load a component as `Pipeline.load` does, without its numbers."""
+    kind = component.module_class()
     load_component(
-        component.module_class(),
+        getattr(kind, "stored_class", kind),
         folder.root / component.folder,
         config=folder.config(component.folder),
         tensors=folder.tensors(component.folder),

@@ -89,6 +89,8 @@ class Krea2ControlTransformer(Krea2Transformer):
     """
 
     saved_class = Krea2Transformer
+    # What its own files hold; the rest comes with the ControlNet.
+    stored_class = Krea2Transformer
 
     def __init__(self, config: Krea2TransformerConfig):
         super().__init__(config)
