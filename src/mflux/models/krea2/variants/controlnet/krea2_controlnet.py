@@ -45,6 +45,8 @@ class Krea2Controlnet(Krea2Pipeline, FindsDepth):
     default_model = "krea-2-controlnet-depth"
     transformer: LazyComponent[Krea2ControlTransformer]
     controlnet: LazyComponent[DepthControl]
+    controlnet_path: str | None = None
+    controlnet_strength: float = 1.0
 
     def __init__(
         self,
@@ -105,7 +107,7 @@ class Krea2Controlnet(Krea2Pipeline, FindsDepth):
         return self._folders[component.name]
 
     def load(self, component: Component, *, keep_dtypes: bool = False) -> nn.Module:
-        if component.name != "transformer" or keep_dtypes:
+        if component.name != "transformer" or keep_dtypes or self.folder_root is None:
             return super().load(component, keep_dtypes=keep_dtypes)
         folder, part = self.folder_of(component), self.component("controlnet")
         place = self.folder_of(part)
