@@ -51,8 +51,9 @@ def test_nothing_is_asked_that_a_gpu_refuses(tiny, calls_of):
     assert refused == {}
 
 
-# Concept attention multiplies what it saw in float32, as its authors do, once a step and not in a block's way.
-WIDE = ("models/flux/model/concept_attention.py",)
+# Concept attention multiplies what it saw in float32, as its authors do, once a step and not in a block's way; and what
+# is added to weights is multiplied out in float32 while these load.
+WIDE = ("models/flux/model/concept_attention.py", "models/common/lora/adapters.py")
 
 
 @EVERY_TINY

@@ -378,19 +378,27 @@ class Model:
             quantize=self._quantize,
             keep_dtypes=keep_dtypes and dtype is None,
             config=folder.config(part),
-            tensors=folder.tensors(part),
+            tensors=self.tensors_of(component, to_save=keep_dtypes),
             # What is to be saved has to be there.
             late=component.stage == "denoise" and not keep_dtypes and self.works_ahead,
         )
-        if self._loras is None:
+        loras = self.loras_of(component, to_save=keep_dtypes)
+        if loras is None:
             module = load()
         else:
-            module = self._loras.apply(
-                part, lambda adjust: load(adjust=adjust), bake=self.bake_lora, to_save=keep_dtypes
-            )
+            bake = self.bake_lora or self._loras is None
+            module = loras.apply(part, lambda adjust: load(adjust=adjust), bake=bake, to_save=keep_dtypes)
         if self.compute_precision is not None and component.stage == "denoise" and not keep_dtypes:
             module.compute_in(self.compute_precision)
         return module
+
+    def tensors_of(self, component: Component, *, to_save: bool) -> Mapping[str, mx.array]:
+        """What a component is filled from, by its published names."""
+        return self.folder_of(component).tensors(component.folder)
+
+    def loras_of(self, component: Component, *, to_save: bool) -> Loras | None:
+        """What is added to its layers."""
+        return self._loras
 
     @checked
     def set_loras(self, paths: list[str] | None, scales: list[float] | None = None, bake: bool = True) -> None:

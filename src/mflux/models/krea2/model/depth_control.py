@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mflux.backend import mx, nn
+from mflux.checkpoints.loading import finite, not_finite
 from mflux.checkpoints.quantization import UNQUANTIZED
 from mflux.checkpoints.stored.tensors import spec
 from mflux.errors import CheckpointError
@@ -149,10 +150,10 @@ def adapters(
                 stem = f"blocks.{number}.{part}.{name}"
 
                 def read(stem: str = stem) -> tuple[LowRank, None]:
-                    down, up = control[f"{stem}.A"], control[f"{stem}.B"]
-                    for value in (down, up):
-                        if not mx.isfinite(value).all().item():
-                            raise CheckpointError(f"{source}: {stem} holds numbers that are not finite: fetch it again")
+                    down, up = (control[f"{stem}.{half}"] for half in "AB")
+                    for half, value in (("A", down), ("B", up)):
+                        if not finite(value, source):
+                            raise CheckpointError(not_finite(source, f"{stem}.{half}", "this ControlNet"))
                     return LowRank(down, up), None
 
                 found[layer.replace("{i}", str(number))] = Adapter(strength, 1.0, read, source=source)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
-from mflux.backend import mx, nn
+from mflux.backend import mx
 from mflux.checkpoints.loading import load_component
 from mflux.checkpoints.published import PublishedFolder
 from mflux.errors import CheckpointError, UsageError
@@ -45,6 +45,8 @@ class Krea2Controlnet(Krea2Pipeline, FindsDepth):
     default_model = "krea-2-controlnet-depth"
     transformer: LazyComponent[Krea2ControlTransformer]
     controlnet: LazyComponent[DepthControl]
+    controlnet_path: str | None = None
+    controlnet_strength: float = 1.0
 
     def __init__(
         self,
@@ -104,26 +106,21 @@ class Krea2Controlnet(Krea2Pipeline, FindsDepth):
             self._sources[component.folder] = source
         return self._folders[component.name]
 
-    def load(self, component: Component, *, keep_dtypes: bool = False) -> nn.Module:
-        if component.name != "transformer" or keep_dtypes:
-            return super().load(component, keep_dtypes=keep_dtypes)
-        folder, part = self.folder_of(component), self.component("controlnet")
+    def tensors_of(self, component: Component, *, to_save: bool) -> Mapping[str, mx.array]:
+        tensors = super().tensors_of(component, to_save=to_save)
+        if component.name != "transformer" or to_save:
+            return tensors
+        return WithEntrance(tensors, super().tensors_of(self.component("controlnet"), to_save=False))
+
+    def loras_of(self, component: Component, *, to_save: bool) -> Loras | None:
+        if component.name != "transformer" or to_save:
+            return super().loras_of(component, to_save=to_save)
+        part = self.component("controlnet")
         place = self.folder_of(part)
-        control = place.tensors(part.folder)
         source = place.files.get(part.folder, place.root / part.folder)
-        load = partial(
-            load_component,
-            Krea2ControlTransformer,
-            folder.root / component.folder,
-            quantize=self._quantize,
-            config=folder.config(component.folder),
-            tensors=WithEntrance(folder.tensors(component.folder), control),
-            late=True,
-        )
+        control = super().tensors_of(part, to_save=False)
         changes = adapters(control, self.configuration("controlnet"), self.controlnet_strength, source)
-        loras = (self._loras or Loras.none()).behind(component.folder, changes)
-        bake = self.bake_lora or self._loras is None
-        return loras.apply(component.folder, lambda adjust: load(adjust=adjust), bake=bake)
+        return (self._loras or Loras.none()).behind(component.folder, changes)
 
     # ---- one image
 
