@@ -32,13 +32,14 @@ from mflux.cpu.elementwise import (
 )
 from mflux.cpu.products import product, quantized_product, quantized_serves
 from mflux.cpu.scores import attention, attention_serves
-from mflux.cpu.work import apart, lazily, serves, threads
+from mflux.cpu.work import apart, first_order, lazily, serves, threads
 
 __all__ = [
     "apart",
     "attention",
     "attention_serves",
     "convolution",
+    "first_order",
     "gelu",
     "gelu_approx",
     "layer_norm",

@@ -8,7 +8,7 @@ import numpy as np
 
 from mflux.backend import mx
 from mflux.cpu import work
-from mflux.cpu.work import LEAST, differentiable, is_here, room, spare
+from mflux.cpu.work import LEAST, differentiable, is_first_order, is_here, room, spare
 
 # Queries at a time: with more a product is no faster, and their scores leave the cache.
 _QUERIES = 256
@@ -34,7 +34,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
 
     def gradient(primals: Sequence[mx.array], cotangent: mx.array) -> Sequence[mx.array]:
         q, k, v, *seen = primals
-        if not is_here(q, k, v, cotangent) or any(mx.issubdtype(one.dtype, mx.floating) for one in seen):
+        is_added = any(mx.issubdtype(one.dtype, mx.floating) for one in seen)
+        if not (is_first_order() and is_here(q, k, v, cotangent)) or is_added:
             # What is added to scores may be asked for its own gradient.
             return mx.vjp(plain, list(primals), [cotangent])[1]
         mx.eval(cotangent)

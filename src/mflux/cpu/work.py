@@ -27,6 +27,7 @@ ROOM = 4 << 20
 
 Plain = Callable[..., mx.array]
 _LAZY: ContextVar[bool] = ContextVar("lazy", default=False)
+_FIRST_ORDER: ContextVar[bool] = ContextVar("first order", default=False)
 
 
 @contextlib.contextmanager
@@ -38,6 +39,22 @@ def lazily() -> Iterator[None]:
         yield
     finally:
         _LAZY.reset(token)
+
+
+@contextlib.contextmanager
+def first_order() -> Iterator[None]:
+    """Gradients within the block are asked for no gradients of their own: each is computed as it is reached, and lets
+    go of what it was computed from. Outside, they may be differentiated again, and keep all of that."""
+    token = _FIRST_ORDER.set(True)
+    try:
+        yield
+    finally:
+        _FIRST_ORDER.reset(token)
+
+
+def is_first_order() -> bool:
+    """Whether `first_order` holds."""
+    return _FIRST_ORDER.get()
 
 
 def serves(*arrays: mx.array) -> bool:
@@ -175,9 +192,10 @@ def differentiable(
     def backward(primals: Any, cotangent: mx.array, _: Any) -> Any:
         primals = list(primals) if isinstance(primals, (list, tuple)) else [primals]
         found = mx.vjp(plain, primals, [cotangent])[1] if gradient is None else gradient(primals, cotangent)
-        with contextlib.suppress(ValueError):  # inside mx.compile or mx.vmap
-            mx.eval(found)
-            found = [apart(value) for value in found]
+        if is_first_order():
+            with contextlib.suppress(ValueError):  # inside mx.compile or mx.vmap
+                mx.eval(found)
+                found = [apart(value) for value in found]
         return found[0] if len(found) == 1 else tuple(found)
 
     def call(*arrays: mx.array) -> mx.array:

@@ -12,6 +12,7 @@ from mflux.backend import mx, named_arrays
 from mflux.checkpoints.loading import build
 from mflux.checkpoints.readers.opening import open_checkpoint
 from mflux.checkpoints.writing import SafetensorsWriter
+from mflux.cpu import first_order
 from mflux.errors import DownloadError, UsageError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
@@ -255,7 +256,8 @@ class TrainingSession:
                     lora.put_weights(self._trained, values)
                     return self._loss_of(some) / len(items)
 
-                loss, found = mx.value_and_grad(of)(weights)
+                with first_order():
+                    loss, found = mx.value_and_grad(of)(weights)
                 total = total + loss
                 gradients = {name: value + found[name] for name, value in gradients.items()}
                 mx.eval(total, gradients)
