@@ -446,11 +446,11 @@ def test_a_signal_leaves_a_checkpoint_and_no_half_file(number, status, tmp_path)
     path = write_config(tmp_path, training_loop__num_epochs=100_000, checkpoint__save_frequency=3)
     process = run_train("--config", str(path))
     folder = tmp_path / "out" / "checkpoints"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list(folder.glob("*.zip")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == status, err
     found = sorted(folder.glob("*.zip"))
     assert found and out == ""

@@ -7,7 +7,7 @@ trainers train it.
 
 from __future__ import annotations
 
-from mflux.models.common.lora.names import DOTTED, LoraNames, Spelling
+from mflux.models.common.lora.names import LoraNames, Spelling
 
 _ATTENTION = "layers.{i}.attention"
 FUSED: dict[str, tuple[str, ...]] = {
@@ -16,13 +16,12 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 # kohya's, where the last layer stands for itself.
 _LAST = {"final_linear": ("final_layer.linear",)}
-_CONDITIONAL = ("conditional_transformer.",)
 
 LORA = LoraNames(
     spellings=(
-        Spelling("transformer", prefixes=DOTTED + _CONDITIONAL),
+        Spelling("transformer"),
         Spelling("transformer", joint="_"),
-        Spelling("transformer", table=FUSED, prefixes=DOTTED + _CONDITIONAL),
+        Spelling("transformer", table=FUSED),
         Spelling("transformer", table=FUSED | _LAST, joint="_"),
     ),
     # One name of each layout, for the sentence that says which there are.
