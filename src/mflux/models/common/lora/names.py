@@ -13,7 +13,8 @@ from mflux.models.common.lora.adapters import Rows
 DOTTED = (
     "transformer.", "", "base_model.model.", "base_model.model.transformer.", "diffusion_model.",
     "model.diffusion_model.", "lycoris.", "lycoris_.", "lora_unet.", "base_model.model.diffusion_model.",
-    "model.transformer.", "transformer.module.", "conditional_transformer.", "pipe.dit.", "unet.", "model.", "net.", "module.", "_orig_mod.",
+    "model.transformer.", "transformer.module.", "conditional_transformer.", "pipe.dit.",
+    "unet.", "model.", "net.", "module.", "_orig_mod.",
 )  # fmt: skip
 JOINED = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris__", "lora_dit_")
 
