@@ -796,3 +796,84 @@ def test_a_file_is_written_whole(tmp_path, written):
     assert checkpoint.in_words(3661) == "1 hour and 1 minute and 1 second" and checkpoint.in_words(0) == "0 seconds"
     assert not [one for one in written.parent.iterdir() if one.name.startswith(".")]
     assert io.BytesIO(written.read_bytes()).read(2) == b"PK" and os.access(written, os.R_OK)
+
+
+# ---- what a newcomer met
+
+
+def test_a_reader_that_goes_away_ends_nothing(tmp_path):
+    """`2>&1 | head`: what was to be told goes nowhere, and what was learned is written."""
+    path = write_config(tmp_path, training_loop__num_epochs=3, checkpoint__save_frequency=1000)
+    process = run_train("--config", str(path))
+    seen = ""
+    while "loss=" not in seen:
+        seen += (piece := process.stderr.read(1))
+        assert piece, seen
+    process.stderr.close()
+    process.stdout.close()
+    process.wait(timeout=240)
+    assert (tmp_path / "out" / "checkpoints" / "0000006_checkpoint.zip").is_file()
+    assert (tmp_path / "out" / "0000006_adapter.safetensors").is_file()
+
+
+def test_whatever_ends_a_run_what_was_learned_is_written(tmp_path, monkeypatch):
+    loop = Loop(TrainingSession(spec_of(tmp_path, checkpoint__save_frequency=1000)))
+
+    def fails():
+        if loop.iterator.num_iterations == 3:
+            raise ZeroDivisionError
+
+    loop.after_batch = fails
+    with pytest.raises(ZeroDivisionError):
+        loop.run()
+    assert Checkpoint(loop.written.checkpoint).iterator()["num_iterations"] == 3
+
+
+def test_what_was_written_last_is_kept(tmp_path):
+    """Also where older ones have higher numbers: a run that went on from the middle once more."""
+    spec = spec_of(tmp_path, checkpoint__keep=1, checkpoint__save_frequency=1)
+    Loop(TrainingSession(spec)).run()
+    folder = tmp_path / "out" / "checkpoints"
+    assert [one.name for one in folder.iterdir()] == ["0000006_checkpoint.zip"]
+    again = Loop(TrainingSession(spec))
+    again._batch(next(again.iterator))
+    again._save()
+    assert sorted(one.name for one in folder.iterdir()) == ["0000001_checkpoint.zip", "0000006_checkpoint.zip"]
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path, cli):
+    layers = {"targets": [{"module_path": "layers.{block}.attention.to_q", "blocks": "all", "rank": 4}]}
+    done = cli("train", "--config", str(write_config(tmp_path, lora_layers=layers)))
+    assert done.status == 2 and "transformer_blocks.{block}.attn.to_q" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("content", "status"), [("a red circle".encode("utf-16"), 2), ("a café".encode("latin-1"), 0)])
+def test_captions_that_are_no_utf_8(content, status, tmp_path, cli):
+    path = write_config(tmp_path)
+    (tmp_path / "data" / "1.txt").write_bytes(content)
+    done = cli("train", "--config", str(path), "--dry-run")
+    assert done.status == status and "1.txt" in done.err and "UTF-8" in done.err
+
+
+def test_a_run_that_has_ended_says_so(written, cli, tmp_path):
+    copied = tmp_path / "run" / "checkpoints" / written.name
+    copied.parent.mkdir(parents=True)
+    copied.write_bytes(written.read_bytes())
+    done = cli("train", "--resume", str(copied))
+    assert done.status == 0 and "this run has ended" in done.err
+    # It goes on where the file lies, and not where it says.
+    assert list((tmp_path / "run").glob("*_adapter.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"start_date_time": "0001-01-01 00:00:00"}, {"num_iterations": 10**400}, {"num_epochs": 10**12}]
+)
+def test_a_place_in_the_data_that_makes_no_sense(written, tmp_path, change):
+    def other(members):
+        name = next(name for name in members if name.endswith("iterator.json"))
+        return members | {name: json.dumps(json.loads(members[name]) | change).encode()}
+
+    path = changed(written, tmp_path / "c.zip", other)
+    with pytest.raises(CheckpointError, match="makes no sense"):
+        TrainingSpec.resolve(None, path, create_output_dir=False)

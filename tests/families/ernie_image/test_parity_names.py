@@ -41,7 +41,7 @@ def test_single_file(folder, tmp_path, monkeypatch, prefix):
     theirs = {prefix + name: value for name, value in published.items()}
     file = tmp_path / "ernie-image-turbo.safetensors"
     save_file(theirs, file)
-    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_: folder)
+    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_, **__: folder)
     model = ernie(file)
     ours = flat(model.transformer)
     ours["x_embedder.proj.weight"] = np.moveaxis(ours["x_embedder.proj.weight"], -1, 1)

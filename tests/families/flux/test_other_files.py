@@ -45,7 +45,7 @@ def asked(folder, monkeypatch) -> list[list[str]]:
     """The folder stands for the repository that all but the file comes from."""
     asked = []
 
-    def resolve(name, components, beside):
+    def resolve(name, components, beside, **_):
         asked.append(sorted(component.folder for component in components))
         return folder if str(name).startswith("black-forest-labs") else Path(name)
 

@@ -84,7 +84,7 @@ def model(request, monkeypatch, tmp_path) -> Path:
     write_checkpoint(folder, seed=3, guidance=request.param == "dev", changes={"transformer": _HEADS})
     request.node.asked = []
 
-    def resolve(name, components, beside):
+    def resolve(name, components, beside, **_):
         request.node.asked.append((name, sorted(component.folder for component in components)))
         return folder
 

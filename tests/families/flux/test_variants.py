@@ -221,7 +221,7 @@ def test_catvton_takes_the_authors_transformer(here, models, monkeypatch):
     fill = models(BY_NAME["generate-fill"])
     asked = []
 
-    def resolve(name, components, beside):
+    def resolve(name, components, beside, **_):
         asked.append((name, [component.folder for component in components]))
         return fill / "transformer" if name == "xiaozaa/catvton-flux-beta" else fill
 
@@ -362,7 +362,7 @@ def test_a_saved_model_says_which_controlnet_it_has(here, models, tmp_path, monk
     net = models(case) / "transformer_controlnet"
     revision = tmp_path / "models--InstantX--FLUX.1-dev-Controlnet-Canny" / "snapshots" / "0123"
     shutil.copytree(net, revision)
-    monkeypatch.setattr(module, "resolve", lambda name, *_: revision if "InstantX" in name else Path(name))
+    monkeypatch.setattr(module, "resolve", lambda name, *_, **__: revision if "InstantX" in name else Path(name))
     instant, own = "InstantX/FLUX.1-dev-Controlnet-Canny", shutil.copytree(net, tmp_path / "secret" / "my-net")
     place = {"repo_id": instant, "revision": "0123"}
     recorded = [
@@ -477,7 +477,7 @@ def test_redux_takes_what_reads_pictures_from_its_own_repository(here, models, t
         shutil.rmtree(base / part)
     asked, redux = [], "black-forest-labs/FLUX.1-Redux-dev"
 
-    def resolve(name, components, beside):
+    def resolve(name, components, beside, **_):
         asked.append((name, [component.folder for component in components], beside))
         return {redux: whole, "black-forest-labs/FLUX.1-dev": base}.get(name) or Path(name)
 

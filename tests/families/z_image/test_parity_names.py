@@ -87,7 +87,7 @@ def test_single_file(folder, tmp_path, monkeypatch, prefix):
     theirs |= {f"{prefix}norm_final.weight": torch.ones(48)}
     file = tmp_path / "z-image-turbo.safetensors"
     save_file(theirs, file)
-    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_: folder)
+    monkeypatch.setattr("mflux.models.common.model.resolve", lambda *_, **__: folder)
     ours = flat(z_image(file).transformer)
     expected = convert_z_image_transformer_checkpoint_to_diffusers(dict(theirs))
     assert set(ours) == set(expected) == set(published)

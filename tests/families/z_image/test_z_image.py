@@ -216,7 +216,7 @@ def elsewhere(model, monkeypatch):
     """What else a single file's model consists of, as its repository would give it."""
     asked = []
 
-    def resolve(name, components, beside):
+    def resolve(name, components, beside, **_):
         asked.append((name, sorted(component.name for component in components)))
         return model
 

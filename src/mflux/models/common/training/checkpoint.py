@@ -135,6 +135,16 @@ class Checkpoint:
             f"the data of {self.path} are neither in {shown(root, 300)} nor beside it: put the folder back"
         )
 
+    def output_folder(self) -> Path:
+        """Where the run goes on writing: the folder that holds `checkpoints/` with this file. Of a file that lies alone
+        nothing but the folder's name is taken, below the working directory: it may come from anybody."""
+        if self.path.absolute().parent.name == FOLDER:
+            return self.path.absolute().parents[1]
+        table = self.configuration.get("checkpoint")
+        asked = table.get("output_path") if isinstance(table, dict) else None
+        name = Path(asked).name if isinstance(asked, str) and "\0" not in asked else ""
+        return Path(name or "training")
+
     def check(self, spec: TrainingSpec) -> None:
         """
         Raises:
@@ -294,14 +304,14 @@ def write(
         tensors["window"] = {**gradients, "batches": mx.array(batches, mx.int32)}, None
     written = {"lora_adapter": "adapter"}
     files = {name: f"{number}_{written.get(name, name)}.safetensors" for name in tensors}
-    texts = {"iterator": iterator, "loss": vars(losses), "config": spec.configuration}
+    texts: dict[str, Any] = {"iterator": iterator, "loss": vars(losses), "config": spec.configuration}
     files |= {name: f"{number}_{name}.json" for name in texts}
     folder = Path(spec.checkpoint.output_path) / FOLDER
     begun, now = datetime.strptime(iterator["start_date_time"], _TIME), datetime.now()
     plain = {
         "checkpoint.json": {
             "metadata": {
-                "start": begun.strftime(_TIME),
+                "start": iterator["start_date_time"],
                 "end": now.strftime(_TIME),
                 "duration": in_words(int((now - begun).total_seconds())),
                 "number_of_training_data": len(spec.data),
@@ -336,13 +346,17 @@ def write(
 
     path = write_atomically(folder / f"{number}_checkpoint.zip", fill, overwrite=True)
     if spec.checkpoint.keep is not None:
-        _remove_older(folder, spec.checkpoint.keep)
+        kept = {path} | ({spec.resumed.path.absolute()} if spec.resumed is not None else set())
+        _remove_older(folder, spec.checkpoint.keep, kept)
     return path
 
 
-def _remove_older(folder: Path, keep: int) -> None:
+def _remove_older(folder: Path, keep: int, others: set[Path]) -> None:
+    """Leave the newest by their numbers, and what a run has just written or gone on from, whatever its number."""
     found = sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
     for _, path in found[:-keep]:
+        if path in others or path.absolute() in others:
+            continue
         try:
             remove_within(path, folder)
         except OSError as error:

@@ -30,6 +30,8 @@ _TARGET, _SOURCE, _PREVIEW = "_out", "_in", "preview"
 # No caption is as long.
 _LARGEST_CAPTION = 1_000_000
 _TIME = "%Y-%m-%d %H:%M:%S"
+# No run is as long.
+_MOST_BATCHES = 10**9
 # Of an extra look at the loss: so many images at most.
 _MOST_LOOKED_AT = 10
 
@@ -131,6 +133,10 @@ def _caption(path: Path, image: Path) -> str:
     if not is_file(path):
         raise UsageError(f"data: {image.name} has no caption: write {path.name} beside it, in {path.parent}")
     caption = _words(path)
+    if "\0" in caption:
+        raise UsageError(f"data: {path} is not text in UTF-8, perhaps in UTF-16: save it as UTF-8")
+    if "\ufffd" in caption:
+        log.warning("data: %s is not all UTF-8: what is not is read as \ufffd; save it as UTF-8", path)
     if not caption:
         raise UsageError(f"data: {path} is empty: write what {image.name} shows")
     return caption
@@ -253,7 +259,7 @@ class Batch:
 
 
 class Dataset:
-    def __init__(self, data: Sequence[DataItem]):
+    def __init__(self, data: Sequence[Any]):
         self.data = data
 
     def size(self) -> int:
@@ -368,7 +374,10 @@ class Iterator:
                 and numbers[-1] <= 624
                 and (gauss is None or type(gauss) is float)
             )
+            sensible = sensible and whole[2] <= _MOST_BATCHES and epochs <= _MOST_BATCHES and whole[3] <= _MOST_BATCHES
             begun = datetime.datetime.strptime(state["start_date_time"], _TIME)
+            # A year has four digits where it is written again.
+            sensible = sensible and begun.year >= 1970
         except (KeyError, TypeError, ValueError):
             sensible = False
         if not sensible:

@@ -10,7 +10,8 @@ import logging
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,7 @@ class Loop:
             self.losses = Losses()
         self.total = self.iterator.total_number_of_steps()
         self._skipped, self._skipped_in_all = 0, 0
+        self._saved = -1
         self.state = self._now()
 
     @property
@@ -100,6 +102,12 @@ class Loop:
             KeyboardInterrupt, StopTrainingException: something ended it; a checkpoint of the last batch is written.
         """
         self._tell()
+        if self.iterator.num_iterations >= self.total:
+            log.warning(
+                "this run has ended, all of its %d batches are done: nothing is learned any more, its last files are "
+                "written again (for more epochs begin a run with --config)",
+                self.total,
+            )
         try:
             if self.iterator.num_iterations == 0 and self.spec.monitoring is not None:
                 self._preview()
@@ -107,13 +115,22 @@ class Loop:
                 plot.write(self.spec, self.losses, done=0, total=self.total)
             self._batches()
         except (KeyboardInterrupt, StopTrainingException):
-            self._go_back()
-            self._save()
-            log.info("stopped after batch %d: go on with %s", self.iterator.num_iterations, self._resumed_by())
+            self._keep()
+            raise
+        except Exception:
+            # Whatever it is, what was learned is not lost for it; should that fail as well, the first is told.
+            with suppress(Exception):
+                self._keep()
             raise
         if self._skipped_in_all:
             log.warning("%d of the batches had no finite loss or gradient, and taught nothing", self._skipped_in_all)
-        self._save()
+        try:
+            self._save()
+        except OutputError:
+            # The LoRA alone is much smaller.
+            with suppress(OutputError):
+                self._save_adapter()
+            raise
         self.written.adapter = self._save_adapter()
         return self.written
 
@@ -122,14 +139,16 @@ class Loop:
         # A terminal that is none gets the bar as well: programs read it.
         with (
             keeping_memory(),
-            bar_class()(total=self.total, initial=self.iterator.num_iterations, file=sys.stderr) as bar,
+            _closed(bar_class()(total=self.total, initial=self.iterator.num_iterations, file=sys.stderr)) as bar,
         ):
             for batch in self.iterator:
                 loss = self._batch(batch)
                 if loss is not None:
                     running = loss if running is None else running + (loss - running) / _RUNNING
-                    bar.set_postfix_str(f"loss={running:.4f}", refresh=False)
-                bar.update()
+                with suppress(OSError):  # nobody looks any more
+                    if running is not None:
+                        bar.set_postfix_str(f"loss={running:.4f}", refresh=False)
+                    bar.update()
                 self._meanwhile()
                 if self.after_batch is not None:
                     self.after_batch()
@@ -252,8 +271,16 @@ class Loop:
         del self.losses.step_loss[state.steps :], self.losses.batch_loss[state.looks :]
         self.window = state.window
 
+    def _keep(self) -> None:
+        """Write a checkpoint of the last batch that was finished, if there is one that is not written yet."""
+        self._go_back()
+        if self.iterator.num_iterations != self._saved:
+            self._save()
+        log.info("stopped after batch %d: go on with %s", self.iterator.num_iterations, self._resumed_by())
+
     def _save(self) -> None:
         self.written.checkpoint = checkpoint.write(self.session, self.state.iterator, self.losses, self.window)
+        self._saved = self.state.iterator["num_iterations"]
 
     def _save_adapter(self) -> Path:
         """The LoRA as a file of its own, and the page once more."""
@@ -300,6 +327,16 @@ class Loop:
             words += ["--guidance", f"{spec.guidance:g}"]
         words += ["--prompt", spec.data[0].prompt]
         return shown(shlex.join(words), 2000)
+
+
+@contextmanager
+def _closed(bar: Any) -> Generator[Any]:
+    """A bar that is closed in the end, also where nobody reads what it says any more."""
+    try:
+        yield bar
+    finally:
+        with suppress(OSError):
+            bar.close()
 
 
 def _are_finite(gradients: Mapping[str, mx.array]) -> bool:

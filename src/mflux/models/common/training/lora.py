@@ -122,6 +122,12 @@ def expand_module_paths(target: LoraTargetSpec, blocks: Mapping[str, int] | None
     return [target.module_path.replace("{block}", str(number)) for number in numbers]
 
 
+def _patterns(shapes: Mapping[str, tuple[int, ...]], usual: Sequence[str]) -> list[str]:
+    """The layers that are usually trained, a block's number left open."""
+    ends = tuple(f".{end}" for end in usual)
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".{block}.", path, count=1) for path in shapes if path.endswith(ends)))
+
+
 def chosen(
     targets: Sequence[LoraTargetSpec] | None,
     usual: Sequence[str],
@@ -153,7 +159,10 @@ def chosen(
     for target in targets:
         paths = expand_module_paths(target, counts)
         if not paths:
-            raise UsageError(f"lora_layers: {shown(target.module_path)} names no block of this model")
+            raise UsageError(
+                f"lora_layers: {shown(target.module_path)} names no block of this model, which has "
+                f"{some(_patterns(shapes, usual), 6)}: name these, or leave targets out for them"
+            )
         for given in paths:
             path = given if given in shapes else spelled.get(given, given)
             if path not in shapes:

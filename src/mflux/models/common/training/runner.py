@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from mflux.models.common.training.adapter import TrainingAdapter
+from mflux.models.common.training.checkpoint import FOLDER
 from mflux.models.common.training.loop import Loop, Written
 from mflux.models.common.training.session import TrainingSession
 from mflux.models.common.training.spec import TrainingSpec
@@ -31,8 +33,21 @@ class TrainingRunner:
     @staticmethod
     def run(spec: TrainingSpec, after_batch: Callable[[], None] | None = None) -> tuple[TrainingSession, Written]:
         """The same of a run that is settled; also what was written last."""
-        session = TrainingSession(spec)
         try:
-            return session, Loop(session, after_batch).run()
-        finally:
-            session.close()
+            session = TrainingSession(spec)
+            try:
+                return session, Loop(session, after_batch).run()
+            finally:
+                session.close()
+        except BaseException:
+            _remove_if_empty(Path(spec.checkpoint.output_path))
+            raise
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Leave no folder of a run that wrote nothing: the next one would have to take another name."""
+    with suppress(OSError):
+        for inner in (FOLDER, "preview", "loss"):
+            with suppress(OSError):
+                (folder / inner).rmdir()
+        folder.rmdir()

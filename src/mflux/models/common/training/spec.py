@@ -18,7 +18,7 @@ from mflux.errors import OutputError, UsageError
 from mflux.models.common.config.model_config import built_key, is_builtin
 from mflux.models.common.family import Command, Trained, families, family_of, trained
 from mflux.models.common.saved_model import recorded_base_model
-from mflux.models.common.training.data import DataSpec, Found, fingerprint, look_through
+from mflux.models.common.training.data import Dataset, DataSpec, Found, Iterator, fingerprint, look_through
 from mflux.text import shown
 from mflux.utils.paths import is_file, is_folder, read_bounded, user_path
 from mflux.utils.scale_factor import GRID
@@ -360,15 +360,20 @@ class TrainingSpec:
 
     @staticmethod
     def from_checkpoint(checkpoint: Checkpoint, *, create_output_dir: bool = True) -> TrainingSpec:
-        """The run that a checkpoint goes on with; it writes to the same folder.
+        """The run that a checkpoint goes on with; it writes to the folder that the checkpoint lies in.
 
         Raises:
             UsageError: its configuration makes no sense.
             CheckpointError: its data are gone, or others.
         """
         config = checkpoint.configuration | {"data": str(checkpoint.data_root())}
+        if isinstance(config.get("checkpoint"), Mapping):
+            config["checkpoint"] = config["checkpoint"] | {"output_path": str(checkpoint.output_folder())}
         spec = TrainingSpec.from_conf(config, None, False, create_output_dir=create_output_dir)
         checkpoint.check(spec)
+        # What needs no model is looked at now.
+        checkpoint.losses()
+        Iterator.from_dict(checkpoint.iterator(), Dataset(spec.data))
         spec.checkpoint_path, spec.resumed = str(checkpoint.path), checkpoint
         return spec
 
