@@ -434,11 +434,15 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names == ["0000005_checkpoint.zip", "0000006_checkpoint.zip"]
 
 
-def run_train(*words: str, **options) -> subprocess.Popen:
+def run_train(*words: str) -> subprocess.Popen:
+    # Tests that run in the background are started with Ctrl-C ignored, and hand that on.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from mflux.models.common.cli.train import main; sys.exit(main())"
+    )
     return subprocess.Popen(
-        [sys.executable, "-m", "mflux.models.common.cli.train", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
