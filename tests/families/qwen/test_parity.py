@@ -17,9 +17,8 @@ from transformers import Qwen2VLImageProcessorPil
 from mflux.errors import CheckpointError, ImageError
 from mflux.models.common.networks.image_processors import VLImageProcessor
 from mflux.models.common.sizes import fitted
-from mflux.models.common.tokenizers.qwen import chat
+from mflux.models.common.tokenizers.qwen import DESCRIBE, DESCRIBE_TOKENS, chat
 from mflux.models.qwen.variants.edit import qwen_image_edit
-from mflux.models.qwen.variants.txt2img import qwen_image
 
 
 def photo(width: int, height: int) -> PIL.Image.Image:
@@ -66,7 +65,7 @@ def test_sizes_of_edits(size):
 @pytest.mark.parametrize(
     "module, name, text",
     [
-        (pipeline_qwenimage, "QwenImagePipeline", chat("{}", system=qwen_image.SYSTEM)),
+        (pipeline_qwenimage, "QwenImagePipeline", chat("{}", system=DESCRIBE)),
         (
             pipeline_qwenimage_edit,
             "QwenImageEditPipeline",
@@ -81,5 +80,5 @@ def test_templates_are_the_reference_s_byte_for_byte(module, name, text):
     theirs: dict[str, str] = {}
     exec(line.strip().replace("self.prompt_template_encode", "found"), theirs)
     assert theirs["found"] == text
-    start = qwen_image._TEMPLATE_TOKENS if name == "QwenImagePipeline" else qwen_image_edit._TEMPLATE_TOKENS
+    start = DESCRIBE_TOKENS if name == "QwenImagePipeline" else qwen_image_edit._TEMPLATE_TOKENS
     assert f"self.prompt_template_encode_start_idx = {start}\n" in source
