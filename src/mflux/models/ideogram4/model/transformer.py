@@ -22,6 +22,7 @@ from mflux.models.common.networks.layers import (
     added,
     attention,
     layer_norm,
+    looked_up,
     merge_heads,
     normed_and_scaled,
     normed_heads,
@@ -233,7 +234,7 @@ class Ideogram4Transformer(nn.Module):
         length = 0 if prompt_embeds is None else prompt_embeds.shape[1]
         ids = np.concatenate([text_ids(length), image_ids(rows, columns)])
         turns = kept(once, "rotary", source, lambda: rotary(ids, self.config))
-        x = self.input_proj(latents) + self._kind(_IMAGE)
+        x = self.input_proj(latents) + kept(once, "kind", source, lambda: self._kind(_IMAGE))
         if prompt_embeds is not None:
             embeds = prompt_embeds.astype(latents.dtype)
             text = kept(once, "text", source, lambda: self.embed_text(embeds))
@@ -251,4 +252,4 @@ class Ideogram4Transformer(nn.Module):
         return self.llm_cond_proj(self.llm_cond_norm(prompt_embeds)) + self._kind(_TEXT)
 
     def _kind(self, which: int) -> mx.array:
-        return self.embed_image_indicator(mx.array([which]))
+        return looked_up(self.embed_image_indicator, mx.array([which]), what="kinds of tokens")
