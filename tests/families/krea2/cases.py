@@ -124,6 +124,8 @@ def run_transformer_reference(model, inputs):
     from diffusers import Krea2Pipeline
 
     latents, text, sigma = (torch.tensor(inputs[name]) for name in ("latents", "text", "sigma"))
+    # As the pipeline hands them over.
+    latents, text = latents.to(model.dtype), text.to(model.dtype)
     ids = Krea2Pipeline.prepare_position_ids(text.shape[1], *inputs["grid"], device=None)
     return [model(latents, text, sigma, ids, return_dict=False)[0]]
 

@@ -84,7 +84,8 @@ class Krea2TransformerConfig(ComponentConfig):
 
 
 class Norm(nn.Module):
-    """A root mean square norm whose weights are counted from 1."""
+    """A root mean square norm whose weights are counted from 1, in float32 as the reference has it: most of what a
+    small weight adds to 1 is lost in 16 bits."""
 
     def __init__(self, features: int, eps: float):
         super().__init__()
@@ -92,7 +93,8 @@ class Norm(nn.Module):
         self.weight = mx.zeros(features)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return cpu.rms_norm(x, (1 + self.weight).astype(x.dtype), self.eps)
+        normed = cpu.rms_norm(x.astype(mx.float32), 1 + self.weight.astype(mx.float32), self.eps)
+        return normed.astype(x.dtype)
 
 
 class Attention(nn.Module):
