@@ -37,14 +37,21 @@ class Process:
         return status, self.errors.read_text()
 
 
+def _as_in_a_terminal() -> None:
+    """Tests that run in the background, or under nohup, are started with these ignored, and hand that on."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def started(tmp_path: Path, *words: object, **environment: str) -> Iterator[Process]:
     errors = tmp_path / "errors.txt"
     call = [sys.executable, "-m", "mflux.cli.serve", "--port", "0", *map(str, words)]
     with errors.open("w") as file:
         process = subprocess.Popen(
-            call, stdout=subprocess.PIPE, stderr=file, text=True, env=os.environ | environment, cwd=tmp_path
-        )
+            call, stdout=subprocess.PIPE, stderr=file, text=True, env=os.environ | environment, cwd=tmp_path,
+            preexec_fn=_as_in_a_terminal,
+        )  # fmt: skip
     try:
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:"), errors.read_text()
