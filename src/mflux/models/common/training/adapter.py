@@ -5,15 +5,17 @@ All of it goes through the family's pipeline, so that training cannot disagree w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mflux.backend import mx
 from mflux.models.common.config.config import Config
+from mflux.models.common.tokenizers.checks import check_prompt
 
 
-class TrainingAdapter:
+class TrainingAdapter(ABC):
     """Base of the families' adapters. A subclass has the class attributes, `condition` and `velocity`.
 
     Attributes:
@@ -38,6 +40,7 @@ class TrainingAdapter:
         Raises:
             UsageError: the model cannot read such a caption.
         """
+        check_prompt(caption, "caption")
 
     def latents(self, image: Path, width: int, height: int) -> mx.array:
         """An image as the transformer takes it, without noise: a batch of one, float32."""
@@ -48,10 +51,11 @@ class TrainingAdapter:
         """What the transformer is told of the image that an edit starts from."""
         raise AssertionError(f"{type(self).__name__} learns from no pairs")
 
+    @abstractmethod
     def condition(self, encoded: Any) -> dict[str, mx.array]:
         """What `encode_prompts` gives for a prompt, as arrays by name, each a batch of one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def velocity(self, config: Config, latents: mx.array, sigmas: mx.array, cond: Mapping[str, mx.array]) -> mx.array:
         """The velocity noise - image that the model predicts.
 
@@ -61,7 +65,6 @@ class TrainingAdapter:
             sigmas: (B,).
             cond: as `condition` gives it, for each image.
         """
-        raise NotImplementedError
 
     def preview(self, image: Path | None) -> dict[str, Any]:
         """Further arguments of `generate_image` for a preview."""
