@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from mflux.checkpoints.stored.tensors import spec
 from mflux.checkpoints.writing import SafetensorsWriter
 from mflux.errors import OutputError
 from mflux.text import size
-from mflux.utils.atomic_files import Temporary, write_atomically
+from mflux.utils.atomic_files import Temporary, remove_empty, write_atomically
 from mflux.utils.paths import user_path
 
 # A file of weights is cut where it would become larger than this.
@@ -172,10 +172,7 @@ def new_folder(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     except BaseException as error:
         if temporary is not None:
             temporary.discard()
-        for folder in made:
-            # From the innermost; one in which someone else has put something stays.
-            with suppress(OSError):
-                folder.rmdir()
+        remove_empty(*made)
         if isinstance(error, OSError):
             what = f" ({error.filename})" if error.filename else ""
             raise OutputError(f"cannot write {path}: {error.strerror or error}{what}") from None

@@ -167,6 +167,13 @@ def remove_within(path: Path, root: Path, *, follow: bool = False) -> list[Path]
     return removed
 
 
+def remove_empty(*folders: Path) -> None:
+    """Remove folders in the order given, an inner one first; one in which somebody has put something stays."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def free_name(path: Path) -> Path:
     """`path`, or the first of `name_1.png`, `name_2.png`, … that nothing has."""
     return next(name for name in _names(path) if not os.path.lexists(name))

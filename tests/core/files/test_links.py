@@ -268,7 +268,7 @@ _ALLOWED = {
     "utils/atomic_files.py": "the one place",
     "hub/guard.py": "removes links in Hugging Face's cache before huggingface_hub writes there",
     "hub/resolve.py": "removes what a download that broke off has left",
-    "checkpoints/saving.py": "removes the folders that it made, where they are empty",
+    "checkpoints/saving.py": "moves a folder that is complete to its name",
     "checkpoints/writing.py": "lengthens its own temporary file",
     "models/common/training/checkpoint.py": "opens members of a ZIP that the one place writes",
     "models/common/controls/depth_pro/download.py": "appends to its own file, which it opens with O_NOFOLLOW",

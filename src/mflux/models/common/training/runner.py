@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from mflux.models.common.training.adapter import TrainingAdapter
@@ -11,6 +10,7 @@ from mflux.models.common.training.checkpoint import FOLDER
 from mflux.models.common.training.loop import Loop, Written
 from mflux.models.common.training.session import TrainingSession
 from mflux.models.common.training.spec import TrainingSpec
+from mflux.utils.atomic_files import remove_empty
 
 
 class TrainingRunner:
@@ -40,14 +40,7 @@ class TrainingRunner:
             finally:
                 session.close()
         except BaseException:
-            _remove_if_empty(Path(spec.checkpoint.output_path))
+            # A folder of a run that wrote nothing would make the next one take another name.
+            folder = Path(spec.checkpoint.output_path)
+            remove_empty(*(folder / inner for inner in (FOLDER, "preview", "loss")), folder)
             raise
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """Leave no folder of a run that wrote nothing: the next one would have to take another name."""
-    with suppress(OSError):
-        for inner in (FOLDER, "preview", "loss"):
-            with suppress(OSError):
-                (folder / inner).rmdir()
-        folder.rmdir()
