@@ -7,6 +7,7 @@ package is missing that they need, they fail.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import logging
@@ -38,6 +39,20 @@ if os.environ.get("MFLUX_REFUSE_TORCH") == "1":
 
 # Nothing here may reach for the network; what a test wants of the Hub, it asks of a server of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+_modules = 0
+
+
+def pytest_runtest_setup() -> None:
+    """What has been imported and collected stays for good, so the garbage collector need not look at it again: models
+    collect whenever they let a part go, and over torch, transformers and ten thousand tests that took half of the time
+    that all of this takes."""
+    global _modules
+    if len(sys.modules) > _modules + 20:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
