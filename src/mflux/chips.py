@@ -40,10 +40,10 @@ UNPACKED = Rule(
     "Rapid-MLX #3058, on M2 Pro: 4,096 rows 30 to 40 % slower than a plain product; on M3 Ultra no slower",
     rows=512,
 )
-# bfloat16 is emulated there. Not by itself: a model's values have to fit into float16.
+# bfloat16 is emulated there. A model's values have to fit into float16; its first step tells.
 HALF = Rule(
     M1_AND_M2,
-    "--compute-precision float16 is faster than bfloat16, for Z-Image and FLUX.2",
+    "attention and feed-forwards of weights in bfloat16 compute in float16 (--compute-precision)",
     "mlx #4216, on M1 Max: a 4-bit product in 17 ms instead of 31; omlx #604, on M2 Max: 20 to 34 % a prompt",
 )
 RULES = (UNPACKED, HALF)

@@ -20,7 +20,7 @@ from mflux.cli.parser.parsers import Said
 from mflux.cli.parser.plugins import CommandLineParser
 from mflux.cli.plan import Plan
 from mflux.errors import UsageError
-from mflux.models.common.family import STAGES, Command, load_object
+from mflux.models.common.family import STAGES, Command, Family, family_of, load_object
 from mflux.utils import values
 from mflux.utils.scale_factor import ScaleFactor
 
@@ -100,6 +100,10 @@ class Generate:
     def models(self) -> tuple[str, ...]:
         return self.command.models
 
+    @property
+    def family(self) -> Family:
+        return family_of(self.models[0])
+
     def build_parser(self) -> CommandLineParser:
         """The command's parser; completions and tests use it as well."""
         known = f"Models: {', '.join(self.models)}."
@@ -109,6 +113,8 @@ class Generate:
         groups.add_model_options(parser)
         if "parts" not in self.leave_out:
             groups.add_part_options(parser)
+        if self.family.float16:
+            groups.add_compute_precision_option(parser)
         if "prompt" not in self.leave_out:
             groups.add_prompt_options(parser)
         guidance = "the model's" if self.guidance is None else str(self.guidance)
@@ -304,6 +310,10 @@ class Generate:
         if "lora" not in self.leave_out:
             names = ("lora_paths", "lora_scales", "bake_lora")
             arguments |= {name: getattr(args, name) for name in names}
+        if self.family.float16 and args.compute_precision:
+            from mflux.backend import mx
+
+            arguments["compute_precision"] = getattr(mx, args.compute_precision)
         return arguments | (self.build(args) if self.build else {})
 
     def _image(self, args: argparse.Namespace, seed: int, width: int | None, height: int | None) -> dict[str, Any]:

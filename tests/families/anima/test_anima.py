@@ -339,14 +339,6 @@ def test_three_bits_are_refused(cli, in_folder, model):
     assert result.status == 2 and "3 gives noise" in result.errors[0]
 
 
-def test_float16_inside_generates_nearly_the_same(model):
-    whole, half = anima(model), anima(model, compute_precision=mx.float16)
-    difference = np.abs(generated(whole) - generated(half))
-    assert 0 < difference.max() < 12
-    with pytest.raises(UsageError, match="compute_precision"):
-        anima(model, compute_precision=mx.bfloat16)
-
-
 # ---- LoRAs
 
 LAYERS = {

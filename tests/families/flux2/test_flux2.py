@@ -168,11 +168,6 @@ def test_what_overflows_in_float16_is_its_largest_number(model):
     assert mx.max(mx.abs(out)).item() == 65504
 
 
-def test_another_precision_is_refused(model):
-    with pytest.raises(UsageError, match="compute_precision"):
-        klein(model, compute_precision=mx.bfloat16)
-
-
 def test_precisions_are_noted_and_taken_again(cli, in_folder, model):
     words = ("--seed", 2, "--steps", 1, "--width", 32, "--height", 32, "--metadata")
     call = ("generate-flux2", "--model", model, "--base-model", "flux2-klein-4b")

@@ -692,8 +692,6 @@ def test_float16_is_of_attention_and_feed_forward(model):
     assert inside == expected
     for part in (half.text_encoder, half.vae):
         assert {value.dtype for value in flat(part).values()} == {mx.float32}
-    with pytest.raises(UsageError, match="compute_precision"):
-        z_image(model, compute_precision=mx.bfloat16)
 
 
 def test_what_would_overflow_in_float16_does_not(model):

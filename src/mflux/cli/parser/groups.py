@@ -126,8 +126,9 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 def add_compute_precision_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--compute-precision",
-        choices=["float16"],
-        help="compute attention and feed-forwards in float16, for GPUs that are slow with bfloat16",
+        choices=["float16", "bfloat16"],
+        help="what attention and feed-forwards compute in (default: as the weights are stored; float16 on M1 and M2, "
+        "which are slow with bfloat16, unless its range is too small for the model)",
     )
 
 

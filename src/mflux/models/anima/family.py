@@ -43,4 +43,5 @@ FAMILY = Family(
     beside=("modular_model_index.json", "scheduler", "tokenizer", "t5_tokenizer", "tokenizer_2"),
     lora="mflux.models.anima.lora_names:LORA",
     layout="mflux.models.anima.layouts:LAYOUT",
+    float16=True,
 )

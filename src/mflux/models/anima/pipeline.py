@@ -46,7 +46,7 @@ class AnimaPipeline(Pipeline):
     `prompt_cache`); transformer and autoencoder stay for the next image.
 
     Args:
-        compute_precision: `mx.float16` has attention and feed-forwards compute in it; None leaves them as they are.
+        compute_precision: as for every model.
 
     Raises:
         UsageError: another precision, or 3 bits, of which nothing but noise comes.
@@ -76,11 +76,8 @@ class AnimaPipeline(Pipeline):
         text_encoder_paths: list[str] | None = None,
         vae_path: str | None = None,
     ):
-        if compute_precision is not None and compute_precision != mx.float16:
-            raise UsageError(f"compute_precision {compute_precision} is not built: leave it out, or take mx.float16")
         if quantize == 3:
             raise UsageError("quantize (--quantize) is 3, and in 3 bits Anima gives noise: take 4, 5, 6 or 8")
-        self.compute_precision = compute_precision
         super().__init__(
             quantize,
             model_path,
@@ -90,6 +87,7 @@ class AnimaPipeline(Pipeline):
             model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
+            compute_precision=compute_precision,
         )
 
     def opened(self) -> None:

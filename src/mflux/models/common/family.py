@@ -133,6 +133,8 @@ class Family:
         published: of a model whose published `config.json` is not its class's defaults, what differs, by the model's
             key and the component's name; for planning, where nothing of the model is at hand.
         training: its models that LoRAs are trained for.
+        float16: whether attention and feed-forwards may compute in float16 beside streams of another dtype, see
+            `networks.interiors`; its commands have `--compute-precision` then.
     """
 
     title: str
@@ -145,6 +147,7 @@ class Family:
     single: tuple[tuple[str, str], ...] = ()
     published: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     training: tuple[Trained, ...] = ()
+    float16: bool = False
 
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)

@@ -19,6 +19,7 @@ from mflux.checkpoints.loading import FolderTensors, build, load_component
 from mflux.checkpoints.published import Alone, Layout, PublishedFolder
 from mflux.checkpoints.quantization import Quantization, planned
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
+from mflux.chips import HALF
 from mflux.errors import CheckpointError, UsageError
 from mflux.hub import resolve_model
 from mflux.models.common.arguments import checked
@@ -34,6 +35,7 @@ from mflux.models.common.lora.library import find_loras
 from mflux.models.common.lora.names import LoraNames
 from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
+from mflux.models.common.networks.interiors import compute_in
 from mflux.models.common.on_disk import kind_on_disk
 from mflux.models.common.saved_model import FILE_NAME, record
 from mflux.text import shown
@@ -59,6 +61,10 @@ class Model:
         text_encoder_paths: text encoders to take instead of the model's own, each a file, a folder with its
             `config.json`, or a Hugging Face repository that is one.
         vae_path: an autoencoder to take instead, likewise.
+        compute_precision: what attention and feed-forwards compute in, of a model whose family may (`Family.float16`):
+            `mx.float16`; or `mx.bfloat16`, which leaves them as the weights are stored. Without it, weights in bfloat16
+            are computed in float16 on the chips that `chips.HALF` has, and where values turn out too large for it, in
+            bfloat16 from then on.
 
     Attributes:
         family: the family whose table describes the model.
@@ -69,8 +75,7 @@ class Model:
         latents: channels of the latents, pixels along a side of each, and channels of a token that the transformer
             takes (None: the class checks them itself), which a folder's parts must agree on.
         keep: which components stay in memory past their stage.
-        compute_precision: what attention and feed-forwards are computed in, for families that offer it; None is the
-            weights' own.
+        narrows: whether it computes in float16 where nobody asked for it.
         vae_full_precision: encode and decode in float32, whatever the weights are stored in, and the whole image at
             once.
         works_ahead: whether what modulates is worked out before the first step, its weights read for that and let go;
@@ -79,7 +84,7 @@ class Model:
     Raises:
         DownloadError: the weights cannot be had.
         CheckpointError: the folder is not a model of this kind, or a LoRA is not for this model.
-        UsageError: no such number of bits, or more scales than LoRAs.
+        UsageError: no such number of bits, no such precision, or more scales than LoRAs.
     """
 
     # What an object has that a program puts together of another one's parts, as mflux 0.24 let it: it makes one with
@@ -101,7 +106,9 @@ class Model:
     default_model: ClassVar[str]
     repository: ClassVar[str | None] = None
     latents: ClassVar[tuple[int, int, int | None] | None] = None
+    narrows: ClassVar[bool] = True
     compute_precision: mx.Dtype | None = None
+    _too_narrow = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -128,7 +135,15 @@ class Model:
         *,
         text_encoder_paths: list[str] | None = None,
         vae_path: str | None = None,
+        compute_precision: mx.Dtype | None = None,
     ):
+        if compute_precision is not None and compute_precision not in (mx.float16, mx.bfloat16):
+            raise UsageError(
+                f"compute_precision is {shown(compute_precision, 60)}: it is mx.float16, mx.bfloat16 or None"
+            )
+        if compute_precision is not None and not self.family.float16:
+            raise UsageError(f"{self.family.title} has no compute_precision (--compute-precision): leave it out")
+        self.compute_precision = compute_precision
         if model_config is not None:
             check_model_config(model_config)
         asked = Quantization.asked(quantize)
@@ -388,9 +403,22 @@ class Model:
         else:
             bake = self.bake_lora or self._loras is None
             module = loras.apply(part, lambda adjust: load(adjust=adjust), bake=bake, to_save=keep_dtypes)
-        if self.compute_precision is not None and component.stage == "denoise" and not keep_dtypes:
-            module.compute_in(self.compute_precision)
+        if component.stage == "denoise" and not keep_dtypes and self.computes_in_float16(module):
+            compute_in(module, mx.float16)
         return module
+
+    def computes_in_float16(self, module: nn.Module | None = None) -> bool:
+        """Whether attention and feed-forwards compute in float16 though their weights are stored otherwise.
+
+        Args:
+            module: the part in question, as it was loaded; without it, whether any may.
+        """
+        if self.compute_precision is not None:
+            return self.compute_precision == mx.float16
+        by_itself = self.family.float16 and self.narrows and self.works_ahead and HALF.applies
+        if not by_itself or self._too_narrow:
+            return False
+        return module is None or any(value.dtype == mx.bfloat16 for _, value in named_arrays(module.parameters()))
 
     def tensors_of(self, component: Component, *, to_save: bool) -> Mapping[str, mx.array]:
         """What a component is filled from, by its published names."""

@@ -24,6 +24,7 @@ from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.common.memory import Encoded, LazyComponent, is_loaded, keeping_memory, timed
 from mflux.models.common.model import Model
 from mflux.models.common.networks.autoencoders import tiling
+from mflux.models.common.networks.interiors import watched
 from mflux.models.common.networks.modulation import Known, ahead_of
 from mflux.models.common.noise import check_seed
 from mflux.models.common.replaced import called
@@ -301,7 +302,8 @@ class Pipeline(Model):
                 sigma = levels[number] if scheduler.sigmas is sigmas else scheduler.sigmas[number]
                 before = latents
                 if number not in again:
-                    prediction = velocity(scheduler.scale_model_input(before, number), sigma).astype(mx.float32)
+                    predict = partial(self._first, velocity) if number == config.init_time_step else velocity
+                    prediction = predict(scheduler.scale_model_input(before, number), sigma).astype(mx.float32)
                 latents = scheduler.step(noise=prediction, timestep=number, latents=before)
                 if after_step is not None:
                     latents = after_step(latents, number)
@@ -311,6 +313,26 @@ class Pipeline(Model):
                 if not finite.item():
                     raise not_finite(f"the latents after step {number + 1} of {config.num_inference_steps}")
                 yield Step(number, latents, denoised=before - sigma * prediction)
+
+    def _first(self, velocity: Velocity, latents: mx.array, sigma: mx.array) -> mx.array:
+        """An image's first prediction; once more in the weights' own dtype, where float16 was too narrow for it."""
+        if not self.computes_in_float16():
+            return velocity(latents, sigma)
+        with watched() as too_large:
+            prediction = velocity(latents, sigma)
+            mx.eval(prediction, too_large)
+        if not any(one.item() for one in too_large):
+            return prediction
+        if self.compute_precision is not None:
+            log.warning(
+                "compute_precision (--compute-precision): some values are too large for float16 and become its largest "
+                "number; if the image is wrong, leave it out"
+            )
+            return prediction
+        log.warning("%s computes in bfloat16: some of its values are too large for float16", self.family.title)
+        self._too_narrow = True
+        self.release_stages("denoise")
+        return velocity(latents, sigma)
 
     def denoise(
         self,
@@ -411,6 +433,8 @@ class Pipeline(Model):
     ) -> GeneratedImage:
         """What has been decoded, (1, 3, H, W), as an image that knows how it was made; see `make_image`."""
         fewer = {"step_cache_ratio": config.step_cache_ratio, "cfg_end": config.cfg_end}
+        if self.compute_precision is not None:
+            fewer["compute_precision"] = "float16" if self.compute_precision == mx.float16 else "bfloat16"
         parameters = {"vae_full_precision": self.vae_full_precision} | fewer | dict(parameters or {})
         unusual = {name: value for name, value in parameters.items() if value not in (None, False)}
         if config.scheduler_name not in ("linear", "LinearScheduler"):

@@ -55,4 +55,5 @@ FAMILY = Family(
             continuous=True,
         ),
     ),
+    float16=True,
 )

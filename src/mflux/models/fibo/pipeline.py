@@ -47,6 +47,7 @@ class FiboPipeline(Pipeline):
         *,
         text_encoder_paths: list[str] | None = None,
         vae_path: str | None = None,
+        compute_precision: mx.Dtype | None = None,
     ):
         super().__init__(
             quantize,
@@ -57,6 +58,7 @@ class FiboPipeline(Pipeline):
             model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
+            compute_precision=compute_precision,
         )
 
     def opened(self) -> None:

@@ -166,4 +166,5 @@ FAMILY = Family(
         Trained(("demo",), "generate", _TRAINING),
         Trained(("schnell", "dev", "krea-dev"), "generate", _TRAINING, continuous=True),
     ),
+    float16=True,
 )

@@ -79,4 +79,5 @@ FAMILY = Family(
             pairs=True,
         ),
     ),
+    float16=True,
 )

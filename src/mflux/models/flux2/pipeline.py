@@ -53,7 +53,7 @@ class KleinPipeline(Pipeline):
     autoencoder stay for the next image.
 
     Args:
-        compute_precision: `mx.float16` has attention and feed-forwards compute in it; None leaves them as they are.
+        compute_precision: as for every model.
         small_text_encoder: Qwen3-0.6B with an adapter in the place of Qwen3-4B; for the 4B models.
         small_decoder: Black Forest Labs' smaller decoder in the place of the autoencoder's own.
 
@@ -87,9 +87,6 @@ class KleinPipeline(Pipeline):
         text_encoder_paths: list[str] | None = None,
         vae_path: str | None = None,
     ):
-        if compute_precision is not None and compute_precision != mx.float16:
-            raise UsageError(f"compute_precision {compute_precision} is not built: leave it out, or take mx.float16")
-        self.compute_precision = compute_precision
         self.small_text_encoder = small_text_encoder
         self.small_decoder = small_decoder
         super().__init__(
@@ -101,6 +98,7 @@ class KleinPipeline(Pipeline):
             model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
+            compute_precision=compute_precision,
         )
 
     def opened(self) -> None:
@@ -313,7 +311,6 @@ class KleinPipeline(Pipeline):
         """The settings that only FLUX.2 has, for the picture, and the schedule: 0.24 wrote none."""
         return {
             "scheduler": config.scheduler_name,
-            "compute_precision": "float16" if self.compute_precision is not None else None,
             "small_text_encoder": self.small_text_encoder,
             "small_decoder": self.small_decoder,
         }

@@ -54,4 +54,5 @@ FAMILY = Family(
     beside=("modular_model_index.json", *(f"text_encoder/{file}" for file in _TOKENIZER)),
     lora="mflux.models.flux3.lora_names:LORA",
     layout="mflux.models.flux3.layouts:LAYOUT",
+    float16=True,
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from mflux.backend import mx
-from mflux.errors import CheckpointError, UsageError
+from mflux.errors import CheckpointError
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.common.latent_creator.tokens import SIDE
@@ -36,7 +36,7 @@ class Flux3Pipeline(Pipeline):
     autoencoder stay for the next image.
 
     Args:
-        compute_precision: `mx.float16` has attention and feed-forwards compute in it; None leaves them as they are.
+        compute_precision: as for every model.
 
     Raises:
         UsageError: another precision.
@@ -63,9 +63,6 @@ class Flux3Pipeline(Pipeline):
         text_encoder_paths: list[str] | None = None,
         vae_path: str | None = None,
     ):
-        if compute_precision is not None and compute_precision != mx.float16:
-            raise UsageError(f"compute_precision {compute_precision} is not built: leave it out, or take mx.float16")
-        self.compute_precision = compute_precision
         super().__init__(
             quantize,
             model_path,
@@ -75,6 +72,7 @@ class Flux3Pipeline(Pipeline):
             model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
+            compute_precision=compute_precision,
         )
 
     def opened(self) -> None:
@@ -199,7 +197,3 @@ class Flux3Pipeline(Pipeline):
             return away + config.guidance * (towards - away)
 
         return velocity
-
-    def own_settings(self) -> dict[str, object]:
-        """The settings of an image that not all have."""
-        return {"compute_precision": "float16" if self.compute_precision is not None else None}

@@ -64,4 +64,5 @@ FAMILY = Family(
             continuous=True,
         ),
     ),
+    float16=True,
 )

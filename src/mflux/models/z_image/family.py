@@ -77,4 +77,5 @@ FAMILY = Family(
             assistant="ostris/zimage_turbo_training_adapter:zimage_turbo_training_adapter_v2.safetensors",
         ),
     ),
+    float16=True,
 )

@@ -62,10 +62,7 @@ class ZImagePipeline(Pipeline):
         text_encoder_paths: list[str] | None = None,
         vae_path: str | None = None,
     ):
-        if compute_precision is not None and compute_precision != mx.float16:
-            raise UsageError(f"compute_precision is {compute_precision}: it is mx.float16 or None")
         self.float32 = float32
-        self.compute_precision = compute_precision
         super().__init__(
             quantize,
             model_path,
@@ -75,6 +72,7 @@ class ZImagePipeline(Pipeline):
             model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
+            compute_precision=compute_precision,
         )
 
     def opened(self) -> None:
@@ -88,7 +86,7 @@ class ZImagePipeline(Pipeline):
         super().check_folder()
 
     def save_model(self, base_path: str) -> None:
-        if self.compute_precision is not None:
+        if self.compute_precision is not None and self.compute_precision == mx.float16:
             raise UsageError("a model that computes in float16 cannot be saved: leave compute_precision out")
         super().save_model(base_path)
 
@@ -104,7 +102,6 @@ class ZImagePipeline(Pipeline):
         return {
             "scheduler": scheduler,
             "float32": self.float32,
-            "compute_precision": "float16" if self.compute_precision is not None else None,
         }
 
     def guidance_of(self, asked: float | None) -> float:

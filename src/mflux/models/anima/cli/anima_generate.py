@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser.groups import add_compute_precision_option
 from mflux.cli.parser.parsers import Said
 from mflux.errors import UsageError
 from mflux.models.anima.family import FAMILY
@@ -25,13 +24,6 @@ def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
         raise UsageError("--quantize 3 gives noise with Anima: take 4, 5, 6 or 8")
 
 
-def build(args: argparse.Namespace) -> dict[str, Any]:
-    """The class's own arguments."""
-    from mflux.backend import mx
-
-    return {"compute_precision": mx.float16 if args.compute_precision else None}
-
-
 COMMAND = Generate(
     command=FAMILY.command("generate-anima"),
     description="Generate with Anima from a prompt, in words or tags.",
@@ -42,9 +34,7 @@ COMMAND = Generate(
     conditional={
         "negative_prompt": ("guidance is not 1", "without guidance the negative prompt has no part in the image")
     },
-    add_options=lambda parser: add_compute_precision_option(parser),
     check=check,
-    build=build,
 )
 build_parser, main = COMMAND.build_parser, COMMAND.main
 

@@ -14,7 +14,7 @@ from typing import Any
 from mflux.backend import mx, nn
 from mflux.checkpoints.quantization import UNQUANTIZED
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.networks.interiors import Interior, compute_in
+from mflux.models.common.networks.interiors import Interior
 from mflux.models.common.networks.layers import (
     Linear,
     RMSNorm,
@@ -315,7 +315,3 @@ class AnimaTransformer(nn.Module):
         """A prediction of what stands in this one's place; the other arguments are this one's."""
         refuse_more("Anima's transformer", **more)
         return other(latents=latents, sigma=sigma, context=prompt_embeds)
-
-    def compute_in(self, dtype: mx.Dtype) -> None:
-        """Let attention and feed-forwards compute in another dtype, see `interiors.compute_in`."""
-        compute_in(self.modules(), dtype)

@@ -1,40 +1,59 @@
-"""Parts of a block that may compute in another dtype than the streams around them: FLUX.2's and FLUX.3's.
+"""Parts of a block that may compute in float16 while the streams around them stay in bfloat16 or float32.
 
-Reference class: diffusers' `Flux2FeedForward`, which FLUX.3 has as well.
+GPUs that have no bfloat16 of their own are slow with it; float16 has more digits and reaches less far, 65,504. So what
+goes into such a part's last layer is made smaller and what comes out larger again, and what is too large all the same
+is seen (`watched`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from mflux.backend import mx, nn
-from mflux.models.common.networks.layers import Linear, silu_times
-from mflux.models.common.networks.mmdit import MMDiTConfig
+
+_SEEN: ContextVar[list[mx.array] | None] = ContextVar("too large", default=None)
 
 
-@dataclass(frozen=True)
-class GatedConfig(MMDiTConfig):
-    """What the `config.json` of a transformer with such feed-forwards says of them."""
-
-    mlp_ratio: float = 3.0
-    eps: float = 1e-6
-
-    @property
-    def hidden_dim(self) -> int:
-        """Between a feed-forward's two layers."""
-        return int(self.inner_dim * self.mlp_ratio)
+@contextmanager
+def watched() -> Iterator[list[mx.array]]:
+    """Within the block every interior tells whether something was too large for it: one boolean array () each."""
+    seen: list[mx.array] = []
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
 
 
 class Interior(nn.Module):
-    """A part of a block that may compute in another dtype than the streams around it, see `compute_in`.
+    """A part of a block that may compute in another dtype than the streams around it.
 
     Attributes:
-        headroom: how many times smaller `shrunk` makes values in the other dtype, which may not reach as far.
+        dtype: what it computes in; None is the streams'.
+        headroom: how many times smaller `shrunk` makes values in that dtype.
     """
 
     dtype: mx.Dtype | None = None
     headroom = 1.0
+
+    def compute_in(self, dtype: mx.Dtype) -> None:
+        """Compute in a dtype from now on. The weights are cast for good, quantized ones' scales included."""
+        self.dtype = dtype
+        for part in self.inside():
+            part.set_dtype(dtype)
+        for layer in self.last():
+            if "bias" in layer:
+                layer.bias = layer.bias / self.headroom
+
+    def inside(self) -> list[nn.Module]:
+        """What computes in it: by default all that there is."""
+        return [self]
+
+    def last(self) -> list[nn.Module]:
+        """The layers that `shrunk` values go through last; where they have a bias, it is made smaller as well."""
+        return []
 
     def enter(self, x: mx.array) -> mx.array:
         return x if self.dtype is None else x.astype(self.dtype)
@@ -42,34 +61,24 @@ class Interior(nn.Module):
     def shrunk(self, x: mx.array) -> mx.array:
         return x if self.dtype is None or self.headroom == 1 else x * (1 / self.headroom)
 
+    def grown(self, x: mx.array) -> mx.array:
+        """What `shrunk` made smaller, as it would be outside."""
+        return x if self.dtype is None else self.headroom * x.astype(mx.float32)
+
     def leave(self, x: mx.array, stream: mx.array) -> mx.array:
         """Back to the stream's dtype and size; what was too large for the other becomes its largest number."""
         if self.dtype is None:
             return x
         largest = mx.finfo(self.dtype).max
+        if (seen := _SEEN.get()) is not None:
+            # Not a number is not smaller either.
+            seen.append(mx.logical_not((mx.abs(x) < largest).all()))
         x = mx.clip(x, -largest, largest).astype(stream.dtype)
         return x if self.headroom == 1 else self.headroom * x
 
 
-def compute_in(parts: Iterable[nn.Module], dtype: mx.Dtype) -> None:
-    """Let interiors compute in another dtype; streams, norms and modulation stay as they are.
-
-    Their weights are cast for good, quantized ones' scales included.
-    """
-    for part in parts:
+def compute_in(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Let a model's interiors compute in another dtype; streams, norms and modulation stay as they are."""
+    for part in module.modules():
         if isinstance(part, Interior):
-            part.set_dtype(dtype)
-            part.dtype = dtype
-
-
-class GatedFeedForward(Interior):
-    """SiLU of the first half of the channels times the second (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
-
-    def __init__(self, config: GatedConfig):
-        super().__init__()
-        self.linear_in = Linear(config.inner_dim, 2 * config.hidden_dim, bias=False)
-        self.linear_out = Linear(config.hidden_dim, config.inner_dim, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(self.linear_in(self.enter(x)), 2, axis=-1)
-        return self.leave(self.linear_out(silu_times(gate, self.shrunk(up))), x)
+            part.compute_in(dtype)

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from mflux.backend import mx, nn
 from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.interiors import Interior
 from mflux.models.common.networks.layers import (
     FeedForward,
     Linear,
@@ -32,6 +33,8 @@ from mflux.models.common.networks.layers import (
 from mflux.models.common.networks.modulation import Condition, Modulated, ModulationLinear, modulation
 
 _EPS = 1e-6
+# Attention gives sums of values, and its last layer sums of those.
+_HEADROOM = 8.0
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,10 @@ class Modulation(Modulated):
         return self.modulation(condition)
 
 
-class JointAttention(nn.Module):
+class JointAttention(Interior):
     """Text and picture project on their own and attend as one sequence, text first."""
+
+    headroom = _HEADROOM
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
@@ -104,25 +109,36 @@ class JointAttention(nn.Module):
         """Queries, keys and values of picture tokens, (B, heads, L, D) each, before their positions turn them."""
         q = normed_heads(self.norm_q, self.to_q(image), self.heads)
         k = normed_heads(self.norm_k, self.to_k(image), self.heads)
-        return q, k, split_heads(self.to_v(image), self.heads)
+        return q, k, split_heads(self.shrunk(self.to_v(image)), self.heads)
 
     def text_heads(self, text: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """The same of text tokens."""
         q = normed_heads(self.norm_added_q, self.add_q_proj(text), self.heads)
         k = normed_heads(self.norm_added_k, self.add_k_proj(text), self.heads)
-        return q, k, split_heads(self.add_v_proj(text), self.heads)
+        return q, k, split_heads(self.shrunk(self.add_v_proj(text)), self.heads)
 
     def __call__(
         self, image: mx.array, text: mx.array, rotary: Rotary, watch: Callable[..., None] | None = None
     ) -> tuple[mx.array, mx.array]:
-        pairs = zip(self.text_heads(text), self.image_heads(image), strict=True)
+        pairs = zip(self.text_heads(self.enter(text)), self.image_heads(self.enter(image)), strict=True)
         q, k, v = (mx.concatenate(list(pair), axis=2) for pair in pairs)
         q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
         out = merge_heads(attention(q, k, v))
         length = text.shape[1]
         if watch is not None:
-            watch(k[:, :, length:], v[:, :, length:], out[:, length:])
-        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
+            watch(k[:, :, length:], v[:, :, length:], self.grown(out[:, length:]))
+        return self.to_image(out[:, length:], image), self.to_text(out[:, :length], text)
+
+    def to_image(self, attended: mx.array, image: mx.array) -> mx.array:
+        """What attention gave picture tokens, projected, for their stream."""
+        return self.leave(self.to_out[0](attended), image)
+
+    def to_text(self, attended: mx.array, text: mx.array) -> mx.array:
+        """The same of text tokens."""
+        return self.leave(self.to_add_out(attended), text)
+
+    def last(self) -> list[nn.Module]:
+        return [self.to_out[0], self.to_add_out]
 
 
 class SingleAttention(nn.Module):
@@ -136,10 +152,10 @@ class SingleAttention(nn.Module):
         self.to_k = Linear(width, width)
         self.to_v = Linear(width, width)
 
-    def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
+    def __call__(self, x: mx.array, rotary: Rotary, shrunk: Callable[[mx.array], mx.array]) -> mx.array:
         q = rotate_pairs(normed_heads(self.norm_q, self.to_q(x), self.heads), rotary)
         k = rotate_pairs(normed_heads(self.norm_k, self.to_k(x), self.heads), rotary)
-        return merge_heads(attention(q, k, split_heads(self.to_v(x), self.heads)))
+        return merge_heads(attention(q, k, split_heads(shrunk(self.to_v(x)), self.heads)))
 
 
 class TransformerBlock(nn.Module):
@@ -188,10 +204,10 @@ class TransformerBlock(nn.Module):
             The text after the block, and what the attention gave its tokens, before it is projected.
         """
         shift, scale, *rest = self.norm1_context(condition)
-        q, k, v = self.attn.text_heads(modulate(text, shift, scale))
+        q, k, v = self.attn.text_heads(self.attn.enter(modulate(text, shift, scale)))
         k, v = mx.concatenate([k, keys], axis=2), mx.concatenate([v, values], axis=2)
         out = merge_heads(attention(q, k, v))
-        return _rest(text, self.attn.to_add_out(out), self.ff_context, *rest), out
+        return _rest(text, self.attn.to_text(out, text), self.ff_context, *rest), self.attn.grown(out)
 
 
 def _rest(
@@ -208,7 +224,9 @@ def _rest(
     return residual(x, gate_ff, feed_forward(modulate(x, shift, scale)))
 
 
-class SingleTransformerBlock(nn.Module):
+class SingleTransformerBlock(Interior):
+    headroom = _HEADROOM
+
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
         width = heads * head_dim
@@ -219,5 +237,13 @@ class SingleTransformerBlock(nn.Module):
 
     def __call__(self, x: mx.array, condition: Condition, rotary: Rotary) -> mx.array:
         shift, scale, gate = self.norm(condition)
-        y = modulate(x, shift, scale)
-        return residual(x, gate, product_of_parts(self.proj_out, self.attn(y, rotary), gelu_approx(self.proj_mlp(y))))
+        y = self.enter(modulate(x, shift, scale))
+        hidden = self.shrunk(gelu_approx(self.proj_mlp(y)))
+        out = product_of_parts(self.proj_out, self.attn(y, rotary, self.shrunk), hidden)
+        return residual(x, gate, self.leave(out, x))
+
+    def inside(self) -> list[nn.Module]:
+        return [self.proj_mlp, self.proj_out, self.attn]
+
+    def last(self) -> list[nn.Module]:
+        return [self.proj_out]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mflux.cli.parser.groups import add_compute_precision_option, add_vae_precision_option
+from mflux.cli.parser.groups import add_vae_precision_option
 from mflux.cli.parser.parsers import Said
 from mflux.errors import UsageError
 from mflux.utils.paths import user_path
@@ -26,7 +26,6 @@ _OF_4B = 7680
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("FLUX.2")
-    add_compute_precision_option(group)
     group.add_argument(
         "--small-text-encoder",
         action=argparse.BooleanOptionalAction,
@@ -65,10 +64,7 @@ def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
     """The class's own arguments."""
-    from mflux.backend import mx
-
     return {
-        "compute_precision": mx.float16 if args.compute_precision else None,
         "small_text_encoder": args.small_text_encoder,
         "small_decoder": args.small_decoder,
     }

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mflux.backend import mx, nn
-from mflux.models.common.networks.interiors import GatedConfig, GatedFeedForward, Interior, compute_in
+from mflux.models.common.networks.gated import GatedConfig, GatedFeedForward
+from mflux.models.common.networks.interiors import Interior
 from mflux.models.common.networks.layers import (
     Linear,
     MLPEmbedder,
@@ -378,14 +379,6 @@ class Flux2Transformer(nn.Module):
             x, own = single(x, modulation, rotary)
             kept.append(own)
         return kept
-
-    def compute_in(self, dtype: mx.Dtype) -> None:
-        """Let attention and feed-forwards compute in another dtype; streams, norms and modulation stay as they are.
-
-        Their weights are cast for good, quantized ones' scales included.
-        """
-        blocks = [*self.transformer_blocks, *self.single_transformer_blocks]
-        compute_in((part for block in blocks for part in block.children().values()), dtype)
 
     def rotary(self, ids: mx.array) -> Rotary:
         return rotary_embedding(ids, self.config.axes_dims_rope, self.config.rope_theta)

@@ -58,7 +58,6 @@ COMMAND = Generate(
     size_source="image_paths",
     own_size=is_natural,
     check=check,
-    build=options.build,
     draw=lambda args: {"image_paths": args.image_paths},
 )
 build_parser, main = COMMAND.build_parser, COMMAND.main

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from mflux.cli.generate import Generate
-from mflux.models.flux3.cli.options import CONDITIONAL, REJECTED, add_options, build, check
+from mflux.models.flux3.cli.options import CONDITIONAL, REJECTED, add_options, check
 from mflux.models.flux3.family import FAMILY
 
 COMMAND = Generate(
@@ -18,7 +18,6 @@ COMMAND = Generate(
     conditional=CONDITIONAL,
     add_options=add_options,
     check=check,
-    build=build,
 )
 build_parser, main = COMMAND.build_parser, COMMAND.main
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mflux.cli.parser.groups import add_compute_precision_option, add_vae_precision_option
+from mflux.cli.parser.groups import add_vae_precision_option
 from mflux.cli.parser.parsers import Said
 
 if TYPE_CHECKING:
@@ -21,17 +21,9 @@ CONDITIONAL = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("FLUX.3")
-    add_compute_precision_option(group)
     add_vae_precision_option(group)
 
 
 def check(args: argparse.Namespace, said: Said, config: ModelConfig) -> None:
     # What the settings of another model's image may have brought along.
     args.negative_prompt = ""
-
-
-def build(args: argparse.Namespace) -> dict[str, Any]:
-    """The class's own arguments."""
-    from mflux.backend import mx
-
-    return {"compute_precision": mx.float16 if args.compute_precision else None}

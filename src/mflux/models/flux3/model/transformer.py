@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mflux.backend import mx, nn
-from mflux.models.common.networks.interiors import GatedConfig, GatedFeedForward, Interior, compute_in
+from mflux.models.common.networks.gated import GatedConfig, GatedFeedForward
+from mflux.models.common.networks.interiors import Interior
 from mflux.models.common.networks.layers import (
     Linear,
     MLPEmbedder,
@@ -354,10 +355,6 @@ class Flux3Transformer(nn.Module):
             target = self.target_timestep_embedder(waves(1000 * next_sigma, channels).astype(dtype))
             image, others = image + target, others + target
         return mx.concatenate([image, others], axis=-1)
-
-    def compute_in(self, dtype: mx.Dtype) -> None:
-        """Let attention and feed-forwards compute in another dtype, see `interiors.compute_in`."""
-        compute_in(self.modules(), dtype)
 
     def rotary(self, ids: mx.array) -> Rotary:
         return rotary_embedding(ids, self.config.axes_dims_rope, self.config.rope_theta)

@@ -7,12 +7,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mflux.cli.generate import Generate
-from mflux.cli.parser.groups import add_compute_precision_option, add_vae_precision_option
+from mflux.cli.parser.groups import add_vae_precision_option
 from mflux.cli.parser.parsers import Said
 from mflux.models.z_image.family import FAMILY
 
 if TYPE_CHECKING:
-    from mflux.backend import mx
     from mflux.models.common.config.model_config import ModelConfig
 
 # 0.24's where none is said.
@@ -29,21 +28,12 @@ def add_float32_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_compute_precision_option(parser)
     add_float32_option(parser)
     add_vae_precision_option(parser)
 
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
-    return {"float32": args.float32, "compute_precision": compute_dtype(args)}
-
-
-def compute_dtype(args: argparse.Namespace) -> mx.Dtype | None:
-    if args.compute_precision is None:
-        return None
-    from mflux import backend
-
-    return getattr(backend.mx, args.compute_precision)
+    return {"float32": args.float32}
 
 
 def as_in_024(args: argparse.Namespace, said: Said, schedule: str) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mflux.backend import mx
+from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.networks.layers import Linear, Rotary
 from mflux.models.common.networks.modulation import Condition, Known
 from mflux.models.common.networks.once import Once, kept
 from mflux.models.z_image.model.transformer import (
     BlockConfig,
-    ComputesInside,
     TransformerBlock,
     ZImageTransformer,
     fill_up,
@@ -71,7 +70,7 @@ class ControlBlock(TransformerBlock):
         return control, self.after_proj(control)
 
 
-class ZImageControlNet(ComputesInside):
+class ZImageControlNet(nn.Module):
     config_class = ZImageControlNetConfig
 
     def __init__(self, config: ZImageControlNetConfig):

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mflux.backend import mx, nn, tree_map
+from mflux.backend import mx, nn
 from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.interiors import Interior
 from mflux.models.common.networks.layers import (
     TIME_CHANNELS,
     Activation,
@@ -43,8 +44,6 @@ _TOKENS_MULTIPLE = 32
 # Of queries and keys, whatever norm_eps says.
 _HEAD_EPS = 1e-5
 _FINAL_EPS = 1e-6
-# How much smaller values, and what a gate lets through, are while they are computed in float16.
-_VALUE_SCALE, _GATED_SCALE = 4.0, 32.0
 
 
 @dataclass(frozen=True)
@@ -118,30 +117,9 @@ class ZImageTransformerConfig(BlockConfig):
 # ---- blocks
 
 
-class Interior(nn.Module):
-    """A layer that may compute in float16 inside (`compute_in`): what goes in is scaled down to stay within its range,
-    what comes out is scaled up again."""
-
-    interior: mx.Dtype | None = None
-
-    def compute_in(self, dtype: mx.Dtype) -> None:
-        """Hold all weights in `dtype` and compute in it."""
-        self.interior = dtype
-        self.update(tree_map(lambda value: value.astype(dtype) if _is_float(value) else value, self.parameters()))
-
-    def outside(self, x: mx.array, scale: float, dtype: mx.Dtype) -> mx.array:
-        """What the layer computed, as if it had been computed outside."""
-        if self.interior is None:
-            return x
-        largest = float(mx.finfo(self.interior).max)
-        return scale * mx.clip(x, -largest, largest).astype(dtype)
-
-
-def _is_float(value: mx.array) -> bool:
-    return mx.issubdtype(value.dtype, mx.floating)
-
-
 class Attention(Interior):
+    headroom = 4.0
+
     def __init__(self, config: BlockConfig):
         super().__init__()
         width = config.dim
@@ -155,29 +133,26 @@ class Attention(Interior):
         self.to_out = [Linear(width, width, bias=False)]
 
     def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
-        dtype, scale = x.dtype, 1.0
-        if self.interior is not None:
-            x, scale = x.astype(self.interior), _VALUE_SCALE
+        stream, x = x, self.enter(x)
         q, k = self.to_q(x), self.to_k(x)
         if "norm_q" in self:
             q, k = normed_heads(self.norm_q, q, self.heads), normed_heads(self.norm_k, k, self.heads)
         else:
             q, k = split_heads(q, self.heads), split_heads(k, self.heads)
-        v = split_heads(self.to_v(x if scale == 1 else x / scale), self.heads)
+        v = split_heads(self.to_v(self.shrunk(x)), self.heads)
         x = merge_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v))
-        return self.outside(self.to_out[0](x), scale, dtype)
+        return self.leave(self.to_out[0](x), stream)
 
 
 class FeedForward(Interior, NumberedSwiGLU):
+    headroom = 32.0
+
     def __init__(self, features: int):
         super().__init__(features, int(features / 3 * 8))
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.interior is None:
-            return super().__call__(x)
-        dtype, x = x.dtype, x.astype(self.interior)
-        hidden = silu_times(self.w1(x), self.w3(x / _GATED_SCALE))
-        return self.outside(self.w2(hidden), _GATED_SCALE, dtype)
+        inside = self.enter(x)
+        return self.leave(self.w2(silu_times(self.w1(inside), self.w3(self.shrunk(inside)))), x)
 
 
 class TransformerBlock(Modulated):
@@ -277,16 +252,6 @@ def picture_ids(start: int, rows: int, columns: int, length: int) -> mx.array:
 # ---- the model
 
 
-class ComputesInside(nn.Module):
-    """A model whose `Interior` layers may compute in float16."""
-
-    def compute_in(self, dtype: mx.Dtype) -> None:
-        """Attention and feed-forwards compute in `dtype` from now on; what passes between them stays as it is."""
-        for module in self.modules():
-            if isinstance(module, Interior):
-                module.compute_in(dtype)
-
-
 def called_as_024(
     transformer: ZImageTransformer, *, x: mx.array, timestep: mx.array | float, sigmas: mx.array, cap_feats: mx.array
 ) -> mx.array:
@@ -299,7 +264,7 @@ def called_as_024(
     return -towards.transpose(1, 0, 2, 3)
 
 
-class ZImageTransformer(ComputesInside):
+class ZImageTransformer(nn.Module):
     """Predicts picture - noise, the velocity backwards: a pipeline steps along its negative."""
 
     config_class = ZImageTransformerConfig

@@ -70,5 +70,4 @@ class Anima(AnimaPipeline):
             seed=seed,
             prompt=prompt,
             negative_prompt=negative_prompt,
-            parameters={"compute_precision": "float16" if self.compute_precision is not None else None},
         )

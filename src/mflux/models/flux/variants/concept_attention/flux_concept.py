@@ -27,6 +27,8 @@ class ConceptPipeline(FluxPipeline):
     """FLUX.1 schnell, dev and krea-dev, watched while they denoise. Source: see `ConceptStream`."""
 
     default_model = "schnell"
+    # What was seen in a step cannot be unseen where the step has to be taken again.
+    narrows = False
 
     def looked_at(
         self, config: Config, concept: str, layers: Sequence[int] | None, steps: Sequence[int] | None

@@ -53,6 +53,7 @@ class Flux1Controlnet(FluxPipeline):
         *,
         text_encoder_paths: list[str] | None = None,
         vae_path: str | None = None,
+        compute_precision: mx.Dtype | None = None,
     ):
         self._controlnet_path = controlnet_path
         super().__init__(
@@ -64,6 +65,7 @@ class Flux1Controlnet(FluxPipeline):
             model_config,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
+            compute_precision=compute_precision,
         )
 
     def opened(self) -> None:

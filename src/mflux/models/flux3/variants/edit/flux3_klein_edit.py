@@ -86,7 +86,6 @@ class Flux3KleinEdit(Flux3Pipeline):
             latents,
             seed=seed,
             prompt=prompt,
-            parameters=self.own_settings(),
             image_paths=list(image_paths),
         )
         if alone is not None and is_natural:

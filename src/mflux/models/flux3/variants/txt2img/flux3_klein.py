@@ -60,4 +60,4 @@ class Flux3Klein(Flux3Pipeline):
         latents = self.denoise(config, latents, self.predictor(config, *encoded), seed=seed, prompt=prompt)
 
         # 4. Decode
-        return self.make_image(config, latents, seed=seed, prompt=prompt, parameters=self.own_settings())
+        return self.make_image(config, latents, seed=seed, prompt=prompt)

@@ -54,6 +54,7 @@ class ZImageTurboControlnet(ZImagePipeline):
         bake_lora: bool = True,
         text_encoder_paths: list[str] | None = None,
         vae_path: str | None = None,
+        compute_precision: mx.Dtype | None = None,
     ):
         super().__init__(
             quantize,
@@ -65,6 +66,7 @@ class ZImageTurboControlnet(ZImagePipeline):
             float32,
             text_encoder_paths=text_encoder_paths,
             vae_path=vae_path,
+            compute_precision=compute_precision,
         )
 
     def folder_of(self, component: Component) -> PublishedFolder:
