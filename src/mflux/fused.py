@@ -57,6 +57,15 @@ def add_gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
 
 
 @Chain
+def summed(*arrays: mx.array) -> mx.array:
+    """Their sum."""
+    total, *others = arrays
+    for other in others:
+        total = total + other
+    return total
+
+
+@Chain
 def affine(x: mx.array, factor: mx.array, offset: mx.array) -> mx.array:
     """factor · x + offset, in float32 but for the result."""
     return (factor * x.astype(mx.float32) + offset).astype(x.dtype)

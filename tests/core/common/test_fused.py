@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from support.graph import way_of_a_gpu
 
-from mflux import cpu, fused
+from mflux import chips, cpu, fused
 from mflux.backend import mx, nn
+from mflux.checkpoints.quantization import QuantizedLinear
 from mflux.models.common.networks import layers
 from mflux.models.common.networks.autoencoders.kernels import OnGPU
 from mflux.models.common.networks.layers import Linear, RMSNorm, Turns
@@ -134,6 +136,31 @@ def test_a_product_of_parts(way, dtype, bias):
     # Between the two products the sum is rounded once more; in float32 terms are added up in another order.
     plain = layer(mx.concatenate(list(parts), axis=-1))
     assert near(layers.product_of_parts(layer, *parts), plain, dtype, 8 if dtype == mx.float32 else 2)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_packed_product_of_parts(way, bits, unpacked, monkeypatch):
+    """Cut between groups, where there are rows enough; rounded once more for each further part."""
+    monkeypatch.setattr("mflux.checkpoints.quantization._ROWS_WORTH_A_CUT", TOKENS)
+    if unpacked:
+        monkeypatch.setattr(chips.Rule, "applies", True)
+        monkeypatch.setattr(chips, "UNPACKED", replace(chips.UNPACKED, rows=TOKENS))
+    layer = QuantizedLinear(192, 24, bits=bits)
+    layer.set_dtype(mx.bfloat16)
+    layer.bias = drawn(mx.bfloat16, 24, seed=5)
+    few = drawn(mx.bfloat16, BATCH, TOKENS // 2, 64), drawn(mx.bfloat16, BATCH, TOKENS // 2, 128, seed=1)
+    parts = drawn(mx.bfloat16, BATCH, TOKENS, 64), drawn(mx.bfloat16, BATCH, TOKENS, 128, seed=1)
+    odd = drawn(mx.bfloat16, BATCH, TOKENS, 32), drawn(mx.bfloat16, BATCH, TOKENS, 160, seed=1)
+    for given, cut in ((parts, True), (few, False), (odd, False)):
+        plain = layer(mx.concatenate(list(given), axis=-1))
+        found = layers.product_of_parts(layer, *given)
+        assert near(found, plain, mx.bfloat16, 3)
+        if layers.has_gpu() and not unpacked:
+            # (Unpacking has some of its own.)
+            graph = io.StringIO()
+            mx.export_to_dot(graph, layers.product_of_parts(layer, *given))
+            assert ("Concatenate" in graph.getvalue()) != cut
 
 
 def test_a_packed_layer_of_parts(way):
