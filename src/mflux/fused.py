@@ -7,6 +7,7 @@ is what it says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from mflux.backend import mx, nn
@@ -45,6 +46,18 @@ def silu_times(x: mx.array, other: mx.array) -> mx.array:
 
 
 @Chain
+def gelu_times(x: mx.array, other: mx.array) -> mx.array:
+    """gelu(x) · other, with the exact GELU."""
+    return x * (1 + mx.erf(x / math.sqrt(2))) / 2 * other
+
+
+@Chain
+def let_through(x: mx.array, gate: mx.array) -> mx.array:
+    """x · sigmoid(gate)."""
+    return x * mx.sigmoid(gate)
+
+
+@Chain
 def quick_gelu(x: mx.array) -> mx.array:
     """x · sigmoid(1.702 x), as OpenAI's CLIP was trained."""
     return x * mx.sigmoid(1.702 * x)
@@ -63,6 +76,12 @@ def summed(*arrays: mx.array) -> mx.array:
     for other in others:
         total = total + other
     return total
+
+
+@Chain
+def scaled(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """x · scale + shift."""
+    return x * scale + shift
 
 
 @Chain
@@ -86,5 +105,5 @@ def squared_distance(x: mx.array, middle: mx.array) -> mx.array:
 
 @Chain
 def turn(pairs: mx.array, swapped: mx.array, along: mx.array, across: mx.array) -> mx.array:
-    """Pairs of channels (…, 2) times `along`, plus the same with both exchanged times `across`, in float32."""
+    """Pairs of channels times `along`, plus the same with both of each exchanged times `across`, in float32."""
     return (pairs.astype(mx.float32) * along + swapped.astype(mx.float32) * across).astype(pairs.dtype)

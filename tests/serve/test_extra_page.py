@@ -114,11 +114,19 @@ def test_what_is_typed_before_the_models_are_known(page, shared: Running):
     page.wait_for_timeout(50)
     # What is typed after the click belongs to the next one.
     page.get_by_role("textbox", name="Prompt", exact=True).fill("a blue square")
+    # Nothing gets in front of what is being typed.
+    page.get_by_label("Height").focus()
     held[0].continue_()
     expect(gallery(page).get_by_role("img", name=PROMPT)).to_be_visible()
     assert shared.engine.jobs[0].steps == 3
     expect(page.get_by_label("Steps")).to_have_value("3")
     expect(page.get_by_label("Width")).to_have_value("128")
+    expect(page.get_by_label("Height")).to_have_value("")
+    page.keyboard.type("64")
+    expect(page.get_by_label("Height")).to_have_value("64")
+    page.get_by_label("Height").fill("")
+    page.get_by_label("Seed").focus()
+    expect(page.get_by_label("Height")).to_have_value("128")
 
 
 def test_progress_preview_and_cancel(page, shared: Running, pace):

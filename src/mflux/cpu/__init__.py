@@ -21,6 +21,7 @@ from mflux.cpu.convolutions import convolution, serves_convolution
 from mflux.cpu.elementwise import (
     gelu,
     gelu_approx,
+    gelu_times,
     layer_norm,
     modulate,
     quick_gelu,
@@ -42,6 +43,7 @@ __all__ = [
     "first_order",
     "gelu",
     "gelu_approx",
+    "gelu_times",
     "layer_norm",
     "lazily",
     "modulate",

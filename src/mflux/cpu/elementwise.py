@@ -100,10 +100,16 @@ def _gated_silu(x: np.ndarray, out: np.ndarray, free: np.ndarray, other: np.ndar
     np.multiply(out, other, out=out)
 
 
+def _gated_gelu(x: np.ndarray, out: np.ndarray, free: np.ndarray, other: np.ndarray) -> None:
+    _gelu(x, out, free)
+    np.multiply(out, other, out=out)
+
+
 _SILU = _times_sigmoid(1.0)
 silu = _elementwise(_SILU, fused.silu)
 silu_times = _elementwise(_gated_silu, fused.silu_times)
 gelu = _elementwise(_gelu, fused.gelu)
+gelu_times = _elementwise(_gated_gelu, fused.gelu_times)
 gelu_approx = _elementwise(_gelu_tanh, fused.gelu_approx)
 quick_gelu = _elementwise(_times_sigmoid(1.702), fused.quick_gelu)
 

@@ -66,7 +66,13 @@ export class Form {
     const [width, height] = mflux.size.split("x");
     const own = { width, height, steps: mflux.steps, guidance: mflux.guidance ?? "" };
     for (const [id, value] of Object.entries(own)) {
-      if (which === "all" || (which === "empty" && input(id).value === "")) input(id).value = value;
+      const field = input(id);
+      const fill = () => {
+        if (which === "all" || (which === "empty" && field.value === "")) field.value = value;
+      };
+      // Where somebody is about to type, the value would stand before what is typed.
+      if (which === "empty" && field === document.activeElement) field.addEventListener("blur", fill, { once: true });
+      else fill();
     }
     element("guidance-box").hidden = mflux.guidance === null;
     element("negative-box").hidden = !mflux.negative_prompt;

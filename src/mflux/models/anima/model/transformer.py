@@ -19,6 +19,7 @@ from mflux.models.common.networks.layers import (
     Linear,
     RMSNorm,
     Rotary,
+    Turns,
     attention,
     gelu,
     inverse_frequencies,
@@ -299,7 +300,7 @@ class AnimaTransformer(nn.Module):
             frequencies = inverse_frequencies(channels, _THETA * scale ** (channels / (channels - 2)))
             angles.append(mx.broadcast_to(places * frequencies, (height, width, channels // 2)))
         turned = mx.concatenate(angles, axis=-1).reshape(height * width, -1)
-        return mx.cos(turned), mx.sin(turned)
+        return Turns((mx.cos(turned), mx.sin(turned)))
 
     @staticmethod
     def asked_as_024(

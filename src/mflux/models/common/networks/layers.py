@@ -11,13 +11,26 @@ import numpy as np
 from mflux import cpu, fused
 from mflux.backend import has_gpu, mx, nn
 from mflux.checkpoints.quantization import QuantizedLinear, product_by_columns
-from mflux.cpu import convolution, gelu, gelu_approx, product, quick_gelu, serves_convolution, silu, silu_times
+from mflux.cpu import (
+    convolution,
+    gelu,
+    gelu_approx,
+    product,
+    quick_gelu,
+    serves_convolution,
+    silu,
+    silu_times,
+)
 from mflux.errors import CheckpointError
 from mflux.models.common.networks.interiors import Interior
 
 # Channels of a time or guidance value's sinusoid, in every model here.
 TIME_CHANNELS = 256
 _MAX_PERIOD = 10_000
+# Channels of a head for which that is so (MLX 0.32: backend/metal/scaled_dot_product_attention.cpp), and bytes from
+# which on a slower kernel is the better one.
+_WIDE_HEADS = (192, 256)
+_MANY_SCORES = 2**28
 # Cosines and sines of rotary positions, (L, D / 2) each, or with batch and head axes before.
 Rotary = tuple[mx.array, mx.array]
 
@@ -132,7 +145,10 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cpu.attention_serves(q, k, v):
         return cpu.attention(q, k, v, scale, mask)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    # Metal has a kernel for such heads, and takes one that writes all scores down unless it is made to.
+    scores = q[..., 0].size * k.shape[2] * q.dtype.size
+    forced = q.shape[-1] in _WIDE_HEADS and scores >= _MANY_SCORES and mx.metal.is_available()
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, force_fused=forced)
 
 
 # ---- rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864)
@@ -140,9 +156,14 @@ def attention(
 
 def rotate_halves(x: mx.array, rotary: Rotary) -> mx.array:
     """Turn channel i of (…, L, D) together with channel i + D/2, in float32: language models."""
-    cos, sin = rotary
-    first, second = mx.split(x.astype(mx.float32), 2, axis=-1)
-    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turns = rotary if isinstance(rotary, Turns) else Turns(rotary)
+    return turn_halves(x, *turns.of_halves)
+
+
+def turn_halves(x: mx.array, along: mx.array, across: mx.array) -> mx.array:
+    """Each channel of (…, L, D) times `along`, plus the one half of D away times `across`, (…, L, 2, D / 2) each."""
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    return fused.turn(halves, halves[..., ::-1, :], along, across).reshape(x.shape)
 
 
 class Turns(tuple[mx.array, mx.array]):
@@ -153,6 +174,12 @@ class Turns(tuple[mx.array, mx.array]):
         """What each channel of a pair is multiplied by, and the other one of it, (…, L, D / 2, 2) each."""
         cos, sin = self
         return mx.stack([cos, cos], axis=-1), mx.stack([-sin, sin], axis=-1)
+
+    @cached_property
+    def of_halves(self) -> tuple[mx.array, mx.array]:
+        """The same of channels half a head apart, (…, L, 2, D / 2) each."""
+        cos, sin = self
+        return mx.stack([cos, cos], axis=-2), mx.stack([-sin, sin], axis=-2)
 
 
 def rotate_pairs(x: mx.array, rotary: Rotary) -> mx.array:

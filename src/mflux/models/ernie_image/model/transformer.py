@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mflux import fused
 from mflux.backend import mx, nn
+from mflux.cpu import gelu_times
 from mflux.models.common.component_config import ComponentConfig
 from mflux.models.common.networks.layers import (
     Activation,
@@ -20,7 +20,6 @@ from mflux.models.common.networks.layers import (
     RMSNorm,
     Rotary,
     attention,
-    gelu,
     inverse_frequencies,
     merge_heads,
     modulate,
@@ -28,6 +27,7 @@ from mflux.models.common.networks.layers import (
     normed_heads,
     residual,
     split_heads,
+    turn_halves,
     waves,
 )
 from mflux.models.common.networks.modulation import Condition, Known, Modulated, ModulationLinear, modulation
@@ -91,7 +91,7 @@ def positions(rows: int, columns: int, length: int) -> mx.array:
 
 
 def rotary_factors(ids: mx.array, config: ErnieTransformerConfig) -> Rotary:
-    """What `rotate` takes, (L, head_dim) each, float32.
+    """What `turn_halves` takes, (L, 2, head_dim / 2) each, float32.
 
     Each angle stands for two neighbouring channels, as if these were turned together; but channels are turned with
     those half a head away, which have other angles. So the model was trained, and half a table cannot say it.
@@ -102,13 +102,7 @@ def rotary_factors(ids: mx.array, config: ErnieTransformerConfig) -> Rotary:
     ]
     angle = mx.repeat(mx.concatenate(angles, axis=-1), 2, axis=-1)
     first, second = mx.split(mx.sin(angle), 2, axis=-1)
-    return mx.cos(angle), mx.concatenate([-first, second], axis=-1)
-
-
-def rotate(x: mx.array, rotary: Rotary) -> mx.array:
-    """Turn channels of (…, L, D) with those half of D away, in float32."""
-    first, second = mx.split(x, 2, axis=-1)
-    return fused.turn(x, mx.concatenate([second, first], axis=-1), *rotary)
+    return mx.cos(angle).reshape(len(ids), 2, -1), mx.stack([-first, second], axis=-2)
 
 
 # ---- blocks
@@ -129,7 +123,7 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, rotary: Rotary) -> mx.array:
         q, k = normed_heads(self.norm_q, self.to_q(x), self.heads), normed_heads(self.norm_k, self.to_k(x), self.heads)
         v = split_heads(self.to_v(x), self.heads)
-        return self.to_out[0](merge_heads(attention(rotate(q, rotary), rotate(k, rotary), v)))
+        return self.to_out[0](merge_heads(attention(turn_halves(q, *rotary), turn_halves(k, *rotary), v)))
 
 
 class FeedForward(nn.Module):
@@ -140,7 +134,7 @@ class FeedForward(nn.Module):
         self.linear_fc2 = Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_fc2(self.up_proj(x) * gelu(self.gate_proj(x)))
+        return self.linear_fc2(gelu_times(self.gate_proj(x), self.up_proj(x)))
 
 
 class TransformerBlock(nn.Module):

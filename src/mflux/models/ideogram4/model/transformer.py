@@ -19,6 +19,7 @@ from mflux.models.common.networks.layers import (
     NumberedSwiGLU,
     RMSNorm,
     Rotary,
+    Turns,
     added,
     attention,
     layer_norm,
@@ -102,7 +103,7 @@ def rotary(ids: np.ndarray, config: Ideogram4TransformerConfig) -> Rotary:
     for axis in (1, 2):
         axes[axis : 3 * config.mrope_section[axis] : 3] = axis
     angles = (ids.astype(np.float32)[:, axes] * turns).astype(np.float64)
-    return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
+    return Turns((mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))))
 
 
 # ---- blocks

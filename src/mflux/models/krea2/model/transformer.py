@@ -18,7 +18,9 @@ from mflux.models.common.networks.layers import (
     attention,
     gelu_approx,
     merge_heads,
+    normed_heads,
     residual,
+    rms_norm,
     rotary_embedding,
     rotate_pairs,
     silu_times,
@@ -84,17 +86,23 @@ class Krea2TransformerConfig(ComponentConfig):
 
 
 class Norm(nn.Module):
-    """A root mean square norm whose weights are counted from 1, in float32 as the reference has it: most of what a
-    small weight adds to 1 is lost in 16 bits."""
+    """A root mean square norm whose weights are counted from 1: in float32, as the reference has it, since most of what
+    a small weight adds to 1 is lost in 16 bits."""
 
     def __init__(self, features: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = mx.zeros(features)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        normed = cpu.rms_norm(x.astype(mx.float32), 1 + self.weight.astype(mx.float32), self.eps)
-        return normed.astype(x.dtype)
+    def __call__(self, x: mx.array, scale: mx.array | None = None, shift: mx.array | None = None) -> mx.array:
+        """Of (…, C); with a condition's scale and shift (B, 1, C), times 1 + scale, plus shift."""
+        weight = 1 + self.weight.astype(mx.float32)
+        if x.dtype == mx.float32:
+            normed = cpu.rms_norm(x, weight, self.eps)
+            return normed if scale is None or shift is None else fused.affine(normed, 1 + scale, shift)
+        # Rounded twice, after the norm and here, which spares two passes in float32.
+        factor = weight if scale is None else weight * (1 + scale)
+        return fused.affine(rms_norm(x, self.eps), factor, mx.array(0.0) if shift is None else shift)
 
 
 class Attention(nn.Module):
@@ -113,12 +121,12 @@ class Attention(nn.Module):
         self.to_out = [Linear(width, width, bias=False)]
 
     def __call__(self, x: mx.array, rotary: Rotary | None = None) -> mx.array:
-        q = self.norm_q(split_heads(self.to_q(x), self.heads))
-        k = self.norm_k(split_heads(self.to_k(x), self.shared))
+        q = normed_heads(self.norm_q, self.to_q(x), self.heads)
+        k = normed_heads(self.norm_k, self.to_k(x), self.shared)
         v = split_heads(self.to_v(x), self.shared)
         if rotary is not None:
             q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
-        return self.to_out[0](merge_heads(attention(q, k, v)) * mx.sigmoid(self.to_gate(x)))
+        return self.to_out[0](fused.let_through(merge_heads(attention(q, k, v)), self.to_gate(x)))
 
 
 class SwiGLU(nn.Module):
@@ -203,8 +211,8 @@ class TransformerBlock(nn.Module):
         """One block on tokens (B, L, width); `mods` is what modulates all blocks, (B, 1, width) each."""
         own = [part + row for part, row in zip(mods, self.scale_shift_table, strict=True)]
         scale, shift, gate, scale_ff, shift_ff, gate_ff = own
-        x = residual(x, gate.astype(x.dtype), self.attn(fused.affine(self.norm1(x), 1 + scale, shift), rotary))
-        return residual(x, gate_ff.astype(x.dtype), self.ff(fused.affine(self.norm2(x), 1 + scale_ff, shift_ff)))
+        x = residual(x, gate.astype(x.dtype), self.attn(self.norm1(x, scale, shift), rotary))
+        return residual(x, gate_ff.astype(x.dtype), self.ff(self.norm2(x, scale_ff, shift_ff)))
 
 
 class FinalLayer(nn.Module):
@@ -217,7 +225,7 @@ class FinalLayer(nn.Module):
     def __call__(self, x: mx.array, condition: mx.array) -> mx.array:
         """Scale and shift are the condition itself (B, width), and the table."""
         scale, shift = (condition[:, None] + row for row in self.scale_shift_table)
-        return self.linear(fused.affine(self.norm(x), 1 + scale, shift))
+        return self.linear(self.norm(x, scale, shift))
 
 
 def positions(length: int, grid: Grid) -> mx.array:

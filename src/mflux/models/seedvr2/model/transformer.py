@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mflux import fused
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import FileDifferences
 from mflux.models.common.component_config import ComponentConfig
@@ -27,7 +28,9 @@ from mflux.models.common.networks.layers import (
     attention,
     gelu_approx,
     merge_heads,
+    normed_heads,
     parts_of,
+    residual,
     rms_norm,
     rotate_pairs,
     silu,
@@ -248,10 +251,11 @@ class Modulation(nn.Module):
     def before(self, x: mx.array, layer: str, time: mx.array) -> mx.array:
         # What is modulated behind the last block takes the attention's part of the time, as in training.
         time = time[:, 1 if layer == "mlp" else 0]
-        return x * (time[:, 1] + self[f"{layer}_scale"]) + (time[:, 0] + self[f"{layer}_shift"])
+        return fused.scaled(x, time[:, 1] + self[f"{layer}_scale"], time[:, 0] + self[f"{layer}_shift"])
 
-    def behind(self, x: mx.array, layer: str, time: mx.array) -> mx.array:
-        return x * (time[:, 1 if layer == "mlp" else 0, 2] + self[f"{layer}_gate"])
+    def behind(self, x: mx.array, y: mx.array, layer: str, time: mx.array) -> mx.array:
+        """The stream x and what a layer adds to it."""
+        return residual(x, time[:, 1 if layer == "mlp" else 0, 2] + self[f"{layer}_gate"], y)
 
 
 class GatedFeedForward(nn.Module):
@@ -291,14 +295,8 @@ class WindowAttention(nn.Module):
     def __call__(
         self, video: mx.array, text: mx.array, windows: Windows, turns: tuple[Rotary, Rotary | None]
     ) -> tuple[mx.array, mx.array]:
-        of_video = [split_heads(x, self.heads) for x in parts_of(self.proj_qkv.for_video(video), 3)]
-        of_video = [mx.take(x, windows.order, axis=2) for x in of_video]
-        of_text = [split_heads(x, self.heads) for x in parts_of(self.proj_qkv.for_text(text), 3)]
-        for stream, rotary, names in ((of_video, turns[0], "for_video"), (of_text, turns[1], "for_text")):
-            for place, norm in enumerate((self.norm_q, self.norm_k)):
-                stream[place] = getattr(norm, names)(stream[place])
-                if rotary is not None:
-                    stream[place] = rotate_pairs(stream[place], rotary)
+        of_video = self._heads(video, "for_video", turns[0], windows.order)
+        of_text = self._heads(text, "for_text", turns[1])
         batch = of_video[0].shape[0]
         seen, heard, start = [], mx.array(0), 0
         for number, patches in windows.groups:
@@ -317,6 +315,16 @@ class WindowAttention(nn.Module):
             self.proj_out.for_video(merge_heads(mx.take(mx.concatenate(seen, axis=2), windows.back, axis=2))),
             self.proj_out.for_text(merge_heads(heard / windows.number)),
         )
+
+    def _heads(self, x: mx.array, stream: str, rotary: Rotary | None, order: mx.array | None = None) -> list[mx.array]:
+        """Queries, keys and values of one stream, (B, heads, L, D) each, in an order if one is given."""
+        q, k, v = parts_of(getattr(self.proj_qkv, stream)(x), 3)
+        norms = (getattr(norm, stream) for norm in (self.norm_q, self.norm_k))
+        found = [*(normed_heads(norm, part, self.heads) for norm, part in zip(norms, (q, k), strict=True))]
+        found.append(split_heads(v, self.heads))
+        if order is not None:
+            found = [mx.take(one, order, axis=2) for one in found]
+        return found if rotary is None else [rotate_pairs(one, rotary) for one in found[:2]] + found[2:]
 
 
 def _batched(x: mx.array, number: int) -> mx.array:
@@ -359,14 +367,14 @@ class Block(nn.Module):
         if not self.video_only:
             heard = self.ada.for_text.before(heard, "attn", time)
         seen, heard = self.attn(seen, heard, windows, turns)
-        video = self.feed(video + of_video.behind(seen, "attn", time), of_video, self.mlp.for_video, time)
+        video = self.feed(of_video.behind(video, seen, "attn", time), of_video, self.mlp.for_video, time)
         if not self.video_only:
             of_text = self.ada.for_text
-            text = self.feed(text + of_text.behind(heard, "attn", time), of_text, self.mlp.for_text, time)
+            text = self.feed(of_text.behind(text, heard, "attn", time), of_text, self.mlp.for_text, time)
         return video, text
 
     def feed(self, x: mx.array, ada: Modulation, mlp: nn.Module, time: mx.array) -> mx.array:
-        return x + ada.behind(mlp(ada.before(self.normalized(x), "mlp", time)), "mlp", time)
+        return ada.behind(x, mlp(ada.before(self.normalized(x), "mlp", time)), "mlp", time)
 
     def normalized(self, x: mx.array) -> mx.array:
         return rms_norm(x, self.eps)
