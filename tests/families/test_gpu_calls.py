@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from support.cases import every
 from support.gpu import Call, as_gpu, recording, refusal
 from support.tiny_models import EVERY_TINY, TINY, TinyModel
 
-from mflux.backend import mx
+from mflux.backend import mx, nn
 from mflux.models.common.networks.autoencoders import kernels
+from mflux.models.common.networks.autoencoders.strips import Map
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = json.loads((ROOT / "tests" / "data" / "surface" / "configs.json").read_text())
@@ -105,14 +107,14 @@ PIECES = "models/common/networks/autoencoders/kernels.py"
 MOST_SCORES = 32 << 20
 
 
-def calls_at(part: steps.Part, pixels: int) -> list[Call]:
+def calls_at(part: steps.Part, pixels: int, wait: Callable[[mx.array], None] = lambda _: None) -> list[Call]:
     """What one part of a published model asks for, from its sizes alone: nothing is computed."""
     component = every("COMPONENTS")[part.component]
     config = steps.changed(CONFIGS[part.entry], part.changes)
     with as_gpu(), pytest.MonkeyPatch.context() as patch:
         # Whatever would have it computed: statistics of a map, and waiting for a strip.
         patch.setattr(kernels.OnGPU, "moments", staticmethod(lambda x: (np.zeros((x.shape[0], x.shape[-1])),) * 2))
-        patch.setattr(kernels.OnGPU, "evaluate", staticmethod(lambda x: None))
+        patch.setattr(kernels.OnGPU, "evaluate", staticmethod(wait))
         patch.setattr(kernels.OnGPU, "begun", staticmethod(lambda x: x))
         for name in ("eval", "async_eval"):
             patch.setattr(mx, name, lambda *_: None)
@@ -135,6 +137,25 @@ def calls_at(part: steps.Part, pixels: int) -> list[Call]:
             else:
                 list(component.ours(module, given))
     return calls
+
+
+@pytest.mark.parametrize("part", [part for part in steps.PARTS if part.sized == "decode"], ids=lambda part: part.name)
+def test_a_decode_waits_little(part, monkeypatch):
+    """At 1024 pixels on a Mac with 64 GB: once for the statistics of each group norm, and no strip is waited for."""
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 48 << 30})
+    waits: Counter[str] = Counter()
+    counted = Map._count_moments
+
+    def count(a_map: Map) -> tuple[np.ndarray, np.ndarray]:
+        waits["moments"] += 1
+        return counted(a_map)
+
+    monkeypatch.setattr(Map, "_count_moments", count)
+    calls_at(part, 1024, wait=lambda _: waits.update(["strip"]))
+    component = every("COMPONENTS")[part.component]
+    vae = component.module(component.module.config_class.from_dict(steps.changed(CONFIGS[part.entry], part.changes)))
+    norms = sum(isinstance(layer, nn.GroupNorm) for layer in vae.decoder.modules())
+    assert (waits["moments"], waits["strip"]) == (norms, 0)
 
 
 SIZED = [part for part in steps.PARTS if part.sized != "no"]

@@ -9,7 +9,7 @@ import pytest
 
 from mflux.backend import mx, nn, tree_map
 from mflux.cpu import convolutions, work
-from mflux.models.common.networks.autoencoders import kernels, strips
+from mflux.models.common.networks.autoencoders import budget, kernels, strips
 from mflux.models.common.networks.autoencoders.kernels import OnCPU, OnGPU, attention
 from mflux.models.common.networks.autoencoders.kl import AutoencoderKL
 from mflux.models.common.networks.autoencoders.strips import Map
@@ -223,7 +223,7 @@ def test_maps_of_different_shapes_are_not_added():
 # ---- whole autoencoders
 
 
-@pytest.mark.parametrize("room", [strips.ROOM, 0])
+@pytest.mark.parametrize("room", [budget.ROOM, 0])
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_autoencoders_in_strips_equal_the_whole(name, room, kind, monkeypatch):
     """The whole is one strip of MLX's own layers, which the families' tests compare with the reference. Without room
@@ -237,7 +237,7 @@ def test_autoencoders_in_strips_equal_the_whole(name, room, kind, monkeypatch):
             patch.setattr(strips, "kernels", lambda dtype: OnGPU)
             patch.setattr(OnGPU, "strip_bytes", 2**40)
             decoded, encoded = vae.decode(latents), vae.encode(image)
-        monkeypatch.setattr(strips, "ROOM", room)
+        monkeypatch.setattr(budget, "ROOM", room)
         for kind.strip_bytes in (1, 2**14, 2**40):
             assert error(vae.decode(latents), decoded) < 2e-6
             assert error(vae.encode(image), encoded) < 2e-6
@@ -305,6 +305,12 @@ def test_a_gpu_need_not_wait_for_a_strip(monkeypatch):
     monkeypatch.setattr(mx, "eval", lambda *arrays: waits.append(arrays))
     made._count_moments()
     assert told == ["begin 0", "begin 1", "wait 0", "begin 2", "wait 1", "begin 3", "wait 2"]
+    # Where there is memory for all of them, they are all on their way.
+    told.clear(), numbers.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(budget, "has_gpu", lambda: True)
+        made._count_moments()
+    assert told == ["begin 0", "begin 1", "begin 2", "begin 3"]
     assert not waits
 
 
@@ -312,7 +318,7 @@ def test_a_gpu_need_not_wait_for_a_strip(monkeypatch):
     ("told", "expected"), [({}, 900 * 10**6), ({"max_recommended_working_set_size": 96 << 30}, 12 << 30)]
 )
 def test_room_follows_from_a_gpu_s_memory(monkeypatch, told, expected):
-    assert strips.room() == strips.ROOM
-    monkeypatch.setattr(strips, "has_gpu", lambda: True)
+    assert budget.room() == budget.ROOM
+    monkeypatch.setattr(budget, "has_gpu", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: told)
-    assert strips.room() == expected
+    assert budget.room() == expected

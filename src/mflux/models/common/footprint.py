@@ -15,7 +15,7 @@ from mflux.backend import mx, named_arrays, nn
 from mflux.checkpoints.late import late_layers
 from mflux.checkpoints.quantization import Quantization, packed_specs, planned
 from mflux.models.common.family import STAGES, Component, family_of, first_command, load_object
-from mflux.models.common.networks.autoencoders.strips import ROOM
+from mflux.models.common.networks.autoencoders.budget import ROOM
 from mflux.utils.scale_factor import GRID
 
 # A stage takes this part of its weights beside them, if no more: what is read ahead, casts, MLX's own buffers.

@@ -17,6 +17,7 @@ from mflux.cpu import work
 from mflux.cpu.convolutions import Sides, convolve
 from mflux.cpu.work import spare
 from mflux.models.common.networks import layers
+from mflux.models.common.networks.autoencoders.budget import UnderWay
 
 # Bytes of attention scores that are held at a time.
 _SCORES = 2**25
@@ -227,11 +228,11 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     if kernels(q.dtype) is OnCPU:
         return layers.attention(*(x[:, None] for x in (q, k, v)), scale=scale)[:, 0]
     at_once = max(1, _SCORES // (batch * length * q.dtype.size))
-    parts = []
+    parts, under_way = [], UnderWay(_SCORES, OnGPU.evaluate)
     for first in range(0, length, at_once):
         whole = [x[:, None] for x in (q[:, first : first + at_once], k, v)]
         parts.append(mx.fast.scaled_dot_product_attention(*whole, scale=scale)[:, 0])
-        mx.eval(parts[-1])
+        under_way.add(OnGPU.begun(parts[-1]))
     return mx.concatenate(parts, axis=1)
 
 

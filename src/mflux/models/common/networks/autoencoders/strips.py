@@ -24,22 +24,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from mflux.backend import has_gpu, mx, nn
+from mflux.backend import mx, nn
+from mflux.models.common.networks.autoencoders.budget import UnderWay, room
 from mflux.models.common.networks.autoencoders.kernels import kernels
-
-# A map that is normalised is stored if it and what it is made of take no more bytes than this; a GPU with much memory
-# gives this part of what it may have.
-ROOM = 900 * 10**6
-_PART = 1 / 8
-
-
-def room() -> int:
-    """Bytes that maps may take: a second pass over a map's layers costs more than memory that nothing else needs."""
-    if not has_gpu():
-        return ROOM
-    may_have = mx.device_info().get("max_recommended_working_set_size", 0)
-    return max(ROOM, int(_PART * may_have)) if isinstance(may_have, int) else ROOM
-
 
 Strip = Any  # mx.array or np.ndarray, as `kernels` has it
 Read = Callable[[int], Strip]
@@ -224,14 +211,11 @@ class Map:
         wanted = max(1, self._kernels.strip_bytes * self.shape[1] // widest)
         wanted = -(-wanted // self.multiple) * self.multiple
         read = _Pass(drain).open(self)
-        before = None
+        under_way = UnderWay(self._kernels.strip_bytes, self._kernels.evaluate)
         for top in range(0, self.shape[1], wanted):
             strip = read(min(wanted, self.shape[1] - top))
-            # A GPU computes it while the next one is made ready; no more than two are on their way.
-            begun = self._kernels.begun(strip)
-            if before is not None:
-                self._kernels.evaluate(before)
-            before = begun
+            # A GPU computes it while the next ones are made ready.
+            under_way.add(self._kernels.begun(strip))
             yield strip
 
     def _open(self, run: _Pass) -> Read:
