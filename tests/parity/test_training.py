@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -17,9 +19,11 @@ from peft import LoraConfig
 from safetensors import safe_open
 from support.cases import Training, every
 from support.reference import as_numpy, relative_error
+from support.tiny import write_checkpoint
 
 from mflux import cpu
 from mflux.backend import mx
+from mflux.checkpoints.quantization import QuantizedLinear
 from mflux.models.common.training import lora, objective
 from mflux.models.common.training.lora import TrainedLinear
 from mflux.models.common.training.optimizer import Optimizer
@@ -290,6 +294,37 @@ def test_other_kinds_agree_with_peft(kind, recomputes, tmp_path):
         finally:
             both.session.adapter.pipeline = kept
         assert abs(float(drawn) - loss) <= LOSS * loss
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_agrees_with_torch(bits, tmp_path):
+    """The reference has the numbers that the packed weights stand for. The factors are learned as they are, in
+    float32; products with packed weights are MLX's and not unpacked ones."""
+    if FLUX not in CASES:
+        pytest.skip("another family is tested")
+    write = partial(write_checkpoint, seed=3, guidance=True, wide=True)
+    targets = (
+        {"module_path": "transformer_blocks.{block}.attn.to_q", "blocks": "all", "rank": 4, "alpha": 8},
+        {"module_path": "transformer_blocks.0.ff_context.net.2", "rank": 3},
+        {"module_path": "single_transformer_blocks.0.proj_out", "rank": 2, "alpha": 3},
+        {"module_path": "x_embedder", "rank": 2},
+    )
+    both = Both(replace(CASES[FLUX], write=write, targets=targets), tmp_path, quantize=bits)
+    packed = 0
+    for path, layer in both.session.pipeline.transformer.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            reference = both.transformer.get_submodule(path.removesuffix(".linear"))
+            before = reference.weight.clone()
+            with torch.no_grad():
+                reference.weight.copy_(torch.tensor(np.array(lora.dense(layer))))
+            packed += not torch.equal(before, reference.weight)
+    assert packed > 20
+    parameters = both.wrap()
+    wanted = both.loss()
+    wanted.backward()
+    loss, gradients = both.ours()
+    assert abs(loss - wanted.item()) <= LOSS * wanted.item()
+    compare(gradients, {name: one.grad.numpy() for name, one in parameters.items()}, GRADIENT, LAYER)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from support.cases import Component, Pipeline, Settings, Tiny
+from support.cases import Component, Pipeline, Settings, Tiny, Training
 from support.images import generated, noise, photo, pipeline_reference
 from support.tokenizers import CORPUS, write_json, write_whole_tokenizer
 
@@ -428,5 +428,50 @@ TINY = (
         base_model="ernie-image-turbo",
         pipeline="mflux.models.ernie_image.variants.txt2img.ernie_image:ErnieImage",
         generate={"guidance": 1.0},
+    ),
+)
+
+
+# ---- training
+
+
+def _encoded(folder: Path, image, prompt: str, width: int, height: int, source):
+    import torch
+
+    pipeline = pipeline_reference(folder, "ErnieImagePipeline")
+    with torch.no_grad():
+        (embeds,) = pipeline.encode_prompt(prompt, "cpu")
+        pixels = pipeline.image_processor.preprocess(image, height=height, width=width).numpy()
+        inputs = {"image": pixels, "latents": np.zeros((1, 128, 2, 2), np.float32)}
+        latents = run_vae_reference(pipeline.vae, inputs)[0]
+    return latents, {"prompt_embeds": embeds[None]}
+
+
+def _velocity(transformer, latents, sigma, cond, width: int, height: int, guidance: float):
+    import torch
+
+    embeds = cond["prompt_embeds"]
+    lengths = torch.tensor([embeds.shape[1]])
+    return transformer(latents, torch.tensor([1000 * sigma]), embeds, lengths, return_dict=False)[0]
+
+
+TRAINING = (
+    Training(
+        name="training",
+        model="ernie-image",
+        write=write_ernie,
+        pipeline="ErnieImagePipeline",
+        transformer="ErnieImageTransformer2DModel",
+        targets=(
+            {"module_path": "layers.{block}.self_attention.to_q", "blocks": "all", "rank": 4, "alpha": 8},
+            {"module_path": "layers.{block}.mlp.linear_fc2", "blocks": "all", "rank": 2},
+            {"module_path": "layers.0.mlp.gate_proj", "rank": 3, "alpha": 1.5},
+            # As mflux 0.24 calls it.
+            {"module_path": "adaln_modulation", "rank": 3},
+            {"module_path": "text_proj", "rank": 2, "alpha": 3},
+            {"module_path": "final_linear", "rank": 2},
+        ),
+        encoded=_encoded,
+        velocity=_velocity,
     ),
 )

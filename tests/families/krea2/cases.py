@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from support.cases import Component, Pipeline, Settings, Tiny
+from support.cases import Component, Pipeline, Settings, Tiny, Training
 from support.images import generated, noise, photo, pipeline_reference
 from support.tokenizers import write_json, write_qwen_tokenizer
 
@@ -494,5 +494,61 @@ TINY = (
         pipeline="mflux.models.krea2.variants.controlnet.krea2_controlnet:Krea2Controlnet",
         generate={"guidance": 1.0, "depth_image_path": _SOURCE},
         changes_weights=True,
+    ),
+)
+
+
+# ---- training
+
+
+def _encoded(folder: Path, image, prompt: str, width: int, height: int, source):
+    import torch
+
+    pipeline = pipeline_reference(folder, "Krea2Pipeline")
+    if prompt.startswith("{"):
+        prompt = json.loads(prompt)["high_level_description"]
+    with torch.no_grad():
+        embeds, mask = pipeline.encode_prompt(prompt)
+        pixels = pipeline.image_processor.preprocess(image, height=height, width=width).numpy()
+        inputs = {"image": pixels, "latents": np.zeros((1, 16, 2, 2), np.float32)}
+        latents = run_vae_reference(pipeline.vae, inputs)[0]
+    return latents, {"prompt_embeds": embeds[:, mask[0].bool()]}
+
+
+def _velocity(transformer, latents, sigma, cond, width: int, height: int, guidance: float):
+    import torch
+    from diffusers import Krea2Pipeline
+
+    embeds, (rows, columns, side) = cond["prompt_embeds"], (height // 16, width // 16, 2)
+    tokens = latents.reshape(1, -1, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5).reshape(1, rows * columns, -1)
+    ids = Krea2Pipeline.prepare_position_ids(embeds.shape[1], rows, columns, device=None)
+    velocity = transformer(tokens, embeds, torch.tensor([sigma]), ids, return_dict=False)[0]
+    squares = velocity.reshape(1, rows, columns, -1, side, side).permute(0, 3, 1, 4, 2, 5)
+    return squares.reshape(1, -1, rows * side, columns * side)
+
+
+TRAINING = (
+    Training(
+        name="training",
+        model="krea-2-raw",
+        write=lambda folder: write_krea2(folder, turbo=False),
+        pipeline="Krea2Pipeline",
+        transformer="Krea2Transformer2DModel",
+        captions=(
+            "a red circle",
+            json.dumps({"high_level_description": "two blue squares on a table"}),
+            "a red circle",
+        ),
+        targets=(
+            {"module_path": "transformer_blocks.{block}.attn.to_q", "blocks": "all", "rank": 4, "alpha": 8},
+            {"module_path": "transformer_blocks.{block}.attn.to_gate", "blocks": "all", "rank": 2},
+            {"module_path": "transformer_blocks.0.ff.down", "rank": 3, "alpha": 1.5},
+            {"module_path": "text_fusion.refiner_blocks.0.attn.to_v", "rank": 2},
+            {"module_path": "time_mod_proj", "rank": 3},
+            {"module_path": "txt_in.linear_1", "rank": 2, "alpha": 3},
+            {"module_path": "final_layer.linear", "rank": 2},
+        ),
+        encoded=_encoded,
+        velocity=_velocity,
     ),
 )

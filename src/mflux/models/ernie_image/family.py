@@ -1,10 +1,11 @@
 """ERNIE-Image as data: its components, commands and models."""
 
-from mflux.models.common.family import Command, Component, Family
+from mflux.models.common.family import Command, Component, Family, Trained
 
 _MODEL = "mflux.models.ernie_image.model"
 _CLI = "mflux.models.ernie_image.cli"
 _ERNIE_IMAGE = "mflux.models.ernie_image.variants.txt2img.ernie_image:ErnieImage"
+_TRAINING = "mflux.models.ernie_image.training_adapter.ernie_training_adapter:ErnieTrainingAdapter"
 
 FAMILY = Family(
     title="ERNIE-Image",
@@ -43,4 +44,8 @@ FAMILY = Family(
     ),
     lora="mflux.models.ernie_image.lora_names:LORA",
     layout="mflux.models.ernie_image.layouts:LAYOUT",
+    training=(
+        Trained(("ernie-image",), "generate-ernie-image", _TRAINING),
+        Trained(("ernie-image-turbo",), "generate-ernie-image-turbo", _TRAINING),
+    ),
 )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from mflux.models.common.lora.names import LoraNames, Spelling
 
+# As mflux 0.24 spells it.
+MFLUX: dict[str, tuple[str, ...]] = {"adaln_modulation": ("adaLN_modulation.1",)}
+
 LORA = LoraNames(
     (
         Spelling("transformer"),
-        # As mflux 0.24 spells it in dotted files.
-        Spelling("transformer", table={"adaln_modulation": ("adaLN_modulation.1",)}),
+        Spelling("transformer", table=MFLUX),
         Spelling("transformer", joint="_"),
     ),
     # One name of each layout, for the sentence that says which there are.

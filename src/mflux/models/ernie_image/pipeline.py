@@ -77,7 +77,11 @@ class ErniePipeline(Pipeline):
 
         def predict(latents: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             prediction = self.predicting(config)(
-                latents.astype(dtype), sigma=sigma[None], prompt_embeds=prompt_embeds, known=known(sigma), once=once
+                latents.astype(dtype),
+                sigma=sigma.reshape(-1),
+                prompt_embeds=prompt_embeds,
+                known=known(sigma),
+                once=once,
             )
             return prediction.astype(mx.float32)
 

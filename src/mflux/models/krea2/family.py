@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from mflux.models.common.family import Command, Component, Family
+from mflux.models.common.family import Command, Component, Family, Trained
 
 _MODEL = "mflux.models.krea2.model"
 _CLI = "mflux.models.krea2.cli"
@@ -61,4 +61,11 @@ FAMILY = Family(
     ),
     lora="mflux.models.krea2.lora_names:LORA",
     layout="mflux.models.krea2.layouts:LAYOUT",
+    training=(
+        Trained(
+            ("krea-2-raw", "krea-2"),
+            "generate-krea2",
+            "mflux.models.krea2.training_adapter.krea2_training_adapter:Krea2TrainingAdapter",
+        ),
+    ),
 )

@@ -152,7 +152,7 @@ class Krea2Pipeline(Pipeline):
         def predict(latents: mx.array, sigma: mx.array, prompt_embeds: mx.array) -> mx.array:
             tokens = PatchLatentCreator.pack_latents(latents, height, width)
             prediction = transformer(
-                tokens.astype(dtype), sigma=sigma[None], prompt_embeds=prompt_embeds,
+                tokens.astype(dtype), sigma=sigma.reshape(-1), prompt_embeds=prompt_embeds,
                 grid=(height // 16, width // 16), known=known(sigma), once=once, **beside,
             )  # fmt: skip
             return PatchLatentCreator.unpack_latents(prediction.astype(mx.float32), height, width)

@@ -35,6 +35,10 @@ class TrainingAdapter(ABC):
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
 
+    def words(self, caption: str) -> str:
+        """What of a caption the text encoder reads."""
+        return caption
+
     def check(self, caption: str) -> None:
         """
         Raises:

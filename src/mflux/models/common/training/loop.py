@@ -325,7 +325,7 @@ class Loop:
         words += ["--lora", str(path), "--steps", str(spec.steps), "--seed", str(spec.seed)]
         if self.session.pipeline.model_config.supports_guidance:
             words += ["--guidance", f"{spec.guidance:g}"]
-        words += ["--prompt", spec.data[0].prompt]
+        words += ["--prompt", self.session.adapter.words(spec.data[0].prompt)]
         return shown(shlex.join(words), 2000)
 
 

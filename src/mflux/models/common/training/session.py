@@ -82,7 +82,7 @@ class TrainingSession:
         if not self.layers:
             raise UsageError("there is no layer to train: name some in lora_layers")
         for item in spec.data:
-            self.adapter.check(item.prompt)
+            self.adapter.check(self.adapter.words(item.prompt))
         check_memory(self)
         try:
             self.items: Sequence[DataItem] = self._encoded(spec.data)
@@ -147,7 +147,7 @@ class TrainingSession:
             prompts = list(dict.fromkeys(spec.prompt for spec in specs))
             for start in range(0, len(prompts), _VISIT):
                 some = prompts[start : start + _VISIT]
-                for prompt, encoded in zip(some, pipeline.encode_prompts(*some), strict=True):
+                for prompt, encoded in zip(some, pipeline.encode_prompts(*map(self.adapter.words, some)), strict=True):
                     conditions[prompt] = self._put_away(f"c{len(conditions)}", self.adapter.condition(encoded))
                 pipeline.prompt_cache.clear()
             pipeline.keep = replace(pipeline.keep, text_encoders=False)
