@@ -165,7 +165,21 @@ def test_loras_on_modulation(tiny, monkeypatch, in_folder, bake, bits):
     options = {"lora_paths": ["lora.safetensors"], "lora_scales": [0.7], "bake_lora": bake, "quantize": bits}
     found = steps_of(tiny, tiny.pipeline(root, **options))
     assert same(found, steps_of(tiny, as_before(tiny, monkeypatch, root, **options)))
-    assert not same(found, steps_of(tiny, tiny.pipeline(root, quantize=bits)))
+    model = tiny.pipeline(root, quantize=bits)
+    plain = steps_of(tiny, model)
+    assert not same(found, plain)
+    if bake:
+        return
+    # Put on beside weights that stay and taken off again: of those that have done their work, only what it changes is
+    # read once more.
+    transformer, read = model.transformer, read_by(model, monkeypatch)
+    for paths, scales, expected in ((["lora.safetensors"], [0.7], found), (None, None, plain)):
+        model.set_loras(paths, scales, bake=False)
+        assert same(steps_of(tiny, model), expected)
+        assert model.transformer is transformer
+        # Two where one is given what the other makes.
+        assert bool(late(model)) <= len({id(one) for one in read}) <= 2
+        read.clear()
 
 
 @EVERY_FAMILY

@@ -245,8 +245,20 @@ def test_other_loras_for_a_loaded_model(tiny):
     changed = tiny.picture(model)
     assert np.abs(changed - plain).max() > 1
     assert np.array_equal(changed, tiny.picture(tiny.pipeline(lora_paths=[lora], lora_scales=[0.5])))
+    # Baked into the weights, these are read again; beside them they come and go, and the weights stay.
     model.set_loras(None)
     assert np.array_equal(tiny.picture(model), plain)
+    transformer = model.transformer
+    model.set_loras([lora, lora], [0.3, 0.2], bake=False)
+    beside = tiny.picture(model)
+    assert np.abs(beside - plain).max() > 1
+    fresh = tiny.pipeline(lora_paths=[lora, lora], lora_scales=[0.3, 0.2], bake_lora=False)
+    assert np.array_equal(beside, tiny.picture(fresh))
+    model.set_loras(None)
+    assert np.array_equal(tiny.picture(model), plain)
+    # What a ControlNet adds to the weights stands in them where no LoRA is beside.
+    if model.loras_of(model.component("transformer"), to_save=False) is None:
+        assert model.transformer is transformer
     with pytest.raises(MfluxError):
         model.set_loras(["nowhere.safetensors"])
     assert model.lora_paths is None

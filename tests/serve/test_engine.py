@@ -285,8 +285,12 @@ def test_loras_come_and_go_with_requests(monkeypatch):
     monkeypatch.setenv("LORA_LIBRARY_PATH", str(folder))
     with Engine(["demo"]) as engine:
         plain = engine.submit(prompt=PROMPT, seed=4).wait(60)[0]
+        [pipeline] = [one.pipeline for one in engine._loaded.values()]
+        transformer = pipeline.transformer
         with_lora = engine.submit(prompt=PROMPT, seed=4, loras=[("demo_square_lora", 1.0)]).wait(60)[0]
         again = engine.submit(prompt=PROMPT, seed=4).wait(60)[0]
+        # Taken off and put on; the weights stay where they are.
+        assert pipeline.transformer is transformer
         assert not np.array_equal(pixels(plain), pixels(with_lora))
         assert np.array_equal(pixels(plain), pixels(again))
         assert with_lora.settings["lora_paths"] == ["demo_square_lora"]
@@ -296,6 +300,15 @@ def test_loras_come_and_go_with_requests(monkeypatch):
         assert np.array_equal(pixels(engine.submit(prompt=PROMPT, seed=4).wait(60)[0]), pixels(with_lora))
         without = engine.submit(prompt=PROMPT, seed=4, loras=[]).wait(60)[0]
         assert np.array_equal(pixels(without), pixels(plain))
+    # What the image says of itself makes the same one; in the weights it differs by what is rounded there.
+    assert with_lora.settings["bake_lora"] is False
+    lora = {"lora_paths": [str(folder / "demo_square_lora.safetensors")], "model_config": ModelConfig.from_name("demo")}
+    for bake, most in ((False, 0), (True, 1)):
+        alone = Flux1(**lora, bake_lora=bake).generate_image(seed=4, prompt=PROMPT, num_inference_steps=8)
+        assert np.abs(np.asarray(alone.image).astype(int) - pixels(with_lora).astype(int)).max() <= most
+    with Engine(["demo"], lora_paths=["demo_square_lora"], bake_lora=True) as engine:
+        baked = engine.submit(prompt=PROMPT, seed=4).wait(60)[0]
+        assert np.array_equal(pixels(baked), np.asarray(alone.image)) and "bake_lora" not in baked.settings
 
 
 def test_closing_ends_everything(pace):

@@ -24,6 +24,9 @@ class LateLinear(nn.Module):
         super().__init__()
         self._read = read
         self.packed = packed
+        # Counts the layers that were made of it: what came of another one is no longer right.
+        self.version = 0
+        self._change: Callable[[nn.Module], nn.Module] | None = None
         self._kept: Callable[[mx.array], mx.array] | None = None
 
     def read(self) -> Any:
@@ -32,12 +35,14 @@ class LateLinear(nn.Module):
         Raises:
             CheckpointError: its file is damaged, has changed since, or holds numbers that are not finite.
         """
-        return self._read()
+        layer = self._read()
+        return layer if self._change is None else self._change(layer)
 
-    def change(self, change: Callable[[nn.Module], nn.Module]) -> None:
-        """Have another layer made of it each time that it is read."""
-        read = self._read
-        self._read = lambda: change(read())
+    def change(self, change: Callable[[nn.Module], nn.Module] | None) -> None:
+        """Have another layer made of it each time that it is read; None: none any more."""
+        self._change = change
+        self.version += 1
+        object.__setattr__(self, "_kept", None)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Nobody knew of this vector before: the weights stay from here on, for others like it."""

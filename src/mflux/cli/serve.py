@@ -69,7 +69,7 @@ def build_parser() -> MfluxParser:
         metavar="GB",
         help="that models may have together (default: three quarters of the machine's)",
     )
-    add_lora_options(parser, style=False)
+    add_lora_options(parser, style=False, bake=False)
     add_machine_options(parser)
     group = parser.add_argument_group("address")
     group.add_argument("--host", default="127.0.0.1", help="to listen at (default: 127.0.0.1, this machine alone)")
@@ -251,8 +251,6 @@ def _engine(args: argparse.Namespace) -> Engine:
     names = ("quantize", "lora_paths", "lora_scales", "bake_lora", "low_ram", "vae_tiling", "vae_tile_size",
              "mlx_cache_limit_gb")  # fmt: skip
     options = {name: value for name in names if (value := getattr(args, name)) not in (None, False, [])}
-    if args.bake_lora is False:
-        options["bake_lora"] = False
     limit = int(args.memory_limit_gb * 1e9) if args.memory_limit_gb else None
     return Engine(args.model, queue=args.queue, keep=args.keep, memory_limit=limit, **options)
 

@@ -586,18 +586,19 @@ class Engine:
         loaded = self._open(plan, model)
         pipeline = loaded.pipeline
         names, scales = (list(plan.constructor.get(name) or ()) for name in ("lora_paths", "lora_scales"))
-        bake = bool(plan.constructor.get("bake_lora", True))
+        # Beside the weights they come and go with requests; in them, every change means to read the weights again.
+        bake = bool(self.options.get("bake_lora", False))
         if (pipeline.lora_paths or [], pipeline.lora_scales or []) != (names, scales):
             pipeline.set_loras(names or None, scales or None, bake)
         self._make_room(loaded)
         return loaded
 
     def _open(self, plan: Plan, model: Served) -> _Loaded:
-        key = _key_without_loras(plan)
+        key = _without_loras(plan).key
         found = self._loaded.get(key)
         if found is None:
             started = time.perf_counter()
-            pipeline = plan.load()
+            pipeline = _without_loras(plan).load()
             _settle_pipeline(pipeline, plan)
             needs = _needs(pipeline, self.options.get("quantize"))
             largest = max(needs.values())
@@ -819,10 +820,10 @@ def _needs(pipeline: Pipeline, bits: int | None) -> dict[str, int]:
     return needs
 
 
-def _key_without_loras(plan: Plan) -> tuple[Any, ...]:
-    """Equal for plans that one loaded model serves, once it has their LoRAs."""
-    constructor = {name: value for name, value in plan.constructor.items() if name not in ("lora_paths", "lora_scales")}
-    return replace(plan, constructor=constructor).key
+def _without_loras(plan: Plan) -> Plan:
+    """The same for all plans that one loaded model serves, once it has their LoRAs."""
+    of_loras = ("lora_paths", "lora_scales", "bake_lora")
+    return replace(plan, constructor={name: value for name, value in plan.constructor.items() if name not in of_loras})
 
 
 def _unregister(pipeline: Pipeline, callback: object) -> None:

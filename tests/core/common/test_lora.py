@@ -10,11 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mflux.backend import mx, nn
+from mflux.backend import mx, nn, tree_flatten
 from mflux.checkpoints.loading import load_component
 from mflux.errors import CheckpointError, DownloadError, UsageError
 from mflux.models.common.family import families, load_object
-from mflux.models.common.lora.adapters import Adapter, Kronecker, LoraLinear, LowRank, dense, linear_layers, merged
+from mflux.models.common.lora.adapters import (
+    Adapter,
+    Difference,
+    Kronecker,
+    LoraLinear,
+    LowRank,
+    dense,
+    linear_layers,
+    merged,
+    put_on,
+    take_off,
+)
 from mflux.models.common.lora.library import find_lora, library, settle_scales
 from mflux.models.common.lora.names import DOTTED, JOINED, Spelling, spelled
 from mflux.models.common.lora.reading import Loras
@@ -384,6 +395,56 @@ def test_every_family_knows_every_prefix(family):
     assert wanted <= found.keys()
     own = [one.prefixes for one in names.spellings if one.component == "transformer" and one.prefixes is not None]
     assert own == []
+
+
+# ---- put on and taken off
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_what_is_taken_off_leaves_nothing(bits):
+    """Products, magnitudes, biases and norms; and where one of them is beyond numbers, none is put on."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(64, 96), nn.Linear(96, 64)]
+            self.norm = nn.LayerNorm(64)
+
+        def __call__(self, x):
+            return self.norm(self.layers[1](self.layers[0](x)))
+
+    net, x = Net(), noise(1, 3, 64)
+    if bits:
+        nn.quantize(net, 32, bits)
+    before, plain = dict(tree_flatten(net.parameters())), net(x)
+
+    def read():
+        return LowRank(noise(2, 4, 64), noise(3, 96, 4)), mx.abs(noise(4, 96, 1))
+
+    adapters = {
+        "layers.0": [Adapter(0.5, 2.0, read, lambda: noise(5, 96))],
+        "layers.1": [Adapter(0.5, 1.0, None, lambda: noise(6, 64))],
+        "norm": [Adapter(1.0, 1.0, lambda: (Difference(noise(7, 64)), None), lambda: noise(8, 64))],
+    }
+
+    def is_as_before() -> bool:
+        now = dict(tree_flatten(net.parameters()))
+        return now.keys() == before.keys() and all(value is before[name] for name, value in now.items())
+
+    for _ in range(2):
+        put_on(net, adapters)
+        assert isinstance(net.layers[0], LoraLinear) and not is_as_before()
+        assert float(mx.abs(net(x) - plain).max()) > 0.1
+        take_off(net)
+        assert is_as_before() and mx.array_equal(net(x), plain)
+    for place, shape in (("layers.0", (96, 64)), ("layers.1", (64, 96)), ("norm", (64,))):
+        endless = Difference(mx.full(shape, math.inf))
+        others = {name: found for name, found in adapters.items() if name != place}
+        with pytest.raises(CheckpointError, match="not finite"):
+            put_on(net, others | {place: [Adapter(1.0, 1.0, lambda endless=endless: (endless, None))]})
+        assert is_as_before()
+        take_off(net)
+        assert is_as_before()
 
 
 # ---- biases

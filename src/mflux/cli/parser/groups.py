@@ -38,7 +38,7 @@ def add_part_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae", dest="vae_path", metavar="PATH", help="an autoencoder instead of the model's own")
 
 
-def add_lora_options(parser: argparse.ArgumentParser, *, style: bool = True) -> None:
+def add_lora_options(parser: argparse.ArgumentParser, *, style: bool = True, bake: bool = True) -> None:
     group = parser.add_argument_group("LoRA")
     group.add_argument(
         "--lora",
@@ -56,8 +56,9 @@ def add_lora_options(parser: argparse.ArgumentParser, *, style: bool = True) -> 
     group.add_argument(
         "--bake-lora",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="add LoRAs to the weights once, instead of computing them in each step (default: yes)",
+        default=bake,
+        help="add LoRAs to the weights once, instead of computing them in each step "
+        + ("(default: yes)" if bake else "(default: no, so that requests change LoRAs without reading the weights)"),
     )
 
 

@@ -7,7 +7,7 @@ is in `pipeline.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from mflux.backend import has_gpu, mx, named_arrays, nn
 from mflux.checkpoints import saved_by_024
-from mflux.checkpoints.loading import FolderTensors, build, load_component
+from mflux.checkpoints.loading import Adjust, FolderTensors, build, load_component
 from mflux.checkpoints.published import Alone, Layout, PublishedFolder
 from mflux.checkpoints.quantization import Quantization, planned
 from mflux.checkpoints.saving import copy_beside, estimated_bytes, new_folder, save_component, size_of, write_json
@@ -31,11 +31,13 @@ from mflux.models.common.config.model_config import (
     check_model_config,
 )
 from mflux.models.common.family import STAGES, Component, Family, families, load_object
+from mflux.models.common.lora.adapters import Adapter, put_on, take_off
 from mflux.models.common.lora.library import find_loras
 from mflux.models.common.lora.names import LoraNames
 from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
 from mflux.models.common.networks.interiors import compute_in
+from mflux.models.common.networks.modulation import layers_changed
 from mflux.models.common.on_disk import kind_on_disk
 from mflux.models.common.saved_model import FILE_NAME, record
 from mflux.text import shown
@@ -397,15 +399,15 @@ class Model:
             # What is to be saved has to be there.
             late=component.stage == "denoise" and not keep_dtypes and self.works_ahead,
         )
+
+        def loaded(adjust: Adjust | None = None) -> nn.Module:
+            module: nn.Module = load(adjust=adjust)
+            if component.stage == "denoise" and not keep_dtypes and self.computes_in_float16(module):
+                compute_in(module, mx.float16)
+            return module
+
         loras = self.loras_of(component, to_save=keep_dtypes)
-        if loras is None:
-            module = load()
-        else:
-            bake = self.bake_lora or self._loras is None
-            module = loras.apply(part, lambda adjust: load(adjust=adjust), bake=bake, to_save=keep_dtypes)
-        if component.stage == "denoise" and not keep_dtypes and self.computes_in_float16(module):
-            compute_in(module, mx.float16)
-        return module
+        return loaded() if loras is None else loras.apply(part, loaded, bake=self._bakes, to_save=keep_dtypes)
 
     def computes_in_float16(self, module: nn.Module | None = None) -> bool:
         """Whether attention and feed-forwards compute in float16 though their weights are stored otherwise.
@@ -430,7 +432,11 @@ class Model:
 
     @checked
     def set_loras(self, paths: list[str] | None, scales: list[float] | None = None, bake: bool = True) -> None:
-        """Apply other LoRAs than before, or none; components that LoRAs change are loaded anew when they are needed.
+        """Apply other LoRAs than before, or none.
+
+        Components whose weights hold LoRAs, or are to hold some, are loaded anew when they are needed. Without `bake`
+        LoRAs are taken off and put on beside weights that stay; of those that were let go of after they had done their
+        work, what a LoRA changes is read again.
 
         Args:
             paths, scales, bake: as `lora_paths`, `lora_scales` and `bake_lora`.
@@ -440,11 +446,39 @@ class Model:
             CheckpointError: it is not for this model.
             UsageError: more scales than LoRAs.
         """
+        bakes, before = self._bakes, self._adapters()
         self._take_loras(*find_loras(paths, scales), bake)
-        changed = [component for component in self.components if component.lora]
-        release(self, *(component.name for component in changed if is_loaded(self, component.name)))
-        if any(component.stage == "encode" for component in changed):
-            self.prompt_cache.clear()
+        after = self._adapters()
+        for component in self.components:
+            old, new = before.get(component.name), after.get(component.name)
+            if not (old or new):
+                continue
+            if component.stage == "encode":
+                self.prompt_cache.clear()
+            if not is_loaded(self, component.name):
+                continue
+            if (old and bakes) or (new and self._bakes):
+                release(self, component.name)
+                continue
+            module = getattr(self, component.name)
+            try:
+                take_off(module)
+                put_on(module, new or {})
+            except BaseException:
+                # Loaded anew it has what it should have, or says why not.
+                release(self, component.name)
+                raise
+            layers_changed(module)
+
+    @property
+    def _bakes(self) -> bool:
+        """Whether what is added to layers goes into their weights."""
+        return self.bake_lora or self._loras is None
+
+    def _adapters(self) -> dict[str, Mapping[str, Sequence[Adapter]]]:
+        """What is added to the layers of each component that LoRAs may change."""
+        loras = {one.name: self.loras_of(one, to_save=False) for one in self.components if one.lora}
+        return {name: found.of(self.component(name).folder) for name, found in loras.items() if found is not None}
 
     def _take_loras(self, names: list[str], files: list[Path], scales: list[float], bake: bool) -> None:
         # As they were asked for: what an image says of them means the same on another machine.

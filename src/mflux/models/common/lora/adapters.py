@@ -8,7 +8,8 @@ with either in LyCORIS' files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -256,18 +257,82 @@ def wrap(module: nn.Module, path: str, adapters: Sequence[Adapter], *, bias: boo
     """
     if not any(adapter.scale and (adapter.read or adapter.read_bias) for adapter in adapters):
         return
-    *steps, leaf = path.split(".")
-    parent: Any = module
-    for step in steps:
-        parent = parent[int(step)] if isinstance(parent, list) else parent[step]
-    place = int(leaf) if isinstance(parent, list) else leaf
+    parent, place = _place(module, path)
     linear = parent[place]
     if isinstance(linear, LateLinear):
         # Its bias is changed when it is read, as all are that are not stored quantized.
         if any(adapter.scale and adapter.read for adapter in adapters):
             linear.change(lambda layer: LoraLinear(cast(nn.Linear, layer), adapters))
         return
+    parent[place] = _beside(linear, adapters, bias=bias)
+
+
+def _beside(linear: Any, adapters: Sequence[Adapter], *, bias: bool = True) -> nn.Module:
+    """A linear layer with adapters: itself where they change its bias alone."""
     if bias and any(adapter.read_bias is not None for adapter in adapters):
-        linear.bias = merged_bias(linear.bias, adapters).astype(linear.bias.dtype)
-    if any(adapter.scale and adapter.read for adapter in adapters):
-        parent[place] = LoraLinear(linear, adapters)
+        # As an interior has it: see `networks.interiors`.
+        shrunk = getattr(linear, "bias_shrunk", 1.0)
+        linear.bias = (merged_bias(shrunk * linear.bias, adapters) / shrunk).astype(linear.bias.dtype)
+    return LoraLinear(linear, adapters) if any(adapter.scale and adapter.read for adapter in adapters) else linear
+
+
+# ---- put on and taken off
+
+
+def put_on(module: nn.Module, adapters: Mapping[str, Sequence[Adapter]]) -> None:
+    """Have adapters computed beside the layers of a module that has none, whose weights stay as they are. What has no
+    place beside it, a norm or a bias, is changed, and kept as it was.
+
+    Args:
+        adapters: by the layers' paths.
+
+    Raises:
+        CheckpointError: one leads to numbers that are not finite, or its file is damaged; the module is as before.
+    """
+    with ExitStack() as undone:
+        for path, acting in adapters.items():
+            if any(adapter.scale and (adapter.read or adapter.read_bias) for adapter in acting):
+                parent, place = _place(module, path)
+                undone.callback(_put_on(parent, place, acting))
+        # Not as an attribute of MLX's, which would take what is kept for parameters.
+        module.__dict__["_taken_off"] = undone.pop_all().close
+
+
+def take_off(module: nn.Module) -> None:
+    """Undo `put_on`, if there was any."""
+    module.__dict__.pop("_taken_off", lambda: None)()
+
+
+def _put_on(parent: Any, place: Any, adapters: Sequence[Adapter]) -> Callable[[], None]:
+    """Returns what undoes it."""
+    layer = parent[place]
+    if isinstance(layer, LateLinear):
+        layer.change(lambda read: _beside(read, adapters))
+        return lambda: layer.change(None)
+    before = {name: layer[name] for name in ("weight", "bias") if name in layer}
+
+    def undo() -> None:
+        # A bias that is given out with the adapters is no parameter of the layer's meanwhile.
+        dict.update(layer, before)
+        parent[place] = layer
+
+    try:
+        if isinstance(layer, (nn.Linear, nn.QuantizedLinear)):
+            parent[place] = _beside(layer, adapters)
+            return undo
+        for name, change in (("weight", merged), ("bias", merged_bias)):
+            if name in before:
+                layer[name] = change(before[name], adapters).astype(before[name].dtype)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _place(module: nn.Module, path: str) -> tuple[Any, Any]:
+    """What holds a layer, and under which name or number."""
+    *steps, leaf = path.split(".")
+    parent: Any = module
+    for step in steps:
+        parent = parent[int(step)] if isinstance(parent, list) else parent[step]
+    return parent, int(leaf) if isinstance(parent, list) else leaf

@@ -19,7 +19,7 @@ from mflux.checkpoints.late import LateLinear
 from mflux.checkpoints.readers.opening import open_checkpoint
 from mflux.errors import CheckpointError
 from mflux.models.common.lora import peft
-from mflux.models.common.lora.adapters import Adapter, linear_layers, merged, merged_bias, norm_layers, wrap
+from mflux.models.common.lora.adapters import Adapter, linear_layers, merged, merged_bias, norm_layers, put_on, wrap
 from mflux.models.common.lora.entry import Entry, other_kind, parse_name
 from mflux.models.common.lora.names import Spelling, Target, spelled
 from mflux.text import shown, some
@@ -79,6 +79,10 @@ class Loras:
         found._adapters = self._adapters | {component: both}
         return found
 
+    def of(self, component: str) -> Mapping[str, Sequence[Adapter]]:
+        """A component's adapters, by the paths of its layers."""
+        return self._adapters.get(component, {})
+
     def apply(self, component: str, load: Callable[..., nn.Module], *, bake: bool, to_save: bool = False) -> nn.Module:
         """Load a component with its adapters.
 
@@ -93,15 +97,15 @@ class Loras:
             CheckpointError: the component is to be saved, and stored quantized.
         """
         adapters = self._adapters.get(component, {})
-        # Norms and biases are never stored quantized, and nothing is gained by computing beside them.
-        whole = bake or to_save
+        if not (bake or to_save):
+            module = load(None)
+            put_on(module, adapters)
+            return module
         baked: set[tuple[str, str]] = set()
 
         def adjust(name: str, value: mx.array) -> mx.array:
             layer, _, leaf = name.rpartition(".")
             if layer not in adapters or leaf not in ("weight", "bias"):
-                return value
-            if leaf == "weight" and value.ndim > 1 and not whole:
                 return value
             baked.add((layer, leaf))
             return (merged if leaf == "weight" else merged_bias)(value, adapters[layer])
@@ -110,7 +114,7 @@ class Loras:
         late = {path: layer for path, layer in module.named_modules() if isinstance(layer, LateLinear)}
         # Added when they are read, which is still to come.
         baked |= {(path, "bias") for path in late}
-        baked |= {(path, "weight") for path, layer in late.items() if whole and not layer.packed}
+        baked |= {(path, "weight") for path, layer in late.items() if not layer.packed}
         rest = [
             layer
             for layer, found in adapters.items()

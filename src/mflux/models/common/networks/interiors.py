@@ -45,7 +45,7 @@ class Interior(nn.Module):
             part.set_dtype(dtype)
         for layer in self.last():
             if "bias" in layer:
-                layer.bias = layer.bias / self.headroom
+                layer.bias, layer.bias_shrunk = layer.bias / self.headroom, self.headroom
 
     def inside(self) -> list[nn.Module]:
         """What computes in it: by default all that there is."""

@@ -43,8 +43,8 @@ class Ahead:
     def __init__(self, conditions: dict[float, mx.array]):
         self._rows = {level: row for row, level in enumerate(conditions)}
         self._conditions = list(conditions.values())
-        # By layer, which is kept so that no other one gets its number.
-        self._made: dict[int, tuple[nn.Module, mx.array]] = {}
+        # By layer, which is kept so that no other one gets its number: its version, what it was given, what it made.
+        self._made: dict[int, tuple[nn.Module, int, mx.array | None, mx.array]] = {}
 
     def at(self, sigma: mx.array | float) -> Known | None:
         """The condition at a noise level; None if nobody knew that it would come."""
@@ -70,7 +70,9 @@ class Ahead:
         Args:
             before: what another layer made of them, which this one takes instead.
         """
-        if id(layer) not in self._made:
+        version = layer.version if isinstance(layer, LateLinear) else 0
+        known = self._made.get(id(layer))
+        if known is None or known[1] != version or known[2] is not before:
             weights: Any = layer.read() if isinstance(layer, LateLinear) else layer
             given = self._conditions if before is None else list(mx.split(before, len(before)))
             rows = [row if activation is None else activation(row) for row in given]
@@ -78,8 +80,24 @@ class Ahead:
             # a step is to get the same bits whoever worked out its vectors.
             made = weights(mx.concatenate(rows)) if has_gpu() else mx.concatenate([weights(row) for row in rows])
             mx.eval(made)
-            self._made[id(layer)] = layer, made
-        return self._made[id(layer)][1]
+            known = self._made[id(layer)] = layer, version, before, made
+        return known[3]
+
+    def layers_changed(self, conditions: dict[float, mx.array]) -> bool:
+        """Some layers are others than before.
+
+        Args:
+            conditions: what they are now.
+
+        Returns:
+            Whether the conditions are the same as before; if not, nothing here is right any more.
+        """
+        before, now = self._conditions, list(conditions.values())
+        if not all(bool(mx.array_equal(*pair).item()) for pair in zip(before, now, strict=True)):
+            return False
+        # The others know for themselves.
+        self._made = {key: made for key, made in self._made.items() if isinstance(made[0], LateLinear)}
+        return True
 
 
 @dataclass(frozen=True)
@@ -150,13 +168,23 @@ def ahead_of(
     """
     levels = {float(sigma): sigma for sigma in sigmas}
     key = tuple(levels), of, tuple(map(id, beside))
-    kept = module.__dict__.get("_ahead")
-    if kept is None or kept[0] != key:
+    kept: tuple[Any, Ahead] | None = module.__dict__.get("_ahead")
+    changed = module.__dict__.pop("_layers_changed", False)
+    if kept is not None and kept[0] == key and not changed:
+        return kept[1]
+    # One by one, as a step would have it.
+    conditions = {level: condition(sigma) for level, sigma in levels.items()}
+    if kept is None or kept[0] != key or not kept[1].layers_changed(conditions):
         # Before the next ones are made.
+        kept = None
         module.__dict__.pop("_ahead", None)
-        # One by one, as a step would have it.
-        ahead = Ahead({level: condition(sigma) for level, sigma in levels.items()})
-        ahead.work_out(module, *beside)
         # Not as an attribute of MLX's, which would take it for parameters.
-        kept = module.__dict__["_ahead"] = (key, ahead)
+        kept = module.__dict__["_ahead"] = (key, Ahead(conditions))
+    kept[1].work_out(module, *beside)
     return kept[1]
+
+
+def layers_changed(module: nn.Module) -> None:
+    """Some of a module's layers are others than when its modulation was worked out; what follows from them alone is
+    worked out anew, once it is needed."""
+    module.__dict__["_layers_changed"] = True
