@@ -81,6 +81,53 @@ def write_config(folder: Path, **changes) -> Path:
     return path
 
 
+# ---- images that are not learned from
+
+
+def test_held_out_images_are_looked_at_and_not_learned_from(tmp_path, cli):
+    write_data(tmp_path / "held", sizes=((48, 48), (32, 32)))
+    monitoring = {"generate_image_frequency": 1000, "plot_frequency": 2, "preview_width": 32, "preview_height": 32}
+    watched = {"monitoring": monitoring | {"held_out": "held"}}
+    path = write_config(tmp_path, **watched)
+    assert "3 images, 2 held out" in cli("train", "--config", path, "--dry-run").out
+    plain = Loop(TrainingSession(spec_of(tmp_path, monitoring=monitoring)))
+    plain.run()
+    loop = Loop(TrainingSession(spec_of(tmp_path, checkpoint__output_path=str(tmp_path / "two"), **watched)))
+    loop.run()
+    # Nothing of it is learned, and no number is drawn for it that another would have had.
+    mine, other = loop.session.lora_weights(), plain.session.lora_weights()
+    assert all(mx.array_equal(mine[name], other[name]) for name in other)
+    told = [entry["loss"] for entry in loop.losses.held_out_loss]
+    assert [entry["step"] for entry in loop.losses.held_out_loss] == [0, 2, 4, 6] and len(set(told)) == 4
+    # The same noise each time, and the mean over images.
+    loop._look()
+    assert loop.losses.held_out_loss[-1]["loss"] == told[-1]
+    page = (tmp_path / "two" / "loss" / "loss.html").read_text()
+    assert "not learned from" in page and page.count("<polyline") == 3
+    assert "not learned from" not in (tmp_path / "out" / "loss" / "loss.html").read_text()
+    # A checkpoint has them, and goes on with the folder where it is.
+    found = Checkpoint(loop.written.checkpoint)
+    assert [entry["loss"] for entry in found.losses().held_out_loss] == told
+    assert found.configuration["monitoring"]["held_out"] == str(tmp_path / "held")
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("none", "monitoring: held_out: there is no folder"),
+        ("data", "monitoring: held_out: 0.png is learned from as well"),
+        ("pairs", "holds pairs, and single images are learned from"),
+    ],
+)
+def test_held_out_images_that_make_no_sense(folder, message, tmp_path):
+    write_data(tmp_path / "pairs", sizes=((32, 32), (32, 32)))
+    for number, name in enumerate(("a_in", "a_out")):
+        (tmp_path / "pairs" / f"{number}.png").rename(tmp_path / "pairs" / f"{name}.png")
+        (tmp_path / "pairs" / f"{number}.txt").rename(tmp_path / "pairs" / f"{name}.txt")
+    with pytest.raises(UsageError, match=message):
+        spec_of(tmp_path, monitoring={"generate_image_frequency": 5, "held_out": folder})
+
+
 # ---- what a configuration may say
 
 

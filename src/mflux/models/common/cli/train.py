@@ -48,9 +48,11 @@ def train(argv: Sequence[str] | None) -> None:
     spec = settle(args, said)
     if args.dry_run:
         steps = -(-len(spec.data) // spec.training_loop.batch_size) * spec.training_loop.num_epochs
+        held_out = spec.monitoring.held_out if spec.monitoring is not None else []
+        also = f", {len(held_out)} held out" if held_out else ""
         say_line(
-            f"{spec.config_path or spec.checkpoint_path} is in order: {len(spec.data)} images, {steps:,} batches of "
-            f"{spec.training_loop.batch_size}, {spec.key}"
+            f"{spec.config_path or spec.checkpoint_path} is in order: {len(spec.data)} images{also}, {steps:,} batches "
+            f"of {spec.training_loop.batch_size}, {spec.key}"
         )
         return
 

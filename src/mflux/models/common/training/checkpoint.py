@@ -50,10 +50,12 @@ FOLDER = "checkpoints"
 
 @dataclass
 class Losses:
-    """A loss for each batch, and now and then one of several images; each with its step and time."""
+    """A loss for each batch, and now and then one of several images, and of those that are not learned from; each with
+    its step and time."""
 
     step_loss: list[dict[str, Any]] = field(default_factory=list)
     batch_loss: list[dict[str, Any]] = field(default_factory=list)
+    held_out_loss: list[dict[str, Any]] = field(default_factory=list)
 
     @staticmethod
     def entry(step: int, loss: float) -> dict[str, Any]:
@@ -73,7 +75,7 @@ class Losses:
                     {"step": int(one["step"]), "loss": float(one["loss"]), "time": shown(one["time"], 40)}
                     for one in table.get(name, [])
                 ]
-                for name in ("step_loss", "batch_loss")
+                for name in ("step_loss", "batch_loss", "held_out_loss")
             }
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             raise CheckpointError("the checkpoint's losses make no sense: take another checkpoint") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import shlex
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -47,6 +48,7 @@ class State:
     iterator: dict[str, Any]
     steps: int
     looks: int
+    held_out: int
     window: tuple[dict[str, mx.array], int]
 
 
@@ -156,7 +158,7 @@ class Loop:
     def _batch(self, batch: Batch) -> float | None:
         """Learn from a batch; its loss, or None if that taught nothing."""
         session, spec = self.session, self.spec
-        drawn = [self._draw(batch, item) for item in batch.data]
+        drawn = [self._draw(batch.rng, item) for item in batch.data]
         value, gradients = session.loss_and_gradients(
             batch.data, [sigma for sigma, _ in drawn], [noise for _, noise in drawn]
         )
@@ -193,10 +195,10 @@ class Loop:
             give_back_memory()
         return loss if taken else None
 
-    def _draw(self, batch: Batch, item: Any) -> tuple[float, mx.array]:
+    def _draw(self, rng: random.Random, item: Any) -> tuple[float, mx.array]:
         session = self.session
         return objective.draw(
-            batch.rng,
+            rng,
             self.spec.training_loop,
             session.config_of(item),
             item.clean_latents.shape,
@@ -225,13 +227,21 @@ class Loop:
             log.warning("%s; training goes on", error)
 
     def _look(self) -> None:
-        """The loss of some of the images with noise of its own."""
+        """The loss of some of the images with noise of its own, and of those that are not learned from."""
         batch = self.iterator.get_validation_batch()
-        drawn = [self._draw(batch, item) for item in batch.data]
+        drawn = [self._draw(batch.rng, item) for item in batch.data]
         value = self.session.loss(batch.data, [sigma for sigma, _ in drawn], [noise for _, noise in drawn])
         if math.isfinite(float(value)):
             self.losses.batch_loss.append(Losses.entry(self.iterator.num_iterations, float(value)))
-            self.state = self._now()
+        if held_out := self.session.held_out:
+            # The same noise at every look: what changes is what was learned.
+            rng, values = random.Random(self.spec.seed), []
+            for item in held_out:
+                sigma, noise = self._draw(rng, item)
+                values.append(float(self.session.loss([item], [sigma], [noise])))
+            if math.isfinite(mean := math.fsum(values) / len(values)):
+                self.losses.held_out_loss.append(Losses.entry(self.iterator.num_iterations, mean))
+        self.state = self._now()
 
     def _preview(self) -> None:
         monitoring = self.spec.monitoring
@@ -257,6 +267,7 @@ class Loop:
             self.iterator.to_dict(),
             len(self.losses.step_loss),
             len(self.losses.batch_loss),
+            len(self.losses.held_out_loss),
             self.window,
         )
 
@@ -269,6 +280,7 @@ class Loop:
         self.session.optimizer.put(state.optimizer)
         self.iterator = Iterator.from_dict(state.iterator, self.iterator.dataset)
         del self.losses.step_loss[state.steps :], self.losses.batch_loss[state.looks :]
+        del self.losses.held_out_loss[state.held_out :]
         self.window = state.window
 
     def _keep(self) -> None:
@@ -297,6 +309,8 @@ class Loop:
         spec, session, found = self.spec, self.session, estimate(self.session)
         steps = -(-self.total // spec.optimizer.gradient_accumulation_steps)
         log.info("data: %s (%s) in %s", count(spec.data, "image"), described(spec.data), spec.data_root)
+        if session.held_out:
+            log.info("held out: %s, whose loss is looked at", count(session.held_out, "image"))
         log.info(
             "LoRA: %s, %s numbers, %s of memory with what the optimizer keeps",
             count(session.layers, "layer"),

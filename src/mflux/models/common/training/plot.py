@@ -69,13 +69,15 @@ def write(spec: TrainingSpec, losses: Losses, *, done: int, total: int) -> Path:
 def _curves(spec: TrainingSpec, losses: Losses, total: int) -> str:
     steps = [(entry["step"], entry["loss"]) for entry in losses.step_loss]
     looks = [(entry["step"], entry["loss"]) for entry in losses.batch_loss]
+    held_out = [(entry["step"], entry["loss"]) for entry in losses.held_out_loss]
     if not steps and not looks:
         return "<p>No loss yet.</p>"
     if spec.monitoring is not None and spec.monitoring.smooth_loss:
         steps = smoothed(steps, spec.monitoring.smooth_loss_window)
     steps = _thinned(steps)
-    highest = max(loss for _, loss in (*steps, *looks)) or 1.0
-    last = max(total, *(step for step, _ in (*steps, *looks)), 1)
+    together = (*steps, *looks, *held_out)
+    highest = max(loss for _, loss in together) or 1.0
+    last = max(total, *(step for step, _ in together), 1)
 
     def place(step: float, loss: float) -> str:
         x = _LEFT + (_WIDTH - _LEFT - 8) * step / last
@@ -92,13 +94,14 @@ def _curves(spec: TrainingSpec, losses: Losses, total: int) -> str:
         x = place(last * number / 4, 0).split(",")[0]
         anchor = "end" if number == 4 else "start" if number == 0 else "middle"
         lines.append(f'<text x="{x}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{last * number // 4:,}</text>')
-    for points, colour in ((steps, "#3b7dd8"), (looks, "#d8693b")):
+    for points, colour in ((steps, "#3b7dd8"), (looks, "#d8693b"), (held_out, "#2f8f4e")):
         if points:
             drawn = " ".join(place(*point) for point in points)
             lines.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
     said = "each batch's loss (blue)" + (
         "; a look at up to ten of the images, with noise of its own (orange)" if looks else ""
     )
+    said += "; the images that are not learned from, always with the same noise (green)" if held_out else ""
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="loss">{"".join(lines)}</svg><p>{said}</p>'
 
 

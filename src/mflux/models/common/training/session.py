@@ -81,11 +81,14 @@ class TrainingSession:
         )
         if not self.layers:
             raise UsageError("there is no layer to train: name some in lora_layers")
-        for item in spec.data:
+        held_out = spec.monitoring.held_out if spec.monitoring is not None else []
+        for item in (*spec.data, *held_out):
             self.adapter.check(self.adapter.words(item.prompt))
         check_memory(self)
         try:
-            self.items: Sequence[DataItem] = self._encoded(spec.data)
+            encoded = self._encoded([*spec.data, *held_out])
+            self.items: Sequence[DataItem] = encoded[: len(spec.data)]
+            self.held_out: Sequence[DataItem] = encoded[len(spec.data) :]
             self._load()
             self.optimizer = Optimizer(spec.optimizer, self.lora_weights())
         except BaseException:

@@ -180,7 +180,11 @@ class LoraLayersSpec:
 
 @dataclass
 class MonitoringSpec:
-    """What is looked at meanwhile; frequencies are in batches."""
+    """What is looked at meanwhile; frequencies are in batches.
+
+    Attributes:
+        held_out: images with captions that are not learned from; their loss is looked at beside the others'.
+    """
 
     plot_frequency: int
     generate_image_frequency: int
@@ -191,11 +195,12 @@ class MonitoringSpec:
     preview_images: list[Path] | None = None
     smooth_loss: bool = False
     smooth_loss_window: int = 5
+    held_out: list[DataSpec] = field(default_factory=list)
 
 
 @dataclass
 class _Monitoring:
-    """The same as a configuration says it."""
+    """The same as a configuration says it; `held_out` is a folder there."""
 
     generate_image_frequency: int = field(metadata={"least": 1})
     plot_frequency: int = field(default=20, metadata={"least": 1})
@@ -203,6 +208,7 @@ class _Monitoring:
     preview_height: int = field(default=1024, metadata={"least": GRID, "most": 16384})
     smooth_loss: bool = False
     smooth_loss_window: int = field(default=5, metadata={"least": 1})
+    held_out: str | None = None
 
 
 @dataclass
@@ -477,6 +483,10 @@ def _settled(config: Mapping[str, Any], path: Path | None) -> TrainingSpec:
     key = built_key(top.model, base_model)
     root = _data_folder(top.data, path)
     found = look_through(root, max_resolution=top.max_resolution, previews=monitoring is not None)
+    held_out = _held_out(monitoring, path, found, top.max_resolution)
+    configuration = dict(config) | {"data": str(root)}
+    if monitoring is not None and monitoring.held_out is not None:
+        configuration["monitoring"] = dict(config["monitoring"]) | {"held_out": monitoring.held_out}
     optimizer = _optimizer(top.optimizer, len(found.items), loop)
     spec = TrainingSpec(
         model=top.model,
@@ -488,7 +498,7 @@ def _settled(config: Mapping[str, Any], path: Path | None) -> TrainingSpec:
         training_loop=loop,
         optimizer=optimizer,
         checkpoint=checkpoint,
-        monitoring=None if monitoring is None else _with_previews(monitoring, found),
+        monitoring=None if monitoring is None else _with_previews(monitoring, found, held_out),
         lora_layers=layers,
         statistics=StatisticsSpec(),
         data=found.items,
@@ -502,7 +512,7 @@ def _settled(config: Mapping[str, Any], path: Path | None) -> TrainingSpec:
         base_model=base_model,
         adapter_dtype=top.adapter_dtype,
         vae_tile_size=top.vae_tile_size,
-        configuration=dict(config) | {"data": str(root)},
+        configuration=configuration,
     )
     spec.key = key
     usual = spec.trained.assistant
@@ -539,12 +549,12 @@ def _above(value: float | None, name: str) -> None:
         raise UsageError(f"{name} is {value}: it has to be above 0")
 
 
-def _data_folder(data: str, path: Path | None) -> Path:
+def _data_folder(data: str, path: Path | None, key: str = "data") -> Path:
     root = user_path(data)
     if not root.is_absolute():
         if path is None:
             raise UsageError(
-                f"data: {shown(data)} is relative, and there is no file beside which it lies: give it whole"
+                f"{key}: {shown(data)} is relative, and there is no file beside which it lies: give it whole"
             )
         root = path.parent / root
     return root.resolve()
@@ -564,11 +574,33 @@ def _monitoring(table: Any) -> _Monitoring | None:
     return found
 
 
-def _with_previews(monitoring: _Monitoring, found: Found) -> MonitoringSpec:
+def _held_out(
+    monitoring: _Monitoring | None, path: Path | None, found: Found, max_resolution: int | None
+) -> list[DataSpec]:
+    """The images that are not learned from; the folder's name becomes a whole one."""
+    if monitoring is None or monitoring.held_out is None:
+        return []
+    key = "monitoring: held_out"
+    root = _data_folder(monitoring.held_out, path, key)
+    monitoring.held_out = str(root)
+    try:
+        held = look_through(root, max_resolution=max_resolution)
+    except UsageError as error:
+        raise UsageError(str(error).replace("data", key, 1)) from None
+    if held.is_edit != found.is_edit:
+        kinds = [("single images", "pairs")[one.is_edit] for one in (held, found)]
+        raise UsageError(f"{key}: {root} holds {kinds[0]}, and {kinds[1]} are learned from: give such as well")
+    learned = {item.image.resolve() for item in found.items}
+    if both := [item.image.name for item in held.items if item.image.resolve() in learned]:
+        raise UsageError(f"{key}: {both[0]} is learned from as well: give images of a folder of their own")
+    return held.items
+
+
+def _with_previews(monitoring: _Monitoring, found: Found, held_out: list[DataSpec]) -> MonitoringSpec:
     prompts = found.previews
     images = [image for _, image in prompts.values() if image is not None]
     return MonitoringSpec(
-        **vars(monitoring),
+        **vars(monitoring) | {"held_out": held_out},
         preview_prompts=[prompt for prompt, _ in prompts.values()],
         preview_prompt_names=list(prompts),
         preview_images=images or None,
