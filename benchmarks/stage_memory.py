@@ -106,6 +106,7 @@ LARGER = {
             "intermediate_size": 4096, "text_hidden_dim": 1024, "text_num_attention_heads": 8,
             "text_num_key_value_heads": 8, "text_intermediate_size": 2816, "axes_dims_rope": [32, 48, 48],
         },
+        "controlnet": {"width": 1536, "key_width": 384, "hidden": 4096, "num_layers": 4},
         "vae": {"base_dim": 64, "dim_mult": [1, 2, 4, 4]},
     },
     "ernie_image": {
@@ -180,11 +181,16 @@ def enlarge(folder: Path, name: str) -> None:
     from support.tiny import published, write_json
 
     from mflux.backend import mx
-    from mflux.models.common.family import families
+    from mflux.models.common.family import families, load_object
 
-    for number, component in enumerate(families()[name].components):
+    parts = list(families()[name].components)
+    for reference in families()[name].pipelines:
+        parts += [
+            part for part in load_object(reference).components if part.folder not in {one.folder for one in parts}
+        ]
+    for number, component in enumerate(parts):
         changes = LARGER[name].get(component.folder)
-        if changes is None:
+        if changes is None or not (folder / component.folder).is_dir():
             continue
         path = folder / component.folder / "config.json"
         config = json.loads(path.read_text())

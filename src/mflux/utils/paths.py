@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from mflux.errors import UsageError
@@ -34,7 +35,10 @@ def user_path(path: str | bytes | os.PathLike) -> Path:
         path = os.fsdecode(path)
         os.fsencode(path)
     except UnicodeError:
-        raise UsageError(f"{shown(path)} is no name that a file can have: it holds half a character") from None
+        encoding = sys.getfilesystemencoding()
+        half = encoding == "utf-8" or any("\ud800" <= letter <= "\udfff" for letter in str(path))
+        why = "it holds half a character" if half else f"names are {encoding} here, and LC_ALL=C.UTF-8 takes all"
+        raise UsageError(f"{shown(path)} is no name that a file can have: {why}") from None
     except TypeError:
         raise UsageError(f"{shown(path)} is no path: give text or a Path") from None
     if not path.strip():

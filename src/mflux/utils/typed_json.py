@@ -50,7 +50,8 @@ def checked_fields(
             try:
                 chosen[name] = _checked(table[name], kinds[name], _Range.of(field, most_of))
             except _Unlike as unlike:
-                raise Wrong(f"{name} is {shown(repr(table[name]), 80)}, not {unlike}") from None
+                value = unlike.value if unlike.inside else table[name]
+                raise Wrong(f"{name}{unlike.inside} is {shown(repr(value), 80)}, not {unlike}") from None
     return chosen
 
 
@@ -69,7 +70,16 @@ class _Range:
 
 
 class _Unlike(Exception):
-    """A value is not what its field takes; the message says what that would be."""
+    """A value is not what its field takes; the message says what that would be.
+
+    Attributes:
+        inside: where in the field's table it stands, ".key"; "" where it is the field's own.
+        value: what stands there.
+    """
+
+    def __init__(self, expected: str, inside: str = "", value: Any = None):
+        super().__init__(expected)
+        self.inside, self.value = inside, value
 
 
 @cache
@@ -114,7 +124,7 @@ def _checked(value: Any, kind: Any, numbers: _Range) -> Any:
         raise _Unlike("a table")
     if kind is dict or kind is Mapping or origin in (dict, Mapping):
         if isinstance(value, Mapping):
-            return {name: _plain(item, numbers) for name, item in value.items()}
+            return {name: _inside(name, item, numbers) for name, item in value.items()}
         raise _Unlike("a table")
     return _plain(value, numbers)
 
@@ -125,8 +135,18 @@ def _of_any(value: Any, kinds: tuple[Any, ...], numbers: _Range) -> Any:
         try:
             return _checked(value, kind, numbers)
         except _Unlike as wrong:
+            if wrong.inside:
+                raise
             expected.append(str(wrong))
     raise _Unlike(" or ".join(expected))
+
+
+def _inside(name: Any, value: Any, numbers: _Range) -> Any:
+    try:
+        return _plain(value, numbers)
+    except _Unlike as unlike:
+        found = unlike.value if unlike.inside else value
+        raise _Unlike(str(unlike), f".{shown(name, 40)}{unlike.inside}", found) from None
 
 
 def _tuple(value: Any, inner: tuple[Any, ...], numbers: _Range) -> tuple[Any, ...]:

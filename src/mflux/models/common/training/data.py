@@ -203,13 +203,18 @@ def fingerprint(items: Sequence[DataSpec], root: Path, *, is_edit: bool) -> dict
 
     paths = [item.image for item in items] + [item.input_image for item in items if item.input_image is not None]
     digests = {name(path): _digest(path) for path in paths}
-    captions = hashlib.sha256("\0".join(item.prompt for item in items).encode("utf-8", "replace")).hexdigest()
+    captions = {
+        name((item.input_image or item.image).with_suffix(".txt")): hashlib.sha256(
+            item.prompt.encode("utf-8", "replace")
+        ).hexdigest()
+        for item in items
+    }
     return {
         "count": len(items),
         "images": sorted(name(item.image) for item in items),
         "input_images": sorted(name(item.input_image) for item in items if item.input_image is not None),
         "is_edit": is_edit,
-        "hashes": digests | {"captions": captions},
+        "hashes": digests | captions,
     }
 
 

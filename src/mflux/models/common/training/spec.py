@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -454,6 +455,11 @@ def _output_folder(asked: str, *, new: bool) -> Path:
         path = path.with_name(f"{path.name}_{datetime.datetime.now():%Y%m%d_%H%M%S}")
     elif is_file(path):
         raise UsageError(f"checkpoint: output_path: {path} is a file: give a folder")
+    # Told before the data are encoded, and by --dry-run, which makes no folder.
+    above = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
+    if not is_folder(above) or not os.access(above, os.W_OK):
+        why = "is no folder" if not is_folder(above) else "cannot be written to"
+        raise UsageError(f"checkpoint: output_path: {above} {why}: give another folder")
     return path
 
 
