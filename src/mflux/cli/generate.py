@@ -110,7 +110,7 @@ class Generate:
         if "parts" not in self.leave_out:
             groups.add_part_options(parser)
         if "prompt" not in self.leave_out:
-            groups.add_prompt_options(parser)
+            groups.add_prompt_options(parser, cached=True)
         guidance = "the model's" if self.guidance is None else str(self.guidance)
         scheduler = self.defaults.get("scheduler", "linear")
         groups.add_generation_options(parser, default_size=self.default_size, guidance=guidance, scheduler=scheduler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from mflux.errors import UsageError
@@ -105,6 +106,16 @@ def recorded_source(name: str | os.PathLike) -> str:
 
 
 # Python's own raise an error for a name that is longer than a file can have.
+
+
+def cache_folder() -> Path:
+    """Where mflux keeps what it fetches itself: MFLUX_CACHE_DIR, or the platform's cache folder, as in mflux 0.24."""
+    if chosen := os.environ.get("MFLUX_CACHE_DIR"):
+        return Path(chosen).resolve()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mflux"
+    caches = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(caches) if caches else Path.home() / ".cache") / "mflux"
 
 
 def is_file(path: str | os.PathLike) -> bool:

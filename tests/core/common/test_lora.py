@@ -441,7 +441,7 @@ def test_what_is_taken_off_leaves_nothing(bits):
         endless = Difference(mx.full(shape, math.inf))
         others = {name: found for name, found in adapters.items() if name != place}
         with pytest.raises(CheckpointError, match="not finite"):
-            put_on(net, others | {place: [Adapter(1.0, 1.0, lambda: (endless, None))]})
+            put_on(net, others | {place: [Adapter(1.0, 1.0, lambda endless=endless: (endless, None))]})
         assert is_as_before()
         take_off(net)
         assert is_as_before()

@@ -351,6 +351,13 @@ class Model:
         config_class: type[ComponentConfig] = component.module_class().config_class
         return config_class.from_dict(folder.config(component.folder), source=source)
 
+    def encoded_from(self) -> list[Path]:
+        """The files and folders that what encoders make of a prompt follows from: theirs, and the tokenizers'."""
+        encoders = [one for one in self.components if one.stage == "encode"]
+        places = [self.folder_of(one).place_of(one.folder) for one in encoders]
+        beside = [self.folder_of(one).root / name for one in encoders for name in one.beside]
+        return [*places, *beside, *(self.root / name for name in self.family.beside), self.root / FILE_NAME]
+
     # ---- components
 
     def load(self, component: Component, *, keep_dtypes: bool = False) -> nn.Module:
@@ -450,9 +457,7 @@ class Model:
     def _adapters(self) -> dict[str, Mapping[str, Sequence[Adapter]]]:
         """What is added to the layers of each component that LoRAs may change."""
         loras = {one.name: self.loras_of(one, to_save=False) for one in self.components if one.lora}
-        return {
-            name: found.of(self.component(name).folder) for name, found in loras.items() if found is not None
-        }
+        return {name: found.of(self.component(name).folder) for name, found in loras.items() if found is not None}
 
     def _take_loras(self, names: list[str], files: list[Path], scales: list[float], bake: bool) -> None:
         # As they were asked for: what an image says of them means the same on another machine.
