@@ -195,7 +195,7 @@ def times(folder: Path) -> dict:
 
 def child(*words: object) -> dict:
     call = [sys.executable, __file__, "--child", *map(str, words)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "MFLUX_PROMPT_CACHE": "0"}
     done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(call)} failed:\n{done.stderr}")

@@ -133,7 +133,8 @@ def rows(client: httpx2.Client, engine: Engine, pixels: int, repeats: int) -> No
         began = time.perf_counter()
         words = ["--model", "demo", "--prompt", PROMPT, "--width", str(pixels), "--height", str(pixels)]
         call = [sys.executable, "-m", "mflux.cli.main", "generate", *words]
-        subprocess.run(call, check=True, cwd=folder, capture_output=True)
+        environment = os.environ | {"MFLUX_PROMPT_CACHE": "0"}
+        subprocess.run(call, check=True, cwd=folder, capture_output=True, env=environment)
         print(f"| {pixels} px: `mflux-generate` | {time.perf_counter() - began:.2f} | – |")
 
 

@@ -283,7 +283,7 @@ def measured(name: str, command: str, folder: Path, size: int) -> Iterator[tuple
     """Rows of the table, MB: run, component, held before, weights, peak while it loads, peak while it works."""
     for bits in (None, *BITS):
         call = [sys.executable, __file__, "--child", name, command, str(folder), str(size), str(bits or 0)]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "MFLUX_PROMPT_CACHE": "0"}
         done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(call)} failed:\n{done.stderr}")

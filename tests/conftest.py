@@ -39,6 +39,8 @@ if os.environ.get("MFLUX_REFUSE_TORCH") == "1":
 
 # Nothing here may reach for the network; what a test wants of the Hub, it asks of a server of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One test's prompts are to be encoded in another as well, and none belongs into this user's cache.
+os.environ["MFLUX_PROMPT_CACHE"] = "0"
 
 
 _modules = 0

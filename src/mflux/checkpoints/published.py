@@ -161,6 +161,10 @@ class PublishedFolder:
         """Whether the component is there."""
         return part in self.files or (self.root / part).is_dir()
 
+    def place_of(self, part: str) -> Path:
+        """The file or folder that a component is read from."""
+        return self.files.get(part, self.root / part)
+
     def config(self, part: str) -> dict[str, Any]:
         """What the `config.json` of a component says, or the shapes of its tensors where it may have none."""
         path = self.root / part / "config.json"
@@ -226,6 +230,9 @@ class Alone(PublishedFolder):
 
     def has(self, part: str) -> bool:
         return True
+
+    def place_of(self, part: str) -> Path:
+        return self.root
 
     def config(self, part: str) -> dict[str, Any]:
         return super().config("")

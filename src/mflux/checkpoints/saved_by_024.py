@@ -45,6 +45,9 @@ class FolderOf024(PublishedFolder):
         """The folder that a component lies in."""
         return self.layout.lies_in.get(part, part)
 
+    def place_of(self, part: str) -> Path:
+        return self.files.get(part, self.root / self._holder(part))
+
     def config(self, part: str) -> dict[str, Any]:
         if part in self.files:
             return super().config(part)

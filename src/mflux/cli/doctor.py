@@ -162,10 +162,14 @@ def _version(distribution: str) -> str | None:
 
 
 def caches_part() -> Part:
-    """Folders that models are fetched to, with their bytes and the bytes that are free on their disk."""
-    from mflux.models.common.controls.depth_pro.download import cache_folder
+    """Where models and encoded prompts are kept: folders, their bytes, and the bytes that are free on their disk."""
+    from mflux.utils.paths import cache_folder
 
-    return {"hugging_face": _safely(lambda: _folder(_hub_constants().HF_HUB_CACHE)), "mflux": _folder(cache_folder())}
+    return {
+        "hugging_face": _safely(lambda: _folder(_hub_constants().HF_HUB_CACHE)),
+        "mflux": _folder(cache_folder()),
+        "prompts": _folder(cache_folder() / "prompts"),
+    }
 
 
 def _folder(path: str | Path) -> Part:
@@ -540,8 +544,9 @@ def _cache_lines(part: Part) -> list[str]:
     return [
         f"cannot be told ({cache['error']})"
         if "error" in cache
-        else f"{cache['folder']}: {size(cache['bytes'])}, {size(cache['free'])} free"
-        for cache in part.values()
+        else f"{cache['folder']}: {size(cache['bytes'])}, "
+        + ("encoded prompts (remove it to empty it)" if name == "prompts" else f"{size(cache['free'])} free")
+        for name, cache in part.items()
     ]
 
 

@@ -116,7 +116,7 @@ class Generate:
         if self.family.float16:
             groups.add_compute_precision_option(parser)
         if "prompt" not in self.leave_out:
-            groups.add_prompt_options(parser)
+            groups.add_prompt_options(parser, cached=True)
         guidance = "the model's" if self.guidance is None else str(self.guidance)
         scheduler = self.defaults.get("scheduler", "linear")
         groups.add_generation_options(parser, default_size=self.default_size, guidance=guidance, scheduler=scheduler)

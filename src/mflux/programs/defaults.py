@@ -7,10 +7,10 @@ import subprocess
 from functools import cache
 
 from mflux.errors import ModelConfigError, UsageError
-from mflux.models.common.controls.depth_pro.download import cache_folder
 from mflux.models.common.lora.styles import STYLE_REPOSITORY, STYLES, style_path
 from mflux.models.common.registry import MODELS
 from mflux.text import shown, written
+from mflux.utils.paths import cache_folder
 from mflux.utils.scale_factor import GRID
 
 BATTERY_PERCENTAGE_STOP_LIMIT = 5

@@ -31,6 +31,9 @@ _MOST_LINKS = 40
 class Temporary:
     """A new hidden file (or folder) in `folder`, locked until it is closed.
 
+    Args:
+        private: of a file: nobody else may read it, whatever the umask says.
+
     Attributes:
         path: where it is.
         descriptor: of the open file; -1 once closed.
@@ -39,7 +42,7 @@ class Temporary:
         OSError: it cannot be created.
     """
 
-    def __init__(self, folder: Path, *, is_folder: bool = False):
+    def __init__(self, folder: Path, *, is_folder: bool = False, private: bool = False):
         remove_abandoned(folder)
         for _ in range(_ATTEMPTS):
             self.path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIXES[0]}"
@@ -50,7 +53,8 @@ class Temporary:
                     self.descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
                 else:
                     # 0o666 less the umask, as for any new file; O_EXCL so that nothing of anybody's is written through.
-                    self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                    mode = 0o600 if private else 0o666
+                    self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
                 # Where there are no locks nothing is taken for abandoned either.
                 with suppress(OSError):
                     fcntl.flock(self.descriptor, fcntl.LOCK_EX)
@@ -102,7 +106,12 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def write_atomically(
-    path: Path, write: Callable[[BinaryIO], object], *, overwrite: bool, beside: str | None = None
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    *,
+    overwrite: bool,
+    beside: str | None = None,
+    private: bool = False,
 ) -> Path:
     """Let `write(file)` fill a file that appears under its name only when complete.
 
@@ -111,6 +120,7 @@ def write_atomically(
         write: called with a binary file.
         overwrite: replace what has that name.
         beside: an ending that must be free as well, for what goes with the file.
+        private: nobody else may read it.
 
     Returns:
         Where it went: `path`, or the next free name beside it (`name_1.png`) unless `overwrite`.
@@ -121,7 +131,7 @@ def write_atomically(
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Temporary(path.parent)
+        temporary = Temporary(path.parent, private=private)
         try:
             # The lock belongs to the descriptor, which stays open until the file has its name.
             with os.fdopen(os.dup(temporary.descriptor), "w+b") as file:
@@ -135,6 +145,27 @@ def write_atomically(
             temporary.discard()
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def private_folder(path: Path) -> Path:
+    """A folder of this user's alone, made if need be. One that others may enter is closed to them.
+
+    Raises:
+        OSError: it cannot be made, or what has its name is somebody else's, or no folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        path.mkdir(0o700)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "it is somebody else's")
+        if found.st_mode & 0o077:
+            os.fchmod(descriptor, 0o700)
+    finally:
+        os.close(descriptor)
+    return path
 
 
 def remove_within(path: Path, root: Path, *, follow: bool = False) -> list[Path]:

@@ -111,6 +111,16 @@ def recorded_source(name: str | os.PathLike) -> str:
 # Python's own raise an error for a name that is longer than a file can have.
 
 
+def cache_folder() -> Path:
+    """Where mflux keeps what it fetches itself: MFLUX_CACHE_DIR, or the platform's cache folder, as in mflux 0.24."""
+    if chosen := os.environ.get("MFLUX_CACHE_DIR"):
+        return Path(chosen).resolve()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mflux"
+    caches = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(caches) if caches else Path.home() / ".cache") / "mflux"
+
+
 def is_file(path: str | os.PathLike) -> bool:
     """Whether there is such a file; False as well for what no path can be."""
     return os.path.isfile(path)  # noqa: PTH113

@@ -18,10 +18,12 @@ from mflux.cli.completions import guess_shell, usual_folder
 from mflux.cli.ranks import own_part
 from mflux.errors import MfluxError
 from mflux.hub.secrets import without_secrets
-from mflux.models.common.controls.depth_pro.download import cache_folder, fetch_archive
+from mflux.models.common.controls.depth_pro.download import fetch_archive
+from mflux.models.common.encoded_on_disk import EncodedOnDisk
 from mflux.models.common.lora.library import library, library_folders
 from mflux.models.common.saved_model import models_folder
 from mflux.serve import remote
+from mflux.utils.paths import cache_folder
 
 NONSENSE = (
     "",
@@ -68,6 +70,7 @@ READERS = {
     "MFLUX_DEVICE": lambda _: backend._settle_device(),
     "MFLUX_CACHE_DIR": download,
     "MFLUX_MODELS_DIR": lambda _: models_folder(),
+    "MFLUX_PROMPT_CACHE": lambda _: EncodedOnDisk.is_wanted(),
     "XDG_CACHE_HOME": lambda _: cache_folder(),
     "XDG_DATA_HOME": lambda _: usual_folder("bash"),
     "LORA_LIBRARY_PATH": lambda _: library(library_folders()),

@@ -62,12 +62,20 @@ def add_lora_options(parser: argparse.ArgumentParser, *, style: bool = True, bak
     )
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+def add_prompt_options(parser: argparse.ArgumentParser, *, cached: bool = False) -> None:
     group = parser.add_argument_group("prompt")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--prompt", help="what to draw; - reads it from standard input")
     either.add_argument("--prompt-file", type=Path, help="a text file with the prompt, read anew for each picture")
     group.add_argument("--negative-prompt", default="", help="what not to draw, for models that can use it")
+    if cached:
+        group.add_argument(
+            "--prompt-cache",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="keep encoded prompts on disk, for this user alone: the next command with the same prompt reads no "
+            "text encoder (default: yes, unless MFLUX_PROMPT_CACHE=0)",
+        )
 
 
 def add_generation_options(

@@ -327,6 +327,7 @@ def prepare_machine(args: argparse.Namespace, pipeline: Pipeline, pictures: int)
     """
     from mflux.callbacks.instances.battery_saver import BatterySaver
     from mflux.callbacks.instances.memory_saver import MemorySaver, limit_cache
+    from mflux.models.common.encoded_on_disk import EncodedOnDisk
     from mflux.models.common.networks.autoencoders.tiling import TilingConfig
 
     if args.vae_tiling or args.vae_tile_size:
@@ -340,6 +341,8 @@ def prepare_machine(args: argparse.Namespace, pipeline: Pipeline, pictures: int)
         from mflux.callbacks.instances.stepwise_handler import StepwiseHandler
 
         pipeline.callbacks.register(StepwiseHandler(pipeline, args.stepwise_image_output_dir, pipeline.latent_creator))
+    if getattr(args, "prompt_cache", False):
+        pipeline.prompts_on_disk = EncodedOnDisk() if EncodedOnDisk.is_wanted() else None
     # A run that encodes another prompt later makes room for the encoders: its peak is one stage, not two.
     pipeline.keep = replace(pipeline.keep, transformer=False)
     pipeline.shows_progress = True

@@ -366,6 +366,13 @@ class Model:
         config_class: type[ComponentConfig] = component.module_class().config_class
         return config_class.from_dict(folder.config(component.folder), source=source)
 
+    def encoded_from(self) -> list[Path]:
+        """The files and folders that what encoders make of a prompt follows from: theirs, and the tokenizers'."""
+        encoders = [one for one in self.components if one.stage == "encode"]
+        places = [self.folder_of(one).place_of(one.folder) for one in encoders]
+        beside = [self.folder_of(one).root / name for one in encoders for name in one.beside]
+        return [*places, *beside, *(self.root / name for name in self.family.beside), self.root / FILE_NAME]
+
     # ---- components
 
     def load(self, component: Component, *, keep_dtypes: bool = False) -> nn.Module:

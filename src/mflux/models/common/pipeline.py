@@ -19,6 +19,7 @@ from mflux.backend import mx, nn
 from mflux.callbacks.callback_registry import CallbackRegistry
 from mflux.errors import MfluxError, NotBuiltError, UsageError
 from mflux.models.common.config.config import Config
+from mflux.models.common.encoded_on_disk import EncodedOnDisk, encoded, key_of
 from mflux.models.common.fewer_passes import LEAST_STEPS, left_out
 from mflux.models.common.latent_creator.latent_creator import LatentCreator
 from mflux.models.common.memory import Encoded, LazyComponent, is_loaded, keeping_memory, timed
@@ -72,6 +73,7 @@ class Pipeline(Model):
         schedule: the scheduler that follows the checkpoint's `scheduler_config.json`, which is used unless another one
             is passed.
         tiling_config: how the autoencoder divides an image; None: not at all.
+        prompts_on_disk: keeps encoded prompts for other processes, as commands do; None: nobody does.
         tokenizers: by the names that mflux 0.24 has for them.
         callbacks: what programs have called before, in and after the denoising loop.
         negative_above: above which guidance a negative prompt counts; None: the family has none.
@@ -85,6 +87,7 @@ class Pipeline(Model):
     sees_image: ClassVar[bool] = False
     schedule: ClassVar[str] = "linear"
     tiling_config: tiling.TilingConfig | None = None
+    prompts_on_disk: EncodedOnDisk | None = None
     tokenizers: Mapping[str, Any] = {}
     shows_progress = False
     negative_above: ClassVar[float | None] = None
@@ -159,13 +162,35 @@ class Pipeline(Model):
             # A program's own begins empty.
             cache = self.prompt_cache = Encoded()
         missing = [key for key in dict.fromkeys(keys) if key not in cache]
+        disk = self.prompts_on_disk if encoders and self.folder_root is not None else None
+        names = {} if disk is None else self._names_on_disk(missing, encode)
+        if disk is not None:
+            cache.update((key, found[0]) for key, name in names.items() if (found := disk.get(name)) is not None)
+            missing = [key for key in missing if key not in cache]
         if missing:
             self.make_room_for("encode")
-            cache.update(zip(missing, encode(missing), strict=True))
+            values, may_be_kept = encoded(lambda: list(encode(missing)))
+            cache.update(zip(missing, values, strict=True))
             self.release_encoders(*encoders)
+            for key in missing:
+                if disk is not None and may_be_kept and key in names:
+                    disk.put(names[key], cache[key])
         values = [cache.used(key) for key in keys]
         cache.shrink(least=len(values))
         return values
+
+    def _names_on_disk(self, keys: Sequence[K], encode: Callable[..., Any]) -> dict[K, str]:
+        """Under which name on disk each key's value is, or will be; without those that have none."""
+        if not keys:
+            return {}
+        places, loras = self.encoded_from(), self._adapters()
+        facts: list[Any] = [type(self).__module__, type(self).__qualname__, getattr(encode, "__qualname__", "")]
+        facts += [self.key, self.longest_prompt, self._quantize, self.bits, str(self.root)]
+        if any(loras.get(one.name) for one in self.components if one.stage == "encode"):
+            places += self._lora_files
+            facts += [self.lora_scales, self.bake_lora]
+        names = {key: key_of(places, *facts, key) for key in keys}
+        return {key: name for key, name in names.items() if name is not None}
 
     # ---- 2. latents
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from mflux.backend import mx, nn
 from mflux.checkpoints.loading import load_component
@@ -118,6 +119,9 @@ class KleinPipeline(Pipeline):
     def keeps_references(self) -> bool:
         """Whether the model was trained to find what it needs of references where the first step left it."""
         return keeps_references(self.folder_root, self.model_config.supports_kv_cache)
+
+    def encoded_from(self) -> list[Path]:
+        return [*super().encoded_from(), *(self._small_encoder if self.small_text_encoder else ())]
 
     def own_components(self) -> list[Component]:
         own = super().own_components()

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import ssl
-import sys
 import threading
 import time
 import urllib.error
@@ -50,16 +49,6 @@ _LEAST_BYTES = 64_000
 # Until an answer's headers are there, redirects included; and of an archive whose length nobody says, the most.
 _DEADLINE_S = 60
 _LARGEST = 20 * 10**9
-
-
-def cache_folder() -> Path:
-    """Where mflux keeps what it fetches itself: MFLUX_CACHE_DIR, or the platform's cache folder, as in mflux 0.24."""
-    if chosen := os.environ.get("MFLUX_CACHE_DIR"):
-        return Path(chosen).resolve()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mflux"
-    caches = os.environ.get("XDG_CACHE_HOME", "").strip()
-    return (Path(caches) if caches else Path.home() / ".cache") / "mflux"
 
 
 def fetch_archive(url: str, target: Path, *, remedy: str) -> Path:

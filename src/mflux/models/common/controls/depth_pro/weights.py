@@ -22,9 +22,9 @@ from mflux.checkpoints.renamed import Place, parts, renamed
 from mflux.errors import CheckpointError
 from mflux.hub import resolve_model
 from mflux.models.common.component_config import ComponentConfig
-from mflux.models.common.controls.depth_pro.download import cache_folder, fetch_archive
+from mflux.models.common.controls.depth_pro.download import fetch_archive
 from mflux.models.common.controls.depth_pro.network import DepthProConfig, DepthProForDepthEstimation
-from mflux.utils.paths import is_file, is_there, user_path
+from mflux.utils.paths import cache_folder, is_file, is_there, user_path
 
 APPLE_URL = "https://ml-site.cdn-apple.com/models/depth-pro/depth_pro.pt"
 # What to fetch of a repository in the layout of DepthPro-hf, and what it must have.
