@@ -230,8 +230,8 @@ class Ideogram4Transformer(nn.Module):
             (B, rows · columns, in_channels).
         """
         condition: Condition = known or self.condition(time, latents.dtype)
-        # By the number of whatever is the same in all of an image's steps.
-        source = self if prompt_embeds is None else prompt_embeds
+        # By the number of whatever is the same in all of an image's steps; the model itself would be kept with it.
+        source = self.config if prompt_embeds is None else prompt_embeds
         length = 0 if prompt_embeds is None else prompt_embeds.shape[1]
         ids = np.concatenate([text_ids(length), image_ids(rows, columns)])
         turns = kept(once, "rotary", source, lambda: rotary(ids, self.config))
