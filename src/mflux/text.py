@@ -32,6 +32,11 @@ def brief(text: str, most: int, word: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"
 
 
+def with_article(name: str) -> str:
+    """A name after "a" or "an", by its first letter."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
 def written(value: object) -> str:
     """`repr`, which fails for numbers of thousands of digits, and may for objects of anyone's."""
     try:

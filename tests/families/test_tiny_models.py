@@ -153,6 +153,25 @@ def test_a_stage_holds_only_what_it_needs(tiny):
 
 
 @EVERY_TINY
+def test_a_file_that_is_cut_is_told_before_anything_is_loaded(tiny, tmp_path):
+    """Not when its turn comes: what was computed until then would be lost."""
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny.folder(), folder)
+    parts = [part.folder for part in tiny.case.pipeline_class().components if (folder / part.folder).is_dir()]
+    assert len(parts) > 2
+    for part in parts:
+        path = next((folder / part).glob("*.safetensors"))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(CheckpointError, match=f"{part}/.* is truncated"):
+            tiny.pipeline(folder)
+        path.unlink()
+        with pytest.raises(CheckpointError, match=f"{part} holds no weights|{part} is incomplete"):
+            tiny.pipeline(folder)
+        path.write_bytes(whole)
+
+
+@EVERY_TINY
 def test_what_is_released_is_gone(tiny):
     """Nothing that a class still holds, such as a step's function, keeps a transformer in memory while it decodes."""
     model = tiny.pipeline()

@@ -129,9 +129,7 @@ def distances(
     ]
 
 
-# A ControlNet of Z-Image's computes inside a transformer, which its case holds in float32; its layers are the
-# transformer's own.
-ALONE = [name for name, case in COMPONENTS.items() if "z_image controlnet" not in name]
+ALONE = list(COMPONENTS)
 # What adds to the stream of tokens or pixels that runs through a network.
 ADDS = (
     "o_proj.weight", "down_proj.weight", "wo.weight", "SelfAttention.o.weight", "out_proj.weight", "fc2.weight",

@@ -238,7 +238,7 @@ def test_a_model_of_another_kind(refused, broken):
     refused(
         model=broken,
         status=1,
-        message=f"{broken} holds a QwenImageTransformer2DModel, not a FLUX.1 transformer: "
+        message=f"{broken} holds a QwenImageTransformer2DModel, not FLUX.1's transformer: "
         "mflux-generate-qwen --base-model qwen-image draws with it",
     )
 

@@ -356,7 +356,7 @@ TINY = (
         base_model="anima-turbo",
         pipeline="mflux.models.anima.variants.txt2img.anima:Anima",
         refused=(
-            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a Anima transformer|not an Anima"),
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not Anima's transformer"),
             ("transformer", {"in_channels": 8}, "a transformer that takes 8;"),
             ("vae", {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]}, "for every 4 pixels"),
         ),

@@ -410,7 +410,7 @@ TINY = (
         # What the command takes where nothing is said.
         generate={"guidance": 4.0},
         refused=(
-            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a ERNIE-Image transformer"),
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not ERNIE-Image's transformer"),
             ("transformer", {"in_channels": 64, "out_channels": 64}, "a transformer that takes 64;"),
             ("transformer", {"text_in_dim": 48}, "different models"),
             ("transformer", {"qk_layernorm": False}, "qk_layernorm"),

@@ -628,7 +628,7 @@ TINY = (
         base_model="flux2-klein-4b",
         pipeline="mflux.models.flux2.variants.txt2img.flux2_klein:Flux2Klein",
         refused=(
-            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a FLUX.2 transformer"),
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not FLUX.2's transformer"),
             ("transformer", {"in_channels": 64}, "a transformer that takes 64;"),
             ("vae", {"latent_channels": 16}, "64 latent channels for every 16 pixels"),
             ("vae", {"patch_size": [2, 1]}, "patch_size"),

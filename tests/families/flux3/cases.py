@@ -403,7 +403,7 @@ TINY = (
         base_model="flux3-image-klein",
         pipeline="mflux.models.flux3.variants.txt2img.flux3_klein:Flux3Klein",
         refused=(
-            ("transformer", {"_class_name": "Flux2Transformer2DModel"}, "not a FLUX.3 transformer"),
+            ("transformer", {"_class_name": "Flux2Transformer2DModel"}, "not FLUX.3's transformer"),
             ("transformer", {"in_channels": 64}, "a transformer that takes 64;"),
             ("transformer", {"axes_dims_rope": [8, 8]}, "axes_dims_rope"),
             ("transformer", {"flow_map": False}, "--base-model flux3-image-klein-base"),

@@ -397,7 +397,7 @@ TINY = (
         pipeline="mflux.models.ideogram4.variants.txt2img.ideogram4:Ideogram4",
         prompt=PROMPT,
         refused=(
-            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a Ideogram 4 transformer"),
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not Ideogram 4's transformer"),
             ("transformer", {"in_channels": 64}, "a transformer that takes 64;"),
             ("transformer", {"mrope_section": [8, 8]}, "mrope_section"),
             ("transformer", {"mrope_section": [8, 80, 8]}, "mrope_section"),

@@ -475,7 +475,7 @@ TINY = (
         # What the command takes where nothing is said.
         generate={"guidance": 1.0},
         refused=(
-            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a Krea 2 transformer"),
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not Krea 2's transformer"),
             ("transformer", {"in_channels": 16}, "a transformer that takes 16;"),
             ("transformer", {"num_text_layers": 4}, "different models"),
             ("transformer", {"text_hidden_dim": 16}, "different models"),

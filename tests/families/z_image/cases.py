@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache, partial
 from pathlib import Path
@@ -163,6 +164,10 @@ def controlnet_inputs(model, number: int) -> dict:
 
 def run_controlnet(module, inputs):
     base = transformers(*inputs["sizes"])[1]
+    dtype = module.control_all_x_embedder["2-1"].weight.dtype
+    if dtype != mx.float32:
+        base = copy.deepcopy(base)
+        base.set_dtype(dtype)
     arrays = {name: mx.array(value) for name, value in inputs.items() if name != "sizes"}
     control, latents = arrays.pop("control"), arrays.pop("latents")
     hints = module(base, latents, control=control, strength=0.7, **arrays)
@@ -173,14 +178,16 @@ def run_controlnet(module, inputs):
 def run_controlnet_reference(model, inputs):
     import torch
 
-    base = transformers(*inputs["sizes"])[0]
+    base, dtype = transformers(*inputs["sizes"])[0], model.dtype
+    if dtype != torch.float32:
+        base = copy.deepcopy(base).to(dtype)
     own = vars(model)["_modules"].copy(), vars(model)["_parameters"].copy()
-    control = torch.tensor(inputs["control"])
-    rest = torch.zeros(len(control), model.config.control_in_dim - control.shape[1], *control.shape[2:])
+    control = torch.tensor(inputs["control"]).to(dtype)
+    rest = control.new_zeros(len(control), model.config.control_in_dim - control.shape[1], *control.shape[2:])
     arguments = (
-        [torch.tensor(latents)[:, None] for latents in inputs["latents"]],
+        [torch.tensor(latents).to(dtype)[:, None] for latents in inputs["latents"]],
         torch.tensor(inputs["timestep"]),
-        [torch.tensor(embeds) for embeds in inputs["prompt_embeds"]],
+        [torch.tensor(embeds).to(dtype) for embeds in inputs["prompt_embeds"]],
     )
     hints = type(model).from_transformer(model, base)(
         *arguments, list(torch.cat([control, rest], dim=1)[:, :, None]), 0.7
@@ -550,7 +557,7 @@ TINY = (
         base_model="z-image-turbo",
         pipeline="mflux.models.z_image.variants.z_image:ZImage",
         refused=(
-            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not a Z-Image transformer"),
+            ("transformer", {"_class_name": "FluxTransformer2DModel"}, "not Z-Image's transformer"),
             ("transformer", {"in_channels": 4}, "takes 4"),
             ("vae", {"latent_channels": 4}, "4 latent channels"),
         ),

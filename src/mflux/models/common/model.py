@@ -40,7 +40,7 @@ from mflux.models.common.networks.interiors import compute_in
 from mflux.models.common.networks.modulation import layers_changed
 from mflux.models.common.on_disk import kind_on_disk
 from mflux.models.common.saved_model import FILE_NAME, record
-from mflux.text import shown
+from mflux.text import shown, with_article
 from mflux.utils.paths import is_file, is_folder, user_path
 
 log = logging.getLogger(__name__)
@@ -167,6 +167,7 @@ class Model:
         overrides = {"transformer": self.registered.transformer_overrides}
         self.folder = open_folder(self.root, self.family, overrides=overrides, files=self._files, packs=self._packs)
         self.check_folder()
+        self._check_headers()
         self.model_path = model_path
         self.model_config = self.registered.with_scheduler(self.folder.scheduler())
         stored = self.folder_of(self.component("transformer")).stored("transformer")
@@ -296,11 +297,21 @@ class Model:
                 kind = self.folder_of(component).config(component.folder).get("_class_name", component.published_class)
                 if kind != component.published_class:
                     raise CheckpointError(
-                        f"{self.root} holds a {shown(kind, 60)}, not a {self.family.title} {component.name}: "
-                        f"{_who_draws(kind)}"
+                        f"{self.root} holds {with_article(shown(kind, 60))}, not "
+                        f"{self.family.title}'s {component.name}: {_who_draws(kind)}"
                     )
         if self.latents is not None:
             self._check_latents(*self.latents)
+
+    def _check_headers(self) -> None:
+        """Look at what every file of weights says of itself: a cut one is told now, and not when its turn comes.
+
+        Raises:
+            CheckpointError: one is damaged, or there are none.
+        """
+        for component in self.own_components():
+            if self.folder.has(component.folder):
+                self.folder.tensors(component.folder)
 
     def _check_latents(self, channels: int, side: int, token: int | None) -> None:
         taken = self.transformer_settings().get("in_channels", token)

@@ -140,7 +140,7 @@ def _form(
 
 def _unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> Iterator[str]:
     if unknown := [key for key in table if key not in known]:
-        yield f"{where} has {some(unknown)}, which belong elsewhere or nowhere"
+        yield f"{where} has keys that belong elsewhere or nowhere: {some(unknown)}"
 
 
 def _texts(table: Mapping[str, Any], keys: Sequence[str], where: str) -> Iterator[str]:
