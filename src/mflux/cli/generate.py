@@ -245,7 +245,8 @@ class Generate:
         from mflux.cli.ranks import own_part
         from mflux.utils.image_util import check_output
 
-        plan, tells = own_part(plan)
+        part = own_part(plan)
+        plan = part.plan
         args = plan.options
         if not plan.images:
             return
@@ -254,6 +255,9 @@ class Generate:
         if args.stepwise_image_output_dir:
             check_output(f"{args.stepwise_image_output_dir}/step.png")
         pipeline = plan.load()
+        plan = (part := part.share(pipeline)).plan
+        if not plan.images:
+            return
         if (
             plan.said.was_typed("guidance")
             and not pipeline.model_config.supports_guidance
@@ -261,9 +265,12 @@ class Generate:
         ):
             log.warning("--guidance is ignored: %s was made without guidance", args.model)
         memory = settle.prepare_machine(args, pipeline, len(plan.images))
-        pipeline.shows_progress = tells
+        pipeline.shows_progress = part.tells
         settle.tell_seed(args, plan.said)
         for image in self.images(plan, pipeline):
+            if part.together is not None and not part.tells:
+                # The first process writes it.
+                continue
             path = settle.save_picture(image, args, image.seed, self.pixels(image, args) if self.pixels else None)
             if self.after is not None:
                 self.after(image, path, args)
