@@ -100,7 +100,14 @@ class Running:
 
 
 @contextmanager
-def running(engine: Engine, *, head_seconds: float = 30.0, port: int = 0, **options: Any) -> Iterator[Running]:
+def running(
+    engine: Engine,
+    *,
+    head_seconds: float = 30.0,
+    most_connections: int | None = None,
+    port: int = 0,
+    **options: Any,
+) -> Iterator[Running]:
     """A server over an engine at a free port of this machine; `options` as `Server` has them, and of `Rules`."""
     from mflux.serve.app import Server
     from mflux.serve.guard import Rules
@@ -110,7 +117,8 @@ def running(engine: Engine, *, head_seconds: float = 30.0, port: int = 0, **opti
     rules = Rules(**{name: value for name, value in options.items() if name not in names})
     server = Server(engine, rules, **{name: value for name, value in options.items() if name in names})
     ready = threading.Event()
-    http = HttpServer(server.app, ready=ready.set, head_seconds=head_seconds)
+    limits: Any = {"head_seconds": head_seconds, "most_connections": most_connections}
+    http = HttpServer(server.app, ready=ready.set, **limits)
     with socket.create_server(("127.0.0.1", port)) as listener:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=http.run, args=(listener,), daemon=True)

@@ -51,6 +51,7 @@ def test_without_the_extra_it_is_named(cli, monkeypatch, package):
         (("--keep", "-2"), "-2 is too small"),
         (("--quantize", "7"), "invalid choice"),
         (("--worker", "nonsense"), "--worker nonsense is no address of a server"),
+        (("--worker", ""), "no address of a server"),
     ],
 )
 def test_options_that_make_no_sense(cli, in_folder, monkeypatch, words, told):

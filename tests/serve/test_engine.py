@@ -111,7 +111,7 @@ def test_source_images_of_any_kind(engine, tmp_path):
         ({"images": b"\0 no image"}, ImageError, "not a picture"),
         ({"images": "/nowhere/photo.png"}, ImageError, "does not exist"),
         ({"images": 5}, UsageError, "images"),
-        ({"model": "schnell"}, ModelNotFoundError, "there is no model 'schnell' here: demo are served"),
+        ({"model": "schnell"}, ModelNotFoundError, "there is no model 'schnell' here: demo is served"),
         ({"model": 5}, UsageError, "model is 5"),
         ({"loras": [("nope", 1.0)]}, MfluxError, "nope"),
         ({"loras": ["nope"]}, UsageError, "loras: names with their scales"),

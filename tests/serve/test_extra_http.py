@@ -9,7 +9,8 @@ import re
 import socket
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import openai
 import PIL.Image
@@ -164,7 +165,7 @@ def test_both_spellings_and_images_in_json(client):
         ({"negative_prompt": "blur"}, "negative_prompt", "unsupported"),
         ({"image_strength": 0.5}, "image_strength", "unsupported"),
         ({"scheduler": "os.path.Join"}, "scheduler", "invalid_value"),
-        ({"scheduler": "nope"}, None, "invalid_value"),
+        ({"scheduler": "nope"}, "scheduler", "invalid_value"),
         ({"background": "transparent"}, "background", "unsupported"),
         ({"output_format": "gif"}, "output_format", "invalid_value"),
         ({"output_format": "svg"}, "output_format", "invalid_value"),
@@ -193,6 +194,7 @@ def test_both_spellings_and_images_in_json(client):
         ({"images": [data_url(png()[:100])]}, "image", "invalid_image"),
         ({"images": [data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")]}, "image", "invalid_image"),
         ({"images": [data_url(b"%!PS-Adobe-3.0 EPSF-3.0")]}, "image", "invalid_image"),
+        ({"images": [data_url(png(1, 1))]}, "image", "invalid_image"),
         ({"images": [5]}, "image", "invalid_image"),
         ({"images": [data_url(png())] * 17}, "image", "invalid_value"),
         ({"mask": data_url(png())}, "mask", "unsupported"),
@@ -543,12 +545,73 @@ def test_nonsense_on_the_line(engine, serve, caplog):
             with closing(socket.create_connection(("127.0.0.1", server.port), timeout=10)) as connection:
                 connection.sendall(garbage)
                 connection.shutdown(socket.SHUT_WR)
-                while connection.recv(10_000):
-                    pass
+                answer = b""
+                while part := connection.recv(10_000):
+                    answer += part
+            if not garbage.startswith((b"POST", b"GET /v1")):
+                # In the form of all errors.
+                head, _, body = answer.partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 4")
+                assert {"message", "type", "param", "code"} == json.loads(body)["error"].keys()
         with server.client() as client:
             assert client.get("/health").status_code == 200
             assert client.get("/v1/jobs").json()["data"] == []
     assert "Traceback" not in caplog.text
+
+
+def test_more_connections_than_are_kept(engine, serve):
+    """Those that have waited longest without a head go; who asks is answered, and what is left is bounded."""
+    with serve(engine, most_connections=20) as server, closing_all() as connections:
+        for number in range(100):
+            connections.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            if number % 2:
+                connections[-1].sendall(b"GET /health HTTP/1.1\r\nHo")
+            if number % 33 == 32:
+                with server.client() as client:
+                    assert client.get("/health").status_code == 200
+        gone = 0
+        for connection in connections:
+            connection.settimeout(0.01)
+            try:
+                gone += connection.recv(1) == b""
+            except TimeoutError:
+                pass
+            except ConnectionError:
+                gone += 1
+        assert 80 <= gone < 100
+        with server.client() as client:
+            assert client.post("/v1/images/generations", json={"prompt": "x", "steps": 1}).status_code == 200
+
+
+def test_a_full_disk_loses_no_image(engine, serve, monkeypatch, tmp_path, caplog):
+    engine.output = tmp_path
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mflux.utils.atomic_files.Temporary", full)
+    with serve(engine) as server, server.client() as client:
+        found = client.post("/v1/images/generations", json={"prompt": "x", "steps": 1, "n": 2, "seed": 1})
+        job = client.post("/v1/jobs", json={"prompt": "x", "steps": 1, "seed": 1}).json()
+        wait_for(lambda: client.get(f"/v1/jobs/{job['id']}").json()["status"] == "done")
+        contents = [base64.b64decode(one["b64_json"]) for one in found.json()["data"]]
+        image = client.get(f"/v1/jobs/{job['id']}/images/0").content
+    assert found.status_code == 200
+    sizes = [PIL.Image.open(io.BytesIO(data)).size for data in (*contents, image)]
+    assert sizes == [(128, 128)] * 3
+    assert list(tmp_path.iterdir()) == []
+    told = [record.getMessage() for record in caplog.records if "No space left on device" in record.getMessage()]
+    assert len(told) == 3 and all("cannot write" in line for line in told)
+
+
+@contextmanager
+def closing_all() -> Iterator[list[socket.socket]]:
+    connections: list[socket.socket] = []
+    try:
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()
 
 
 def test_too_many_at_once(engine, serve, pace, monkeypatch):

@@ -51,6 +51,7 @@ def test_several_seeds_formats_and_an_image(cli, in_folder, monkeypatch, shared:
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [
+        (("--server", ""), 2, "no address of a server: http://127.0.0.1:7860"),
         (("--server", "nonsense"), 2, "--server nonsense is no address of a server"),
         (("--server", "ftp://127.0.0.1"), 2, "no address of a server"),
         (("--server", "http://key@127.0.0.1:7860"), 2, "no address of a server"),
@@ -60,7 +61,7 @@ def test_several_seeds_formats_and_an_image(cli, in_folder, monkeypatch, shared:
         (("--low-ram",), 2, "--low-ram is for whoever starts the server"),
         (("--stepwise-image-output-dir", "x"), 2, "--stepwise-image-output-dir is for whoever starts the server"),
         (("--scheduler", "mflux.models.common.schedulers.LinearScheduler"), 2, "without dots"),
-        (("--model", "schnell"), 1, "there is no model 'schnell' here: demo are served"),
+        (("--model", "schnell"), 1, "there is no model 'schnell' here: demo is served"),
         (("--steps", "0"), 2, "0 is too small"),
         (("--output", "x.nonsense"), 2, "no format"),
     ],

@@ -143,6 +143,13 @@ def test_a_worker_that_does_not_answer(engine):
         add_workers(engine, ["http://127.0.0.1:9"])
 
 
+def test_a_command_says_so_before_it_loads_a_model(cli, in_folder, monkeypatch):
+    monkeypatch.setattr("mflux.cli.serve._engine", lambda args: pytest.fail("a model is made ready"))
+    done = cli("serve", "--port", 0, "--worker", "http://127.0.0.1:9")
+    assert (done.status, len(done.errors)) == (1, 1)
+    assert "no server answers at http://127.0.0.1:9" in done.errors[0]
+
+
 def test_a_process_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("mflux.serve.workers._RETRY_SECONDS", 0.1)
     with started(tmp_path, "--model", "demo") as worker, Engine(["demo"]) as front:

@@ -19,10 +19,10 @@ from mflux.cli.parser import groups, settle
 from mflux.cli.parser.parsers import Said
 from mflux.cli.parser.plugins import CommandLineParser
 from mflux.cli.plan import Plan
-from mflux.errors import UsageError
+from mflux.errors import ImageError, UsageError
 from mflux.models.common.family import STAGES, Command, Family, family_of, load_object
 from mflux.utils import values
-from mflux.utils.scale_factor import ScaleFactor
+from mflux.utils.scale_factor import GRID, ScaleFactor
 
 if TYPE_CHECKING:
     from mflux.models.common.config.model_config import ModelConfig
@@ -148,7 +148,9 @@ class Generate:
     def run(self, argv: Sequence[str] | None) -> None:
         """Settle what a command line asks for, then write its images."""
         plan = self.settle(*self.build_parser().parse(argv))
-        if url := plan.options.server or os.environ.get("MFLUX_SERVER"):
+        said = plan.options.server
+        # An empty variable is none; an option that is empty was meant to say something.
+        if (url := os.environ.get("MFLUX_SERVER") or None if said is None else said) is not None:
             from mflux.serve import remote
 
             remote.generate(self, plan, url)
@@ -249,7 +251,8 @@ class Generate:
         from mflux.cli.ranks import own_part
         from mflux.utils.image_util import check_output
 
-        plan, tells = own_part(plan)
+        part = own_part(plan)
+        plan = part.plan
         args = plan.options
         if not plan.images:
             return
@@ -258,6 +261,9 @@ class Generate:
         if args.stepwise_image_output_dir:
             check_output(f"{args.stepwise_image_output_dir}/step.png")
         pipeline = plan.load()
+        plan = (part := part.share(pipeline)).plan
+        if not plan.images:
+            return
         if (
             plan.said.was_typed("guidance")
             and not pipeline.model_config.supports_guidance
@@ -265,9 +271,12 @@ class Generate:
         ):
             log.warning("--guidance is ignored: %s was made without guidance", args.model)
         memory = settle.prepare_machine(args, pipeline, len(plan.images))
-        pipeline.shows_progress = tells
+        pipeline.shows_progress = part.tells
         settle.tell_seed(args, plan.said)
         for image in self.images(plan, pipeline):
+            if part.together is not None and not part.tells:
+                # The first process writes it.
+                continue
             path = settle.save_picture(image, args, image.seed, self.pixels(image, args) if self.pixels else None)
             if self.after is not None:
                 self.after(image, path, args)
@@ -376,11 +385,12 @@ class Generate:
 
         Raises:
             UsageError: a scale factor without a picture, or a side that comes out too small.
-            ImageError: a source picture cannot be read.
+            ImageError: a source picture cannot be read, or is too small to say the size.
         """
         from mflux.models.common.config.config import on_grid
         from mflux.utils.dimension_resolver import DimensionResolver
         from mflux.utils.image_util import open_image
+        from mflux.utils.picture_files import oriented_size
 
         # Decoded once now, so that a broken picture is told before the weights are loaded.
         names = [name for name in ("image_path", *self.sources) if getattr(args, name, None)]
@@ -404,4 +414,11 @@ class Generate:
             reference_image_path=reference,
             default=config.default_size,
         )
+        taken = [side for said, side in ((args.width, width), (args.height, height)) if not isinstance(said, int)]
+        if reference is not None and min(taken, default=GRID) < GRID:
+            sides = " x ".join(map(str, oriented_size(reference)))
+            raise ImageError(
+                f"the source image has {sides} pixels, too few to take the size from: use a larger one, or say --width "
+                "and --height"
+            )
         return on_grid(width, "width"), on_grid(height, "height")

@@ -1,5 +1,6 @@
 """A command as one of several processes that `mlx.launch` has started, on one machine or on many: each generates a part
-of the images, and together they generate what one process would.
+of the images, and together they generate what one process would. Two processes with one image have each one of the two
+passes that guidance takes in every step.
 
     mlx.launch -n 2 mflux-generate --model schnell --prompt "a lighthouse" --seed 1 2 3 4
 """
@@ -8,22 +9,52 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mflux.cli.plan import Plan
+    from mflux.models.common.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
 # What mlx.launch tells each of its processes.
 _VARIABLE = "MLX_RANK"
+# Stands for the guidance that a model has where nobody says one.
+_MODELS_OWN = 5.0
 
 
-def own_part(plan: Plan) -> tuple[Plan, bool]:
-    """What of a plan is this process's to do, and whether it is the one that tells how far all are."""
+@dataclass(frozen=True)
+class Part:
+    """What of a plan is this process's to do.
+
+    Attributes:
+        plan: with its images.
+        tells: whether it is the process that tells how far all are.
+        together: both processes, where the two of them have one image to generate, and may share the passes of its
+            guidance; None where each has images of its own.
+    """
+
+    plan: Plan
+    tells: bool = True
+    together: Any = None
+
+    def share(self, pipeline: Pipeline) -> Part:
+        """Have a model that guides with a second pass compute one of both in each process; the image is the first
+        one's. Otherwise the second process has nothing to do."""
+        if self.together is None:
+            return self
+        guidance = self.plan.images[0].get("guidance")
+        if pipeline.is_guided(_MODELS_OWN if guidance is None else guidance):
+            pipeline.shares_guidance = self.together
+            return self
+        return self if self.tells else replace(self, plan=replace(self.plan, images=()))
+
+
+def own_part(plan: Plan) -> Part:
+    """What of a plan is this process's to do."""
     if _VARIABLE not in os.environ:
-        return plan, True
+        return Part(plan)
     import numpy as np
 
     from mflux.backend import mx
@@ -31,7 +62,7 @@ def own_part(plan: Plan) -> tuple[Plan, bool]:
     group = mx.distributed.init()
     rank, size = group.rank(), group.size()
     if size == 1:
-        return plan, True
+        return Part(plan)
     args = plan.options
     if not plan.said.was_set("seed"):
         # Each has chosen some: the first one's are everybody's.
@@ -39,9 +70,11 @@ def own_part(plan: Plan) -> tuple[Plan, bool]:
         shared = [int(seed) for seed in np.array(mx.distributed.all_sum(chosen, group=group))]
         plan = replace(plan, images=tuple({**one, "seed": seed} for one, seed in zip(plan.images, shared, strict=True)))
         args.seed = shared
-    args.seed = args.seed[rank::size]
     if rank > 0:
         logging.getLogger("mflux").setLevel(logging.WARNING)
+    if len(plan.images) == 1 and size == 2:
+        return Part(plan, rank == 0, group)
+    args.seed = args.seed[rank::size]
     if len(plan.images) < size:
         log.info("%d images for %d processes: some have nothing to do", len(plan.images), size)
-    return replace(plan, images=plan.images[rank::size]), rank == 0
+    return Part(replace(plan, images=plan.images[rank::size]), rank == 0)

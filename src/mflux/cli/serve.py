@@ -158,10 +158,14 @@ def serve(argv: Sequence[str] | None) -> int:
         for url in args.worker:
             Remote.at(url, "--worker")
     from mflux.serve.app import Server, check_installed
+    from mflux.serve.workers import add_workers, check_workers
 
     check_installed()
     listener = _listen(args.host, args.port)
     try:
+        if args.worker:
+            # Before a model is loaded for minutes.
+            check_workers(args.worker, rules.key)
         engine = _engine(args)
         if args.output is not None:
             _keep_files(engine, args.output)
@@ -171,8 +175,6 @@ def serve(argv: Sequence[str] | None) -> int:
                 engine.fetch(model.id)
         engine.load()
         if args.worker:
-            from mflux.serve.workers import add_workers
-
             add_workers(engine, args.worker, rules.key)
         server = Server(engine, rules, page=not args.no_page, sdapi=not args.no_sdapi, log_prompts=args.log_prompts)
         return _run(server, engine, listener, args)
@@ -265,8 +267,9 @@ def _keep_files(engine: Engine, folder: Path) -> None:
 
 def _run(server: Any, engine: Engine, listener: socket.socket, args: argparse.Namespace) -> int:
     """Answer until a signal says otherwise. Returns the status that the signal stands for."""
-    from mflux.serve.http import HttpServer
+    from mflux.serve.http import HttpServer, allow_connections
 
+    allow_connections()
     http = HttpServer(server.app, ready=lambda: say_line(_address(listener)))
     stopped: list[int] = []
 

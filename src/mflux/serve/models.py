@@ -324,4 +324,5 @@ def named(models: Iterable[Served], name: str) -> Served:
         for one in models:
             if one.id == one.key == key:
                 return one
-    raise ModelNotFoundError(f"there is no model {name!r} here: {some([one.id for one in models], 20)} are served")
+    verb = "is" if len(models) == 1 else "are"
+    raise ModelNotFoundError(f"there is no model {name!r} here: {some([one.id for one in models], 20)} {verb} served")

@@ -194,7 +194,7 @@ def generate(command: Generate, plan: Plan, url: str) -> None:
     from mflux.utils.picture_files import check_output
 
     args = plan.options
-    server = Server.at(url, "--server" if args.server else VARIABLE)
+    server = Server.at(url, VARIABLE if args.server is None else "--server")
     _refuse_what_is_not_sent(command, plan)
     outputs = [args.output.replace("{seed}", str(seed)) for seed in args.seed]
     for output in outputs:

@@ -113,7 +113,7 @@ def _named_in(message: str) -> str | None:
     name = message.partition(":")[0]
     if re.fullmatch(r"[a-z_]+", name):
         return name
-    found = re.search(r"--([a-z][a-z-]+)", message)
+    found = re.match(r"the ([a-z]+) '", message) or re.search(r"--([a-z][a-z-]+)", message)
     return found[1].replace("-", "_") if found else None
 
 

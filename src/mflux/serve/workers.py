@@ -153,6 +153,16 @@ class Worker:
         )
 
 
+def check_workers(urls: Sequence[str], key: str | None = None) -> None:
+    """
+    Raises:
+        UsageError: one is no address of a server.
+        MfluxError: one does not answer, or refuses.
+    """
+    for url in urls:
+        replace(Server.at(url, "--worker"), key=key).json("GET", "/v1/models")
+
+
 def add_workers(engine: Engine, urls: Sequence[str], key: str | None = None) -> None:
     """Have other servers take jobs of an engine. What they have and this machine has not may be asked for as well.
 

@@ -411,8 +411,11 @@ def test_a_strength_of_nothing(refused):
 
 def test_a_picture_scaled_to_nothing(refused, tmp_path):
     Image.new("RGB", (20, 64)).save(tmp_path / "thin.png")
-    message = "a width of 0 is too small: it must be at least 16"
-    refused("--image", "thin.png", "--width", "0.5x", status=2, message=message)
+    message = (
+        "the source image has 20 x 64 pixels, too few to take the size from: use a larger one, or say --width and "
+        "--height"
+    )
+    refused("--image", "thin.png", "--width", "0.5x", status=1, message=message)
 
 
 # ---- the output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,10 @@ class AnimaPipeline(Pipeline):
             ).astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            towards = predict(latents, sigma, positive)
             if negative is None or not config.guides(sigma):
-                return towards
-            away = predict(latents, sigma, negative)
+                return predict(latents, sigma, positive)
+            of = partial(predict, latents, sigma)
+            towards, away = self.both(partial(of, positive), partial(of, negative))
             return away + config.guidance * (towards - away)
 
         return velocity

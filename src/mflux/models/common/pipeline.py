@@ -73,6 +73,7 @@ class Pipeline(Model):
         schedule: the scheduler that follows the checkpoint's `scheduler_config.json`, which is used unless another one
             is passed.
         tiling_config: how the autoencoder divides an image; None: not at all.
+        shares_guidance: this process and another one, which generate the same image together; None: this one alone.
         prompts_on_disk: keeps encoded prompts for other processes, as commands do; None: nobody does.
         tokenizers: by the names that mflux 0.24 has for them.
         callbacks: what programs have called before, in and after the denoising loop.
@@ -87,6 +88,7 @@ class Pipeline(Model):
     sees_image: ClassVar[bool] = False
     schedule: ClassVar[str] = "linear"
     tiling_config: tiling.TilingConfig | None = None
+    shares_guidance: Any = None
     prompts_on_disk: EncodedOnDisk | None = None
     tokenizers: Mapping[str, Any] = {}
     shows_progress = False
@@ -281,6 +283,24 @@ class Pipeline(Model):
             return None if ahead is None else ahead.at(sigma)
 
         return known
+
+    def both(
+        self, first: Callable[[], mx.array], second: Callable[[], mx.array], *, apart: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """The two predictions that guidance is made of, arrays of one shape; with another process each computes one.
+
+        Args:
+            apart: one after the other, so that what they need for themselves is needed once.
+        """
+        if self.shares_guidance is not None:
+            group = self.shares_guidance
+            own = (second if group.rank() else first)()
+            found = mx.distributed.all_gather(own[None], group=group)
+            return found[0], found[1]
+        found = first()
+        if apart:
+            mx.eval(found)
+        return found, second()
 
     def left_out(self, config: Config) -> frozenset[int]:
         """The steps that use the prediction of the one before, where a step cache is asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 from mflux.backend import mx
 from mflux.errors import CheckpointError
@@ -86,12 +87,10 @@ class ErniePipeline(Pipeline):
             return prediction.astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            towards = predict(latents, sigma, positive)
             if negative is None or not config.guides(sigma):
-                return towards
-            # One after the other, so that what they need for themselves is needed once.
-            mx.eval(towards)
-            away = predict(latents, sigma, negative)
+                return predict(latents, sigma, positive)
+            of = partial(predict, latents, sigma)
+            towards, away = self.both(partial(of, positive), partial(of, negative), apart=True)
             return away + config.guidance * (towards - away)
 
         return velocity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from mflux.backend import mx
@@ -145,12 +146,9 @@ class FiboPipeline(Pipeline):
             return prediction[:, : latents.shape[1]].astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            towards = predict(latents, sigma, texts[0])
             if len(texts) == 1 or not config.guides(sigma):
-                return towards
-            # One after the other, so that what they need for themselves is needed once.
-            mx.eval(towards)
-            away = predict(latents, sigma, texts[1])
+                return predict(latents, sigma, texts[0])
+            towards, away = self.both(*(partial(predict, latents, sigma, text) for text in texts), apart=True)
             return away + config.guidance * (towards - away)
 
         return velocity

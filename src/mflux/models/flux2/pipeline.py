@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from mflux.backend import mx, nn
@@ -226,10 +226,10 @@ class KleinPipeline(Pipeline):
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             tokens = latents if beside is None else mx.concatenate([latents, beside[0]], axis=1)
-            towards = predict(tokens, sigma, prompt)
             if negative is None or not config.guides(sigma):
-                return towards
-            away = predict(tokens, sigma, negative)
+                return predict(tokens, sigma, prompt)
+            of = partial(predict, tokens, sigma)
+            towards, away = self.both(partial(of, prompt), partial(of, negative))
             return away + config.guidance * (towards - away)
 
         return velocity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 
 from mflux.backend import mx
 from mflux.errors import CheckpointError
@@ -190,10 +190,10 @@ class Flux3Pipeline(Pipeline):
             ).astype(mx.float32)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            towards = predict(latents, sigma, prompt)
             if negative is None or not config.guides(sigma):
-                return towards
-            away = predict(latents, sigma, negative)
+                return predict(latents, sigma, prompt)
+            of = partial(predict, latents, sigma)
+            towards, away = self.both(partial(of, prompt), partial(of, negative))
             return away + config.guidance * (towards - away)
 
         return velocity

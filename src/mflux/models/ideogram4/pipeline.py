@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from mflux.backend import mx
 from mflux.errors import CheckpointError, UsageError
@@ -95,15 +96,21 @@ class Ideogram4Pipeline(Pipeline):
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             x, time = latents.astype(dtype), (1 - sigma)[None]
-            towards = self.own_transformer()(
-                x, time=time, rows=rows, columns=columns, prompt_embeds=prompt_embeds, known=known(sigma), once=once
-            ).astype(mx.float32)
             strength = strengths[float(sigma)] if config.guides(sigma) else 1.0
-            if strength != 1:
-                without = self.unconditional_transformer(
-                    x, time=time, rows=rows, columns=columns, known=apart(sigma), once=once
-                )
-                towards = strength * towards + (1 - strength) * without.astype(mx.float32)
+            about: dict[str, Any] = {"time": time, "rows": rows, "columns": columns, "once": once}
+
+            def told() -> mx.array:
+                found: mx.array = self.own_transformer()(x, prompt_embeds=prompt_embeds, known=known(sigma), **about)
+                return found.astype(mx.float32)
+
+            def alone() -> mx.array:
+                return self.unconditional_transformer(x, known=apart(sigma), **about).astype(mx.float32)
+
+            if strength == 1:
+                towards = told()
+            else:
+                towards, without = self.both(told, alone)
+                towards = strength * towards + (1 - strength) * without
             # The transformers predict image - noise.
             return -towards
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +158,10 @@ class Krea2Pipeline(Pipeline):
             return PatchLatentCreator.unpack_latents(prediction.astype(mx.float32), height, width)
 
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
-            towards = predict(latents, sigma, positive)
             if negative is None or not config.guides(sigma):
-                return towards
-            # One after the other, so that what they need for themselves is needed once.
-            mx.eval(towards)
-            away = predict(latents, sigma, negative)
+                return predict(latents, sigma, positive)
+            of = partial(predict, latents, sigma)
+            towards, away = self.both(partial(of, positive), partial(of, negative), apart=True)
             return away + config.guidance * (towards - away)
 
         return velocity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 from mflux.backend import mx
@@ -79,10 +80,10 @@ class QwenPipeline(Pipeline):
         def velocity(latents: mx.array, sigma: mx.array) -> mx.array:
             # Several images in one sequence: what comes after the first is what an edit starts from.
             tokens = mx.concatenate([latents, *sources], axis=1)
-            noise = predict(tokens, sigma, positive)
             if negative is None or not config.guides(sigma):
-                return noise
-            return self.compute_guided_noise(noise, predict(tokens, sigma, negative), config.guidance)
+                return predict(tokens, sigma, positive)
+            both = self.both(partial(predict, tokens, sigma, positive), partial(predict, tokens, sigma, negative))
+            return self.compute_guided_noise(*both, config.guidance)
 
         return velocity
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from mflux.backend import mx, nn
@@ -180,10 +181,12 @@ class ZImagePipeline(Pipeline):
 
         def velocity(packed: mx.array, sigma: mx.array) -> mx.array:
             latents = ZImageLatentCreator.unpack_latents(packed)
-            towards = predict(latents, sigma, positive)
+            of = partial(predict, latents, sigma)
             if negative is not None and config.guides(sigma) and not is_past(sigma, truncation):
-                guided = towards + config.guidance * (towards - predict(latents, sigma, negative))
-                towards = limited(guided, towards, normalization)
+                towards, away = self.both(partial(of, positive), partial(of, negative))
+                towards = limited(towards + config.guidance * (towards - away), towards, normalization)
+            else:
+                towards = of(positive)
             return -ZImageLatentCreator.pack_latents(towards)
 
         return velocity
