@@ -40,7 +40,8 @@ def test_an_option_is_said_as_in_mflux_024(described, name):
             continue
         entry = entries[option["flags"][0]]
         assert entry["parser_default"] == option.get("default"), option
-        assert entry.get("choices", []) == sorted(map(str, option.get("choices") or ())), option
+        # `test_surface` knows which ones are ours.
+        assert set(entry.get("choices", ())) >= set(map(str, option.get("choices") or ())), option
         if entry["flag"].startswith("-"):
             assert entry.get("required", False) == option.get("required", False), option
         nargs = option.get("nargs")
