@@ -59,7 +59,20 @@ CORE_TESTS := $(or $(OF_FAMILY),tests/core tests/families tests/serve)
 # Each worker has a core, and the references' small models are fastest on one thread.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo train-demo test test-gpu test-core fuzz test-newest test-environments lint format wheel lock clean bench
+# Alone, make says what there is.
+.DEFAULT_GOAL := help
+.PHONY: help demo train-demo test test-gpu test-core fuzz test-newest test-environments lint format wheel lock clean bench
+
+help:
+	@echo "make demo               install the core into .venv, and generate an image with the embedded model"
+	@echo "make train-demo         teach the embedded model a style"
+	@echo "make test               every test (FAMILY=flux: one family's; PYTEST_ARGS=... goes to pytest)"
+	@echo "make test-core          what needs no torch       make test-gpu    what a GPU can be held to"
+	@echo "make lint               ruff and mypy             make format      mend what ruff can"
+	@echo "make wheel              dist/*.whl                make lock        uv.lock anew (LOCK_ARGS=--upgrade)"
+	@echo "make fuzz               changed files for every reader (SECONDS, SEED)"
+	@echo "make test-newest        with the newest versions  make test-environments   every way to install"
+	@echo "make bench              the tables of benchmarks/README.md    make clean   remove what was made"
 
 demo: $(CORE)/.ready
 	@drawn="$$($(CORE)/bin/mflux-generate --model demo --prompt="$$MFLUX_DEMO_PROMPT" --seed 4 --output demo.png)" && \
