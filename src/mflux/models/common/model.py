@@ -35,6 +35,7 @@ from mflux.models.common.lora.library import find_loras
 from mflux.models.common.lora.names import LoraNames
 from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
+from mflux.models.common.networks.divided import divide
 from mflux.models.common.networks.modulation import layers_changed
 from mflux.models.common.on_disk import kind_on_disk
 from mflux.models.common.saved_model import FILE_NAME, record
@@ -77,6 +78,8 @@ class Model:
             once.
         works_ahead: whether what modulates is worked out before the first step, its weights read for that and let go;
             training has them in each step, for a gradient passes through them.
+        divides: whether the class's transformer can be divided among several processes.
+        divided_among: the processes that it is divided among when it is loaded; None: this one has all of it.
 
     Raises:
         DownloadError: the weights cannot be had.
@@ -97,6 +100,8 @@ class Model:
     bits: int | None = None
     vae_full_precision = False
     works_ahead = True
+    divides: ClassVar[bool] = False
+    divided_among: Any = None
 
     family: ClassVar[Family]
     components: ClassVar[tuple[Component, ...]] = ()
@@ -378,6 +383,7 @@ class Model:
             # What a class leaves out because no image needs it belongs into a folder that others read as well.
             module_class = getattr(module_class, "saved_class", module_class)
         dtype = getattr(mx, component.dtype) if component.dtype and has_gpu() else None
+        among = self.divided_among if component.name == "transformer" else None
         full = self.vae_full_precision and component.name == "vae"
         load = partial(
             load_component,
@@ -390,6 +396,7 @@ class Model:
             tensors=self.tensors_of(component, to_save=keep_dtypes),
             # What is to be saved has to be there.
             late=component.stage == "denoise" and not keep_dtypes and self.works_ahead,
+            divide=None if among is None or keep_dtypes else lambda module, tensors: divide(module, tensors, among),
         )
 
         def loaded(adjust: Adjust | None = None) -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from mflux import cpu, fused
 from mflux.backend import has_gpu, mx, nn
 from mflux.cpu import convolution, gelu, gelu_approx, product, quick_gelu, serves_convolution, silu, silu_times
 from mflux.errors import CheckpointError
+from mflux.models.common.networks.divided import Divisible
 
 # Channels of a time or guidance value's sinusoid, in every model here.
 TIME_CHANNELS = 256
@@ -310,8 +312,11 @@ def parts_of(x: mx.array, count: int, axis: int = -1) -> list[mx.array]:
 # ---- feed-forward
 
 
-class FeedForward(nn.Module):
+class FeedForward(Divisible):
     """Linear, GELU (tanh form), linear; the names leave room for the reference's dropout."""
+
+    rows = ("net.0.proj",)
+    columns: ClassVar[Mapping[str, tuple[int, ...]]] = {"net.2": (1,)}
 
     class Proj(nn.Module):
         def __init__(self, features: int, hidden: int):
@@ -328,7 +333,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.net:
             x = layer(x)
-        return x
+        return self.summed(x)
 
 
 class SwiGLU(nn.Module):

@@ -7,12 +7,13 @@ blocks run one stream of both, with attention and feed-forward side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from mflux.backend import mx, nn
 from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.divided import Divisible
 from mflux.models.common.networks.layers import (
     FeedForward,
     Linear,
@@ -80,8 +81,11 @@ class Modulation(Modulated):
         return self.modulation(condition)
 
 
-class JointAttention(nn.Module):
+class JointAttention(Divisible):
     """Text and picture project on their own and attend as one sequence, text first."""
+
+    rows = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    columns: ClassVar[Mapping[str, tuple[int, ...]]] = {"to_out.0": (1,), "to_add_out": (1,)}
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
@@ -122,10 +126,12 @@ class JointAttention(nn.Module):
         length = text.shape[1]
         if watch is not None:
             watch(k[:, :, length:], v[:, :, length:], out[:, length:])
-        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
+        return self.summed(self.to_out[0](out[:, length:])), self.summed(self.to_add_out(out[:, :length]))
 
 
-class SingleAttention(nn.Module):
+class SingleAttention(Divisible):
+    rows = ("to_q", "to_k", "to_v")
+
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
         width = heads * head_dim
@@ -208,7 +214,11 @@ def _rest(
     return residual(x, gate_ff, feed_forward(modulate(x, shift, scale)))
 
 
-class SingleTransformerBlock(nn.Module):
+class SingleTransformerBlock(Divisible):
+    rows = ("proj_mlp",)
+    # Attention's and the feed-forward's channels.
+    columns: ClassVar[Mapping[str, tuple[int, ...]]] = {"proj_out": (1, 4)}
+
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
         width = heads * head_dim
@@ -220,4 +230,5 @@ class SingleTransformerBlock(nn.Module):
     def __call__(self, x: mx.array, condition: Condition, rotary: Rotary) -> mx.array:
         shift, scale, gate = self.norm(condition)
         y = modulate(x, shift, scale)
-        return residual(x, gate, product_of_parts(self.proj_out, self.attn(y, rotary), gelu_approx(self.proj_mlp(y))))
+        out = product_of_parts(self.proj_out, self.attn(y, rotary), gelu_approx(self.proj_mlp(y)))
+        return residual(x, gate, self.summed(out))
