@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import os
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.processes import launched
 from support.tiny_models import FIRST, TinyModel, pixels
 
 from mflux.backend import mx
@@ -80,9 +78,6 @@ def test_each_process_computes_one(tiny: TinyModel, monkeypatch):
 @pytest.mark.parametrize("tiny", [name for name in FIRST if name.startswith("qwen ")], indirect=True)
 @pytest.mark.parametrize("guided", [True, False])
 def test_two_real_processes(tiny: TinyModel, in_folder, guided):
-    beside = Path(sys.executable).with_name("mlx.launch")
-    launch = str(beside) if beside.is_file() else shutil.which("mlx.launch")
-    assert launch is not None, "mlx comes with mlx.launch"
     words = [
         "--model",
         tiny.folder(),
@@ -94,15 +89,7 @@ def test_two_real_processes(tiny: TinyModel, in_folder, guided):
     ]
     words += ["--steps", 2, "--width", 64, "--height", 32, "--seed", 1, "--guidance", 4 if guided else 1]
     words += ["--negative-prompt", "blur"] if guided else []
-    call = [launch, "-n", 2, "--backend", "ring", "--", sys.executable, "-m", "mflux.cli.main", tiny.case.command]
-    done = subprocess.run(
-        [*map(str, call), *map(str, words), "--output", "two.png"],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    launched(2, sys.executable, "-m", "mflux.cli.main", tiny.case.command, *words, "--output", "two.png")
     one = tiny.run(*words[4:], "--output", "one.png")
     assert one.status == 0, one.err
     assert np.array_equal(pixels(Path("two.png")), pixels(Path("one.png")))

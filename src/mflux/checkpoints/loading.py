@@ -79,6 +79,7 @@ def load_component(
     tensors: Mapping[str, mx.array] | None = None,
     read: bool = True,
     late: bool = False,
+    divide: Callable[[nn.Module, Mapping[str, mx.array]], Mapping[str, mx.array]] | None = None,
 ) -> Module:
     """Build a component from its own `config.json` and fill it, tensor by tensor.
 
@@ -94,6 +95,7 @@ def load_component(
         tensors: the folder's tensors, where they have other names in it than published ones.
         read: False only finds out whether they fit; the module stays without its numbers.
         late: see `fill`.
+        divide: makes the module that was built a part of itself, and gives the part's tensors.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is missing, left over, or of another shape than the config says.
@@ -104,6 +106,8 @@ def load_component(
     values = read_json(folder / "config.json") if config is None else config
     tensors = FolderTensors(folder) if tensors is None else tensors
     module = build(module_class, values, tensors, source=folder / "config.json")
+    if divide is not None:
+        tensors = divide(module, tensors)
     stored = None if Quantization.is_mixed(values) else Quantization.stored(values, folder / "config.json")
     if not read:
         fit(module, tensors, source=folder, stored=stored)

@@ -131,6 +131,7 @@ class Generate:
         groups.add_output_options(parser, settings="settings" not in self.leave_out)
         groups.add_machine_options(parser)
         groups.add_server_option(parser)
+        groups.add_processes_option(parser)
         for action in parser._actions:
             if action.dest == "model" and self.default_model is not None:
                 action.help = f"{action.help} (default: {self.default_model})"

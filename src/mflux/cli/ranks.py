@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mflux.errors import UsageError
+
 if TYPE_CHECKING:
     from mflux.cli.plan import Plan
     from mflux.models.common.pipeline import Pipeline
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 
 # What mlx.launch tells each of its processes.
 _VARIABLE = "MLX_RANK"
+OPTION = "--divide-transformer"
 # Stands for the guidance that a model has where nobody says one.
 _MODELS_OWN = 5.0
 
@@ -33,16 +36,28 @@ class Part:
         tells: whether it is the process that tells how far all are.
         together: both processes, where the two of them have one image to generate, and may share the passes of its
             guidance; None where each has images of its own.
+        divides: whether all of them generate each image, with a part of the transformer each.
     """
 
     plan: Plan
     tells: bool = True
     together: Any = None
+    divides: bool = False
 
     def share(self, pipeline: Pipeline) -> Part:
         """Have a model that guides with a second pass compute one of both in each process; the image is the first
         one's. Otherwise the second process has nothing to do."""
         if self.together is None:
+            return self
+        if self.divides:
+            if not pipeline.divides:
+                raise UsageError(f"{OPTION} is for FLUX.1 and Qwen-Image, from a prompt: leave it out")
+            if pipeline.lora_paths:
+                raise UsageError(
+                    f"{OPTION} takes no LoRAs: save the model with them (mflux-save --lora), and take that, or leave "
+                    f"{OPTION} out"
+                )
+            pipeline.divided_among = self.together
             return self
         guidance = self.plan.images[0].get("guidance")
         if pipeline.is_guided(_MODELS_OWN if guidance is None else guidance):
@@ -52,8 +67,16 @@ class Part:
 
 
 def own_part(plan: Plan) -> Part:
-    """What of a plan is this process's to do."""
+    """What of a plan is this process's to do.
+
+    Raises:
+        UsageError: the transformer is to be divided, and there is no other process.
+    """
+    divides = getattr(getattr(plan, "options", None), "divide_transformer", False)
+    alone = UsageError(f"{OPTION} divides it among the processes that mlx.launch starts, and this is the only one")
     if _VARIABLE not in os.environ:
+        if divides:
+            raise alone
         return Part(plan)
     import numpy as np
 
@@ -61,6 +84,8 @@ def own_part(plan: Plan) -> Part:
 
     group = mx.distributed.init()
     rank, size = group.rank(), group.size()
+    if size == 1 and divides:
+        raise alone
     if size == 1:
         return Part(plan)
     args = plan.options
@@ -72,6 +97,8 @@ def own_part(plan: Plan) -> Part:
         args.seed = shared
     if rank > 0:
         logging.getLogger("mflux").setLevel(logging.WARNING)
+    if divides:
+        return Part(plan, rank == 0, group, divides=True)
     if len(plan.images) == 1 and size == 2:
         return Part(plan, rank == 0, group)
     args.seed = args.seed[rank::size]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +9,15 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from support.processes import launched
 
 PROMPT = "a large red circle on a white background"
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
 
 
-def launched(folder: Path, processes: int, *words: object) -> subprocess.CompletedProcess[str]:
+def generated(folder: Path, processes: int, *words: object) -> subprocess.CompletedProcess[str]:
     """`mlx.launch` of `mflux generate` on this machine."""
-    launch = str(LAUNCH) if LAUNCH.is_file() else shutil.which("mlx.launch")
-    assert launch is not None, "mlx comes with mlx.launch"
-    call = [launch, "-n", str(processes), "--backend", "ring", "--", sys.executable, "-m", "mflux.cli.main", "generate"]
-    call += ["--model", "demo", "--prompt", PROMPT, *map(str, words)]
-    return subprocess.run(call, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ)
+    call = [sys.executable, "-m", "mflux.cli.main", "generate", "--model", "demo", "--prompt", PROMPT, *words]
+    return launched(processes, *call, folder=folder)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -32,7 +27,7 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("seeds", [(1, 2, 3), (7,)])
 def test_each_image_is_generated_once_and_the_same(cli, in_folder, seeds):
-    done = launched(in_folder, 2, "--seed", *seeds, "--output", "many.png")
+    done = generated(in_folder, 2, "--seed", *seeds, "--output", "many.png")
     assert done.returncode == 0, done.stderr
     one = cli("generate", "--model", "demo", "--prompt", PROMPT, "--seed", *seeds, "--output", "one.png")
     names = {str(path): str(path).replace("one", "many") for path in one.paths}
@@ -42,7 +37,7 @@ def test_each_image_is_generated_once_and_the_same(cli, in_folder, seeds):
 
 
 def test_seeds_at_random_are_shared(in_folder):
-    done = launched(in_folder, 2, "--auto-seeds", 4, "--steps", 1)
+    done = generated(in_folder, 2, "--auto-seeds", 4, "--steps", 1)
     assert done.returncode == 0, done.stderr
     assert len(list(in_folder.glob("image_seed_*.png"))) == 4
 

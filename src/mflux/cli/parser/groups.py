@@ -198,6 +198,15 @@ def add_server_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_processes_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument_group("more machines").add_argument(
+        "--divide-transformer",
+        action="store_true",
+        help="under mlx.launch: each process has a part of the transformer, and all generate each image together "
+        "(FLUX.1, Qwen-Image)",
+    )
+
+
 def add_device_option(parser: argparse._ActionsContainer) -> None:
     """`MfluxParser.parse` does what it says."""
     parser.add_argument(

@@ -36,6 +36,7 @@ from mflux.models.common.lora.library import find_loras
 from mflux.models.common.lora.names import LoraNames
 from mflux.models.common.lora.reading import Loras
 from mflux.models.common.memory import Encoded, Keep, LazyComponent, give_back_memory, is_loaded, release, timed
+from mflux.models.common.networks.divided import divide
 from mflux.models.common.networks.interiors import compute_in
 from mflux.models.common.networks.modulation import layers_changed
 from mflux.models.common.on_disk import kind_on_disk
@@ -82,6 +83,8 @@ class Model:
             once.
         works_ahead: whether what modulates is worked out before the first step, its weights read for that and let go;
             training has them in each step, for a gradient passes through them.
+        divides: whether the class's transformer can be divided among several processes.
+        divided_among: the processes that it is divided among when it is loaded; None: this one has all of it.
 
     Raises:
         DownloadError: the weights cannot be had.
@@ -102,6 +105,8 @@ class Model:
     bits: int | None = None
     vae_full_precision = False
     works_ahead = True
+    divides: ClassVar[bool] = False
+    divided_among: Any = None
 
     family: ClassVar[Family]
     components: ClassVar[tuple[Component, ...]] = ()
@@ -404,6 +409,7 @@ class Model:
             # What a class leaves out because no image needs it belongs into a folder that others read as well.
             module_class = getattr(module_class, "saved_class", module_class)
         dtype = getattr(mx, component.dtype) if component.dtype and has_gpu() else None
+        among = self.divided_among if component.name == "transformer" else None
         full = self.vae_full_precision and component.name == "vae"
         load = partial(
             load_component,
@@ -416,6 +422,7 @@ class Model:
             tensors=self.tensors_of(component, to_save=keep_dtypes),
             # What is to be saved has to be there.
             late=component.stage == "denoise" and not keep_dtypes and self.works_ahead,
+            divide=None if among is None or keep_dtypes else lambda module, tensors: divide(module, tensors, among),
         )
 
         def loaded(adjust: Adjust | None = None) -> nn.Module:
@@ -436,7 +443,9 @@ class Model:
         if self.compute_precision is not None:
             return self.compute_precision == mx.float16
         by_itself = self.family.float16 and self.narrows and self.works_ahead and HALF.applies
-        if not by_itself or self._too_narrow:
+        # Of several processes one might find float16 too narrow, and another not.
+        is_alone = self.divided_among is None and getattr(self, "shares_guidance", None) is None
+        if not (by_itself and is_alone) or self._too_narrow:
             return False
         return module is None or any(value.dtype == mx.bfloat16 for _, value in named_arrays(module.parameters()))
 

@@ -130,7 +130,8 @@ class Pipeline(Model):
 
     def _check_weights(self) -> None:
         """Once for a model, and not for one that is loaded already."""
-        if self.folder_root is None or self._has_room or is_loaded(self, "transformer"):
+        # Which part of it has room here, nobody has counted.
+        if self.folder_root is None or self.divided_among or self._has_room or is_loaded(self, "transformer"):
             return
         kind = self.component("transformer").module_class()
         is_stored = self.bits is not None and self._quantize is None

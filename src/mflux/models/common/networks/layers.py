@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from mflux.cpu import (
     silu_times,
 )
 from mflux.errors import CheckpointError
+from mflux.models.common.networks.divided import Divisible
 from mflux.models.common.networks.interiors import Interior
 
 # Channels of a time or guidance value's sinusoid, in every model here.
@@ -336,9 +338,11 @@ def parts_of(x: mx.array, count: int, axis: int = -1) -> list[mx.array]:
 # ---- feed-forward
 
 
-class FeedForward(Interior):
+class FeedForward(Divisible, Interior):
     """Linear, GELU (tanh form), linear; the names leave room for the reference's dropout."""
 
+    rows = ("net.0.proj",)
+    columns: ClassVar[Mapping[str, tuple[int, ...]]] = {"net.2": (1,)}
     # Of a GELU's 12,288 channels more is added up than float16 reaches.
     headroom = 8.0
 
@@ -356,7 +360,7 @@ class FeedForward(Interior):
 
     def __call__(self, x: mx.array) -> mx.array:
         first, _, last = self.net
-        return self.leave(last(self.shrunk(first(self.enter(x)))), x)
+        return self.summed(self.leave(last(self.shrunk(first(self.enter(x)))), x))
 
     def last(self) -> list[nn.Module]:
         return [self.net[2]]

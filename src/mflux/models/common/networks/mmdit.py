@@ -7,12 +7,13 @@ blocks run one stream of both, with attention and feed-forward side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from mflux.backend import mx, nn
 from mflux.models.common.component_config import ComponentConfig
+from mflux.models.common.networks.divided import Divisible
 from mflux.models.common.networks.interiors import Interior
 from mflux.models.common.networks.layers import (
     FeedForward,
@@ -83,9 +84,11 @@ class Modulation(Modulated):
         return self.modulation(condition)
 
 
-class JointAttention(Interior):
+class JointAttention(Divisible, Interior):
     """Text and picture project on their own and attend as one sequence, text first."""
 
+    rows = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    columns: ClassVar[Mapping[str, tuple[int, ...]]] = {"to_out.0": (1,), "to_add_out": (1,)}
     headroom = _HEADROOM
 
     def __init__(self, heads: int, head_dim: int):
@@ -131,17 +134,19 @@ class JointAttention(Interior):
 
     def to_image(self, attended: mx.array, image: mx.array) -> mx.array:
         """What attention gave picture tokens, projected, for their stream."""
-        return self.leave(self.to_out[0](attended), image)
+        return self.summed(self.leave(self.to_out[0](attended), image))
 
     def to_text(self, attended: mx.array, text: mx.array) -> mx.array:
         """The same of text tokens."""
-        return self.leave(self.to_add_out(attended), text)
+        return self.summed(self.leave(self.to_add_out(attended), text))
 
     def last(self) -> list[nn.Module]:
         return [self.to_out[0], self.to_add_out]
 
 
-class SingleAttention(nn.Module):
+class SingleAttention(Divisible):
+    rows = ("to_q", "to_k", "to_v")
+
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
         width = heads * head_dim
@@ -224,7 +229,10 @@ def _rest(
     return residual(x, gate_ff, feed_forward(modulate(x, shift, scale)))
 
 
-class SingleTransformerBlock(Interior):
+class SingleTransformerBlock(Divisible, Interior):
+    rows = ("proj_mlp",)
+    # Attention's and the feed-forward's channels.
+    columns: ClassVar[Mapping[str, tuple[int, ...]]] = {"proj_out": (1, 4)}
     headroom = _HEADROOM
 
     def __init__(self, heads: int, head_dim: int):
@@ -240,7 +248,7 @@ class SingleTransformerBlock(Interior):
         y = self.enter(modulate(x, shift, scale))
         hidden = self.shrunk(gelu_approx(self.proj_mlp(y)))
         out = product_of_parts(self.proj_out, self.attn(y, rotary, self.shrunk), hidden)
-        return residual(x, gate, self.leave(out, x))
+        return residual(x, gate, self.summed(self.leave(out, x)))
 
     def inside(self) -> list[nn.Module]:
         return [self.proj_mlp, self.proj_out, self.attn]

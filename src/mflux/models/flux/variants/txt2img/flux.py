@@ -14,6 +14,7 @@ class Flux1(FluxPipeline):
     """FLUX.1 schnell, dev and krea-dev, and anything of that architecture in the diffusers layout; see `Model`."""
 
     default_model = "schnell"
+    divides = True
 
     def generate_image(
         self,

@@ -26,6 +26,7 @@ class QwenImage(QwenPipeline):
 
     components = FAMILY.components
     default_model = "qwen-image"
+    divides = True
     text_encoder: LazyComponent[Qwen25VLTextEncoder]
 
     def generate_image(
