@@ -89,8 +89,9 @@ def test_steps_wait_once_each(tiny, calls_of):
     assert inside <= allowed, waits
     steps = [call for call in calls if call.waits and call.place.startswith("models/common/pipeline.py")]
     # The noise levels once. Of two steps each is evaluated and found finite together, so is the image; an encoded image
-    # is evaluated.
-    assert len(steps) <= 1 + 2 * 2 + 2 + 1
+    # is evaluated. Some have a guided step's first pass done before the second one begins, see `Pipeline.both`.
+    apart = 2 if tiny.case.pipeline.split(".")[2] in ("ernie_image", "fibo", "krea2") else 0
+    assert len(steps) <= 1 + 2 * 2 + 2 + 1 + apart
 
 
 # ---- at published width
