@@ -132,6 +132,46 @@ def fibo(config, pixels: int) -> dict:
     }
 
 
+def ernie(config, pixels: int) -> dict:
+    side = pixels // 16
+    return {
+        "latents": draw(1, config.in_channels, side, side),
+        "text": draw(1, 512, config.text_in_dim),
+        "sigma": draw(1) * 0 + 0.5,
+    }
+
+
+def krea2(config, pixels: int) -> dict:
+    side = pixels // 16
+    return {
+        "latents": draw(1, side * side, config.in_channels),
+        "text": draw(1, 512, config.num_text_layers, config.text_hidden_dim),
+        "sigma": draw(1) * 0 + 0.5,
+        "grid": (side, side),
+    }
+
+
+def ideogram4(config, pixels: int) -> dict:
+    import numpy as np
+
+    side = pixels // 16
+    return {
+        "latents": draw(1, side * side, config.in_channels),
+        "text": draw(1, 512, config.llm_features_dim),
+        "timestep": draw(1) * 0 + 0.5,
+        "size": np.array([side, side]),
+    }
+
+
+def anima(config, pixels: int) -> dict:
+    side = pixels // 8
+    return {
+        "latents": draw(1, config.in_channels, side, side),
+        "text": draw(1, 512, config.text_embed_dim),
+        "sigma": draw(1) * 0 + 0.5,
+    }
+
+
 def words(config, pixels: int) -> dict:
     import numpy as np
 
@@ -205,6 +245,12 @@ PARTS = (
          {"num_hidden_layers": 2, "no_rope_layers": [1, 1]}, words, "no"),
     Part("fibo vae", "FIBO/vae (Wan 2.2)", "decode", {}, latents, "decode"),
     Part("fibo vae", "FIBO/vae (Wan 2.2)", "encode", {}, picture, "encode"),
+    Part("ernie_image transformer", "ERNIE-Image/transformer", "a block", {"num_layers": 1}, ernie),
+    Part("krea2 transformer", "Krea-2/transformer", "a block, and the text's four",
+         {"num_layers": 1}, krea2),
+    Part("ideogram4 transformer", "ideogram-4/transformer", "a block, with a prompt and without", {"num_layers": 1},
+         ideogram4),
+    Part("anima transformer", "Anima/transformer", "a block", {"num_layers": 1}, anima),
 )  # fmt: skip
 
 

@@ -175,7 +175,8 @@ def test_at_published_width_nothing_is_refused(part):
                 if call.place.startswith(PIECES):
                     assert queries.shape[2] * keys.shape[2] * queries.dtype.size <= MOST_SCORES or queries.shape[2] == 1
                 else:
-                    assert queries.shape[-1] in FUSED, call
+                    # Ideogram's are taken by force on Metal, see `layers.attention`.
+                    assert queries.shape[-1] in FUSED | {256}, call
         products = [call for call in calls if call.name in PRODUCTS]
         assert products
         assert [str(call) for call in products if mx.float32 in {form.dtype for form in call.forms}] == []

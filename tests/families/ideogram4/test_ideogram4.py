@@ -75,7 +75,7 @@ PHOTO = {"aesthetics": "calm", "lighting": "soft", "photo": "35 mm", "medium": "
         ("", "plain text"),
         ('["a"]', "plain text"),
         ('{"a": ', "begins as JSON and is none"),
-        ({"a": 1, **element()}, "the caption has a, which"),
+        ({"a": 1, **element()}, "the caption has keys that belong elsewhere or nowhere: a"),
         ({"high_level_description": 3, **element()}, "high_level_description of the caption is no text"),
         ({"high_level_description": "x"}, "no compositional_deconstruction"),
         ({"style_description": [], **element()}, "style_description is no table"),
@@ -99,7 +99,7 @@ PHOTO = {"aesthetics": "calm", "lighting": "soft", "photo": "35 mm", "medium": "
         (element(color_palette=["#00ffab"]), "in capitals"),
         (element(color_palette=["#000000"] * 6), "6 colours, and 5"),
         (element(color_palette="#000000"), "is no list"),
-        (element(colour="red"), "elements[0] has colour"),
+        (element(colour="red"), "elements[0] has keys that belong elsewhere or nowhere: colour"),
         (json.dumps(element(desc="Café")), "\\u00e9 stands in it"),
     ],
 )
