@@ -157,8 +157,9 @@ def test_a_file_that_is_cut_is_told_before_anything_is_loaded(tiny, tmp_path):
     """Not when its turn comes: what was computed until then would be lost."""
     folder = tmp_path / "cut"
     shutil.copytree(tiny.folder(), folder)
-    parts = [part.folder for part in tiny.case.pipeline_class().components if (folder / part.folder).is_dir()]
-    assert len(parts) > 2
+    later = [part.folder for part in tiny.case.pipeline_class().components if part.stage != "encode"]
+    parts = [part for part in later if (folder / part).is_dir()]
+    assert {"transformer", "vae"} <= set(parts)
     for part in parts:
         path = next((folder / part).glob("*.safetensors"))
         whole = path.read_bytes()

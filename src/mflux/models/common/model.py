@@ -309,13 +309,14 @@ class Model:
             self._check_latents(*self.latents)
 
     def _check_headers(self) -> None:
-        """Look at what every file of weights says of itself: a cut one is told now, and not when its turn comes.
+        """Look at what the files of weights say of themselves: a cut one is told now, and not when its turn comes. Text
+        encoders come first in any case, or not at all where the prompt is encoded already.
 
         Raises:
             CheckpointError: one is damaged, or there are none.
         """
         for component in self.own_components():
-            if self.folder.has(component.folder):
+            if component.stage != "encode" and self.folder.has(component.folder):
                 self.folder.tensors(component.folder)
 
     def _check_latents(self, channels: int, side: int, token: int | None) -> None:
