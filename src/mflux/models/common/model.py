@@ -315,9 +315,10 @@ class Model:
         Raises:
             CheckpointError: one is damaged, or there are none.
         """
-        for component in self.own_components():
-            if component.stage != "encode" and self.folder.has(component.folder):
-                self.folder.tensors(component.folder)
+        for component in self.components:
+            place = self._folders.get(component.name, self.folder)
+            if component.stage != "encode" and place.has(component.folder):
+                place.tensors(component.folder)
 
     def _check_latents(self, channels: int, side: int, token: int | None) -> None:
         taken = self.transformer_settings().get("in_channels", token)
