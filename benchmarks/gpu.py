@@ -171,7 +171,7 @@ def main() -> None:
         f"|---|{'---:|' * (len(heads) - 1)}",
     ]
     print(*lines, sep="\n", flush=True)
-    for part in steps.PARTS:
+    for part in steps.ALL:
         if args.only and part.component.split()[0] not in args.only:
             continue
         for pixels in {"tokens": args.pixels, "no": [0]}.get(part.sized, args.decode):

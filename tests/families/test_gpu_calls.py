@@ -140,7 +140,7 @@ def calls_at(part: steps.Part, pixels: int, wait: Callable[[mx.array], None] = l
     return calls
 
 
-@pytest.mark.parametrize("part", [part for part in steps.PARTS if part.sized == "decode"], ids=lambda part: part.name)
+@pytest.mark.parametrize("part", [part for part in steps.ALL if part.sized == "decode"], ids=lambda part: part.name)
 def test_a_decode_waits_little(part, monkeypatch):
     """At 1024 pixels on a Mac with 64 GB: once for the statistics of each group norm, and no strip is waited for."""
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 48 << 30})
@@ -159,7 +159,7 @@ def test_a_decode_waits_little(part, monkeypatch):
     assert (waits["moments"], waits["strip"]) == (norms, 0)
 
 
-SIZED = [part for part in steps.PARTS if part.sized != "no"]
+SIZED = [part for part in steps.ALL if part.sized != "no"]
 
 
 @pytest.mark.parametrize("part", SIZED, ids=lambda part: part.name)
